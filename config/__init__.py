@@ -1,0 +1,1 @@
+"""Vocabulary, errors, settings, genesis and seed files. Standard library only; every package may import this."""

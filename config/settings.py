@@ -1,0 +1,133 @@
+"""Every setting, once: frozen dataclasses with their defaults, their help and their bounds.
+
+The TOML file, the environment, the flags, ``rios config show`` and the reference page are all made from these fields:
+a field's metadata holds its help and, where it has any, its choices or its minimum and maximum.
+Sizes are bytes, times milliseconds or seconds as the name says, money microcredits.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+def _setting(default: Any, help: str, **bounds: Any) -> Any:  # noqa: ANN401 - a field of any type
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings:
+    """``[node]``"""
+
+    name: str = _setting("", "A name for people; shown by status and logs. Empty: the short peer id.")
+    data_dir: str = _setting("", "Where keys, models, ledger and accounts live. Empty: the XDG data folder.")
+    log_level: str = _setting("info", "Least important log level shown.", choices=("debug", "info", "warning", "error"))
+    log_format: str = _setting("text", "How a log line looks.", choices=("text", "json"))
+    region: str = _setting("", "Where this node stands, e.g. eu-west. Free text.")
+    metrics_port: int = _setting(
+        0, "Prometheus port on 127.0.0.1; 0: off (a gateway always has /metrics).", minimum=0, maximum=65535
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class P2pSettings:
+    """``[p2p]``"""
+
+    listen: tuple[str, ...] = _setting(("/ip4/0.0.0.0/tcp/4701",), "Multiaddrs to listen on (TCP).")
+    announce: tuple[str, ...] = _setting((), "Multiaddrs to tell others instead of the ones found, e.g. behind a NAT.")
+    seeds: tuple[str, ...] = _setting((), "Bootstrap multiaddrs with /p2p/<peer id>; dead ones are tolerated.")
+    seeds_file: str = _setting("", "A seed-list file: one multiaddr a line, # starts a comment.")
+    peers_max: int = _setting(256, "Most connected peers.", minimum=1, maximum=100_000)
+    frame_bytes_max: int = _setting(64 << 20, "Largest RPC frame accepted.", minimum=1 << 16, maximum=1 << 30)
+    calls_per_peer_max: int = _setting(256, "Most calls of one peer in flight.", minimum=1, maximum=65536)
+    advert_seconds: int = _setting(60, "Time between heartbeats of the own advert.", minimum=1, maximum=3600)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DmoeSettings:
+    """``[dmoe]``"""
+
+    device: str = _setting(
+        "auto",
+        "Where experts run; auto takes a GPU if there is one and never fails without.",
+        choices=("auto", "cpu", "cuda"),
+    )
+    threads: int = _setting(0, "Compute threads; 0: all cores.", minimum=0, maximum=1024)
+    serve: bool = _setting(True, "Take shards and serve experts to other peers.")
+    orchestrate: tuple[str, ...] = _setting((), "Models (name or id) this node answers requests with.")
+    disk_bytes_max: int = _setting(50 << 30, "Most disk that models may use.", minimum=0, maximum=1 << 60)
+    ram_bytes_max: int = _setting(0, "Memory offered for shards; 0: half of the machine's.", minimum=0, maximum=1 << 60)
+    publishers: tuple[str, ...] = _setting(
+        (),
+        "Peer ids whose models are taken; empty: only models of this node "
+        'itself and of the seeds\' network issuer; "*": anybody.',
+    )
+    replicas: int = _setting(2, "Replicas per shard in deployments made here.", minimum=1, maximum=64)
+    call_timeout_ms: int = _setting(10_000, "Deadline of one expert call.", minimum=10, maximum=600_000)
+    queue_rows_max: int = _setting(
+        4096, "Rows that may wait per shard before callers are told busy.", minimum=1, maximum=1 << 20
+    )
+    batch_rows_max: int = _setting(512, "Rows run at once.", minimum=1, maximum=1 << 16)
+    generations_max: int = _setting(4, "Answers generated at the same time; others wait.", minimum=1, maximum=1024)
+    waiting_max: int = _setting(64, "Requests that may wait for a slot.", minimum=0, maximum=65536)
+    fused: bool = _setting(False, "Answer with one local graph instead of the swarm (needs the whole model here).")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerSettings:
+    """``[ledger]``"""
+
+    genesis_file: str = _setting("", "The network's genesis file. Empty: <data dir>/genesis.json.")
+    witness: bool = _setting(False, "Vote as a witness (the genesis must name this node's key).")
+    microcredits_per_tflop: int = _setting(
+        1_000_000, "Price of 1 TFLOP of expert work here.", minimum=0, maximum=1 << 40
+    )
+    microcredits_per_kv_unit: int = _setting(
+        0, "Price of a unit of KV cache memory (position-seconds).", minimum=0, maximum=1 << 40
+    )
+    channel_lock: int = _setting(5_000_000, "Microcredits locked when a channel is opened.", minimum=1, maximum=1 << 60)
+    channel_hours: int = _setting(72, "Life of a channel.", minimum=2, maximum=24 * 365)
+    prepay: int = _setting(
+        50_000, "Voucher given at once to a new worker (W0), microcredits.", minimum=0, maximum=1 << 60
+    )
+    credit: int = _setting(50_000, "Unpaid work tolerated per channel (W), microcredits.", minimum=1, maximum=1 << 60)
+    claim_seconds: int = _setting(
+        3600, "Time between settlements of a channel's voucher.", minimum=1, maximum=24 * 3600
+    )
+    sync_seconds: int = _setting(10, "Time between anti-entropy rounds.", minimum=1, maximum=3600)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """``[gateway]``"""
+
+    enabled: bool = _setting(False, "Serve the HTTP API.")
+    host: str = _setting("127.0.0.1", "Address to listen on.")
+    port: int = _setting(8080, "Port to listen on; 0 picks a free one.", minimum=0, maximum=65535)
+    database: str = _setting(
+        "",
+        "Accounts database DSN (postgresql://... without a password: PGPASSWORD or a "
+        "passfile). Empty: SQLite in the data dir.",
+    )
+    require_key: bool = _setting(True, "Refuse requests without an API key.")
+    requests_per_minute: int = _setting(600, "Per key.", minimum=1, maximum=1 << 30)
+    tokens_per_minute: int = _setting(200_000, "Per key.", minimum=1, maximum=1 << 40)
+    concurrent_per_key: int = _setting(32, "Requests of one key at the same time.", minimum=1, maximum=1 << 20)
+    body_bytes_max: int = _setting(4 << 20, "Largest request body.", minimum=1024, maximum=1 << 30)
+    microcredits_per_million_input_tokens: int = _setting(200_000, "What users pay.", minimum=0, maximum=1 << 40)
+    microcredits_per_million_output_tokens: int = _setting(800_000, "What users pay.", minimum=0, maximum=1 << 40)
+    starting_balance: int = _setting(0, "Microcredits a new user starts with.", minimum=0, maximum=1 << 60)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All sections."""
+
+    node: NodeSettings = field(default_factory=NodeSettings)
+    p2p: P2pSettings = field(default_factory=P2pSettings)
+    dmoe: DmoeSettings = field(default_factory=DmoeSettings)
+    ledger: LedgerSettings = field(default_factory=LedgerSettings)
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
+
+
+def sections() -> dict[str, type[Any]]:
+    """Section name -> its dataclass, in file order."""
+    return {f.name: f.default_factory for f in fields(Settings) if is_dataclass(f.default_factory)}  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""Sans-IO ledger rules: objects, validity, state, votes, channels."""

@@ -1,0 +1,157 @@
+"""Signed adverts: what a node says about itself.
+
+Owns the record, its canonical bytes, its signature and the rule which of two adverts wins.
+
+Invariants:
+1. An advert is accepted only with a valid signature of the peer it names, inside its bounds, and unexpired.
+2. Of two adverts of one peer the higher ``seq`` wins; ``seq`` is the unix time in ms at which it was made, so a
+   restarted node continues above its old adverts.
+3. Hardware figures are measured by the node that signs, never typed in; others treat them as claims all the same.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+
+from config.errors import IntegrityError
+from config.vocabulary import PeerId
+from p2p.core import codec
+from p2p.core.identity import Identity, public_key_of, verify
+
+TAG = b"rios/advert/1\0"
+ADVERT_BYTES_MAX = 64 << 10
+LIFE_MS_MAX = 24 * 3600 * 1000
+CLOCK_SKEW_MS_MAX = 10 * 60 * 1000
+
+Text = Annotated[str, msgspec.Meta(max_length=256)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+
+class _Array(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """A canonical array struct."""
+
+
+class Gpu(_Array, frozen=True):
+    """One GPU: its name and its memory in bytes."""
+
+    name: Text
+    memory_bytes: Count
+
+
+class Hardware(_Array, frozen=True):
+    """What the node measured on itself.
+
+    ``expert_kflop_per_s`` and ``memory_bytes_per_s`` come from a short benchmark at start.
+    """
+
+    cpu: Text = ""
+    cores: Count = 0
+    ram_bytes: Count = 0
+    gpus: Annotated[tuple[Gpu, ...], msgspec.Meta(max_length=64)] = ()
+    expert_kflop_per_s: Count = 0
+    memory_bytes_per_s: Count = 0
+
+
+class ModelOffer(_Array, frozen=True):
+    """What a node serves of one model, and for how much.
+
+    ``shards`` is a bitmap over the manifest's shard list (bit i of byte i // 8, least significant first);
+    ``quote`` numbers the price so that a caller can name the one it accepts.
+    """
+
+    model_id: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
+    shards: Annotated[bytes, msgspec.Meta(max_length=8192)]
+    quote: Count
+    microcredits_per_tflop: Count
+    microcredits_per_kv_unit: Count
+
+    def holds(self, index: int) -> bool:
+        """Whether the shard at ``index`` of the manifest's list is ready to be called here."""
+        byte, bit = divmod(index, 8)
+        return byte < len(self.shards) and bool(self.shards[byte] >> bit & 1)
+
+
+class Advert(_Array, frozen=True):
+    """The record itself. ``lane`` is the address of the direct carrier, empty if there is none.
+
+    ``offered_bytes`` is the capacity this node offers for shards (already quantised); ``full`` means that it takes no
+    more; ``load`` is the number of expert rows waiting in its queues.
+    """
+
+    peer_id: Text
+    seq: Count
+    expires_ms: Count
+    addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=16)] = ()
+    lane: Text = ""
+    version: Text = ""
+    region: Text = ""
+    hardware: Hardware = Hardware()
+    disk_bytes: Count = 0
+    offered_bytes: Count = 0
+    full: bool = False
+    load: Count = 0
+    roles: Annotated[tuple[Text, ...], msgspec.Meta(max_length=16)] = ()
+    models: Annotated[tuple[ModelOffer, ...], msgspec.Meta(max_length=64)] = ()
+    net: bytes = b""
+
+    def offer(self, model_id: str) -> ModelOffer | None:
+        """The offer for one model, if any."""
+        return next((offer for offer in self.models if offer.model_id == model_id), None)
+
+
+class _Envelope(_Array, frozen=True):
+    body: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SignedAdvert:
+    """An advert together with the bytes that prove it."""
+
+    advert: Advert
+    data: bytes
+
+
+def bitmap(indices: set[int] | frozenset[int]) -> bytes:
+    """Indices as a bitmap, shortest form."""
+    if not indices:
+        return b""
+    out = bytearray(max(indices) // 8 + 1)
+    for index in indices:
+        out[index // 8] |= 1 << (index % 8)
+    return bytes(out)
+
+
+def sign(identity: Identity, advert: Advert) -> SignedAdvert:
+    """Sign one's own advert."""
+    assert advert.peer_id == identity.peer_id
+    body = codec.encode(advert)
+    return SignedAdvert(advert, codec.encode(_Envelope(body, identity.sign(TAG, body))))
+
+
+def open_advert(data: bytes, *, now_ms: int) -> SignedAdvert:
+    """Decode and check an advert somebody sent.
+
+    Raises :class:`IntegrityError` naming the rule it broke.
+    """
+    envelope = codec.decode(_Envelope, data, bytes_max=ADVERT_BYTES_MAX)
+    advert = codec.decode(Advert, envelope.body, bytes_max=ADVERT_BYTES_MAX)
+    key = public_key_of(advert.peer_id)
+    if not verify(key, TAG, envelope.body, envelope.signature):
+        raise IntegrityError("integrity", f"advert of {advert.peer_id} has a wrong signature")
+    if advert.expires_ms <= now_ms:
+        raise IntegrityError("integrity", f"advert of {advert.peer_id} has expired")
+    if advert.expires_ms - now_ms > LIFE_MS_MAX + CLOCK_SKEW_MS_MAX or advert.seq > now_ms + CLOCK_SKEW_MS_MAX:
+        raise IntegrityError("integrity", f"advert of {advert.peer_id} lies too far in the future")
+    return SignedAdvert(advert, data)
+
+
+def newer(a: SignedAdvert | None, b: SignedAdvert) -> SignedAdvert:
+    """The one that wins; the first on a tie."""
+    return b if a is None or b.advert.seq > a.advert.seq else a
+
+
+def peer_of(advert: Advert) -> PeerId:
+    """The advert's peer id as a typed id."""
+    return PeerId(advert.peer_id)

@@ -1,0 +1,164 @@
+"""What the rest of RiOS sees of the network: small types and three Protocols.
+
+``p2p/network.py`` implements them over libp2p, ``p2p/memory.py`` in memory with a seed. Nothing above ``p2p`` knows
+which one it talks to.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from config.vocabulary import PeerId
+from p2p.core.advert import Advert, SignedAdvert
+from p2p.core.identity import Identity
+
+Buffer = bytes | bytearray | memoryview
+Header = Mapping[str, Any]
+"""msgpack map with string keys; values are None, bool, int, float, str, bytes, lists and maps of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An incoming call. ``deadline`` is a trio time; work past it is of no use to the caller."""
+
+    peer_id: PeerId
+    method: str
+    header: dict[str, Any]
+    buffers: tuple[memoryview, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer: a header and raw byte buffers (tensors). Buffers are not copied on their way."""
+
+    header: Header
+    buffers: Sequence[Buffer] = ()
+
+
+Handler = Callable[[Call], Awaitable[Reply]]
+"""Serves one unary call. A :class:`config.errors.RiosError` it raises reaches the caller with code, message and hint;
+anything else is logged and reaches the caller as code ``internal``. It runs under a cancel scope that ends at the
+call's deadline or when the caller cancels."""
+
+GossipHandler = Callable[[PeerId, bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class ContentFile:
+    """A file named by its content: whole-file sha256 (hex), size, and the sha256 (raw 32 bytes each) of every 1 MiB
+    chunk in order (the last may be shorter)."""
+
+    sha256: str
+    size_bytes: int
+    chunks: tuple[bytes, ...]
+
+
+class BlobSource(Protocol):
+    """Where this node's chunks are. Called in a worker thread."""
+
+    def read_chunk(self, digest: bytes) -> bytes | None:
+        """The chunk with this sha256, or None."""
+
+
+class Blobs(Protocol):
+    """Content-addressed files between peers."""
+
+    def offer(self, source: BlobSource) -> None:
+        """Serve what ``source`` holds."""
+
+    async def fetch(
+        self,
+        file: ContentFile,
+        target: Path,
+        providers: Callable[[], Sequence[PeerId]],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Bring ``file`` to ``target`` from several providers at once; resumes from ``target`` + ``.part``.
+
+        ``providers`` is asked again whenever peers fail; ``progress`` gets the number of new bytes verified. Every
+        chunk is verified before it is written, the whole file before it gets its name. Raises RemoteError
+        (``unavailable``) when nobody has it, LocalError (``disk_full``) when the disk is full.
+        """
+
+
+class Directory(Protocol):
+    """Verified adverts: a local view that answers at once and is kept fresh in the background."""
+
+    def adverts(self) -> Mapping[PeerId, Advert]:
+        """Every unexpired advert, this node's own included. A read-only view of the moment."""
+
+    def update(self, change: Callable[[Advert], Advert]) -> None:
+        """Change this node's own advert; it is signed and published soon after (changes are collected briefly)."""
+
+    def own(self) -> Advert:
+        """This node's own advert."""
+
+    async def wait_change(self) -> None:
+        """Return after the next change of the view."""
+
+    async def find_providers(self, model_id: str) -> None:
+        """Look a model's providers up in the DHT and add their adverts to the view (slow: never on the hot path)."""
+
+    async def put_record(self, namespace: str, key: str, value: bytes) -> None:
+        """Store a small value in the DHT under ``/rios/<namespace>/<key>`` (verified by the caller's own rules)."""
+
+    async def get_record(self, namespace: str, key: str) -> bytes | None:
+        """Read such a value back."""
+
+
+class Network(Protocol):
+    """Everything a node needs of the network."""
+
+    identity: Identity
+    directory: Directory
+    blobs: Blobs
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node's peer id."""
+
+    def serve(self, method: str, handler: Handler) -> None:
+        """Register the handler of a method (``expert.run``, ``ledger.submit``, ...)."""
+
+    async def call(
+        self,
+        peer_id: PeerId,
+        method: str,
+        header: Header,
+        buffers: Sequence[Buffer] = (),
+        *,
+        deadline_ms: int,
+    ) -> Reply:
+        """Call a peer. Raises RemoteError (``deadline``, ``unavailable`` if it cannot be reached or the link broke,
+        or the code the peer answered with) or BusyError. Calling oneself runs the handler directly."""
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """Gossip a small message (<= 64 KiB). Best effort: what must arrive has its own anti-entropy."""
+
+    def subscribe(self, topic: str, handler: GossipHandler) -> None:
+        """Receive a topic's messages; the peer id is the one whose signature the message carries."""
+
+    def peers(self) -> Sequence[PeerId]:
+        """Peers with a live link right now."""
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Numbers for ``rios status`` and metrics, JSON-able."""
+
+
+__all__ = [
+    "Advert",
+    "BlobSource",
+    "Blobs",
+    "Buffer",
+    "Call",
+    "ContentFile",
+    "Directory",
+    "GossipHandler",
+    "Handler",
+    "Header",
+    "Network",
+    "Reply",
+    "SignedAdvert",
+]
