@@ -11,7 +11,6 @@ Invariants:
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
 
 import base58
 from nacl.bindings import crypto_core_ed25519_is_valid_point
@@ -92,7 +91,7 @@ class Identity:
 
     def sign(self, tag: bytes, message: bytes) -> bytes:
         """A 64-byte signature over ``tag || message``."""
-        return cast(bytes, self.signing_key.sign(tag + message).signature)
+        return self.signing_key.sign(tag + message).signature
 
     def __repr__(self) -> str:
         return f"Identity({self.peer_id})"
