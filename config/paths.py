@@ -1,0 +1,78 @@
+"""Where things live on disk: one data folder per node, found by the XDG rules.
+
+Owns names and places only; whoever writes a file creates it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Every path of a node, all below ``data`` but the config file."""
+
+    config_file: Path
+    data: Path
+
+    @property
+    def key(self) -> Path:
+        """The identity key, mode 0600."""
+        return self.data / "identity.key"
+
+    @property
+    def genesis(self) -> Path:
+        """The network's genesis, unless the config names another file."""
+        return self.data / "genesis.json"
+
+    @property
+    def ledger(self) -> Path:
+        """The ledger's database."""
+        return self.data / "ledger.db"
+
+    @property
+    def accounts(self) -> Path:
+        """The gateway's embedded accounts database."""
+        return self.data / "accounts.db"
+
+    @property
+    def models(self) -> Path:
+        """Models and their shards."""
+        return self.data / "models"
+
+    @property
+    def network(self) -> Path:
+        """Peers remembered across restarts."""
+        return self.data / "network"
+
+    @property
+    def control(self) -> Path:
+        """The control socket of the running daemon."""
+        return self.data / "control.sock"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the running daemon, so that two never share a data folder."""
+        return self.data / "daemon.lock"
+
+
+def config_file(environ: Mapping[str, str], home: Path) -> Path:
+    """The config file's place: ``$RIOS_CONFIG``, else ``$XDG_CONFIG_HOME/rios/rios.toml``."""
+    if environ.get("RIOS_CONFIG"):
+        return Path(environ["RIOS_CONFIG"])
+    base = Path(environ["XDG_CONFIG_HOME"]) if environ.get("XDG_CONFIG_HOME") else home / ".config"
+    return base / "rios" / "rios.toml"
+
+
+def data_dir(configured: str, environ: Mapping[str, str], home: Path, *, beside: Path) -> Path:
+    """The data folder: the setting (relative to the config file's folder), else ``$XDG_DATA_HOME/rios``."""
+    if configured:
+        return (beside / Path(configured).expanduser()).absolute()
+    base = Path(environ["XDG_DATA_HOME"]) if environ.get("XDG_DATA_HOME") else home / ".local" / "share"
+    return base / "rios"
+
+
+def cache_dir(environ: Mapping[str, str], home: Path) -> Path:
+    """Downloads that can be fetched again: ``$XDG_CACHE_HOME/rios``."""
+    base = Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else home / ".cache"
+    return base / "rios"
