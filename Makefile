@@ -1,3 +1,34 @@
-.PHONY: help
+# Everything a developer or a curious stranger needs. `make help` lists it.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check bench clean
+PY := .venv/bin/python
+ARGS ?=
+
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup:  ## everything that run and test need, in .venv
+	@config/deploy/setup.sh
+
+run: setup  ## a swarm of three nodes answers a question (rios demo; ARGS="--once --json")
+	@.venv/bin/rios demo $(ARGS)
+
+test: setup  ## all tests (ARGS are pytest's)
+	@$(PY) -m pytest $(ARGS)
+
+check: setup  ## format, lint, types, import contracts
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@.venv/bin/lint-imports
+
+bench: setup  ## benchmarks; NAME=rpc|generate|ledger runs one
+	@for file in tests/bench/bench_$(or $(NAME),*).py; do echo "# $$file" >&2; $(PY) $$file || exit 1; done
+
+lock:  ## renew requirements.lock from pyproject.toml (needs uv)
+	uv pip compile -q --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate --no-header \
+	    pyproject.toml -o requirements.lock
+
+clean:  ## remove what setup, tests and benchmarks made here
+	rm -rf .venv .bench .cache build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
