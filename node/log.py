@@ -1,0 +1,57 @@
+"""Logs: five kinds (application, access, error, audit, security), as text for people or JSON for machines.
+
+Every package logs through the standard library under ``rios.*``; the kind is the logger's second name where it is
+one of the five (``rios.access``, ``rios.audit``, ``rios.security``), else ``error`` from level error up, else
+``application``. Everything goes to stderr: stdout is for data.
+"""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+_KINDS = frozenset({"access", "audit", "security"})
+
+
+def _kind(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    parts = str(event.get("logger", "")).split(".")
+    if len(parts) > 1 and parts[1] in _KINDS:
+        event["kind"] = parts[1]
+    else:
+        event["kind"] = "error" if event.get("level") in ("error", "critical") else "application"
+    return event
+
+
+def setup(level: str, form: str, *, node: str = "") -> None:
+    """Send the logs of this process to stderr. Libraries are heard from warning up only."""
+
+    def add_node(_l: object, _n: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if node:
+            event["node"] = node
+        return event
+
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _kind,
+        add_node,
+    ]
+    if form == "json":
+        final: list[structlog.typing.Processor] = [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ]
+    else:
+        final = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final]
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("rios").setLevel(level.upper())
