@@ -54,5 +54,7 @@ if ! { pip install -q --require-hashes -r requirements.lock "$@" &&
     tail -n 15 "$log" >&2
     fail "installing the dependencies failed (log: $log)" "check the network and the disk, then run make setup again"
 fi
+# libp2p brings trio-typing, whose outdated stubs hide trio's own type hints from mypy
+rm -rf $VENV/lib/python*/site-packages/trio-stubs
 printf '%s' "$want" >$STAMP
 say "setup: done"
