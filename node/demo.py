@@ -261,8 +261,11 @@ class Demo:
         self.outcome.local_tokens_per_s = fused["tokens_per_s"]
         equal = same["text"] == self.outcome.answer
         share = self.outcome.tokens_per_s / fused["tokens_per_s"]
-        self.say(f"   {'[green]identical text[/]' if equal else '[red]different text[/]'}; {same['tokens_per_s']:.1f} "
-                 f"tokens/s in pieces, {fused['tokens_per_s']:.1f} fused: the swarm reaches {share:.2f} of that")  # fmt: skip
+        verdict = "[green]identical text[/]" if equal else "[red]different text[/]"
+        self.say(
+            f"   {verdict}; {same['tokens_per_s']:.1f} tokens/s in pieces, {fused['tokens_per_s']:.1f} fused:"
+            f" the swarm reaches {share:.2f} of that"
+        )
 
     def sample_nodes(self) -> None:
         """What each node did so far, before anything is killed."""

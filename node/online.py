@@ -1,0 +1,256 @@
+"""Commands that ask the running daemon over its control socket, and how their answers look to people."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from config.errors import EXIT_FAILED, EXIT_OK, ConfigError, RiosError
+from config.vocabulary import GIB, MIB, format_credits
+from node import control
+from node.cli import Context, Output, parse_credits
+
+
+def _ask(context: Context, command: str, **args: Any) -> Any:  # noqa: ANN401 - JSON
+    return control.ask(context.paths().control, command, args)
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.0f} MiB"
+
+
+def status(context: Context) -> Output:
+    """``rios status``"""
+    data = _ask(context, "status")
+    node, network, work, ledger = data["node"], data["network"], data["work"], data["ledger"]
+    models = ", ".join(f"{m['name']} ({'ready' if m['ready'] else m['reason']})" for m in work["models"]) or "none"
+    rows = [
+        ["Node", f"{node['name'] or node['peer_id'][:16]}  {node['peer_id']}"],
+        ["", f"RiOS {node['version']}, up {_duration(node['uptime_s'])}, {_size(node['rss_bytes'])} resident"],
+        ["Network", f"{network['links']} links, {network['known']} nodes known"],
+        *(["", address] for address in network["addresses"]),
+        ["Work", f"{work['shards']} shards served on {work['device']}, {work['expert_rows']} expert rows computed"],
+        ["", f"answers with: {models}"],
+        ["", f"{work['active']} answers in progress, {work['waiting']} waiting, {work['tokens']} tokens made"],
+        ["Ledger", _ledger_line(ledger)],
+        ["Gateway", data["gateway"]["url"] if data["gateway"] else "off"],
+    ]
+    return Output(data, _table(rows))
+
+
+def _ledger_line(ledger: Mapping[str, Any] | None) -> str:
+    if not ledger:
+        return "off: no genesis file"
+    tolerance = "one witness, no Byzantine tolerance" if not ledger["f"] else f"tolerates {ledger['f']} lying witnesses"
+    return f"network {ledger['net'][:12]}, balance {format_credits(ledger['balance'])} credits, {tolerance}"
+
+
+def peers(context: Context) -> Output:
+    """``rios peers``"""
+    data = _ask(context, "peers")
+    rows = [["PEER", "LINK", "CORES", "RAM", "SPEED", "SHARDS", "PRICE/TFLOP", "VERSION"]]
+    for peer in data:
+        rows.append(
+            [
+                peer["peer_id"] + (" (this node)" if peer["self"] else ""),
+                "yes" if peer["linked"] else "no",
+                str(peer["cores"]),
+                _size(peer["ram_bytes"]),
+                f"{peer['expert_kflop_per_s'] / 1e6:.1f} GFLOP/s",
+                str(peer["shards"]),
+                format_credits(peer["microcredits_per_tflop"]) if peer["shards"] else "-",
+                peer["version"],
+            ]
+        )
+    return Output(data, _table(rows))
+
+
+def health(context: Context) -> Output:
+    """``rios health``"""
+    data = _ask(context, "health")
+    text = "ok" if data["ok"] else "impaired: " + "; ".join(data["reasons"])
+    return Output(data, text, EXIT_OK if data["ok"] else EXIT_FAILED)
+
+
+def chat(context: Context) -> Output | int:
+    """``rios chat``"""
+    args = context.args
+    if args.local:
+        from node import local  # noqa: PLC0415 - loads the runtime
+
+        return local.chat(context)
+    if args.question:
+        return _chat_once(context, " ".join(args.question))
+    if not sys.stdin.isatty():
+        return _chat_once(context, sys.stdin.read().strip())
+    history: list[dict[str, str]] = []
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return EXIT_OK
+        if question:
+            history.append({"role": "user", "content": question})
+            answer = _stream(context, history, echo=True)
+            history.append({"role": "assistant", "content": answer["text"]})
+
+
+def _chat_once(context: Context, question: str) -> Output | int:
+    if not question:
+        raise ConfigError("usage", "no question", 'e.g. rios chat "What is the capital of France?"')
+    as_json = getattr(context.args, "json", False)
+    answer = _stream(context, [{"role": "user", "content": question}], echo=not as_json)
+    return Output(answer, "") if as_json else EXIT_OK
+
+
+def _stream(context: Context, messages: list[dict[str, str]], *, echo: bool) -> Any:  # noqa: ANN401 - JSON
+    asked = {"messages": messages, **chat_options(context)}
+    for kind, value in control.request(context.paths().control, "chat", asked):
+        if kind == "event" and echo:
+            print(value["text"], end="", flush=True)  # noqa: T201 - the command's output
+        if kind == "result":
+            if echo:
+                print(flush=True)  # noqa: T201 - the command's output
+                note = f"[{value['completion_tokens']} tokens, {value['tokens_per_s']:.1f} tokens/s]"
+                print(note, file=sys.stderr)  # noqa: T201 - a note for people
+            return value
+    raise RiosError("internal", "the node sent no answer")
+
+
+def chat_options(context: Context) -> dict[str, Any]:
+    """The sampling flags of ``rios chat`` as JSON."""
+    args = context.args
+    return {
+        "model": args.model,
+        "route": args.route,
+        "max_tokens": args.max_tokens,
+        "min_tokens": args.min_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "stop": args.stop,
+    }
+
+
+# --- models
+
+
+def model_ls(context: Context) -> Output:
+    """``rios model ls``"""
+    try:
+        data = _ask(context, "model.list")
+    except RiosError as error:
+        if error.code != "not_running":
+            raise
+        from node import local  # noqa: PLC0415 - the daemon is stopped: look at the disk
+
+        return local.model_ls(context)
+    rows = [["NAME", "ID", "SHARDS HERE", "REPLICAS", "DEPLOYED", "STATE"]]
+    for model in data:
+        replicas = f"{model['replicas_min']}-{model['replicas_max']} of {model['replicas_wanted']}"
+        rows.append(
+            [
+                model["name"],
+                model["id"][:16],
+                f"{model['shards_held']}/{model['shards']}",
+                replicas,
+                "yes" if model["deployed"] else "no",
+                "ready" if model["ready"] else model["reason"],
+            ]
+        )
+    return Output(data, _table(rows) if data else "no models; try: rios model import bundled")
+
+
+def model_deploy(context: Context) -> Output:
+    """``rios model deploy``"""
+    data = _ask(context, "model.deploy", model=context.args.model, replicas=context.args.replicas)
+    return Output(data, f"deployed {data['name']} with {data['replicas']} replicas; watch it: rios model ls")
+
+
+def model_undeploy(context: Context) -> Output:
+    """``rios model undeploy``"""
+    data = _ask(context, "model.undeploy", model=context.args.model)
+    return Output(data, f"withdrew {data['name']}; nodes drop its shards when they notice")
+
+
+# --- ledger
+
+
+def ledger_balance(context: Context) -> Output:
+    """``rios ledger balance``"""
+    data = _ask(context, "ledger.balance", account=context.args.account)
+    text = f"{data['account']}\n  {format_credits(data['balance'])} credits free"
+    return Output(data, text + f", {format_credits(data['locked'])} locked in channels")
+
+
+def ledger_statement(context: Context) -> Output:
+    """``rios ledger statement``"""
+    data = _ask(context, "ledger.statement", account=context.args.account)
+    rows = [["WHAT", "AMOUNT", "COUNTERPARTY", "REFERENCE"]]
+    for line in data:
+        amount = format_credits(line["amount"])
+        rows.append(
+            [line["kind"], amount if amount.startswith("-") else f"+{amount}", line["party"], line["reference"]]
+        )
+    return Output(data, _table(rows) if data else "nothing yet")
+
+
+def ledger_verify(context: Context) -> Output:
+    """``rios ledger verify``: through the daemon, else straight from the file."""
+    try:
+        data = _ask(context, "ledger.verify")
+    except RiosError as error:
+        if error.code != "not_running":
+            raise
+        from node import local  # noqa: PLC0415 - the daemon is stopped: read the file
+
+        data = local.ledger_verify(context)
+    verdict = "verified" if data["verified"] else "NOT VERIFIED: " + "; ".join(data["faults"])
+    text = f"{verdict}\n  {data['entries']} entries, {data['claims']} settlements, {data['certificates']} certificates"
+    text += f"\n  sums {'add up' if data['sum_ok'] else 'DO NOT ADD UP'}, digest {data['digest']}"
+    return Output(data, text, EXIT_OK if data["verified"] and data["sum_ok"] else EXIT_FAILED)
+
+
+def ledger_channels(context: Context) -> Output:
+    """``rios ledger channels``"""
+    data = _ask(context, "ledger.channels")
+    rows = [["CHANNEL", "PAYER", "PAYEE", "LOCKED", "PROMISED", "SETTLED", "STATE"]]
+    for each in data:
+        amounts = [format_credits(each[key]) for key in ("locked", "promised", "paid")]
+        rows.append([each["channel"][:12], each["payer"][-12:], each["payee"][-12:], *amounts, each["state"]])
+    return Output(data, _table(rows) if data else "no channels")
+
+
+def ledger_settle(context: Context) -> Output:
+    """``rios ledger settle``"""
+    data = _ask(context, "ledger.settle")
+    return Output(data, f"settled {data['claims']} channels")
+
+
+def ledger_grant(context: Context) -> Output:
+    """``rios ledger grant``"""
+    return _pay(context, "ledger.grant", "granted")
+
+
+def ledger_transfer(context: Context) -> Output:
+    """``rios ledger transfer``"""
+    return _pay(context, "ledger.transfer", "sent")
+
+
+def _pay(context: Context, command: str, verb: str) -> Output:
+    amount = parse_credits(context.args.credits)
+    data = _ask(context, command, to=context.args.to, microcredits=amount)
+    return Output(data, f"{verb} {format_credits(amount)} credits to {context.args.to}; entry {data['entry']}")
