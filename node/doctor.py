@@ -1,0 +1,242 @@
+"""``rios doctor``: every check says ok, warn or fail, what it saw, why it matters and the exact fix.
+
+Works with the daemon stopped and running; changes nothing.
+"""
+
+import shutil
+import socket
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from config import seeds
+from config.errors import EXIT_FAILED, EXIT_OK, RiosError
+from config.load import Loaded
+from config.paths import Paths
+from config.vocabulary import GIB
+from node import control
+from node.cli import Context, Output
+
+DISK_FREE_BYTES_MIN = 2 * GIB
+DIAL_SECONDS_MAX = 3.0
+
+Level = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check's outcome. ``why`` and ``fix`` are empty when all is well."""
+
+    level: Level
+    what: str
+    why: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """What is looked at."""
+
+    loaded: Loaded
+    paths: Paths
+    passphrase: bytes | None
+    running: bool
+
+
+def diagnose(context: Context) -> Output:
+    """Run all checks; exit code 1 if one of them failed."""
+    findings: list[Finding] = []
+    try:
+        loaded = context.settings()
+    except RiosError as error:
+        findings.append(Finding("fail", error.message, "without a right config nothing starts", error.hint))
+    else:
+        paths = context.paths(loaded)
+        origin = str(context.config_file) if context.config_file.exists() else "defaults (no config file)"
+        findings.append(Finding("ok", f"config: {origin}"))
+        patient = Patient(loaded, paths, context.passphrase(), _running(paths))
+        for check in CHECKS:
+            findings += _guarded(check, patient)
+    text = "\n".join(_line(finding) for finding in findings)
+    failed = any(finding.level == "fail" for finding in findings)
+    return Output([asdict(finding) for finding in findings], text, EXIT_FAILED if failed else EXIT_OK)
+
+
+def _line(finding: Finding) -> str:
+    line = f"{finding.level:4}  {finding.what}"
+    if finding.why:
+        line += f"\n      why it matters: {finding.why}"
+    if finding.fix:
+        line += f"\n      fix: {finding.fix}"
+    return line
+
+
+def _guarded(check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
+    try:
+        yield from check(patient)
+    except RiosError as error:
+        yield Finding("fail", error.message, (check.__doc__ or "").strip(), error.hint)
+
+
+def _running(paths: Paths) -> bool:
+    try:
+        control.ask(paths.control, "health")
+    except RiosError as error:
+        return error.code != "not_running"
+    return True
+
+
+def _versions(_: Patient) -> Iterator[Finding]:
+    """versions that do not fit fail in strange ways"""
+    names = ("libp2p", "onnxruntime", "numpy", "trio")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    yield Finding("ok", f"Python {sys.version.split()[0]}, {versions}")
+
+
+def _daemon(patient: Patient) -> Iterator[Finding]:
+    """a node that does not run earns and serves nothing"""
+    if not patient.running:
+        yield Finding("warn", "the daemon is not running", "nothing is served", "rios run")
+        return
+    health = control.ask(patient.paths.control, "health")
+    if health["ok"]:
+        yield Finding("ok", "the daemon is running and well")
+    for reason in health["reasons"]:
+        yield Finding("warn", reason, "part of this node's work cannot be done", "rios status, and the daemon's log")
+    for reason in health["idle_reasons"]:
+        yield Finding("warn", f"no work comes in: {reason}", "an idle node earns nothing", "rios peers; rios model ls")
+
+
+def _key(patient: Patient) -> Iterator[Finding]:
+    """the key is the node's identity and its account"""
+    from p2p import keyfile  # noqa: PLC0415 - only this check needs it
+
+    if not patient.paths.key.exists():
+        yield Finding("fail", f"there is no key {patient.paths.key}", "the key is the node's identity", "rios init")
+        return
+    identity = keyfile.load(patient.paths.key, patient.passphrase)
+    yield Finding("ok", f"key of {identity.peer_id}")
+    mode = patient.paths.key.stat().st_mode & 0o777
+    if mode & 0o077:
+        yield Finding(
+            "fail", f"the key is readable by others (mode {mode:o})", "they can spend", f"chmod 600 {patient.paths.key}"
+        )
+
+
+def _disk(patient: Patient) -> Iterator[Finding]:
+    """a full disk stops the ledger and the fetching of shards"""
+    folder = patient.paths.data if patient.paths.data.exists() else Path.home()
+    free = shutil.disk_usage(folder).free
+    text = f"{free / GIB:.1f} GiB free at {folder}"
+    if free < DISK_FREE_BYTES_MIN:
+        yield Finding("warn", text, "shards and the ledger need room", "free some space or move node.data_dir")
+    else:
+        yield Finding("ok", text)
+
+
+def _ports(patient: Patient) -> Iterator[Finding]:
+    """a taken port keeps the node from starting"""
+    if patient.running:
+        return
+    settings = patient.loaded.settings
+    wanted = [_host_port(address) for address in settings.p2p.listen]
+    if settings.gateway.enabled:
+        wanted.append((settings.gateway.host, settings.gateway.port))
+    for host, port in wanted:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                yield Finding(
+                    "fail",
+                    f"cannot listen on {host}:{port}: {error.strerror}",
+                    "the node cannot start",
+                    "stop what uses it (ss -ltnp) or change p2p.listen / gateway.port",
+                )
+            else:
+                yield Finding("ok", f"port {host}:{port or 'any'} is free")
+
+
+def _host_port(multiaddr: str) -> tuple[str, int]:
+    parts = multiaddr.strip("/").split("/")
+    return parts[1], int(parts[3])
+
+
+def _seeds(patient: Patient) -> Iterator[Finding]:
+    """without a living seed a new node finds nobody"""
+    settings = patient.loaded.settings.p2p
+    listed = seeds.collect(settings.seeds, settings.seeds_file, patient.paths.config_file.parent)
+    if not listed:
+        yield Finding("ok", "no seeds configured: this node starts a swarm or waits to be found")
+        return
+    alive = 0
+    for seed in listed:
+        if seed.startswith("/dnsaddr/"):
+            continue
+        host, port = _host_port(seed)
+        try:
+            with socket.create_connection((host, port), DIAL_SECONDS_MAX):
+                alive += 1
+                yield Finding("ok", f"seed {host}:{port} answers")
+        except OSError as error:
+            yield Finding("warn", f"seed {host}:{port}: {error}", "one way in less", "ask its operator, or remove it")
+    if not alive:
+        yield Finding("fail", "no seed can be reached", "the node stays alone", "check the network and p2p.seeds")
+
+
+def _runtime(patient: Patient) -> Iterator[Finding]:
+    """experts run in ONNX Runtime"""
+    from dmoe import runtime  # noqa: PLC0415 - loads ONNX Runtime
+
+    yield Finding("ok", f"ONNX Runtime: {runtime.smoke(patient.loaded.settings.dmoe.device)}")
+
+
+def _models(patient: Patient) -> Iterator[Finding]:
+    """altered shards give wrong answers and are refused when loaded"""
+    from dmoe.store import ModelStore  # noqa: PLC0415 - only this check needs it
+
+    if not patient.paths.models.exists():
+        yield Finding("ok", "no models here yet")
+        return
+    store = ModelStore(patient.paths.models)
+    for manifest in store.manifests():
+        held = [shard for shard in manifest.shards if store.has_shard(manifest.model_id, shard.id)]
+        for shard in held:
+            store.verify_shard(manifest.model_id, shard.id)
+        yield Finding("ok", f"{manifest.name}: {len(held)} of {len(manifest.shards)} shards here, hashes right")
+
+
+def _databases(patient: Patient) -> Iterator[Finding]:
+    """a damaged database loses money"""
+    for path in (patient.paths.ledger, patient.paths.accounts):
+        if not path.exists():
+            continue
+        try:
+            with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+                verdict = database.execute("PRAGMA quick_check").fetchone()[0]
+        except sqlite3.Error as error:
+            verdict = str(error)
+        if verdict == "ok":
+            yield Finding("ok", f"{path.name}: database intact")
+        else:
+            yield Finding(
+                "fail", f"{path}: {verdict}", "rows may be lost", "restore it from a backup; peers hold the ledger"
+            )
+
+
+CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
+    _versions,
+    _key,
+    _disk,
+    _ports,
+    _seeds,
+    _runtime,
+    _models,
+    _databases,
+    _daemon,
+)
