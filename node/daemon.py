@@ -1,0 +1,322 @@
+"""The daemon: starts every part of a node in the order in which they need each other, and ends them backwards.
+
+Owns: life cycle, wiring, health. Does not own: any behaviour of the parts; what operators may ask of a running node
+stands in ``operator``.
+
+Invariants:
+1. One daemon per data folder (a lock that the operating system drops if the process dies).
+2. What can fail for a reason the operator can mend fails before anything is announced to peers.
+3. SIGTERM or SIGINT ends it within five seconds: no new work, work in flight finished, ledger closed, links closed.
+"""
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import trio
+
+from config import seeds
+from config.errors import EXIT_OK, ConfigError, LocalError
+from config.paths import Paths
+from config.settings import Settings
+from config.vocabulary import KFLOP_PER_TFLOP
+from dmoe import hardware
+from dmoe.caller import Caller
+from dmoe.engine import Engine
+from dmoe.hosting import Hosting
+from dmoe.models import StoredModels
+from dmoe.ports import Quote
+from dmoe.runtime import RuntimeOptions
+from dmoe.store import ModelStore
+from dmoe.worker import Worker
+from ledger.core import genesis as genesis_file
+from ledger.core.genesis import Genesis
+from ledger.ledger import Ledger, open_ledger
+from node import control, metrics, operator
+from node.cli import VERSION
+from p2p import keyfile
+from p2p.core.advert import Advert
+from p2p.core.identity import Identity, peer_id_of
+from p2p.network import PeerNetwork, open_network
+
+log = logging.getLogger("rios.node")
+
+STOP_SECONDS_MAX = 4.5
+DRAIN_SECONDS_MAX = 1.5
+
+
+class Node:
+    """A running node: its parts, for ``operator`` and ``metrics`` to look at."""
+
+    def __init__(self, settings: Settings, paths: Paths, identity: Identity) -> None:
+        self.settings = settings
+        self.paths = paths
+        self.identity = identity
+        self.started_at = time.monotonic()
+        self.stop = trio.Event()
+        self.store = ModelStore(paths.models)
+        self.options = RuntimeOptions(device=settings.dmoe.device, threads=settings.dmoe.threads)  # type: ignore[arg-type]
+        self.ledger: Ledger | None = None
+        self.gateway_url = ""
+        self.network: PeerNetwork
+        self.worker: Worker
+        self.caller: Caller
+        self.hosting: Hosting
+        self.engine: Engine
+
+    def expert_rows(self) -> int:
+        """Rows computed by the experts here, for whomever."""
+        shards = self.worker.statistics()["shards"]
+        return sum(shard["rows"] for model in shards.values() for shard in model.values())
+
+    def shards_served(self) -> int:
+        """Shards loaded and served."""
+        return sum(len(shards) for shards in self.worker.statistics()["shards"].values())
+
+    def ready(self) -> tuple[bool, list[str]]:
+        """Whether the node can do its work, and why not (also the gateway's readiness)."""
+        reasons = [f"model {m.name}: {m.reason}" for m in self.engine.models() if not m.ready]
+        if self.ledger is not None and self.ledger.balance() == 0 and self.settings.gateway.enabled:
+            paying = any(channel["payer"] == self.identity.peer_id for channel in self.ledger.channels())
+            if not paying and len(self.network.directory.adverts()) > 1:
+                reasons.append("this node's ledger account is empty: paid experts will refuse its calls")
+        return not reasons, reasons
+
+    def idle_reasons(self) -> list[str]:
+        """Why no work may be coming in."""
+        reasons = []
+        if not self.settings.dmoe.serve:
+            reasons.append("dmoe.serve is off")
+        elif not self.shards_served():
+            reasons.append("no shards are served (no deployment has placed one here, or its publisher is not allowed)")
+        if not self.network.peers():
+            reasons.append("no peer is linked")
+        return reasons
+
+
+@contextmanager
+def _only_daemon(lock: Path) -> Iterator[None]:
+    lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(descriptor, 32).decode(errors="replace").strip()
+            message = f"a node is already running with the data folder {lock.parent} (pid {pid or 'unknown'})"
+            raise LocalError("local", message, "stop it, or use another node.data_dir") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def load_genesis(settings: Settings, paths: Paths) -> Genesis | None:
+    """The network's genesis, or None if this node has no file (it then neither pays nor is paid)."""
+    configured = settings.ledger.genesis_file
+    file = (paths.config_file.parent / Path(configured).expanduser()) if configured else paths.genesis
+    if not file.exists():
+        if configured:
+            raise ConfigError("config", f"ledger.genesis_file: there is no file {file}", "get it from the network")
+        return None
+    try:
+        return genesis_file.from_json(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("config", f"cannot read the genesis file {file}: {error}") from error
+
+
+def run(settings: Settings, paths: Paths, passphrase: bytes | None, *, until_stdin_closes: bool = False) -> int:
+    """Run a node until it is told to stop; returns the exit code. Raises RiosError if it cannot start."""
+    with _only_daemon(paths.lock):
+        identity = keyfile.load(paths.key, passphrase)
+        trio.run(_main, settings, paths, identity, until_stdin_closes)
+    return EXIT_OK
+
+
+async def _main(settings: Settings, paths: Paths, identity: Identity, until_stdin_closes: bool) -> None:
+    async with open_node(settings, paths, identity) as node:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_watch_signals, node)
+            if until_stdin_closes:
+                nursery.start_soon(_watch_stdin, node)
+            log.info("node %s is up (RiOS %s)", identity.peer_id, VERSION)
+            for address in node.network.addresses:
+                log.info("listening on %s", address)
+            if node.gateway_url:
+                log.info("gateway on %s", node.gateway_url)
+            await node.stop.wait()
+            nursery.cancel_scope.cancel()
+        log.info("stopping")
+        _exit_at_the_latest(STOP_SECONDS_MAX)
+        with trio.move_on_after(DRAIN_SECONDS_MAX):
+            await node.worker.drain()
+    log.info("stopped")
+
+
+async def _watch_signals(node: Node) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            node.stop.set()
+
+
+async def _watch_stdin(node: Node) -> None:
+    """For a parent that wants its nodes to end with it, however it ends."""
+    reader = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
+    while await reader.receive_some(4096):
+        pass
+    node.stop.set()
+
+
+def _exit_at_the_latest(seconds: float) -> None:
+    """A last resort: everything durable is written before it is acknowledged, so leaving hard loses nothing."""
+
+    def leave() -> None:
+        log.error("a part did not stop within %.1f s; leaving anyway", seconds)
+        os._exit(EXIT_OK)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+
+
+@asynccontextmanager
+async def open_node(settings: Settings, paths: Paths, identity: Identity) -> AsyncIterator[Node]:
+    """A running node with all its parts."""
+    node = Node(settings, paths, identity)
+    genesis = load_genesis(settings, paths)
+    measured = await trio.to_thread.run_sync(hardware.measure)
+    advert = Advert(
+        peer_id=identity.peer_id,
+        seq=0,
+        expires_ms=0,
+        version=VERSION,
+        region=settings.node.region,
+        hardware=measured,
+        disk_bytes=settings.dmoe.disk_bytes_max,
+        roles=("witness",) if settings.ledger.witness else (),
+        net=genesis.net if genesis else b"",
+    )
+    listed = seeds.collect(settings.p2p.seeds, settings.p2p.seeds_file, paths.config_file.parent)
+    p2p_settings = replace(settings.p2p, seeds=listed, seeds_file="")
+    async with AsyncExitStack() as stack:
+        node.network = await stack.enter_async_context(
+            open_network(identity, p2p_settings, data_dir=paths.network, version=VERSION, advert=advert)
+        )
+        nursery = await stack.enter_async_context(_background())
+        if genesis is not None:
+            node.ledger = await open_ledger(
+                node.network, identity, genesis, paths.ledger, settings.ledger, nursery=nursery
+            )
+            stack.push_async_callback(node.ledger.aclose)
+        else:
+            log.warning("no genesis file %s: this node neither pays nor is paid", paths.genesis)
+        await _start_work(node, nursery, genesis)
+        await _start_edges(node, stack, nursery)
+        yield node
+
+
+@asynccontextmanager
+async def _background() -> AsyncIterator[trio.Nursery]:
+    """A nursery for what runs as long as the node; left by cancelling."""
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None) -> None:
+    settings, network = node.settings, node.network
+    node.store.offer_to(network.blobs.offer) if hasattr(node.store, "offer_to") else network.blobs.offer(node.store)
+    quote = Quote(
+        _quote_number(settings), settings.ledger.microcredits_per_tflop, settings.ledger.microcredits_per_kv_unit
+    )
+    node.worker = Worker(
+        network,
+        quote=quote,
+        seller=node.ledger.seller if node.ledger else None,
+        threads=node.options.thread_count,
+        queue_rows_max=settings.dmoe.queue_rows_max,
+        batch_rows_max=settings.dmoe.batch_rows_max,
+    )
+    node.caller = Caller(
+        network,
+        worker=node.worker,
+        buyer=node.ledger.buyer if node.ledger else None,
+        call_timeout_ms=settings.dmoe.call_timeout_ms,
+    )
+    node.hosting = Hosting(network, node.store, node.worker)
+    models = StoredModels(node.store, node.options, caller=node.caller)
+    node.engine = Engine(
+        models,
+        generations_max=settings.dmoe.generations_max,
+        waiting_max=settings.dmoe.waiting_max,
+        default_route="fused" if settings.dmoe.fused else "experts",
+    )
+    for part in (node.worker.run, node.caller.run, node.hosting.run):
+        await nursery.start(part)
+
+
+def _quote_number(settings: Settings) -> int:
+    """Names a price: the same number for the same price, so that a restart does not make callers ask again."""
+    price = settings.ledger
+    return price.microcredits_per_tflop * KFLOP_PER_TFLOP + price.microcredits_per_kv_unit
+
+
+def allowed_publishers(node: Node, genesis: Genesis | None) -> frozenset[str]:
+    """Whose models this node takes: its own, those the operator lists, and (if none are listed) the issuer's."""
+    listed = node.settings.dmoe.publishers
+    issuer = [] if listed or genesis is None else [peer_id_of(genesis.issuer)]
+    return frozenset([node.identity.peer_id, *listed, *issuer])
+
+
+async def _start_edges(node: Node, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
+    registry = metrics.registry_of(node)
+    if node.settings.gateway.enabled:
+        from gateway.gateway import open_gateway  # noqa: PLC0415 - a node without a gateway does not pay for it
+
+        gateway = await stack.enter_async_context(
+            open_gateway(
+                settings=node.settings.gateway,
+                data_dir=node.paths.data,
+                engine=node.engine,
+                health=node,
+                registry=registry,
+                version=VERSION,
+            )
+        )
+        node.gateway_url = gateway.url
+    if node.settings.node.metrics_port:
+        stack.callback(_serve_metrics(node.settings.node.metrics_port, registry))
+    await nursery.start(control.serve, node.paths.control, operator.commands(node))
+
+
+def _serve_metrics(port: int, registry: "metrics.CollectorRegistry") -> Callable[[], None]:
+    from prometheus_client import start_http_server  # noqa: PLC0415 - only where the port is set
+
+    try:
+        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+    except OSError as error:
+        raise LocalError("port_taken", f"port {port}: {error.strerror}", "change node.metrics_port") from error
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return close
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,65 @@
+"""Prometheus metrics of a node, read from the statistics its parts already keep; labels are few and bounded."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import psutil
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from node.cli import VERSION
+
+if TYPE_CHECKING:
+    from node.daemon import Node
+
+
+class NodeCollector(Collector):
+    """Asks the node when somebody scrapes; costs nothing otherwise."""
+
+    def __init__(self, node: "Node") -> None:
+        self._node = node
+        self._process = psutil.Process()
+
+    def collect(self) -> Iterator[Metric]:
+        """One scrape."""
+        node = self._node
+        yield InfoMetricFamily("rios_node", "This node", {"peer_id": node.identity.peer_id, "version": VERSION})
+        yield _gauge("rios_resident_bytes", "Resident memory", self._process.memory_info().rss)
+        times = self._process.cpu_times()
+        yield _counter("rios_cpu_seconds", "CPU time used", times.user + times.system)
+        yield _gauge("rios_peers_linked", "Peers with a live link", len(node.network.peers()))
+        yield _gauge("rios_peers_known", "Nodes with a valid advert", len(node.network.directory.adverts()))
+        work = node.worker.statistics()
+        yield _counter("rios_expert_calls", "Expert calls served", work["calls"])
+        yield _counter("rios_expert_calls_refused", "Expert calls refused as busy", work["refused"])
+        yield _counter("rios_expert_rows", "Expert rows computed", node.expert_rows())
+        yield _gauge("rios_expert_rows_waiting", "Expert rows in queues", node.worker.rows_waiting())
+        yield _gauge("rios_shards_served", "Shards loaded and served", node.shards_served())
+        engine = node.engine.statistics()
+        yield _gauge("rios_generations_active", "Answers in progress", engine.active)
+        yield _gauge("rios_generations_waiting", "Answers waiting for a slot", engine.waiting)
+        yield _counter("rios_prompt_tokens", "Prompt tokens read", engine.prompt_tokens)
+        yield _counter("rios_completion_tokens", "Tokens generated", engine.completion_tokens)
+        outcomes = CounterMetricFamily("rios_generations", "Answers by outcome", labels=["outcome"])
+        for outcome in ("finished", "failed", "cancelled"):
+            outcomes.add_metric([outcome], getattr(engine, outcome))
+        yield outcomes
+        if node.ledger is not None:
+            yield _gauge("rios_ledger_balance_microcredits", "Free balance of this node", node.ledger.balance())
+            yield _counter("rios_ledger_entries", "Entries applied", node.ledger.statistics()["entries"])
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, value)
+
+
+def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(name, text, value)
+
+
+def registry_of(node: "Node") -> CollectorRegistry:
+    """A registry with the node's metrics; the gateway adds its own."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(NodeCollector(node))
+    return registry

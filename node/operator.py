@@ -1,0 +1,364 @@
+"""What an operator may ask of a running node: the commands of the control socket, and their JSON.
+
+Reads and drives the parts of a :class:`node.daemon.Node`; owns no behaviour of its own.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from config.errors import ConfigError, LocalError, RequestError
+from config.generation import Delta, Finished, GenerationRequest, Message, Sampling
+from dmoe.core.manifest import Manifest
+from ledger.ledger import Ledger
+from node.cli import VERSION
+from node.control import Command, Send
+from p2p.core.identity import peer_id_of, public_key_of
+
+if TYPE_CHECKING:
+    from node.daemon import Node
+
+Args = Mapping[str, Any]
+
+
+def commands(node: "Node") -> Mapping[str, Command]:
+    """Every command by name."""
+    return {
+        name: _bound(node, command)
+        for name, command in {
+            "status": _status,
+            "health": _health,
+            "peers": _peers,
+            "chat": _chat,
+            "model.list": _model_list,
+            "model.deploy": _model_deploy,
+            "model.undeploy": _model_undeploy,
+            "model.health": _model_health,
+            "model.holdings": _model_holdings,
+            "model.progress": _model_progress,
+            "ledger.balance": _ledger_balance,
+            "ledger.statement": _ledger_statement,
+            "ledger.verify": _ledger_verify,
+            "ledger.channels": _ledger_channels,
+            "ledger.settle": _ledger_settle,
+            "ledger.grant": _ledger_grant,
+            "ledger.transfer": _ledger_transfer,
+        }.items()
+    }
+
+
+def _bound(node: "Node", command: Callable[["Node", Args, Send], Awaitable[Any]]) -> Command:
+    async def run(args: Args, send: Send) -> Any:  # noqa: ANN401 - JSON
+        return await command(node, args, send)
+
+    return run
+
+
+# --- node
+
+
+async def _status(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    engine = node.engine.statistics()
+    network = dict(node.network.statistics())
+    process = psutil.Process()
+    times = process.cpu_times()
+    return {
+        "node": {
+            "peer_id": node.identity.peer_id,
+            "name": node.settings.node.name,
+            "version": VERSION,
+            "uptime_s": round(time.monotonic() - node.started_at, 1),
+            "rss_bytes": process.memory_info().rss,
+            "cpu_seconds": round(times.user + times.system, 2),
+            "data_dir": str(node.paths.data),
+        },
+        "network": {
+            "addresses": list(node.network.addresses),
+            "links": len(node.network.peers()),
+            "known": len(node.network.directory.adverts()),
+            "details": network,
+        },
+        "work": {
+            "device": node.options.providers()[0].removesuffix("ExecutionProvider"),
+            "shards": node.shards_served(),
+            "expert_rows": node.expert_rows(),
+            "models": [asdict(model) for model in node.engine.models()],
+            "active": engine.active,
+            "waiting": engine.waiting,
+            "tokens": engine.completion_tokens,
+            "tokens_per_s": engine.tokens_per_s,
+            "hosting": node.hosting.status(),
+            "worker": node.worker.statistics(),
+            "caller": node.caller.statistics(),
+        },
+        "ledger": _ledger_summary(node),
+        "gateway": {"url": node.gateway_url} if node.gateway_url else None,
+    }
+
+
+def _ledger_summary(node: "Node") -> Any:  # noqa: ANN401 - JSON
+    if node.ledger is None:
+        return None
+    return {
+        **node.ledger.statistics(),
+        "f": node.ledger.genesis.f,
+        "issuer": peer_id_of(node.ledger.genesis.issuer),
+        "account": node.identity.peer_id,
+    }
+
+
+async def _health(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    ok, reasons = node.ready()
+    return {"ok": ok, "reasons": reasons, "idle_reasons": node.idle_reasons()}
+
+
+async def _peers(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    linked = set(node.network.peers())
+    rows = []
+    for peer_id, advert in sorted(node.network.directory.adverts().items()):
+        offers = advert.models
+        rows.append(
+            {
+                "peer_id": peer_id,
+                "self": peer_id == node.identity.peer_id,
+                "linked": peer_id in linked or peer_id == node.identity.peer_id,
+                "addresses": list(advert.addresses),
+                "version": advert.version,
+                "region": advert.region,
+                "roles": list(advert.roles),
+                "cpu": advert.hardware.cpu,
+                "cores": advert.hardware.cores,
+                "ram_bytes": advert.hardware.ram_bytes,
+                "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in advert.hardware.gpus],
+                "expert_kflop_per_s": advert.hardware.expert_kflop_per_s,
+                "memory_bytes_per_s": advert.hardware.memory_bytes_per_s,
+                "offered_bytes": advert.offered_bytes,
+                "full": advert.full,
+                "load": advert.load,
+                "shards": sum(byte.bit_count() for offer in offers for byte in offer.shards),
+                "models": [offer.model_id for offer in offers],
+                "microcredits_per_tflop": max((offer.microcredits_per_tflop for offer in offers), default=0),
+                "expires_ms": advert.expires_ms,
+            }
+        )
+    return rows
+
+
+# --- answers
+
+
+async def _chat(node: "Node", args: Args, send: Send) -> Any:  # noqa: ANN401 - JSON
+    return await generate(node.engine, args, send)
+
+
+def request_of(args: Args, models: Sequence[str]) -> GenerationRequest:
+    """A generation request from the chat command's JSON; ``models``: the ones known, for the default."""
+    model = args.get("model") or (models[0] if len(models) == 1 else "")
+    if not model:
+        known = ", ".join(models) or "none; import or deploy one first: rios model --help"
+        raise RequestError("invalid_request", "which model?", f"--model NAME, one of: {known}")
+    return GenerationRequest(
+        model=model,
+        messages=tuple(Message(role=m["role"], content=m["content"]) for m in args["messages"]),
+        sampling=Sampling(
+            temperature=args.get("temperature", 1.0),
+            top_k=args.get("top_k", 0),
+            top_p=args.get("top_p", 1.0),
+            seed=args.get("seed"),
+            stop=tuple(args.get("stop", ())),
+            max_tokens=args.get("max_tokens"),
+            min_tokens=args.get("min_tokens", 0),
+        ),
+        route=args.get("route"),
+    )
+
+
+async def generate(engine: Any, args: Args, send: Send) -> Any:  # noqa: ANN401 - an Engine; JSON
+    """Run one request; text goes to ``send`` as it comes, the whole is returned."""
+    prepared = await engine.prepare(request_of(args, [model.name for model in engine.models()]))
+    text: list[str] = []
+    finished: Finished | None = None
+    async with engine.stream(prepared) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                if event.text:
+                    text.append(event.text)
+                    await send({"text": event.text})
+            else:
+                finished = event
+    assert finished is not None
+    steps = max(0, finished.completion_tokens - 1)
+    rate = steps / finished.decode_seconds if finished.decode_seconds > 0 else 0.0
+    return {"text": "".join(text), "tokens_per_s": round(rate, 2), **asdict(finished)}
+
+
+# --- models
+
+
+def _manifest(node: "Node", args: Args) -> Manifest:
+    return node.store.find(str(args.get("model", "")))
+
+
+async def _model_list(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    deployed = {each["model_id"]: each for each in node.hosting.status()["deployments"]}
+    answering = {model.id: model for model in node.engine.models()}
+    rows = []
+    for model_id, manifest in node.store.manifests().items():
+        low, high = _replicas(node, manifest)
+        model = answering.get(model_id)
+        wanted = deployed.get(model_id, {}).get("replicas", 0)
+        rows.append(
+            {
+                "id": model_id,
+                "name": manifest.name,
+                "licence": manifest.licence,
+                "publisher": manifest.publisher,
+                "quantisation": manifest.quantisation,
+                "shards": len(manifest.shards),
+                "shards_held": sum(node.store.has_shard(model_id, shard.id) for shard in manifest.shards),
+                "replicas_min": low,
+                "replicas_max": high,
+                "replicas_wanted": wanted,
+                "deployed": wanted > 0,
+                "ready": bool(model and model.ready),
+                "reason": model.reason if model else "not answered with here (dmoe.orchestrate)",
+                "detail": deployed.get(model_id, {}).get("shards", []),
+            }
+        )
+    return rows
+
+
+def _replicas(node: "Node", manifest: Manifest) -> tuple[int, int]:
+    offers = [
+        offer
+        for advert in node.network.directory.adverts().values()
+        if (offer := advert.offer(manifest.model_id)) is not None
+    ]
+    counts = [
+        sum(offer.holds(manifest.shard_index(shard.id)) for offer in offers) for shard in manifest.expert_shards()
+    ]
+    return min(counts, default=0), max(counts, default=0)
+
+
+async def _model_deploy(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    manifest = _manifest(node, args)
+    replicas = args.get("replicas") or node.settings.dmoe.replicas
+    await node.hosting.deploy(manifest.model_id, int(replicas))
+    return {"model_id": manifest.model_id, "name": manifest.name, "replicas": int(replicas)}
+
+
+async def _model_undeploy(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    manifest = _manifest(node, args)
+    await node.hosting.undeploy(manifest.model_id)
+    return {"model_id": manifest.model_id, "name": manifest.name}
+
+
+async def _model_health(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    manifest = _manifest(node, args)
+    low, high = _replicas(node, manifest)
+    model = next((each for each in node.engine.models() if each.id == manifest.model_id), None)
+    return {
+        "ready": bool(model and model.ready),
+        "reason": model.reason if model else "not answered with here",
+        "replicas_min": low,
+        "replicas_max": high,
+    }
+
+
+async def _model_holdings(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    """What this node serves of a model."""
+    manifest = _manifest(node, args)
+    served = node.worker.indices(manifest.model_id)
+    shards = [shard for index, shard in enumerate(manifest.shards) if index in served]
+    return {
+        "shards": [shard.id for shard in shards],
+        "layers": sorted({n for shard in shards for n in range(shard.layers[0], shard.layers[1] + 1)}),
+        "experts": sorted({expert for shard in shards for expert in shard.experts}),
+    }
+
+
+async def _model_progress(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    """Bytes of shards fetched from peers, and still to come."""
+    shards = [shard for each in node.hosting.status()["deployments"] for shard in each["shards"]]
+    return {
+        "bytes_done": sum(shard["bytes_done"] for shard in shards),
+        "bytes_total": sum(shard["bytes_total"] for shard in shards),
+        "errors": [f"{shard['id']}: {shard['error']}" for shard in shards if shard["error"]],
+    }
+
+
+# --- ledger
+
+
+def _ledger(node: "Node") -> Ledger:
+    if node.ledger is None:
+        raise LocalError(
+            "unavailable",
+            f"this node has no ledger: there is no genesis file {node.paths.genesis}",
+            "get the network's genesis file, or start a network: rios init --new-network",
+        )
+    return node.ledger
+
+
+def _account(args: Args, name: str, default: str) -> str:
+    peer_id = str(args.get(name) or default)
+    public_key_of(peer_id)  # IntegrityError for what is no peer id
+    return peer_id
+
+
+def _amount(args: Args) -> int:
+    amount = args.get("microcredits")
+    if type(amount) is not int or amount <= 0:
+        raise ConfigError("usage", f"{amount!r} is not an amount", "a whole number of microcredits above 0")
+    return amount
+
+
+async def _ledger_balance(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    ledger = _ledger(node)
+    account = _account(args, "account", node.identity.peer_id)
+    key = public_key_of(account)
+    locked = sum(
+        channel.lock - channel.paid
+        for channel in ledger.book.state.channels.values()
+        if channel.payer == key and channel.closed_at is None
+    )
+    return {"account": account, "balance": ledger.balance(key), "locked": locked}
+
+
+async def _ledger_statement(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    account = _account(args, "account", node.identity.peer_id)
+    return [asdict(line) for line in await _ledger(node).statement(public_key_of(account))]
+
+
+async def _ledger_verify(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    return (await _ledger(node).verify()).as_dict()
+
+
+async def _ledger_channels(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    me = node.identity.peer_id
+    rows = []
+    for each in _ledger(node).channels():
+        sold = each["side"] == "sell"
+        rows.append(
+            {**each, "payer": each["peer_id"] if sold else me, "payee": me if sold else each["peer_id"]}
+        )
+    return rows
+
+
+async def _ledger_settle(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    return {"microcredits": await _ledger(node).settle_all()}
+
+
+async def _ledger_grant(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    to = _account(args, "to", "")
+    item = await _ledger(node).grant(public_key_of(to), _amount(args))
+    return {"entry": item.id.hex()}
+
+
+async def _ledger_transfer(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    to = _account(args, "to", "")
+    item = await _ledger(node).transfer(public_key_of(to), _amount(args))
+    return {"entry": item.id.hex()}
