@@ -36,7 +36,9 @@ from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 BACKLOG_BYTES = 1 << 20
 STALL_SECONDS = 20.0
 WINDOW_BYTES = 4 << 20
-RECEIVE_BYTES = 128 << 10
+RECEIVE_BYTES = 256 << 10
+READS_PER_TURN = 16
+"""Reads after which other tasks get a turn, however much data waits."""
 
 _NOISE_PLAIN_MAX = 65535 - 16
 _YAMUX_HEAD = Struct("!BBHII")
@@ -91,7 +93,7 @@ class Session(SecureSession):
         self._closed = False
         # receiving: ciphertext ring and the plaintext of the current message
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
-        self._start = self._end = 0
+        self._start = self._end = self._reads = 0
         self._message = b""
         self._at = 0
         # sending: what the socket did not take at once
@@ -161,10 +163,22 @@ class Session(SecureSession):
             rest = bytes(self._buffer[self._start : self._end])
             self._buffer[: len(rest)] = rest
             self._start, self._end = 0, len(rest)
-        try:
-            count = await self._socket.recv_into(self._buffer[self._end :])
-        except (OSError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError(f"connection lost: {error}") from error
+        room = (self._buffer[self._end :],)
+        self._reads += 1
+        if self._reads % READS_PER_TURN == 0:
+            await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                count = os.readv(self._socket.fileno(), room)
+                break
+            except BlockingIOError:
+                self._reads = 0
+            except OSError as error:
+                raise ConnectionClosedError(f"connection lost: {error}") from error
+            try:
+                await trio.lowlevel.wait_readable(self._socket)
+            except (OSError, trio.ClosedResourceError) as error:
+                raise ConnectionClosedError(f"connection lost: {error}") from error
         if count == 0:
             raise ConnectionClosedError("connection closed by the peer")
         self._end += count
@@ -216,33 +230,34 @@ class Session(SecureSession):
         await trio.lowlevel.checkpoint()
         await self.drain()
 
-    def push(self, messages: list[Buffer]) -> None:
-        """Encrypt and send each as one Noise message, now if the socket takes it."""
+    def push(self, messages: Sequence[Buffer]) -> None:
+        """Encrypt and send each as one Noise message, now if the socket takes it.
+
+        Each is sent before the next is encrypted: the peer decrypts one while we encrypt the next.
+        """
         if self._closed:
             raise ConnectionClosedError("the connection is closed")
-        out: list[Buffer] = []
-        total = 0
         for message in messages:
             sealed = self._encrypt(_NONCE.pack(self._sent), message, None)
             self._sent += 1
-            out += (len(sealed).to_bytes(2, "big"), sealed)
-            total += len(sealed) + 2
-        written = 0
-        if not self._outbox:
-            written = self._write_some(out)
-            if written == total:
-                return
-            self._spawn(self._flush)
-        for part in out:
-            if written < len(part):
-                view = memoryview(part)[written:]
-                self._outbox.append(view)
-                self._backlog += len(view)
-            written = max(0, written - len(part))
+            size = len(sealed).to_bytes(2, "big")
+            if self._outbox:
+                self._queue(size, sealed)
+                continue
+            written = self._write_some((size, sealed))
+            if written < len(sealed) + 2:
+                self._spawn(self._flush)
+                self._queue(size[written:], sealed[max(0, written - 2) :])
+
+    def _queue(self, *parts: bytes) -> None:
+        for part in parts:
+            if part:
+                self._outbox.append(memoryview(part))
+                self._backlog += len(part)
 
     def _write_some(self, parts: Sequence[Buffer]) -> int:
         try:
-            return os.writev(self._socket.fileno(), parts[:_IOV_MAX])
+            return os.writev(self._socket.fileno(), parts)
         except BlockingIOError:
             return 0
         except OSError as error:
