@@ -1,0 +1,75 @@
+"""The node's copy of the ledger: verified final objects in memory (``State``) and on disk (``Store``).
+
+Owns the only way in: :meth:`Book.learn` verifies, applies, persists, then tells the listeners. What a peer sends is
+never trusted; what the own disk says was verified before it was written (``verify`` checks it again).
+"""
+
+from collections.abc import Callable, Sequence
+
+import trio
+
+from config.errors import RiosError
+from ledger.core.certificate import Verifier
+from ledger.core.errors import RuleError
+from ledger.core.genesis import Genesis
+from ledger.core.objects import Certificate, Item
+from ledger.core.state import State
+from ledger.store import Final, Store, Writer
+
+Listener = Callable[[Item, Certificate], None]
+CHUNK = 64
+"""Certificates verified before other tasks get a turn (about 5 ms)."""
+
+
+class Book:
+    """State, store and verifier together."""
+
+    def __init__(self, genesis: Genesis, store: Store, writer: Writer, now_ms: Callable[[], int]) -> None:
+        self.genesis = genesis
+        self.store = store
+        self.writer = writer
+        self.now_ms = now_ms
+        self.state = State(genesis)
+        self.verifier = Verifier(genesis)
+        self.listeners: list[Listener] = []
+        self.announcer: Callable[[Sequence[Certificate]], None] | None = None
+        self.refused = 0
+        self._changed = trio.Event()
+        for item in store.items():
+            self.state.add(item)
+        self.state.touched.clear()
+
+    async def learn(self, certificates: Sequence[Certificate], *, announce: bool = False) -> list[Certificate]:
+        """Take in certificates from anywhere; returns the new ones, durable and applied (or waiting).
+
+        ``announce`` hands the new ones to the announcer (gossip): for certificates that were formed here. Bad ones
+        are counted and skipped, unless there is only one: then its error is raised.
+        """
+        fresh: list[Final] = []
+        for position, certificate in enumerate(certificates):
+            if position % CHUNK == CHUNK - 1:
+                await trio.lowlevel.checkpoint()
+            try:
+                item = self.verifier.open(certificate)
+                if self.state.add(item):
+                    fresh.append(Final(item, certificate, self.now_ms()))
+            except RiosError as error:
+                self.refused += 1
+                if len(certificates) == 1 or (isinstance(error, RuleError) and error.rule == "fork"):
+                    raise
+        if not fresh:
+            return []
+        await self.writer.commit(fresh)
+        for final in fresh:
+            for listener in self.listeners:
+                listener(final.item, final.certificate)
+        event, self._changed = self._changed, trio.Event()
+        event.set()
+        new = [final.certificate for final in fresh]
+        if announce and self.announcer is not None:
+            self.announcer(new)
+        return new
+
+    async def wait_change(self) -> None:
+        """Return after the next new final object."""
+        await self._changed.wait()

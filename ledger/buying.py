@@ -1,0 +1,295 @@
+"""The caller's side of metering: opens and tops up channels, counts answers, signs vouchers.
+
+Implements the buyer's port of the caller (structurally). :meth:`Buying.channel` and :meth:`Buying.used` run for every
+call and only touch memory.
+
+Invariants: a voucher is durable before it is sent and never lower than an earlier one; nothing is signed above the
+own count but for the bounds in ``core/channel``; one task at a time opens, tops up or introduces a worker's channel.
+"""
+
+from typing import Any
+
+import trio
+
+from config.errors import IntegrityError, RemoteError, RequestError, RiosError
+from config.settings import LedgerSettings
+from config.vocabulary import PeerId
+from ledger.book import Book
+from ledger.core import certificate as certificates
+from ledger.core.channel import NANO, STOP_BEFORE_EXPIRY_MS, PayerChannel, Price
+from ledger.core.objects import (
+    SMALL_BYTES_MAX,
+    Open,
+    Receipt,
+    Signed,
+    TopUp,
+    Voucher,
+    channel_id,
+    open_signed,
+    sign,
+)
+from ledger.core.rules import ChannelState
+from ledger.store import ChannelRow
+from ledger.voting import read_signed
+from ledger.wallet import Wallet
+from p2p.core import codec
+from p2p.core.identity import public_key_of
+from p2p.face import Call, Network, Reply
+
+HELLO_DEADLINE_MS = 15_000
+GRACE_S = 2.0
+"""How long a receipt waits for answers that are still under way before the difference counts."""
+EXPIRY_MARGIN_MS = 10 * 60 * 1000
+TICK_S = 30.0
+
+
+class Buying:
+    """Every channel on which this node pays."""
+
+    def __init__(self, network: Network, book: Book, wallet: Wallet, settings: LedgerSettings) -> None:
+        self._network = network
+        self._book = book
+        self._wallet = wallet
+        self._settings = settings
+        self._by_id: dict[bytes, PayerChannel] = {}
+        self._open: dict[PeerId, PayerChannel] = {}
+        self._worker_of: dict[bytes, PeerId] = {}
+        self._opening: dict[PeerId, trio.Lock] = {}
+        self._paying: dict[bytes, trio.Lock] = {}
+        self._moved: dict[bytes, trio.Event] = {}
+        self._low: set[PeerId] = set()
+        self._wake = trio.Event()
+        self.vouchers = 0
+        for row in book.store.channels("buy"):
+            self._restore(row)
+        network.serve("ledger.receipt", self._receipt)
+
+    def _restore(self, row: ChannelRow) -> None:
+        known = self._book.state.channels.get(row.channel)
+        if known is None or known.closed_at is not None:
+            return
+        channel = self._new(PeerId(row.peer_id), row.channel, known)
+        channel.calls, channel.kflop = row.calls, row.kflop
+        channel.nano = row.microcredits * NANO + row.nano
+        channel.receipt_n, channel.receipt_cumulative = row.receipt_n, row.receipt_cumulative
+        channel.adopt(codec.decode(Voucher, row.voucher, bytes_max=SMALL_BYTES_MAX))
+        channel.stopped = row.stopped
+        channel.resume(self._settings.credit + self._settings.prepay)
+
+    def _new(self, worker: PeerId, key: bytes, known: ChannelState) -> PayerChannel:
+        channel = PayerChannel(self._book.genesis.net, key, known.lock, self._settings.prepay)
+        self._by_id[key] = channel
+        self._worker_of[key] = worker
+        return channel
+
+    # the hot path
+
+    def channel(self, worker: PeerId) -> bytes | None:
+        """The channel to this worker if it can be used at once."""
+        channel = self._open.get(worker)
+        if channel is None or channel.stopped or channel.nano >= channel.lock * NANO:
+            return None
+        return channel.id
+
+    def used(self, worker: PeerId, channel: bytes, quote: Price, kflop: int, leaf: bytes) -> None:
+        """Count an answer that arrived."""
+        known = self._by_id.get(channel)
+        if known is None:
+            return
+        known.used(quote, kflop)
+        if self._moved and channel in self._moved:
+            self._moved[channel].set()
+        if known.nano * 4 > known.lock * (3 * NANO) and worker not in self._low:
+            self._low.add(worker)
+            self._wake.set()
+
+    # opening
+
+    async def open_channel(self, worker: PeerId) -> bytes:
+        """The usable channel to this worker: opened, topped up and introduced where needed.
+
+        Raises RiosError: ``payment_required`` (own account too low, or the channel was stopped), ``unavailable`` (no
+        quorum, or the worker does not answer).
+        """
+        async with self._opening.setdefault(worker, trio.Lock()):
+            channel = self._find(worker) or await self._create(worker)
+            if channel.stopped:
+                raise RemoteError(
+                    "payment_required", f"payments to {worker} are stopped", channel.stopped, peer_id=worker
+                )
+            if self._is_low(channel):
+                await self._top_up(channel)
+            await self._introduce(worker, channel)
+            self._open[worker] = channel
+            return channel.id
+
+    def _is_low(self, channel: PayerChannel) -> bool:
+        return max(channel.nano, channel.promised * NANO) * 4 > channel.lock * (3 * NANO)
+
+    def _usable(self, known: ChannelState) -> bool:
+        until_ms = known.expiry_ms - STOP_BEFORE_EXPIRY_MS - EXPIRY_MARGIN_MS
+        return known.closed_at is None and self._book.now_ms() < until_ms
+
+    def _find(self, worker: PeerId) -> PayerChannel | None:
+        """The channel that lives longest of those this account has open to the worker."""
+        signer, me = public_key_of(worker), self._wallet.account
+        fitting = [
+            (known.expiry_ms, key)
+            for key, known in self._book.state.channels.items()
+            if known.payer == me and known.signer == signer and self._usable(known)
+        ]
+        if not fitting:
+            return None
+        key = max(fitting)[1]
+        channel = self._by_id.get(key) or self._new(worker, key, self._book.state.channels[key])
+        channel.lock = self._book.state.channels[key].lock
+        return channel
+
+    async def _create(self, worker: PeerId) -> PayerChannel:
+        terms = (await self._network.call(worker, "ledger.terms", {}, deadline_ms=HELLO_DEADLINE_MS)).header
+        payout = terms.get("payout")
+        if terms.get("net") != self._book.genesis.net or not isinstance(payout, bytes):
+            raise RemoteError(
+                "conflict", f"{worker} belongs to another ledger network", "compare the genesis files", peer_id=worker
+            )
+        amount = self._affordable(self._settings.channel_lock, self._book.genesis.min_lock)
+        expiry_ms = self._book.now_ms() + self._settings.channel_hours * 3600 * 1000
+        item = await self._wallet.append([Open(public_key_of(worker), payout, amount, expiry_ms)])
+        key = channel_id(item.id, 0)
+        return self._by_id.get(key) or self._new(worker, key, self._book.state.channels[key])
+
+    def _affordable(self, wanted: int, minimum: int) -> int:
+        amount = min(max(wanted, minimum), self._wallet.balance)
+        if amount < minimum:
+            raise RequestError(
+                "payment_required",
+                f"a channel needs at least {minimum} microcredits, this node's account has {self._wallet.balance}",
+                "ask the network's issuer for a grant (rios ledger grant), or somebody for a transfer",
+            )
+        return amount
+
+    async def _top_up(self, channel: PayerChannel) -> None:
+        try:
+            amount = self._affordable(self._settings.channel_lock, self._book.genesis.min_amount)
+        except RequestError:
+            if channel.nano < channel.lock * NANO and channel.promised < channel.lock:
+                return  # what is left in the lock can still be used
+            raise
+        await self._wallet.append([TopUp(channel.id, amount)])
+        channel.lock = self._book.state.channels[channel.id].lock
+
+    async def _introduce(self, worker: PeerId, channel: PayerChannel) -> None:
+        """Show the worker the channel and the newest voucher; learn the one it holds."""
+        async with self._paying.setdefault(channel.id, trio.Lock()):
+            signed = await self._persist(worker, channel, channel.catch_up())
+        known = self._book.state.channels[channel.id]
+        shown = self._book.store.entry_certificate(known.payer, known.seq)
+        header = {
+            "channel": channel.id,
+            "certificates": [certificates.encode(shown)] if shown else [],
+            "voucher": codec.encode(signed),
+        }
+        reply = await self._network.call(worker, "ledger.channel", header, deadline_ms=HELLO_DEADLINE_MS)
+        held = open_signed(Voucher, read_signed(reply.header.get("voucher")), self._wallet.account)
+        if held is None:
+            raise IntegrityError("integrity", f"{worker} showed a voucher this node never signed")
+        channel.adopt(held)
+
+    # paying
+
+    async def _persist(self, worker: PeerId, channel: PayerChannel, voucher: Voucher) -> Signed:
+        signed = sign(self._network.identity, voucher)
+        await self._book.writer.commit([self._row(worker, channel, signed)])
+        self.vouchers += 1
+        return signed
+
+    def _row(self, worker: PeerId, channel: PayerChannel, signed: Signed) -> ChannelRow:
+        return ChannelRow(
+            side="buy",
+            channel=channel.id,
+            peer_id=worker,
+            voucher=signed.body,
+            signature=signed.signature,
+            receipt_n=channel.receipt_n,
+            receipt_cumulative=channel.receipt_cumulative,
+            calls=channel.calls,
+            kflop=channel.kflop,
+            kv_units=0,
+            microcredits=channel.nano // NANO,
+            nano=channel.nano % NANO,
+            stopped=channel.stopped,
+        )
+
+    async def _receipt(self, call: Call) -> Reply:
+        signed = read_signed(call.header.get("receipt"))
+        receipt = open_signed(Receipt, signed, public_key_of(call.peer_id))
+        if receipt is None or receipt.net != self._book.genesis.net:
+            raise IntegrityError("integrity", "the receipt is not signed by its sender for this network")
+        channel = self._by_id.get(receipt.channel)
+        if channel is None or self._worker_of[receipt.channel] != call.peer_id:
+            raise RiosError("not_found", "this node pays no such channel to you")
+        async with self._paying.setdefault(channel.id, trio.Lock()):
+            if channel.stopped:
+                raise RiosError("payment_required", channel.stopped)
+            await self._await_answers(channel, receipt)
+            excess = channel.excess(receipt)
+            if excess:
+                await self._dispute(call.peer_id, channel, receipt, excess)
+            voucher = await self._persist(call.peer_id, channel, channel.pay(receipt))
+        return Reply({"voucher": codec.encode(voucher)})
+
+    async def _await_answers(self, channel: PayerChannel, receipt: Receipt) -> None:
+        with trio.move_on_after(GRACE_S):
+            while channel.excess(receipt):
+                moved = self._moved[channel.id] = trio.Event()
+                await moved.wait()
+        self._moved.pop(channel.id, None)
+
+    async def _dispute(self, worker: PeerId, channel: PayerChannel, receipt: Receipt, excess: int) -> None:
+        channel.stopped = (
+            f"the worker counts {receipt.cumulative} microcredits in {receipt.calls} calls, "
+            f"this node {channel.spent} in {channel.calls}: {excess} more than can be in doubt"
+        )
+        self._open.pop(worker, None)
+        await self._book.writer.commit(
+            [self._row(worker, channel, sign(self._network.identity, channel.first_voucher()))]
+        )
+        raise RiosError("payment_required", channel.stopped, "compare both nodes' channels: rios ledger channels")
+
+    # upkeep
+
+    async def run(self) -> None:
+        """Top up channels that run low and drop those that expire, until cancelled."""
+        while True:
+            with trio.move_on_after(TICK_S):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            for worker, channel in list(self._open.items()):
+                if not self._usable(self._book.state.channels[channel.id]):
+                    del self._open[worker]
+            low, self._low = self._low, set()
+            for worker in low:
+                try:
+                    await self.open_channel(worker)
+                except RiosError:
+                    continue  # the next call that needs this worker gets the reason
+
+    # looking in
+
+    def channels(self) -> list[dict[str, Any]]:
+        """Every channel, for people."""
+        return [
+            {
+                "side": "buy",
+                "channel": key.hex(),
+                "peer_id": self._worker_of[key],
+                "lock": channel.lock,
+                "spent": channel.spent,
+                "promised": channel.promised,
+                "paid": self._book.state.channels[key].paid,
+                "calls": channel.calls,
+                "kflop": channel.kflop,
+                "stopped": channel.stopped,
+            }
+            for key, channel in self._by_id.items()
+        ]

@@ -1,0 +1,205 @@
+"""The package's face: one node's ledger, started and stopped as a whole.
+
+Everything is joined here and nowhere else: book, wallet, witness (if the genesis names this node's key and the setting
+says so), replication, metering.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from config.errors import ConfigError
+from config.settings import LedgerSettings
+from ledger.book import Book
+from ledger.buying import Buying
+from ledger.core.genesis import Genesis
+from ledger.core.objects import Grant, Item, Transfer
+from ledger.meter import Meter
+from ledger.quorum import Quorum
+from ledger.replicate import Replicator
+from ledger.selling import Selling
+from ledger.store import Store, Writer
+from ledger.verify import Line, Report, statement, verify_file
+from ledger.voting import Voting
+from ledger.wallet import Wallet
+from p2p.core.identity import Identity
+from p2p.face import Network
+
+T = TypeVar("T")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Ledger:
+    """A running ledger; made by :func:`open_ledger`."""
+
+    def __init__(
+        self,
+        network: Network,
+        identity: Identity,
+        genesis: Genesis,
+        path: Path | str,
+        settings: LedgerSettings,
+        *,
+        payout: bytes | None,
+        in_thread: bool,
+        now_ms: Callable[[], int],
+    ) -> None:
+        assert network.identity.public_key == identity.public_key
+        self.genesis = genesis
+        self.path = Path(path)
+        self._identity = identity
+        self._in_thread = in_thread
+        self._store = Store(path, genesis.net)
+        self._writer = Writer(self._store, in_thread=in_thread)
+        self.book = Book(genesis, self._store, self._writer, now_ms)
+        self.replicator = Replicator(network, self.book, settings.sync_seconds)
+        self.book.announcer = self.replicator.announce
+        quorum = Quorum(network, self.book, self.replicator.sync_with)
+        self.wallet = Wallet(identity, self.book, quorum)
+        self.voting = self._make_voting(network, settings)
+        heal = self.replicator.sync_with
+        self.seller = Selling(network, self.book, quorum, heal, settings, payout or identity.public_key)
+        self.buyer = Buying(network, self.book, self.wallet, settings)
+        self._meter = Meter(self.seller, self.buyer)
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+
+    def _make_voting(self, network: Network, settings: LedgerSettings) -> Voting | None:
+        if not settings.witness:
+            return None
+        if self._identity.public_key not in self.genesis.witnesses:
+            raise ConfigError(
+                "config",
+                f"ledger.witness is on, but the genesis does not name {self._identity.peer_id}",
+                "turn ledger.witness off, or use the genesis that names this node",
+            )
+        return Voting(network, self.book)
+
+    async def _run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.replicator.run)
+                    nursery.start_soon(self.wallet.run)
+                    nursery.start_soon(self._meter.run)
+                    task_status.started()
+        finally:
+            self._store.close()
+            self._ended.set()
+
+    async def aclose(self) -> None:
+        """Stop every task and close the database. Vouchers, votes and the chain are durable at any moment."""
+        self._scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self._ended.wait()
+
+    # looking in
+
+    @property
+    def net(self) -> bytes:
+        """The network's id (16 bytes)."""
+        return self.genesis.net
+
+    @property
+    def account(self) -> bytes:
+        """This node's account."""
+        return self._identity.public_key
+
+    def balance(self, account: bytes | None = None) -> int:
+        """Free microcredits of an account (this node's by default)."""
+        return self.book.state.balance(account or self.account)
+
+    def channels(self) -> list[dict[str, Any]]:
+        """Every channel this node pays or is paid on."""
+        return self._meter.channels()
+
+    async def statement(self, account: bytes | None = None) -> list[Line]:
+        """Everything that moved an account's free balance."""
+        return await self._in_worker(partial(statement, self.path, self.genesis, account or self.account))
+
+    async def verify(self) -> Report:
+        """Check every signature, certificate and invariant of what is on disk."""
+        return await self._in_worker(partial(verify_file, self.path, self.genesis))
+
+    @staticmethod
+    def verify_file(path: Path | str, genesis: Genesis) -> Report:
+        """The same for a file, also with the daemon stopped."""
+        return verify_file(path, genesis)
+
+    async def _in_worker(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work) if self._in_thread else work()
+
+    def statistics(self) -> dict[str, Any]:
+        """Numbers for status and metrics, JSON-able."""
+        state = self.book.state
+        witness = None
+        if self.voting is not None:
+            witness = {"votes": self.voting.votes, "equivocations": len(self.voting.witness.proofs)}
+        return {
+            "net": self.net.hex(),
+            "tolerance": self.genesis.tolerance,
+            "balance": self.balance(),
+            "entries": state.applied,
+            "accounts": len(state.accounts),
+            "channels": len(state.channels),
+            "supply": state.supply,
+            "waiting": state.waiting(),
+            "refused": self.book.refused,
+            "commits": self._writer.commits,
+            "pending_entry": self.wallet.pending,
+            "sync_rounds": self.replicator.rounds,
+            "sync_failed": self.replicator.failed_rounds,
+            "receipts": self.seller.receipts,
+            "vouchers": self.buyer.vouchers,
+            "stopped_channels": [c for c in self.channels() if c["stopped"]],
+            "witness": witness,
+        }
+
+    # doing
+
+    async def grant(self, to: bytes, amount: int) -> Item:
+        """Give out new credits (the issuer only). Raises RequestError ``forbidden`` for others."""
+        return await self.wallet.append([Grant(to, amount)])
+
+    async def transfer(self, to: bytes, amount: int) -> Item:
+        """Send credits of this node's account."""
+        return await self.wallet.append([Transfer(to, amount)])
+
+    async def settle_all(self) -> int:
+        """Put every voucher this node holds on the ledger now; microcredits that were paid out."""
+        return await self.seller.settle_all()
+
+
+async def open_ledger(
+    network: Network,
+    identity: Identity,
+    genesis: Genesis,
+    path: Path | str,
+    settings: LedgerSettings,
+    *,
+    nursery: trio.Nursery,
+    payout: bytes | None = None,
+    in_thread: bool = True,
+    now_ms: Callable[[], int] = _now_ms,
+) -> Ledger:
+    """Start a node's ledger in ``nursery``; it continues with the chains, votes and vouchers found at ``path``.
+
+    ``payout`` is the account that is paid for this node's work (its own by default). Raises ConfigError, LocalError
+    or IntegrityError when the file cannot be used.
+    """
+    make = partial(
+        Ledger, network, identity, genesis, path, settings, payout=payout, in_thread=in_thread, now_ms=now_ms
+    )
+    ledger = make()
+    await nursery.start(ledger._run)
+    return ledger
+
+
+__all__ = ["Ledger", "Line", "Report", "open_ledger"]

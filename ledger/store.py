@@ -1,0 +1,455 @@
+"""The ledger on disk: SQLite in WAL mode with ``synchronous=FULL`` and group commit.
+
+Owns every table (``schema``). One writer connection, used by one thread at a time; one reader for look-ups. What is
+committed survives power loss; what is not was never acknowledged.
+
+Fails as: disk full -> LocalError ``disk_full``; damaged file -> IntegrityError with the file and what to do; another
+network's or a newer file -> ConfigError.
+"""
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from config.errors import ConfigError, IntegrityError, LocalError
+from ledger.core.objects import Certificate, Claim, Entry, Item, Signed, Vote, parse
+from ledger.schema import MIGRATIONS, migrate
+
+GROUP_RECORDS_MAX = 1000
+BUSY_TIMEOUT_S = 10.0
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
+
+
+class Final(msgspec.Struct, frozen=True):
+    """A final object and its certificate."""
+
+    item: Item
+    certificate: Certificate
+    seen_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Voted:
+    """A witness's vote for an entry or a claim."""
+
+    item: Item
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A witness's freeze."""
+
+    channel: bytes
+    signed: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Two entries an account signed for one slot."""
+
+    account: bytes
+    seq: int
+    a: Signed
+    b: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """An entry of the own chain, before it is sent."""
+
+    seq: int
+    signed: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """A named value."""
+
+    key: str
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelRow:
+    """The newest voucher of a channel (``side`` is ``sell`` or ``buy``) and the counts it was made from."""
+
+    side: str
+    channel: bytes
+    peer_id: str
+    voucher: bytes
+    signature: bytes
+    receipt_n: int
+    receipt_cumulative: int
+    calls: int
+    kflop: int
+    kv_units: int
+    microcredits: int
+    nano: int
+    stopped: str
+
+
+Record = Final | Voted | Frozen | Proof | Own | Meta | ChannelRow
+
+_ENTRY = "INSERT OR IGNORE INTO entries (account, seq, object_id, body, signature, epoch, proof, seen_ms) "
+_ENTRY += "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_CLAIM = "INSERT INTO claims VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (channel) DO UPDATE SET "
+_CLAIM += "cumulative = excluded.cumulative, body = excluded.body, signature = excluded.signature, "
+_CLAIM += "epoch = excluded.epoch, proof = excluded.proof, seen_ms = excluded.seen_ms "
+_CLAIM += "WHERE excluded.cumulative > claims.cumulative"
+_CLAIM_VOTE = "INSERT INTO claim_votes VALUES (?, ?, ?, ?) ON CONFLICT (channel) DO UPDATE SET "
+_CLAIM_VOTE += "cumulative = excluded.cumulative, body = excluded.body, signature = excluded.signature "
+_CLAIM_VOTE += "WHERE excluded.cumulative > claim_votes.cumulative"
+_VOTE = "INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?)"
+_ACCOUNT = "INSERT INTO accounts (id, key) VALUES (?, ?)"
+_HEADER = "INSERT INTO headers (id, body, signature) VALUES (?, ?, ?)"
+_CHANNEL = f"INSERT OR REPLACE INTO channels VALUES ({', '.join('?' * 13)})"
+
+_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _as_rios(error: sqlite3.Error, path: str) -> LocalError | IntegrityError:
+    code = (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return LocalError("disk_full", f"no room to write {path}: {error}", "free some space and start again")
+    if code in _CORRUPT or (not code and "malformed" in str(error)):
+        return damaged(path, str(error))
+    return LocalError("local", f"{path}: {error}", "check the folder's permissions and the disk")
+
+
+def damaged(path: str, what: str) -> IntegrityError:
+    """The error for a ledger file whose bytes are wrong."""
+    return IntegrityError(
+        "integrity",
+        f"the ledger file {path} is damaged: {what}",
+        "move it away and restore a backup; final objects also come back from peers, own votes and vouchers do not",
+    )
+
+
+@contextmanager
+def _mapped(path: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _as_rios(error, path) from error
+
+
+class Store:
+    """One ledger database."""
+
+    def __init__(self, path: Path | str, net: bytes, *, read_only: bool = False) -> None:
+        self.path = str(path)
+        if read_only and not Path(path).exists():
+            raise LocalError("not_found", f"there is no ledger at {self.path}", "start the node once: rios run")
+        with _mapped(self.path):
+            self._writer = None if read_only else self._connect()
+            self._reader = self._connect(read_only=True)
+            self._check_net(net)
+        self._accounts: dict[bytes, int] = {}
+        self._headers: dict[bytes, int] = {}
+        self._load_ids()
+
+    def _connect(self, *, read_only: bool = False) -> sqlite3.Connection:
+        if read_only:
+            uri = f"{Path(self.path).absolute().as_uri()}?mode=ro"
+            connection = sqlite3.connect(
+                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S
+            )
+            connection.execute("PRAGMA query_only = 1")
+            return connection
+        connection = sqlite3.connect(
+            self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S, cached_statements=64
+        )
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        migrate(connection, self.path)
+        return connection
+
+    def _check_net(self, net: bytes) -> None:
+        if self._writer is not None:
+            self._writer.execute("INSERT OR IGNORE INTO meta VALUES ('net', ?)", (net,))
+        else:
+            version = self._reader.execute("PRAGMA user_version").fetchone()[0]
+            if version != len(MIGRATIONS):
+                raise ConfigError(
+                    "config",
+                    f"{self.path} has schema version {version}, this program reads {len(MIGRATIONS)}",
+                    "use the rios that wrote it",
+                )
+        row = self._reader.execute("SELECT value FROM meta WHERE key = 'net'").fetchone()
+        if row is None or row[0] != net:
+            raise ConfigError(
+                "config",
+                f"{self.path} belongs to network {row[0].hex() if row else '?'}, the genesis says {net.hex()}",
+                "use the genesis file this ledger was made with, or another data folder",
+            )
+
+    def _load_ids(self) -> None:
+        with _mapped(self.path):
+            self._accounts = {key: row for row, key in self._reader.execute("SELECT id, key FROM accounts")}
+            self._headers = {}
+            top = self._reader.execute("SELECT max(id) FROM headers").fetchone()[0]
+            self._header_top = top or 0
+
+    def close(self) -> None:
+        """Close both connections."""
+        self._reader.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    # writing
+
+    def commit(self, records: Sequence[Record]) -> None:
+        """Write records in one durable transaction: all or nothing."""
+        assert self._writer is not None, "the store was opened read-only"
+        rows: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+        try:
+            for record in records:
+                self._rows(record, rows)
+            with _mapped(self.path):
+                self._execute(self._writer, rows)
+        except BaseException:
+            self._load_ids()
+            raise
+
+    def _execute(self, writer: sqlite3.Connection, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+        writer.execute("BEGIN IMMEDIATE")
+        try:
+            for sql, params in rows.items():
+                writer.executemany(sql, params)
+            writer.execute("COMMIT")
+        except BaseException:
+            if writer.in_transaction:
+                writer.execute("ROLLBACK")
+            raise
+
+    def _rows(self, record: Record, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+        if type(record) is Final:
+            self._final_row(record, rows)
+        elif type(record) is ChannelRow:
+            r = record
+            rows[_CHANNEL].append(
+                (
+                    *(r.side, r.channel, r.peer_id, r.voucher, r.signature, r.receipt_n, r.receipt_cumulative),
+                    *(r.calls, r.kflop, r.kv_units, r.microcredits, r.nano, r.stopped),
+                )
+            )
+        elif type(record) is Voted:
+            self._vote_row(record.item, rows)
+        elif type(record) is Own:
+            rows["INSERT OR IGNORE INTO wallet VALUES (?, ?, ?)"].append(
+                (record.seq, record.signed.body, record.signed.signature)
+            )
+        elif type(record) is Frozen:
+            rows["INSERT OR IGNORE INTO freezes VALUES (?, ?, ?)"].append(
+                (record.channel, record.signed.body, record.signed.signature)
+            )
+        elif type(record) is Proof:
+            a, b = record.a, record.b
+            rows["INSERT OR IGNORE INTO proofs VALUES (?, ?, ?, ?, ?, ?)"].append(
+                (record.account, record.seq, a.body, a.signature, b.body, b.signature)
+            )
+        else:
+            assert type(record) is Meta
+            rows["INSERT OR REPLACE INTO meta VALUES (?, ?)"].append((record.key, record.value))
+
+    def _final_row(self, record: Final, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+        item, certificate = record.item, record.certificate
+        proof = _pack([(self._header_id(vote, rows), vote.index, b"".join(vote.path)) for vote in certificate.votes])
+        signed, body = item.signed, item.object
+        tail = (signed.body, signed.signature, certificate.epoch, proof, record.seen_ms)
+        if type(body) is Entry:
+            account = self._account_id(body.account, rows)
+            rows[_ENTRY].append((account, body.seq, item.id, *tail))
+        else:
+            assert isinstance(body, Claim)
+            rows[_CLAIM].append((body.voucher.channel, body.voucher.cumulative, *tail))
+
+    def _vote_row(self, item: Item, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+        body, signed = item.object, item.signed
+        if isinstance(body, Entry):
+            account = self._account_id(body.account, rows)
+            rows[_VOTE].append((account, body.seq, item.id, signed.body, signed.signature))
+        else:
+            voucher = body.voucher
+            rows[_CLAIM_VOTE].append((voucher.channel, voucher.cumulative, signed.body, signed.signature))
+
+    def _account_id(self, key: bytes, rows: dict[str, list[tuple[Any, ...]]]) -> int:
+        row = self._accounts.get(key)
+        if row is None:
+            row = self._accounts[key] = len(self._accounts) + 1
+            rows[_ACCOUNT].append((row, key))
+        return row
+
+    def _header_id(self, vote: Vote, rows: dict[str, list[tuple[Any, ...]]]) -> int:
+        row = self._headers.get(vote.header)
+        if row is None:
+            if len(self._headers) >= 4096:
+                self._headers.clear()
+            self._header_top += 1
+            row = self._headers[vote.header] = self._header_top
+            rows[_HEADER].append((row, vote.header, vote.signature))
+        return row
+
+    # reading
+
+    def _query(self, sql: str, params: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        with _mapped(self.path):
+            return self._reader.execute(sql, params).fetchall()
+
+    def meta(self, key: str) -> bytes | None:
+        """A named value."""
+        rows = self._query("SELECT value FROM meta WHERE key = ?", (key,))
+        return rows[0][0] if rows else None
+
+    def items(self) -> Iterator[Item]:
+        """Every final object, entries in the order they became known, then claims.
+
+        Raises :class:`IntegrityError` where stored bytes are not what they were.
+        """
+        for item, _, _ in self.finals(proofs=False):
+            yield item
+
+    def finals(self, *, proofs: bool = True) -> Iterator[tuple[Item, Certificate | None, int]]:
+        """Every final object with its certificate (if asked for) and when it was first seen (ms)."""
+        with _mapped(self.path):
+            entries = self._reader.execute(
+                "SELECT body, signature, epoch, proof, seen_ms, object_id FROM entries ORDER BY id"
+            )
+            for body, signature, epoch, proof, seen_ms, object_id in entries:
+                item = self._parse(body, signature)
+                if item.id != object_id:
+                    raise damaged(self.path, f"entry {object_id.hex()} has other bytes")
+                yield item, self._certificate(item.signed, epoch, proof) if proofs else None, seen_ms
+            claims = self._reader.execute("SELECT body, signature, epoch, proof, seen_ms FROM claims ORDER BY channel")
+            for body, signature, epoch, proof, seen_ms in claims:
+                item = self._parse(body, signature)
+                yield item, self._certificate(item.signed, epoch, proof) if proofs else None, seen_ms
+
+    def _parse(self, body: bytes, signature: bytes) -> Item:
+        try:
+            return parse(Signed(body, signature))
+        except IntegrityError as error:
+            raise damaged(self.path, error.message) from error
+
+    def _certificate(self, signed: Signed, epoch: int, proof: bytes) -> Certificate:
+        votes = []
+        try:
+            parts = _unpack_proof(proof)
+        except msgspec.DecodeError as error:
+            raise damaged(self.path, f"a certificate cannot be read: {error}") from error
+        for row, index, path in parts:
+            found = self._query("SELECT body, signature FROM headers WHERE id = ?", (row,))
+            if not found:
+                raise damaged(self.path, f"batch header {row} is missing")
+            steps = tuple(path[i : i + 32] for i in range(0, len(path), 32))
+            votes.append(Vote(found[0][0], found[0][1], index, steps))
+        return Certificate(signed, epoch, tuple(votes))
+
+    def entry_certificate(self, account: bytes, seq: int) -> Certificate | None:
+        """The certificate of the entry in a slot."""
+        rows = self._query(
+            "SELECT body, signature, epoch, proof FROM entries "
+            "WHERE account = (SELECT id FROM accounts WHERE key = ?) AND seq = ?",
+            (account, seq),
+        )
+        return self._certificate(Signed(rows[0][0], rows[0][1]), rows[0][2], rows[0][3]) if rows else None
+
+    def claim_certificate(self, channel: bytes) -> Certificate | None:
+        """The certificate of a channel's highest claim."""
+        rows = self._query("SELECT body, signature, epoch, proof FROM claims WHERE channel = ?", (channel,))
+        return self._certificate(Signed(rows[0][0], rows[0][1]), rows[0][2], rows[0][3]) if rows else None
+
+    def voted(self) -> Iterator[Item]:
+        """Every vote for an entry or a claim this node gave as a witness."""
+        rows = self._query("SELECT body, signature FROM votes")
+        rows += self._query("SELECT body, signature FROM claim_votes")
+        for body, signature in rows:
+            yield self._parse(body, signature)
+
+    def freezes(self) -> list[Signed]:
+        """Every freeze this node gave as a witness."""
+        return [Signed(*row) for row in self._query("SELECT body, signature FROM freezes")]
+
+    def wallet(self) -> list[Signed]:
+        """The own chain as it was signed, in order."""
+        return [Signed(*row) for row in self._query("SELECT body, signature FROM wallet ORDER BY seq")]
+
+    def channels(self, side: str) -> list[ChannelRow]:
+        """The newest voucher of every channel of one side."""
+        names = [field for field in ChannelRow.__dataclass_fields__]
+        rows = self._query(f"SELECT {', '.join(names)} FROM channels WHERE side = ?", (side,))
+        return [ChannelRow(**dict(zip(names, row, strict=True))) for row in rows]
+
+    def quick_check(self) -> None:
+        """Let SQLite look over every page.
+
+        Raises :class:`IntegrityError` if it finds damage.
+        """
+        found = [row[0] for row in self._query("PRAGMA quick_check(1)")]
+        if found != ["ok"]:
+            raise damaged(self.path, str(found[0]))
+
+
+class Writer:
+    """Group commit for tasks: whoever comes first commits what all have brought meanwhile.
+
+    ``in_thread`` runs SQLite in a worker thread (the daemon); without, inline (deterministic tests).
+    """
+
+    def __init__(self, store: Store, *, in_thread: bool) -> None:
+        self._store = store
+        self._in_thread = in_thread
+        self._lock = trio.Lock()
+        self._queue: list[_Waiting] = []
+        self.commits = 0
+
+    async def commit(self, records: Sequence[Record]) -> None:
+        """Return when the records are durable. Records of one call are never split over transactions."""
+        if not records:
+            return
+        mine = _Waiting(records)
+        self._queue.append(mine)
+        # shielded: a cancelled task must not take the records of others with it
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                while not mine.done:
+                    await self._commit_group()
+        if mine.error is not None:
+            raise mine.error
+
+    async def _commit_group(self) -> None:
+        group: list[_Waiting] = []
+        records: list[Record] = []
+        while self._queue and (not group or len(records) + len(self._queue[0].records) <= GROUP_RECORDS_MAX):
+            group.append(self._queue.pop(0))
+            records += group[-1].records
+        error: Exception | None = None
+        try:
+            if self._in_thread:
+                await trio.to_thread.run_sync(self._store.commit, records)
+            else:
+                self._store.commit(records)
+            self.commits += 1
+        except (LocalError, IntegrityError) as failure:
+            error = failure
+        for waiting in group:
+            waiting.error = error
+            waiting.done = True
+
+
+class _Waiting:
+    __slots__ = ("done", "error", "records")
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+        self.done = False
+        self.error: Exception | None = None

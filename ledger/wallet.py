@@ -1,0 +1,108 @@
+"""The node's own chain: one writer.
+
+Invariants: an entry is durable before it is first sent; until it is final the same bytes are sent again, also after a
+restart, and nothing else is signed for its slot. What is spent is in the own state already (final credits), so no
+honest witness can refuse an entry for ever.
+"""
+
+from collections.abc import Sequence
+
+import trio
+
+from config.errors import RequestError, RiosError
+from ledger.book import Book
+from ledger.core.errors import RuleError
+from ledger.core.objects import Certificate, Entry, Item, Op, Open, Signed, TopUp, Transfer, parse, sign
+from ledger.core.rules import check_entry
+from ledger.quorum import Quorum
+from ledger.store import Own
+from p2p.core.identity import Identity
+
+RESEND_S = 5.0
+
+
+class Wallet:
+    """Appends entries to the chain of ``identity``."""
+
+    def __init__(self, identity: Identity, book: Book, quorum: Quorum) -> None:
+        self._identity = identity
+        self._book = book
+        self._quorum = quorum
+        self._lock = trio.Lock()
+        self._pending: Signed | None = None
+        self._last: Certificate | None = None
+        for signed in book.store.wallet():
+            entry = parse(signed).object
+            assert isinstance(entry, Entry)
+            if entry.seq > self._applied():
+                self._pending = signed
+
+    def _applied(self) -> int:
+        known = self._book.state.accounts.get(self._identity.public_key)
+        return known.seq if known else 0
+
+    @property
+    def account(self) -> bytes:
+        """The own account."""
+        return self._identity.public_key
+
+    @property
+    def balance(self) -> int:
+        """Free microcredits, less what an entry under way spends."""
+        balance = self._book.state.balance(self.account)
+        if self._pending is None:
+            return balance
+        entry = parse(self._pending).object
+        assert isinstance(entry, Entry)
+        return balance - sum(op.amount for op in entry.ops if isinstance(op, Transfer | Open | TopUp))
+
+    @property
+    def pending(self) -> bool:
+        """Whether an entry waits for its certificate."""
+        return self._pending is not None
+
+    async def append(self, ops: Sequence[Op], *, timeout_s: float = 10.0) -> Item:
+        """Add one entry and wait until it is final.
+
+        Raises RequestError when a rule forbids it (``payment_required`` for too little money; nothing was signed
+        then), RemoteError ``unavailable`` when no quorum answers: the entry is kept and sent again.
+        """
+        async with self._lock:
+            if self._pending is not None:
+                await self._finish(timeout_s)
+            entry = self._next(ops)
+            signed = sign(self._identity, entry)
+            await self._book.writer.commit([Own(entry.seq, signed)])
+            self._pending = signed
+            await self._finish(timeout_s)
+            return parse(signed)
+
+    def _next(self, ops: Sequence[Op]) -> Entry:
+        state = self._book.state
+        known = state.account(self.account)
+        entry = Entry(state.genesis.net, self.account, known.seq + 1, known.head, tuple(ops))
+        try:
+            check_entry(state.genesis, state.accounts, state.channels, state.supply, entry)
+        except RuleError as error:
+            code = {"funds": "payment_required", "issuer": "forbidden"}.get(error.rule, "invalid_request")
+            hint = "ask the network's issuer for a grant, or somebody for a transfer" if error.rule == "funds" else ""
+            raise RequestError(code, error.message, hint) from error
+        return entry
+
+    async def _finish(self, timeout_s: float) -> None:
+        assert self._pending is not None
+        before = (self._last,) if self._last is not None else ()
+        self._last = await self._quorum.certify(self._pending, before=before, timeout_s=timeout_s)
+        self._pending = None
+
+    async def run(self) -> None:
+        """Send an entry that was left over again and again until it is final."""
+        while True:
+            if self._pending is not None and not self._lock.locked():
+                try:
+                    async with self._lock:
+                        if self._pending is not None:
+                            await self._finish(RESEND_S)
+                except RiosError:
+                    await trio.sleep(RESEND_S)  # no quorum now: the same bytes go out again
+            await trio.sleep(1.0)

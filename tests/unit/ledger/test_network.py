@@ -1,0 +1,315 @@
+"""The ledger between nodes: grants, transfers, channels, vouchers, claims, faults; over the in-memory network."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+
+import pytest
+import trio
+
+from config.errors import RemoteError, RequestError, RiosError
+from config.settings import LedgerSettings
+from ledger.core.certificate import Verifier
+from ledger.core.genesis import Genesis
+from ledger.core.objects import Entry, Receipt, Transfer, open_signed, parse, sign
+from ledger.ledger import Ledger, open_ledger
+from ledger.voting import read_signed
+from p2p.core.identity import Identity
+from p2p.memory import MemoryHub
+
+CREDIT = 1_000_000
+LEAF = bytes(32)
+
+
+@dataclass(frozen=True)
+class Quote:
+    number: int = 1
+    microcredits_per_tflop: int = 1_000_000
+    microcredits_per_kv_unit: int = 0
+
+
+QUOTE = Quote()
+
+
+def identity(n: int) -> Identity:
+    return Identity.from_seed(bytes([n]) * 32)
+
+
+async def until(condition) -> None:
+    """Wait for something that the tasks in the background bring about; the caller holds the time limit."""
+    while not condition():  # noqa: ASYNC110
+        await trio.sleep(0.05)
+
+
+class Swarm:
+    """Several ledgers on one hub. Node 0 is the issuer; the first ``3f+1`` are witnesses."""
+
+    def __init__(self, tmp_path, nursery, *, nodes=3, f=0, seed=1):
+        self.hub = MemoryHub(seed)
+        self.tmp_path = tmp_path
+        self.nursery = nursery
+        self.ids = [identity(i + 1) for i in range(nodes)]
+        keys = [i.public_key for i in self.ids]
+        self.genesis = Genesis(issuer=keys[0], root=keys[0], witnesses=tuple(keys[: 3 * f + 1]), f=f)
+        self.witnesses = 3 * f + 1
+        self.ledgers: dict[int, Ledger] = {}
+        self.now_ms = 1_800_000_000_000
+
+    async def start(self, n, **changes):
+        settings = replace(LedgerSettings(sync_seconds=1, witness=n < self.witnesses), **changes)
+        network = self.hub.add(self.ids[n])
+        self.ledgers[n] = await open_ledger(
+            network,
+            self.ids[n],
+            self.genesis,
+            self.tmp_path / f"{n}.db",
+            settings,
+            nursery=self.nursery,
+            in_thread=False,
+            now_ms=lambda: self.now_ms,
+        )
+        return self.ledgers[n]
+
+    async def stop(self, n):
+        self.hub.kill(self.ids[n].peer_id)
+        await self.ledgers.pop(n).aclose()
+
+    async def converged(self):
+        await until(lambda: len({ledger.book.state.digest() for ledger in self.ledgers.values()}) == 1)
+
+
+@asynccontextmanager
+async def swarm(tmp_path, **options) -> AsyncIterator[Swarm]:
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            made = Swarm(tmp_path, nursery, **options)
+            for n in range(len(made.ids)):
+                await made.start(n)
+            yield made
+            for n in list(made.ledgers):
+                made.ledgers[n].book.state.check_invariants()
+                await made.ledgers[n].aclose()
+            nursery.cancel_scope.cancel()
+
+
+def admitted(seller, payer, channel) -> bool:
+    with suppress(RemoteError):
+        seller.admit(payer, channel, QUOTE)
+        return True
+    return False
+
+
+async def work(payer: Ledger, worker: Ledger, calls: int, kflop: int = 1_000_000) -> bytes:
+    """Calls as dmoe makes them: admit, serve, use."""
+    buyer, seller = payer.buyer, worker.seller
+    me, them = payer._identity.peer_id, worker._identity.peer_id
+    for _ in range(calls):
+        channel = buyer.channel(them) or await buyer.open_channel(them)
+        if not admitted(seller, me, channel):
+            channel = await buyer.open_channel(them)  # shows the worker a voucher of what was counted here
+            seller.admit(me, channel, QUOTE)
+        seller.served(me, channel, QUOTE, kflop, LEAF)
+        buyer.used(them, channel, QUOTE, kflop, LEAF)
+        await trio.sleep(0.001)
+    return channel
+
+
+async def test_grant_transfer_and_the_same_state_everywhere(tmp_path):
+    async with swarm(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[1].public_key, 50 * CREDIT)
+        await s.converged()
+        await s.ledgers[1].transfer(s.ids[2].public_key, 20 * CREDIT)
+        await s.converged()
+        assert [ledger.balance() for ledger in s.ledgers.values()] == [0, 30 * CREDIT, 20 * CREDIT]
+        for ledger in s.ledgers.values():
+            report = await ledger.verify()
+            assert report.verified
+            assert report.sum_ok
+            assert (report.entries, report.certificates) == (2, 2)
+            assert "no Byzantine tolerance" in report.tolerance
+        lines = await s.ledgers[1].statement()
+        assert [(line.kind, line.amount) for line in lines] == [("grant", 50 * CREDIT), ("transfer", -20 * CREDIT)]
+
+
+async def test_work_is_metered_paid_and_settled(tmp_path):
+    async with swarm(tmp_path) as s:
+        payer, worker = s.ledgers[0], s.ledgers[1]
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+        await work(payer, worker, 300)
+        paid = await worker.settle_all()
+        await s.converged()
+        spent = 300 * 1_000  # 300 calls of 1 GFLOP at 1 credit per TFLOP
+        (bought,) = payer.channels()
+        (sold,) = worker.channels()
+        assert bought["spent"] == sold["earned"] == spent
+        assert spent <= paid == worker.balance() <= spent + 50_000
+        assert bought["paid"] == paid
+        assert (await s.ledgers[2].verify()).claims == 1
+
+
+async def test_a_payer_that_does_not_pay_is_cut_off(tmp_path):
+    async with swarm(tmp_path) as s:
+        payer, worker = s.ledgers[0], s.ledgers[1]
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+        channel = await payer.buyer.open_channel(s.ids[1].peer_id)
+        # W0 of 50,000 and 10 % of it, at 1,000 a call, and the one that went over
+        for _ in range(56):
+            worker.seller.admit(s.ids[0].peer_id, channel, QUOTE)
+            worker.seller.served(s.ids[0].peer_id, channel, QUOTE, 1_000_000, LEAF)
+        with pytest.raises(RiosError, match="owes") as caught:
+            worker.seller.admit(s.ids[0].peer_id, channel, QUOTE)
+        assert caught.value.code == "payment_required"
+
+
+async def test_a_worker_that_overcounts_is_stopped_and_both_see_why(tmp_path, autojump_clock):
+    async with swarm(tmp_path) as s:
+        payer, worker = s.ledgers[0], s.ledgers[1]
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+        channel = await work(payer, worker, 40)
+        for _ in range(10):
+            worker.seller.served(s.ids[0].peer_id, channel, QUOTE, 1_000_000, LEAF)
+        await until(lambda: payer.statistics()["stopped_channels"] and worker.statistics()["stopped_channels"])
+        assert "more than can be in doubt" in payer.channels()[0]["stopped"]
+        assert "disputes" in worker.channels()[0]["stopped"]
+        with pytest.raises(RiosError) as caught:
+            worker.seller.admit(s.ids[0].peer_id, channel, QUOTE)
+        assert caught.value.code == "payment_required"
+        assert payer.buyer.channel(s.ids[1].peer_id) is None
+
+
+async def test_channels_are_topped_up_before_they_run_dry(tmp_path):
+    async with swarm(tmp_path) as s:
+        payer, worker = s.ledgers[0], s.ledgers[1]
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+        await work(payer, worker, 220, kflop=40_000_000)  # 8.8 credits through locks of 5
+        (bought,) = payer.channels()
+        assert bought["spent"] == 8_800_000
+        assert bought["lock"] == 15_000_000  # topped up whenever three quarters are used
+
+
+async def test_too_little_money_says_so_and_signs_nothing(tmp_path):
+    async with swarm(tmp_path) as s:
+        with pytest.raises(RequestError, match="at least 5000000 microcredits") as caught:
+            await s.ledgers[1].buyer.open_channel(s.ids[2].peer_id)
+        assert caught.value.code == "payment_required"
+        with pytest.raises(RequestError) as caught:
+            await s.ledgers[1].transfer(s.ids[2].public_key, 5)
+        assert caught.value.code == "payment_required"
+        with pytest.raises(RequestError) as caught:
+            await s.ledgers[1].grant(s.ids[2].public_key, 5)
+        assert caught.value.code == "forbidden"
+        assert s.ledgers[1].book.store.wallet() == []
+
+
+async def test_four_witnesses_one_silent(tmp_path):
+    async with swarm(tmp_path, nodes=5, f=1) as s:
+        await s.stop(3)
+        await s.ledgers[0].grant(s.ids[4].public_key, 30 * CREDIT)
+        await s.converged()
+        await work(s.ledgers[4], s.ledgers[1], 50)
+        assert await s.ledgers[1].settle_all() >= 50_000
+        await s.start(3)
+        await s.converged()
+        report = await s.ledgers[3].verify()
+        assert report.verified
+        assert (report.entries, report.claims) == (2, 1)
+
+
+async def test_without_a_quorum_nothing_is_final_and_the_entry_is_sent_again(tmp_path, autojump_clock):
+    async with swarm(tmp_path, nodes=5, f=1) as s:
+        await s.ledgers[0].grant(s.ids[4].public_key, 30 * CREDIT)
+        await s.converged()
+        await s.stop(2)
+        await s.stop(3)
+        with pytest.raises(RiosError, match="votes missing") as caught:
+            await s.ledgers[4].wallet.append([Transfer(s.ids[1].public_key, 7)], timeout_s=1)
+        assert caught.value.code == "unavailable"
+        first = s.ledgers[4].book.store.wallet()
+        await s.stop(4)
+        await s.start(4)
+        assert s.ledgers[4].wallet.pending
+        await s.start(2)
+        await until(lambda: not s.ledgers[4].wallet.pending)
+        assert s.ledgers[4].book.store.wallet() == first
+        await s.converged()
+        assert s.ledgers[1].balance() == 7
+
+
+async def test_what_gossip_missed_comes_by_anti_entropy(tmp_path):
+    async with swarm(tmp_path) as s:
+        await s.stop(2)
+        for n in range(30):
+            await s.ledgers[0].grant(s.ids[1].public_key, 1000 + n)
+        assert await s.start(2)
+        await s.ledgers[2].replicator.sync_with(s.ids[0].peer_id)
+        assert s.ledgers[2].book.state.digest() == s.ledgers[0].book.state.digest()
+
+
+async def test_restart_of_worker_and_payer_keeps_vouchers_and_counts(tmp_path):
+    async with swarm(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[1].public_key, 20 * CREDIT)
+        await s.converged()
+        channel = await work(s.ledgers[1], s.ledgers[2], 100)
+        await s.ledgers[2].settle_all()
+        promised = s.ledgers[2].channels()[0]["promised"]
+        for n in (2, 1):
+            await s.stop(n)
+            await s.start(n)
+        assert s.ledgers[2].channels()[0]["promised"] == promised
+        assert s.ledgers[1].channels()[0]["promised"] >= promised
+        again = await work(s.ledgers[1], s.ledgers[2], 100)
+        assert again == channel
+        await s.ledgers[2].settle_all()
+        (sold,) = s.ledgers[2].channels()
+        assert sold["earned"] == 200_000
+        assert sold["paid"] >= 200_000
+
+
+async def test_restart_of_the_witness_does_not_vote_twice_in_one_slot(tmp_path):
+    async with swarm(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[1].public_key, 100)
+        await s.converged()
+        genesis, me = s.genesis, s.ids[1]
+        head = s.ledgers[0].book.state.account(me.public_key).head
+        first, second = (
+            parse(sign(me, Entry(genesis.net, me.public_key, 1, head, (Transfer(s.ids[to].public_key, 100),))))
+            for to in (0, 2)
+        )
+        await s.ledgers[0].voting.vote(first)
+        await s.stop(0)
+        await s.start(0)
+        with pytest.raises(RiosError, match="equivocation"):
+            await s.ledgers[0].voting.vote(second)
+        assert (await s.ledgers[0].voting.vote(first)).index == 0
+        assert s.ledgers[0].statistics()["witness"]["equivocations"] == 1
+
+
+async def test_objects_of_another_network_are_refused(tmp_path):
+    async with swarm(tmp_path) as s:
+        other = Genesis(
+            issuer=s.ids[0].public_key, root=s.ids[0].public_key, witnesses=s.genesis.witnesses, max_supply=10**12
+        )
+        assert other.net != s.genesis.net
+        await s.ledgers[0].grant(s.ids[1].public_key, 100)
+        certificate = s.ledgers[0].book.store.entry_certificate(s.ids[0].public_key, 1)
+        with pytest.raises(RiosError, match="network"):
+            Verifier(other).open(certificate)
+        with pytest.raises(RiosError, match="another ledger network"):
+            await s.hub.nodes[s.ids[2].peer_id].call(
+                s.ids[0].peer_id, "ledger.buckets", {"net": other.net}, deadline_ms=1000
+            )
+
+
+async def test_receipts_are_signed_and_cover_the_answers(tmp_path):
+    async with swarm(tmp_path) as s:
+        payer, worker = s.ledgers[0], s.ledgers[1]
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+        seen = []
+        original = payer.buyer._receipt
+        s.hub.nodes[s.ids[0].peer_id]._handlers["ledger.receipt"] = lambda call: seen.append(call) or original(call)
+        await work(payer, worker, 40)
+        await worker.settle_all()
+        receipts = [open_signed(Receipt, read_signed(call.header["receipt"]), s.ids[1].public_key) for call in seen]
+        assert receipts[-1].calls == 40
+        assert receipts[-1].kflop == 40_000_000
+        assert receipts[-1].cumulative == 40_000
