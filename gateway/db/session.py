@@ -44,6 +44,11 @@ class Database:
         with self._mapped(), self.engine.connect() as connection:
             yield connection.execution_options(**{_READ_ONLY: True})
 
+    def ping(self) -> None:
+        """See that it answers. Raises LocalError."""
+        with self.read() as connection:
+            connection.execute(sa.select(1))
+
     @property
     def is_postgresql(self) -> bool:
         """Which of the two it is."""
