@@ -38,8 +38,8 @@ class Engine(Protocol):
     def stream(self, prepared: Any) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:  # noqa: ANN401
         """Run what :meth:`prepare` of the same engine returned. The iterator gives Deltas, then one Finished.
 
-        Leaving the context stops the generation at once and closes the iterator, wherever it stands. Raises RiosError (BusyError when all slots and the queue
-        are full) on entry or while iterating.
+        Leaving the context stops the generation at once and closes the iterator, wherever it stands. Raises RiosError
+        (BusyError when all slots and the queue are full) on entry or while iterating.
         """
 
 

@@ -163,12 +163,14 @@ class _Connection(TCPServer):
 
     def __init__(self, server: HttpServer, stream: trio.SocketStream) -> None:
         # The base class is typed for TLS streams and works with plain ones alike.
-        super().__init__(server.app, server.config, server.context, ConnectionState({}), stream)
+        tls = cast("trio.SSLStream[trio.SocketStream]", stream)
+        super().__init__(server.app, server.config, server.context, ConnectionState({}), tls)
+        self._socket = stream.socket
         self._send_seconds = _SEND_SECONDS
         self._sending: trio.CancelScope | None = None
 
     async def run(self) -> None:
-        raw = self.stream.socket  # type: ignore[attr-defined]
+        raw = self._socket
         try:
             client = parse_socket_addr(raw.family, raw.getpeername())
             server = parse_socket_addr(raw.family, raw.getsockname())
