@@ -1,1 +1,1 @@
-"""See the package docstring."""
+"""The accounts database: tables, connections, migrations. One schema for SQLite and PostgreSQL."""

@@ -1,1 +1,1 @@
-"""See the package docstring."""
+"""The routes of OpenAI's API."""

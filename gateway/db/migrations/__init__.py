@@ -1,1 +1,1 @@
-"""See the package docstring."""
+"""Alembic's environment and the schema's history, run by ``gateway.db.migrate``."""

@@ -1,1 +1,1 @@
-"""See the package docstring."""
+"""One file per schema revision, numbered; each is final once released."""

@@ -1,0 +1,251 @@
+"""The double-entry books in the accounts database: reserve, settle, recover, credit.
+
+Blocking calls, made in threads. Owns every statement that changes a balance.
+
+Invariants:
+1. Every change of a balance is a transaction whose postings add up to 0, written in the same database transaction.
+2. Account rows are locked in the order of their ids, and the revenue account last, so gateways cannot deadlock.
+3. A reservation is settled once: whoever finds its row gone does nothing.
+"""
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from config.errors import RequestError
+from gateway.db.models import FUNDING, REVENUE, accounts, postings, reservations, transactions, usages
+from gateway.db.session import Database
+from gateway.money import Prices, Progress, Refused, Reservation, Settlement
+
+ABANDONED_MS = 30_000
+"""A reservation of another gateway that was not touched for this long belongs to nobody any more."""
+_SWEEP_ROWS_MAX = 500
+
+
+@dataclass(slots=True)
+class Batch:
+    """Operations to write in one transaction, in this order: reserve, settle, progress."""
+
+    reserve: Sequence[Reservation] = ()
+    settle: Sequence[Settlement] = ()
+    progress: Sequence[Progress] = ()
+
+
+@dataclass(slots=True)
+class _Account:
+    balance: int
+    reserved: int
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What a batch will insert."""
+
+    reservations: list[dict[str, object]] = field(default_factory=list)
+    usages: list[dict[str, object]] = field(default_factory=list)
+    transactions: list[dict[str, object]] = field(default_factory=list)
+    postings: list[dict[str, object]] = field(default_factory=list)
+    settled: list[str] = field(default_factory=list)
+    revenue: int = 0
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def new_id() -> str:
+    """A unique id that sorts by time: 32 hex digits."""
+    return f"{now_ms():012x}{secrets.token_hex(10)}"
+
+
+def write_batch(database: Database, batch: Batch) -> dict[str, Refused]:
+    """Write all of it durably. Returns the reservations that were refused, by id; all others stand."""
+    with database.write() as connection:
+        return _apply(connection, batch, now_ms())
+
+
+def find_abandoned(database: Database, instance: str) -> list[Settlement]:
+    """Reservations that may have nobody working on them: all of this gateway's own, and those that another gateway
+    stopped touching; each as the settlement that bills its recorded progress."""
+    own = reservations.c.instance == instance
+    stale = reservations.c.updated_at_ms < now_ms() - ABANDONED_MS
+    query = sa.select(reservations).where(sa.or_(own, stale)).order_by(reservations.c.id).limit(_SWEEP_ROWS_MAX)
+    with database.read() as connection:
+        return [_recovered(row) for row in connection.execute(query).mappings()]
+
+
+def credit(database: Database, account_id: str, microcredits: int, reference: str) -> None:
+    """Pay ``microcredits`` (more than 0) into an account. A reference counts once: a repetition raises ``conflict``."""
+    if microcredits <= 0:
+        raise RequestError("invalid_request", f"a credit must be more than 0, not {microcredits}")
+    try:
+        with database.write() as connection:
+            post_credit(connection, account_id, microcredits, reference)
+    except sa.exc.IntegrityError as error:
+        raise RequestError("conflict", f"a credit with reference {reference!r} was already booked") from error
+
+
+def post_credit(connection: sa.Connection, account_id: str, microcredits: int, reference: str) -> None:
+    """:func:`credit` inside a transaction that is already open."""
+    rows = _Rows()
+    _post(rows, "credit", reference, {FUNDING: -microcredits, account_id: microcredits}, now_ms())
+    connection.execute(sa.insert(transactions), rows.transactions)
+    connection.execute(sa.insert(postings), rows.postings)
+    for name, amount in ((account_id, microcredits), (FUNDING, -microcredits)):
+        _add(connection, name, amount)
+
+
+def _apply(connection: sa.Connection, batch: Batch, now: int) -> dict[str, Refused]:
+    refused: dict[str, Refused] = {}
+    rows = _Rows()
+    book = _lock_accounts(connection, batch)
+    for reservation in batch.reserve:
+        _reserve(book, rows, refused, reservation, now)
+    open_amounts = _open_amounts(connection, batch.settle)
+    for settlement in batch.settle:
+        amount = open_amounts.pop(settlement.reservation.id, None)
+        if amount is not None:
+            _settle(book, rows, settlement, amount, now)
+    _store(connection, book, rows)
+    if batch.progress:
+        _store_progress(connection, batch.progress, now)
+    return refused
+
+
+def _lock_accounts(connection: sa.Connection, batch: Batch) -> dict[str, _Account]:
+    names = {r.account_id for r in batch.reserve} | {s.reservation.account_id for s in batch.settle}
+    if not names:
+        return {}
+    query = sa.select(accounts.c.id, accounts.c.balance, accounts.c.reserved).where(accounts.c.id.in_(sorted(names)))
+    found = connection.execute(query.order_by(accounts.c.id).with_for_update())
+    return {name: _Account(balance, reserved) for name, balance, reserved in found}
+
+
+def _reserve(
+    book: dict[str, _Account], rows: _Rows, refused: dict[str, Refused], reservation: Reservation, now: int
+) -> None:
+    account, needed = book[reservation.account_id], reservation.microcredits
+    available = account.balance - account.reserved
+    if needed > available:
+        refused[reservation.id] = Refused(available, needed)
+        return
+    account.reserved += needed
+    rows.reservations.append(
+        {
+            "id": reservation.id,
+            "instance": reservation.instance,
+            "account_id": reservation.account_id,
+            "user_id": reservation.user_id,
+            "key_id": reservation.key_id,
+            "request_id": reservation.request_id,
+            "endpoint": reservation.endpoint,
+            "model": reservation.model,
+            "prompt_tokens": reservation.prompt_tokens,
+            "completion_tokens": 0,
+            "input_price": reservation.prices.input,
+            "output_price": reservation.prices.output,
+            "microcredits": needed,
+            "created_at_ms": now,
+            "updated_at_ms": now,
+        }
+    )
+
+
+def _open_amounts(connection: sa.Connection, settlements: Sequence[Settlement]) -> dict[str, int]:
+    """What is still reserved, read after the accounts are locked, so nobody else settles it meanwhile."""
+    if not settlements:
+        return {}
+    names = [settlement.reservation.id for settlement in settlements]
+    query = sa.select(reservations.c.id, reservations.c.microcredits).where(reservations.c.id.in_(names))
+    return {name: amount for name, amount in connection.execute(query)}
+
+
+def _settle(book: dict[str, _Account], rows: _Rows, settlement: Settlement, amount: int, now: int) -> None:
+    reservation, charge = settlement.reservation, min(settlement.microcredits, amount)
+    account = book[reservation.account_id]
+    account.reserved -= amount
+    account.balance -= charge
+    rows.settled.append(reservation.id)
+    if charge:
+        rows.revenue += charge
+        _post(rows, "charge", reservation.id, {reservation.account_id: -charge, REVENUE: charge}, now)
+    rows.usages.append(
+        {
+            "id": reservation.id,
+            "user_id": reservation.user_id,
+            "key_id": reservation.key_id,
+            "request_id": reservation.request_id,
+            "endpoint": reservation.endpoint,
+            "model": reservation.model,
+            "prompt_tokens": settlement.prompt_tokens,
+            "completion_tokens": settlement.completion_tokens,
+            "microcredits": charge,
+            "outcome": settlement.outcome,
+            "created_at_ms": now,
+        }
+    )
+
+
+def _post(rows: _Rows, kind: str, reference: str, amounts: Mapping[str, int], now: int) -> None:
+    assert sum(amounts.values()) == 0
+    name = new_id()
+    rows.transactions.append({"id": name, "kind": kind, "reference": reference, "created_at_ms": now})
+    rows.postings += [{"transaction_id": name, "account_id": a, "amount": n} for a, n in amounts.items()]
+
+
+def _store(connection: sa.Connection, book: dict[str, _Account], rows: _Rows) -> None:
+    if rows.reservations:
+        connection.execute(sa.insert(reservations), rows.reservations)
+    if rows.settled:
+        connection.execute(sa.delete(reservations).where(reservations.c.id.in_(rows.settled)))
+        connection.execute(sa.insert(usages), rows.usages)
+    if rows.transactions:
+        connection.execute(sa.insert(transactions), rows.transactions)
+        connection.execute(sa.insert(postings), rows.postings)
+    if book and (rows.reservations or rows.settled):
+        update = sa.update(accounts).where(accounts.c.id == sa.bindparam("name"))
+        update = update.values(balance=sa.bindparam("new_balance"), reserved=sa.bindparam("new_reserved"))
+        changed = [{"name": n, "new_balance": a.balance, "new_reserved": a.reserved} for n, a in book.items()]
+        connection.execute(update, changed)
+    if rows.revenue:
+        _add(connection, REVENUE, rows.revenue)
+
+
+def _add(connection: sa.Connection, account_id: str, amount: int) -> None:
+    update = sa.update(accounts).where(accounts.c.id == account_id).values(balance=accounts.c.balance + amount)
+    connection.execute(update)
+
+
+def _store_progress(connection: sa.Connection, progress: Sequence[Progress], now: int) -> None:
+    update = sa.update(reservations).where(reservations.c.id == sa.bindparam("name"))
+    update = update.values(completion_tokens=sa.bindparam("tokens"), updated_at_ms=now)
+    steps = sorted(progress, key=lambda step: step.reservation_id)
+    connection.execute(update, [{"name": p.reservation_id, "tokens": p.completion_tokens} for p in steps])
+
+
+def _recovered(row: sa.RowMapping) -> Settlement:
+    prices = Prices(row["input_price"], row["output_price"])
+    reservation = Reservation(
+        id=row["id"],
+        instance=row["instance"],
+        account_id=row["account_id"],
+        user_id=row["user_id"],
+        key_id=row["key_id"],
+        request_id=row["request_id"],
+        endpoint=row["endpoint"],
+        model=row["model"],
+        prompt_tokens=row["prompt_tokens"],
+        # The row does not keep the limit; the amount reserved does, and _settle never charges more than it.
+        max_tokens=row["completion_tokens"],
+        prices=prices,
+    )
+    return Settlement(
+        reservation=reservation,
+        prompt_tokens=row["prompt_tokens"],
+        completion_tokens=row["completion_tokens"],
+        outcome="recovered",
+    )

@@ -1,0 +1,192 @@
+"""One HTTP exchange, whatever its route: the ASGI layer between server and routes.
+
+Owns the request id, the body cap, the client's disconnect, the access log and the request metrics; knows no route.
+
+Invariants:
+1. A client that leaves before the end of its answer cancels the route's work at once.
+2. No more than ``body_bytes_max`` of a body is given to a route, whatever Content-Length says.
+3. Somebody always receives: without that, hypercorn's reader blocks on its full queue and the connection hangs.
+4. Every answer carries ``x-request-id``.
+"""
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+
+import trio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.errors import ApiError, error_body, internal_error
+from gateway.metrics import Metrics
+
+_logger = logging.getLogger("rios.gateway")
+_access = logging.getLogger("rios.gateway.access")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_LINGER_SECONDS = 1.0
+_SMALL_BODY_SECONDS = 0.05
+
+
+class Exchanges:
+    """ASGI middleware: runs ``app`` for each request under the invariants above."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, body_bytes_max: int) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._body_bytes_max = body_bytes_max
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI. WebSockets are turned away."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] != "http":
+            return
+        exchange = _Exchange(scope, receive, send, self._body_bytes_max)
+        start = time.perf_counter()
+        self._metrics.running.inc()
+        try:
+            async with trio.open_nursery() as nursery:
+                await exchange.run(self._app, nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            seconds = time.perf_counter() - start
+            self._metrics.running.dec()
+            self._metrics.observe_request(scope["path"], exchange.status, seconds)
+            _access.info(
+                "%s %s %d %.1f ms %s",
+                scope["method"],
+                scope["path"],
+                exchange.status,
+                seconds * 1000,
+                exchange.request_id,
+            )
+
+
+class _Exchange:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, body_bytes_max: int) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._body_bytes_max = body_bytes_max
+        self._body_bytes = 0
+        self._body_ended = trio.Event()
+        if not _has_body(scope["headers"]):
+            self._body_ended.set()
+        self._work = trio.CancelScope()
+        self._watching = False
+        self._ended = False
+        self._nursery: trio.Nursery
+        self.request_id = _request_id(scope["headers"])
+        self.status = 499  # The client left before an answer began.
+        # A route may put a function "limits" here that gives more headers for the answer.
+        scope["state"] = {"request_id": self.request_id}
+
+    async def run(self, app: ASGIApp, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        with self._work:
+            try:
+                await app(self._scope, self.receive, self.send)
+            except Exception:
+                _logger.exception("request %s failed", self.request_id)
+                await self._answer_failure()
+
+    async def receive(self) -> Message:
+        """The route's receive: body parts, counted. Raises ApiError ``too_large``."""
+        if self._watching:
+            # What is left comes to the watcher; a route that asks again has had all of the body.
+            return {"type": "http.disconnect"}
+        if self._body_ended.is_set():
+            self._watch()
+            return {"type": "http.request", "body": b"", "more_body": False}
+        if self._body_bytes == 0 and _content_length(self._scope["headers"]) > self._body_bytes_max:
+            raise self._too_large()
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._body_bytes += len(message.get("body", b""))
+            if self._body_bytes > self._body_bytes_max:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                self._body_ended.set()
+                self._watch()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """The route's send: adds headers, and lets a body that is still coming in run out before the end."""
+        self._watch()
+        if message["type"] == "http.response.start":
+            if not self._body_ended.is_set():
+                # An early answer. A small body is here in a moment, and then the connection can be kept.
+                with trio.move_on_after(_SMALL_BODY_SECONDS):
+                    await self._body_ended.wait()
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), *self._own_headers()]
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            if not self._body_ended.is_set():
+                message = await self._linger(message)
+            # From here on the server itself tells of a disconnect, and that must not cut its closing short.
+            self._ended = True
+        await self._send(message)
+
+    async def _linger(self, message: Message) -> Message:
+        """Send the whole answer, wait for the body to run out, and return the empty end.
+
+        Closing on unread bytes resets the connection, and the client may never see the answer.
+        """
+        await self._send({**message, "more_body": True})
+        with trio.move_on_after(_LINGER_SECONDS):
+            await self._body_ended.wait()
+        return {"type": "http.response.body", "body": b"", "more_body": False}
+
+    def _watch(self) -> None:
+        if not self._watching:
+            self._watching = True
+            self._nursery.start_soon(self._watch_client)
+
+    async def _watch_client(self) -> None:
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self._body_ended.set()
+                if not self._ended:
+                    self._work.cancel()
+                return
+            if not message.get("more_body", False):
+                self._body_ended.set()
+
+    async def _answer_failure(self) -> None:
+        if self.status != 499:
+            return  # The answer is under way; it ends here, incomplete, and the client can tell.
+        headers = [(b"content-type", b"application/json")]
+        await self.send({"type": "http.response.start", "status": 500, "headers": headers})
+        await self.send({"type": "http.response.body", "body": error_body(internal_error(self.request_id))})
+
+    def _own_headers(self) -> Iterable[tuple[bytes, bytes]]:
+        yield b"x-request-id", self.request_id.encode("ascii")
+        limits = self._scope["state"].get("limits")
+        if limits is not None:
+            for name, value in limits().items():
+                yield name.encode("ascii"), value.encode("ascii")
+        if not self._body_ended.is_set():
+            yield b"connection", b"close"
+
+    def _too_large(self) -> ApiError:
+        return ApiError("too_large", f"the request body is larger than {self._body_bytes_max} bytes")
+
+
+def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The client's own id if it is a harmless one, else a fresh one."""
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return value.decode("ascii")
+    return f"req_{secrets.token_hex(12)}"
+
+
+def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"transfer-encoding" or (name == b"content-length" and int(value)) for name, value in headers)
+
+
+def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    # h11 has checked that it is a number.
+    return next((int(value) for name, value in headers if name == b"content-length"), 0)

@@ -1,0 +1,84 @@
+"""What requests cost, and the records that move their money. Pure: no clock, no database.
+
+Amounts are integer microcredits. A request's charge is rounded down once, over the whole request, so a reservation
+(the same formula on the most it can use) always covers it.
+"""
+
+from dataclasses import dataclass
+
+PRICE_UNIT_TOKENS = 1_000_000
+"""Prices are microcredits per this many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Microcredits per million tokens."""
+
+    input: int
+    output: int
+
+    def charge(self, prompt_tokens: int, completion_tokens: int) -> int:
+        """Microcredits for a request, rounded down."""
+        return (prompt_tokens * self.input + completion_tokens * self.output) // PRICE_UNIT_TOKENS
+
+
+FREE = Prices(0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """A request's worst case, held back on its payer's account until the request is settled."""
+
+    id: str
+    instance: str
+    """The gateway that runs the request."""
+    account_id: str
+    user_id: str
+    key_id: str | None
+    request_id: str
+    """What the client calls the request; not unique."""
+    endpoint: str
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    prices: Prices
+
+    @property
+    def microcredits(self) -> int:
+        """The amount held back."""
+        return self.prices.charge(self.prompt_tokens, self.max_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """How a reserved request ended."""
+
+    reservation: Reservation
+    prompt_tokens: int
+    completion_tokens: int
+    outcome: str
+    """``stop``, ``length``, ``cancelled`` (the client left), ``failed``, ``recovered`` (after a crash)."""
+
+    @property
+    def microcredits(self) -> int:
+        """What the payer pays. Nothing produced costs nothing; never more than was reserved."""
+        if self.completion_tokens == 0:
+            return 0
+        charge = self.reservation.prices.charge(self.prompt_tokens, self.completion_tokens)
+        return min(charge, self.reservation.microcredits)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a running request came: ``completion_tokens`` were delivered."""
+
+    reservation_id: str
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A reservation that its payer's balance does not cover. ``available`` is what is left, microcredits."""
+
+    available: int
+    needed: int

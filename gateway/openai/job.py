@@ -1,0 +1,170 @@
+"""One generation from admission to settlement: limits, money and engine in the right order.
+
+Invariants:
+1. Nothing runs before its worst case is reserved durably.
+2. However the block ends, the request is settled: finished ones on the engine's count, ones the client left on what
+   was produced, failed ones on what was delivered.
+3. A finished request is settled before the caller sees its end.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from config.errors import RiosError
+from config.generation import Delta, Finished, GenerationEvent, GenerationRequest
+from gateway.accounts import Principal
+from gateway.books import new_id
+from gateway.guard import Guard
+from gateway.limits import Limits
+from gateway.metrics import Metrics
+from gateway.money import Prices, Reservation, Settlement
+from gateway.ports import Engine, PreparedGeneration
+from gateway.till import Ticket, Till
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What every generation needs."""
+
+    engine: Engine
+    guard: Guard
+    limits: Limits
+    till: Till
+    prices: Prices
+    local_prices: Prices
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Who asks for what, and through which endpoint."""
+
+    principal: Principal
+    request: GenerationRequest
+    endpoint: str
+
+    @property
+    def limit_key(self) -> str:
+        """Under what the limits count it."""
+        return self.principal.key_id or self.principal.user_id
+
+
+class Job:
+    """A generation that runs. Iterate it for the answer's pieces; it is settled after the last one, before the
+    iteration ends, and then ``finished`` holds how it ended."""
+
+    def __init__(self, service: Service, ticket: Ticket) -> None:
+        self.events: AsyncIterator[GenerationEvent]
+        self._service = service
+        self._ticket = ticket
+        self._produced = 0
+        self._started = trio.current_time()
+        self._settled = False
+        self._finished: Finished | None = None
+
+    @property
+    def finished(self) -> Finished:
+        """The engine's account of the answer, once the iteration ended."""
+        assert self._finished is not None
+        return self._finished
+
+    def __aiter__(self) -> "Job":
+        return self
+
+    async def __anext__(self) -> Delta:
+        event = await anext(self.events, None)
+        if isinstance(event, Delta):
+            if not self._produced:
+                self._service.metrics.first_token_seconds.observe(trio.current_time() - self._started)
+            self._produced += len(event.tokens)
+            return event
+        if event is None:
+            raise RiosError("internal", "the generation ended without an end")
+        if event.reason == "cancelled":
+            raise RiosError("unavailable", "this node stopped the generation", "try again")
+        self._finished = event
+        await self._settle(event.completion_tokens, event.reason, event.prompt_tokens)
+        raise StopAsyncIteration
+
+    def mark_delivered(self) -> None:
+        """All that was produced up to now has reached the client."""
+        self._ticket.delivered_tokens = self._produced
+
+    async def close(self, *, failed: bool) -> None:
+        """Settle what has not been: the client left, or something failed."""
+        if self._settled:
+            return
+        with trio.CancelScope(shield=True):  # Till.settle_after_cancel bounds it.
+            if failed:
+                await self._settle(self._ticket.delivered_tokens, "failed")
+            else:
+                await self._settle(self._produced, "cancelled")
+
+    async def _settle(self, completion_tokens: int, outcome: str, prompt_tokens: int | None = None) -> None:
+        reservation = self._ticket.reservation
+        settlement = Settlement(
+            reservation=reservation,
+            prompt_tokens=reservation.prompt_tokens if prompt_tokens is None else prompt_tokens,
+            completion_tokens=completion_tokens,
+            outcome=outcome,
+        )
+        # Handed over before anything can be cancelled: from here on the till sees to it.
+        self._settled = True
+        unused = reservation.prompt_tokens + reservation.max_tokens - completion_tokens
+        if completion_tokens:
+            unused -= settlement.prompt_tokens
+            self._service.metrics.observe_tokens(settlement.prompt_tokens, completion_tokens)
+        self._service.limits.give_back_tokens(reservation.key_id or reservation.user_id, max(unused, 0))
+        if outcome in ("stop", "length"):
+            await self._service.till.settle(settlement)
+        else:
+            await self._service.till.settle_after_cancel(settlement)
+
+
+@asynccontextmanager
+async def open_job(service: Service, order: Order) -> AsyncIterator[Job]:
+    """Admit and run an order. Raises RiosError of limits, money and engine."""
+    with service.limits.running(order.limit_key):
+        prepared = await service.engine.prepare(order.request)
+        ticket = await _reserve(service, order, prepared)
+        job = Job(service, ticket)
+        failed = False
+        try:
+            async with service.engine.stream(prepared) as events:
+                job.events = events
+                yield job
+        except Exception:
+            failed = True
+            raise
+        finally:
+            await job.close(failed=failed)
+
+
+async def _reserve(service: Service, order: Order, prepared: PreparedGeneration) -> Ticket:
+    principal = order.principal
+    reservation = Reservation(
+        id=new_id(),
+        instance=service.till.instance,
+        account_id=principal.account_id,
+        user_id=principal.user_id,
+        key_id=principal.key_id,
+        request_id=order.request.request_id,
+        endpoint=order.endpoint,
+        model=order.request.model,
+        prompt_tokens=len(prepared.prompt_tokens),
+        max_tokens=prepared.max_tokens,
+        prices=service.prices if principal.key_id else service.local_prices,
+    )
+    worst_case = reservation.prompt_tokens + reservation.max_tokens
+    service.limits.take_tokens(order.limit_key, worst_case)
+    reserved = False
+    try:
+        ticket = await service.till.reserve(reservation)
+        reserved = True
+    finally:
+        if not reserved:
+            service.limits.give_back_tokens(order.limit_key, worst_case)
+    return ticket

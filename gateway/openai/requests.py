@@ -1,0 +1,283 @@
+"""What clients may ask: the request bodies of OpenAI's API, checked.
+
+Owns parsing and the translation to :class:`config.generation.GenerationRequest`. A parameter of OpenAI's that this
+server does not have is accepted at the value that asks for nothing, and refused by name at any other; an unknown
+parameter is refused by name.
+"""
+
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import trio
+from msgspec import Meta
+from starlette.requests import Request
+
+from config.generation import GenerationRequest, Message, Route, Sampling
+from gateway.errors import ApiError, invalid, unsupported
+
+_BODY_SECONDS = 30.0
+_STOPS_MAX = 4
+_STOP_CHARACTERS_MAX = 256
+_INTEGER_MAX = 2**31 - 1
+_COMPLETION_MAX_TOKENS = 16
+"""OpenAI's default for completions (chat has none)."""
+
+Count = Annotated[int, Meta(ge=1, le=_INTEGER_MAX)]
+CountOrZero = Annotated[int, Meta(ge=0, le=_INTEGER_MAX)]
+
+B = TypeVar("B", bound="SharedBody")
+
+
+class RiosOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """RiOS's extension of a request."""
+
+    route: Route | None = None
+
+
+class StreamOptions(msgspec.Struct):
+    """What a stream has besides the answer. OpenAI's other options ask for nothing here."""
+
+    include_usage: bool | None = None
+
+
+class SharedBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What both endpoints have in common. ``Any`` marks what :data:`_NEUTRAL` checks."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=255)]
+    max_tokens: Count | None = None
+    min_tokens: CountOrZero | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=_INTEGER_MAX)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    rios: RiosOptions | None = None
+    n: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+
+
+class ChatMessage(msgspec.Struct):
+    """One message. Fields that answers carry back (``refusal``, ``annotations``) are ignored."""
+
+    role: str
+    content: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+
+class ChatBody(SharedBody, kw_only=True):
+    """``POST /v1/chat/completions``"""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
+    metadata: Any = None
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    service_tier: Any = None
+    store: Any = None
+    web_search_options: Any = None
+
+
+class CompletionBody(SharedBody, kw_only=True):
+    """``POST /v1/completions``"""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    suffix: Any = None
+    best_of: Any = None
+
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "web_search_options": (),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+_WHY = {"n": "it gives one choice per request", "best_of": "it gives one choice per request"}
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+_PATH = re.compile(r"^(?P<what>.*?) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+_FIELD = re.compile(r"(?:missing required|unknown) field `(?P<field>[^`]*)`")
+
+
+async def read_body(request: Request, kind: type[B]) -> B:
+    """The request's JSON body, checked. Raises ApiError that names the parameter."""
+    with trio.move_on_after(_BODY_SECONDS):
+        return _decode(await request.body(), kind)
+    raise ApiError("invalid_request", f"the body did not arrive within {_BODY_SECONDS:.0f} s", status=408)
+
+
+def _decode(data: bytes, kind: type[B]) -> B:
+    try:
+        body = msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise _validation_error(str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(None, f"the body is not valid JSON in UTF-8: {error}") from error
+    except RecursionError as error:
+        raise invalid(None, "the body is nested too deeply") from error
+    _check_neutral(body)
+    return body
+
+
+def _validation_error(text: str) -> ApiError:
+    match = _PATH.match(text)
+    what, path = (match["what"], match["path"]) if match else (text, "")
+    named = _FIELD.search(what)
+    if named:
+        path = f"{path}.{named['field']}" if path else named["field"]
+        what = "is required" if "missing" in what else "is not a parameter of this model server"
+        return invalid(path, f"{path} {what}")
+    return invalid(path or None, f"{path or 'the body'}: {what[:1].lower()}{what[1:]}")
+
+
+def _check_neutral(body: SharedBody) -> None:
+    for name in body.__struct_fields__:
+        accepted = _NEUTRAL.get(name)
+        if accepted is None:
+            continue
+        value = getattr(body, name)
+        # 0 == False, and a client that sends one for the other means the same.
+        if value is not None and value not in accepted:
+            raise unsupported(name, _WHY.get(name, ""))
+
+
+def chat_request(body: ChatBody, request_id: str) -> GenerationRequest:
+    """A chat request for the engine."""
+    limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
+    if len(limits) > 1:
+        raise invalid("max_tokens", "max_tokens and max_completion_tokens differ; send one of them")
+    messages = tuple(_message(index, message) for index, message in enumerate(body.messages))
+    sampling = _sampling(body, limits.pop() if limits else None)
+    return GenerationRequest(
+        model=body.model, messages=messages, sampling=sampling, request_id=request_id, route=_route(body)
+    )
+
+
+def completion_request(body: CompletionBody, request_id: str) -> GenerationRequest:
+    """A completion request for the engine."""
+    prompt = _prompt(body.prompt)
+    if body.echo and not isinstance(prompt, str):
+        raise invalid("echo", "echo needs a prompt that is text, not token ids")
+    sampling = _sampling(body, body.max_tokens or _COMPLETION_MAX_TOKENS)
+    return GenerationRequest(
+        model=body.model, prompt=prompt, sampling=sampling, request_id=request_id, route=_route(body)
+    )
+
+
+def _message(index: int, message: ChatMessage) -> Message:
+    where = f"messages[{index}]"
+    role = _ROLES.get(message.role)
+    if role is None:
+        known = ", ".join(_ROLES)
+        raise invalid(f"{where}.role", f"{where}.role {message.role!r:.60} is not one of {known}")
+    for name in ("tool_calls", "function_call"):
+        if getattr(message, name):
+            raise unsupported(f"{where}.{name}")
+    return Message(role=role, content=_content(f"{where}.content", message.content))
+
+
+def _content(where: str, content: object) -> str:
+    if isinstance(content, str):
+        return _text(where, content)
+    if not isinstance(content, list):
+        raise invalid(where, f"{where} must be text or a list of text parts")
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise invalid(where, f"{where} must be text or a list of text parts")
+        if part["type"] != "text":
+            raise unsupported(where, f"it reads text parts only, not {part['type']!r:.60}")
+        if not isinstance(part.get("text"), str):
+            raise invalid(where, f"{where}: a text part needs its text")
+        texts.append(_text(where, part["text"]))
+    return "".join(texts)
+
+
+def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return _text("prompt", prompt)
+    if not prompt:
+        raise invalid("prompt", "prompt is empty")
+    if not all(isinstance(token, int) for token in prompt):
+        raise unsupported("prompt", "it takes one prompt per request")
+    if not all(0 <= token <= _INTEGER_MAX for token in prompt):
+        raise invalid("prompt", "prompt: token ids are not negative and fit into 31 bits")
+    return tuple(prompt)
+
+
+def _sampling(body: SharedBody, max_tokens: int | None) -> Sampling:
+    min_tokens = body.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise invalid("min_tokens", f"min_tokens {min_tokens} is more than max_tokens {max_tokens}")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options", "stream_options is only allowed with stream: true")
+    return Sampling(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        stop=_stops(body.stop),
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+    )
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(stops) > _STOPS_MAX:
+        raise invalid("stop", f"stop has {len(stops)} entries, and {_STOPS_MAX} are allowed")
+    for text in stops:
+        if not 0 < len(_text("stop", text)) <= _STOP_CHARACTERS_MAX:
+            raise invalid("stop", f"a stop string has 1 to {_STOP_CHARACTERS_MAX} characters")
+    return stops
+
+
+def _route(body: SharedBody) -> Route | None:
+    return body.rios.route if body.rios is not None else None
+
+
+def _text(where: str, text: str) -> str:
+    """JSON can spell half a character; no tokenizer can read one."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise invalid(where, f"{where} holds half of a surrogate pair, which is not a character")
+    return text
