@@ -11,7 +11,7 @@ Invariants:
 3. Only finite numbers are encoded or decoded: anything else raises :class:`IntegrityError`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,17 @@ def decode(header: Mapping[str, Any], buffer: bytes | bytearray | memoryview) ->
     if not _is_finite(rows):
         raise _not_finite(rows)
     return rows
+
+
+def total(partials: Sequence[FloatRows], shape: tuple[int, ...]) -> FloatRows:
+    """The sum of rounded partial sums in fp32, in the order given (group order); zeros of ``shape`` if there are none.
+    The one place where partial sums are added, so that every route adds alike."""
+    if not partials:
+        return np.zeros(shape, np.float32)
+    result = partials[0].copy()
+    for partial in partials[1:]:
+        result += partial
+    return result
 
 
 def _fits_fp16(rows: FloatRows) -> bool:
