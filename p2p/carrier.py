@@ -1,0 +1,39 @@
+"""What a carrier of RPC frames must do. ``secure.Channel`` is the one over libp2p streams."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Carrier(Protocol):
+    """An ordered, authenticated, two-way byte stream to one peer, without a task of its own."""
+
+    closed: bool
+
+    @property
+    def peer_id(self) -> str:
+        """The proven peer at the other end."""
+
+    @property
+    def outbound(self) -> bool:
+        """Whether this side opened it."""
+
+    @property
+    def congested(self) -> bool:
+        """Whether much waits to be sent: :meth:`drain` before sending more."""
+
+    def open(self, receive: Callable[[memoryview], None], lost: Callable[[], None]) -> None:
+        """Start delivery. Both callbacks run in the reader: they must not block or raise."""
+
+    def send(self, chunks: list[Buffer]) -> None:
+        """Send now or queue, whole and in order. Does nothing once closed."""
+
+    async def drain(self) -> None:
+        """Return when there is room (or the carrier is closed)."""
+
+    def consumed(self, count: int) -> None:
+        """That many received bytes need no room any more."""
+
+    async def close(self) -> None:
+        """Close it; ``lost`` is called if it was not yet."""

@@ -1,0 +1,413 @@
+"""The libp2p host, tamed: identity, listening, dialling, DHT, gossip, streams. With ``secure`` the importer of libp2p.
+
+Owns: which parts of py-libp2p run and how, and that nothing they raise or a peer sends ends the process.
+Does not own: what travels over the streams, which peers we want.
+
+Invariants:
+1. Only Noise is offered; nothing travels in plain text. Only TCP, only yamux.
+2. A handler's exception ends its stream, never the host.
+3. DHT values are accepted only under ``/rios/<namespace>/`` with a registered rule, at most
+   :data:`RECORD_BYTES_MAX` long.
+4. Third-party exceptions leave this file as RiosErrors.
+"""
+
+import errno
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+from libp2p import new_host
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.records.utils import InvalidRecordType
+from libp2p.records.validator import NamespacedValidator, Validator
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
+from libp2p.tools.anyio_service import background_trio_service
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
+from config.vocabulary import PeerId
+from p2p.core.identity import Identity
+from p2p.secure import Channel, Connection, Muxer, Noise
+
+log = logging.getLogger(__name__)
+
+RPC_PROTOCOL = TProtocol("/rios/rpc/1.0.0")
+GOSSIP_PROTOCOL = TProtocol("/meshsub/1.1.0")
+RECORD_BYTES_MAX = 64 << 10
+GOSSIP_HEARTBEAT_SECONDS = 3
+ADDRESS_SECONDS = 24 * 3600
+NAMESPACE = "rios"
+
+Accept = Callable[[Channel], Awaitable[None]]
+Received = Callable[[PeerId, bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRule:
+    """What makes a DHT record of one namespace valid (raises RiosError if not), and which of several wins (index)."""
+
+    check: Callable[[str, bytes], None]
+    select: Callable[[str, Sequence[bytes]], int]
+
+
+class _Rules(Validator):
+    """Our part of the DHT's key space."""
+
+    def __init__(self) -> None:
+        self.rules: dict[str, RecordRule] = {}
+
+    def _rule(self, key: str) -> tuple[RecordRule, str]:
+        _, _, rest = key.removeprefix("/").partition("/")
+        namespace, _, name = rest.partition("/")
+        rule = self.rules.get(namespace)
+        if rule is None or not name:
+            raise InvalidRecordType(f"no rule for the record {key[:100]!r}")
+        return rule, name
+
+    def validate(self, key: str, value: bytes) -> None:
+        """Raise InvalidRecordType unless the record's rule accepts it."""
+        rule, name = self._rule(key)
+        if len(value) > RECORD_BYTES_MAX:
+            raise InvalidRecordType(f"a record of {len(value)} bytes exceeds {RECORD_BYTES_MAX}")
+        try:
+            rule.check(name, value)
+        except RiosError as error:
+            raise InvalidRecordType(str(error)) from error
+
+    def select(self, key: str, values: list[bytes]) -> int:
+        """The index of the value that wins."""
+        rule, name = self._rule(key)
+        return rule.select(name, values)
+
+
+class _Watcher(INotifee):
+    """Tells when connections come and go."""
+
+    def __init__(self, changed: Callable[[PeerId, bool], None]) -> None:
+        self._changed = changed
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        """A connection is up."""
+        self._changed(PeerId(str(conn.muxed_conn.peer_id)), True)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        """A connection is gone."""
+        self._changed(PeerId(str(conn.muxed_conn.peer_id)), False)
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        """Not watched."""
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        """Not watched."""
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """Not watched."""
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """Not watched."""
+
+
+class Host:
+    """A running libp2p host."""
+
+    def __init__(self, identity: Identity, host: IHost, dht: KadDHT, pubsub: Pubsub, rules: _Rules) -> None:
+        self.identity = identity
+        self._host = host
+        self._swarm: Any = host.get_network()
+        self._dht = dht
+        self._pubsub = pubsub
+        self._rules = rules
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The real addresses this host listens on, without ``/p2p/...``."""
+        return tuple(str(a) for listener in self._swarm.listeners.values() for a in listener.get_addrs())
+
+    def connected(self) -> tuple[PeerId, ...]:
+        """Peers with a connection."""
+        return tuple(PeerId(str(peer)) for peer in self._host.get_connected_peers())
+
+    def watch(self, changed: Callable[[PeerId, bool], None]) -> None:
+        """Call ``changed(peer, up)`` when a connection comes or goes."""
+        self._swarm.register_notifee(_Watcher(changed))
+
+    # -- dialling and streams
+
+    def learn(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """Remember where a peer can be dialled. Addresses that are none are skipped."""
+        usable = [a for text in addresses if (a := parse_address(text)) is not None]
+        if usable:
+            store: Any = self._host.get_peerstore()
+            store.clear_addrs(_id(peer_id))
+            store.add_addrs(_id(peer_id), usable, ADDRESS_SECONDS)
+
+    async def connect(self, peer_id: PeerId) -> None:
+        """Have a connection to a peer. Raises RemoteError ``unavailable``."""
+        peer = _id(peer_id)
+        self._swarm.unblock_peer(peer)
+        try:
+            await self._swarm.dial_peer(peer)
+        except Exception as error:
+            raise RemoteError("unavailable", f"cannot reach {peer_id}: {_short(error)}", peer_id=peer_id) from error
+
+    async def open_channel(self, peer_id: PeerId) -> Channel:
+        """A new RPC stream to a connected peer. Raises RemoteError ``unavailable``."""
+        try:
+            return Channel(await self._host.new_stream(_id(peer_id), [RPC_PROTOCOL]))
+        except Exception as error:
+            message = f"cannot open an RPC stream to {peer_id}: {_short(error)}"
+            raise RemoteError("unavailable", message, peer_id=peer_id) from error
+
+    def accept_channels(self, accept: Accept) -> None:
+        """Serve RPC streams; ``accept`` returns when the channel is done."""
+
+        async def handle(stream: INetStream) -> None:
+            await accept(Channel(stream))
+
+        self._host.set_stream_handler(RPC_PROTOCOL, _guarded(handle))
+
+    async def disconnect(self, peer_id: PeerId) -> None:
+        """Close every connection to a peer."""
+        try:
+            await self._host.disconnect(_id(peer_id))
+        except Exception as error:
+            log.debug("closing connections to %s: %s", peer_id, _short(error), exc_info=True)
+
+    # -- DHT
+
+    def accept_records(self, namespace: str, rule: RecordRule) -> None:
+        """Take part in storing ``/rios/<namespace>/...`` under this rule."""
+        self._rules.rules[namespace] = rule
+
+    async def join(self, peer_id: PeerId) -> None:
+        """Use a connected peer for DHT look-ups."""
+        await self._dht.add_peer(_id(peer_id), skip_server_mode_check=True)
+
+    def leave(self, peer_id: PeerId) -> None:
+        """Do not ask this peer any more: dead peers make look-ups slow."""
+        self._dht.routing_table.remove_peer(_id(peer_id))
+
+    async def put_record(self, namespace: str, name: str, value: bytes) -> None:
+        """Store a record in the DHT. Raises RequestError if its rule refuses it."""
+        try:
+            await self._dht.put_value(f"/{NAMESPACE}/{namespace}/{name}", value)
+        except InvalidRecordType as error:
+            raise RequestError("invalid_request", f"DHT record {namespace}/{name[:100]}: {error}") from error
+        except ValueError as error:
+            raise RequestError("conflict", f"DHT record {namespace}/{name[:100]}: {error}") from error
+        except Exception as error:
+            raise RemoteError("unavailable", f"DHT record {namespace}/{name[:100]}: {_short(error)}") from error
+
+    async def get_record(self, namespace: str, name: str) -> bytes | None:
+        """The best valid value the DHT has."""
+        try:
+            return await self._dht.get_value(f"/{NAMESPACE}/{namespace}/{name}")
+        except Exception as error:
+            log.debug("DHT look-up of %s/%s: %s", namespace, name, _short(error), exc_info=True)
+            return None
+
+    async def provide(self, key: str) -> None:
+        """Say in the DHT that this node has something of ``key`` (hex)."""
+        try:
+            await self._dht.provide(key)
+        except Exception as error:
+            raise RemoteError("unavailable", f"DHT provider record {key[:100]}: {_short(error)}") from error
+
+    async def find_providers(self, key: str) -> tuple[PeerId, ...]:
+        """Who said so; their addresses are remembered."""
+        try:
+            found = await self._dht.find_providers(key)
+        except Exception as error:
+            log.debug("DHT providers of %s: %s", key, _short(error), exc_info=True)
+            return ()
+        return tuple(PeerId(str(info.peer_id)) for info in found)
+
+    # -- gossip
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """Send to everybody who subscribed, as well as gossip can."""
+        try:
+            await self._pubsub.publish(topic, payload)
+        except Exception as error:
+            raise RemoteError("unavailable", f"gossip on {topic}: {_short(error)}") from error
+
+    async def run_subscription(self, topic: str, received: Received) -> None:
+        """Pass a topic's messages of others on, with the peer whose signature each carries; never returns."""
+        subscription = await self._pubsub.subscribe(topic)
+        own = self.identity.peer_id
+        while True:
+            message = await subscription.get()
+            sender = PeerId(str(ID(message.from_id)))
+            if sender != own:
+                await received(sender, bytes(message.data))
+
+    def statistics(self) -> dict[str, int]:
+        """Counts of this layer."""
+        return {
+            "connections": len(self._swarm.get_connections()),
+            "dht_peers": self._dht.get_routing_table_size(),
+            "dht_records": self._dht.get_value_store_size(),
+        }
+
+
+@asynccontextmanager
+async def open_host(
+    identity: Identity, *, listen: Sequence[str], peers_max: int, nursery: trio.Nursery
+) -> AsyncIterator[Host]:
+    """A host that listens on ``listen``. Raises ConfigError for a bad address, LocalError ``port_taken``."""
+    tame_logging()
+    addresses = [_listen_address(text) for text in listen]
+    for address in addresses:
+        _check_port_free(address)
+    pair = create_new_key_pair(identity.seed)
+    noise = Noise(pair, noise_privkey=create_noise_key_pair().private_key)
+    noise.spawn = nursery.start_soon
+    host = new_host(
+        key_pair=pair,
+        sec_opt={NOISE_ID: noise},
+        muxer_preference="YAMUX",
+        connection_config=_limits(peers_max),
+        listen_addrs=addresses,
+        disable_identify_address_discovery=True,
+    )
+    assert str(host.get_id()) == identity.peer_id
+    swarm: Any = host.get_network()
+    swarm.upgrader.muxer_multistream = Muxer({TProtocol(YAMUX_ID): Connection})
+    swarm.retry_config = RetryConfig(max_retries=0)
+    rules = _Rules()
+    dht = KadDHT(
+        host,
+        DHTMode.SERVER,
+        validator=NamespacedValidator({NAMESPACE: rules}, strict_validation=True),
+        validator_changed=True,
+        strict_validation=True,
+        max_peers_per_subnet=0 if all(_is_loopback(a) for a in addresses) else None,
+    )
+    router = GossipSub(
+        protocols=[GOSSIP_PROTOCOL],
+        degree=6,
+        degree_low=4,
+        degree_high=12,
+        heartbeat_interval=GOSSIP_HEARTBEAT_SECONDS,
+        heartbeat_initial_delay=0.5,
+        max_messages_per_topic_per_second=200.0,
+        eclipse_protection_enabled=False,
+        adaptive_gossip_enabled=False,
+    )
+    pubsub = Pubsub(host, router, strict_signing=True)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(host.run(addresses))
+        if len(swarm.listeners) < len(set(addresses)):
+            missing = [str(a) for a in addresses if str(a) not in swarm.listeners]
+            raise LocalError("local", f"cannot listen on {', '.join(missing)}", "see p2p.listen in the configuration")
+        await stack.enter_async_context(background_trio_service(dht))
+        await stack.enter_async_context(background_trio_service(router))
+        await stack.enter_async_context(background_trio_service(pubsub))
+        await pubsub.wait_until_ready()
+        for protocol, handler in list(host.get_mux().handlers.items()):
+            if handler is not None and protocol is not None:
+                host.set_stream_handler(protocol, _guarded(handler))
+        try:
+            yield Host(identity, host, dht, pubsub, rules)
+        finally:
+            with trio.move_on_after(1.0, shield=True):
+                await host.close()
+
+
+def tame_logging() -> None:
+    """py-libp2p logs whole values in hex, and every hang-up as an error."""
+    for name in ("libp2p", "libp2p.kad_dht", "libp2p.pubsub", "multiaddr"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def parse_address(text: str) -> Multiaddr | None:
+    """A dialable TCP address without its ``/p2p/...`` part, or None."""
+    try:
+        address = Multiaddr(text.partition("/p2p/")[0])
+        names = [protocol.name for protocol in address.protocols()]
+    except Exception as error:
+        log.debug("not a multiaddr: %.200s: %s", text, _short(error), exc_info=True)
+        return None
+    return address if len(names) == 2 and names[1] == "tcp" else None
+
+
+def _listen_address(text: str) -> Multiaddr:
+    address = parse_address(text)
+    if address is None:
+        hint = "write it like /ip4/0.0.0.0/tcp/4701"
+        raise ConfigError("config", f"p2p.listen: {text!r} is not a TCP multiaddr", hint)
+    return address
+
+
+def _host_port(address: Multiaddr) -> tuple[int, str, int]:
+    names = [protocol.name for protocol in address.protocols()]
+    family = socket.AF_INET6 if names[0].endswith("6") else socket.AF_INET
+    return family, str(address.value_for_protocol(names[0])), int(address.value_for_protocol("tcp") or 0)
+
+
+def _check_port_free(address: Multiaddr) -> None:
+    """libp2p binds with SO_REUSEPORT, which hides that somebody else listens already: try without."""
+    family, name, port = _host_port(address)
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((name, port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            hint = "stop the other process or change p2p.listen in the configuration"
+            raise LocalError("port_taken", f"the address {address} is in use", hint) from error
+        hint = "change p2p.listen in the configuration"
+        raise LocalError("local", f"cannot listen on {address}: {error.strerror or error}", hint) from error
+
+
+def _is_loopback(address: Multiaddr) -> bool:
+    return _host_port(address)[1] in ("127.0.0.1", "::1", "localhost")
+
+
+def _limits(peers_max: int) -> ConnectionConfig:
+    # two connections per peer (simultaneous dials), and no connections of the library's own choice
+    most = 2 * peers_max + 16
+    return ConnectionConfig(
+        max_connections=most, high_watermark=most, low_watermark=0, min_connections=0, auto_connect_interval=3600.0
+    )
+
+
+def _guarded(handle: Callable[[INetStream], Awaitable[None]]) -> Callable[[INetStream], Awaitable[None]]:
+    """An exception in a libp2p stream handler would end the whole host: it ends the stream instead."""
+
+    async def guarded(stream: INetStream) -> None:
+        try:
+            await handle(stream)
+        except Exception as error:
+            log.debug("stream handler: %s", _short(error), exc_info=True)
+            try:
+                await stream.reset()
+            except Exception as reset_error:
+                log.debug("resetting a stream: %s", _short(reset_error), exc_info=True)
+
+    return guarded
+
+
+def _id(peer_id: PeerId) -> ID:
+    return ID.from_base58(peer_id)
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+__all__ = ["Channel", "Host", "PeerInfo", "RecordRule", "open_host", "parse_address"]

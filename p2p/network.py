@@ -1,0 +1,253 @@
+"""The package's face over libp2p: starts every part and joins them.
+
+Owns: the life cycle and the wiring. Does not own: any protocol.
+
+Invariants:
+1. When :func:`open_network` yields, the node listens and its addresses are known; peers come in the background.
+2. Leaving it ends everything in under 2 s, also when peers do not answer.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import trio
+
+from config.errors import ConfigError, LocalError, RemoteError, RiosError
+from config.settings import P2pSettings
+from config.vocabulary import PeerId
+from p2p.blobs import PeerBlobs
+from p2p.core import failures, headers
+from p2p.core.advert import Advert
+from p2p.core.identity import Identity
+from p2p.directory import TOPIC, PeerDirectory
+from p2p.face import Buffer, Call, GossipHandler, Handler, Header, Reply
+from p2p.gossip import Gossip
+from p2p.host import Host, RecordRule, open_host, parse_address
+from p2p.links import Links
+from p2p.mesh import Mesh, read_seeds
+from p2p.peerbook import Peerbook
+
+log = logging.getLogger(__name__)
+
+ADDRESSES_MAX = 8
+
+
+class PeerNetwork:
+    """:class:`p2p.face.Network` over libp2p. Made by :func:`open_network`."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        settings: P2pSettings,
+        host: Host,
+        nursery: trio.Nursery,
+        book: Peerbook,
+        seeds: Mapping[PeerId, Sequence[str]],
+        advert: Advert,
+    ) -> None:
+        self.identity = identity
+        self._host = host
+        self._nursery = nursery
+        self._handlers: dict[str, Handler] = {}
+        bare = advert.addresses or settings.announce or _reachable(host.addresses)
+        self.addresses = tuple(f"{a.partition('/p2p/')[0]}/p2p/{identity.peer_id}" for a in bare)[:ADDRESSES_MAX]
+        own = msgspec.structs.replace(advert, peer_id=identity.peer_id, addresses=self.addresses)
+        self.directory = PeerDirectory(identity, host, self, own, advert_seconds=settings.advert_seconds)
+        self.blobs = PeerBlobs(self, identity.peer_id)
+        self.links = Links(
+            host,
+            self._handlers,
+            nursery,
+            frame_bytes_max=settings.frame_bytes_max,
+            calls_max=settings.calls_per_peer_max,
+            peers_max=settings.peers_max,
+            up=self._link_up,
+            down=self.directory.link_down,
+        )
+        self._book = book
+        self._mesh = Mesh(host, self.links, self.directory, book, seeds)
+        self._gossip = Gossip(host, nursery)
+        self.serve("advert.exchange", self.directory.serve_exchange)
+        self.serve("advert.push", self.directory.serve_push)
+        self.serve("blob.get", self.blobs.serve_get)
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node's peer id."""
+        return self.identity.peer_id
+
+    def serve(self, method: str, handler: Handler) -> None:
+        """Register the handler of a method."""
+        assert method not in self._handlers, f"{method} is served already"
+        self._handlers[method] = handler
+
+    async def call(
+        self,
+        peer_id: PeerId,
+        method: str,
+        header: Header,
+        buffers: Sequence[Buffer] = (),
+        *,
+        deadline_ms: int,
+    ) -> Reply:
+        """See :meth:`p2p.face.Network.call`."""
+        deadline = trio.current_time() + deadline_ms / 1000
+        link = self.links.ready(peer_id)
+        if link is None:
+            if peer_id == self.peer_id:
+                return await self._call_self(method, header, buffers, deadline)
+            with trio.CancelScope(deadline=deadline):
+                link = await self.links.get(peer_id)
+            if link is None:
+                raise RemoteError("deadline", f"{peer_id} was not reached in {deadline_ms} ms", peer_id=peer_id)
+        return await link.call(method, header, buffers, deadline)
+
+    async def _call_self(self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float) -> Reply:
+        """The handler, directly, with the same errors as over the wire."""
+        await trio.lowlevel.checkpoint()
+        handler = self._handlers.get(method)
+        if handler is None:
+            raise RemoteError("not_found", f"{method!r} is not served here", peer_id=self.peer_id)
+        views = tuple(memoryview(buffer).cast("B") for buffer in buffers)
+        call = Call(self.peer_id, method, headers.unpack(headers.pack(header)), views, deadline)
+        with trio.CancelScope(deadline=deadline):
+            try:
+                return await handler(call)
+            except RiosError as error:
+                raise failures.from_header(failures.to_header(error), self.peer_id) from error
+            except Exception as error:
+                log.exception("the handler of %s failed", method)
+                raise failures.from_header(failures.internal(), self.peer_id) from error
+        raise RemoteError("deadline", f"{method} missed its deadline", peer_id=self.peer_id)
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """See :meth:`p2p.face.Network.publish`."""
+        await self._gossip.publish(topic, payload)
+
+    def subscribe(self, topic: str, handler: GossipHandler) -> None:
+        """Receive a topic's messages of others (one's own do not come back)."""
+        self._gossip.subscribe(topic, handler)
+
+    def accept_records(self, namespace: str, rule: RecordRule) -> None:
+        """Take part in storing DHT records ``/rios/<namespace>/...`` that pass ``rule``."""
+        self._host.accept_records(namespace, rule)
+
+    def peers(self) -> Sequence[PeerId]:
+        """Peers with a live link right now."""
+        return self.links.peers()
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Numbers for status and metrics."""
+        return {
+            "carrier": "libp2p",
+            "peers": len(self.links.peers()),
+            "adverts": len(self.directory.adverts()),
+            "links": self.links.statistics(),
+            "gossip": {"sent": self._gossip.sent, "received": self._gossip.received},
+            "blobs": {"served_bytes": self.blobs.served_bytes, "fetched_bytes": self.blobs.fetched_bytes},
+            **self._host.statistics(),
+        }
+
+    def _link_up(self, peer_id: PeerId) -> None:
+        self.directory.link_up(peer_id)
+        self._mesh.link_up(peer_id)
+        self._nursery.start_soon(self._greet, peer_id)
+
+    async def _greet(self, peer_id: PeerId) -> None:
+        await self.directory.exchange(peer_id)
+        await self._host.join(peer_id)
+
+    def run(self) -> None:
+        """Start the background work."""
+        self._gossip.subscribe(TOPIC, self.directory.on_gossip)
+        for task in (self.links.run, self._mesh.run, self.directory.run_upkeep, self.directory.run_dht):
+            self._nursery.start_soon(task)
+        self._nursery.start_soon(self.directory.run, self.publish)
+
+    async def close(self) -> None:
+        """Say goodbye and remember the peers."""
+        self._mesh.remember()
+        await self.links.close()
+        await trio.to_thread.run_sync(self._book.save)
+
+
+@asynccontextmanager
+async def open_network(
+    identity: Identity,
+    settings: P2pSettings,
+    *,
+    data_dir: Path,
+    version: str,
+    advert: Advert | None = None,
+) -> AsyncIterator[PeerNetwork]:
+    """A running network. ``advert`` holds the first advert's other fields (hardware, region, roles, ...).
+
+    Raises ConfigError for a bad address or seed, LocalError ``port_taken`` or ``local``. What the body raises comes out
+    as it is, not inside an exception group.
+    """
+    seeds = read_seeds(settings.seeds, settings.seeds_file)
+    for text in settings.announce:
+        if parse_address(text) is None:
+            raise ConfigError("config", f"p2p.announce: {text!r} is not a TCP multiaddr")
+    first = advert or Advert(peer_id=identity.peer_id, seq=0, expires_ms=0)
+    first = msgspec.structs.replace(first, version=version)
+    try:
+        await trio.Path(data_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocalError("local", f"cannot make the folder {data_dir}: {error.strerror or error}") from error
+    failure: Exception | None = None
+    try:
+        async with trio.open_nursery() as outer:
+            host_context = open_host(identity, listen=settings.listen, peers_max=settings.peers_max, nursery=outer)
+            async with host_context as host, trio.open_nursery() as nursery:
+                book = Peerbook(data_dir / "peers.json")
+                network = PeerNetwork(identity, settings, host, nursery, book, seeds, first)
+                network.run()
+                try:
+                    yield network
+                except Exception as error:
+                    log.debug("the network's user failed", exc_info=True)
+                    failure = error
+                finally:
+                    with trio.move_on_after(0.5, shield=True):
+                        await network.close()
+                    nursery.cancel_scope.cancel()
+            outer.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        if failure is None:
+            failure = _only_error(group)
+        if failure is None:
+            raise
+    if failure is not None:
+        raise failure
+
+
+def _only_error(group: BaseExceptionGroup[BaseException]) -> Exception | None:
+    """The RiosError inside nested groups, if that is all there is."""
+    found, rest = group.split(RiosError)
+    if found is None or rest is not None:
+        return None
+    error: BaseException = found
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, RiosError) else None
+
+
+def _reachable(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Listen addresses with every interface filled in for 0.0.0.0 (loopback only if there is nothing else)."""
+    found: list[str] = []
+    for address in addresses:
+        if not address.startswith(("/ip4/0.0.0.0/", "/ip6/::/")):
+            found.append(address)
+            continue
+        family, _, rest = address[1:].split("/", 2)[0], None, address.split("/", 3)[3]
+        kind = 2 if family == "ip4" else 10
+        names = [a.address for nics in psutil.net_if_addrs().values() for a in nics if int(a.family) == kind]
+        outer = [n for n in names if not n.startswith(("127.", "::1", "fe80"))] or names
+        found += [f"/{family}/{name}/{rest}" for name in outer]
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,529 @@
+"""libp2p's Noise session and yamux connection, made quick: the bottom of every libp2p stream we use.
+
+py-libp2p passes each byte through five layers with a lock, a log line and a scheduler turn each. Here one session owns
+the socket after the Noise handshake: it reads with one system call for whatever arrived, decrypts in place, and hands
+the data of *claimed* streams (our RPC) straight to their channel, without waking a task in between. Everything else
+goes to py-libp2p's own yamux logic, unchanged.
+
+Invariants:
+1. Bytes reach the socket in the order in which they were encrypted; nobody but the session writes to it after the
+   handshake. A cancelled writer leaves nothing half-written: data is queued whole before anybody waits.
+2. What waits to be sent is bounded: writers wait above :data:`BACKLOG_BYTES`; a peer that reads nothing for
+   :data:`STALL_SECONDS` loses its connection.
+3. A claimed stream keeps yamux's flow control: windows are respected and granted.
+
+This file and ``host`` are the only importers of libp2p.
+"""
+
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from struct import Struct
+from typing import Any, Protocol
+
+import trio
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from libp2p.abc import IMuxedConn, INetStream, IRawConnection, ISecureConn
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.peer.id import ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.security.secure_session import SecureSession
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.stream_muxer.yamux import yamux as yamux_module
+from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
+
+BACKLOG_BYTES = 1 << 20
+STALL_SECONDS = 20.0
+WINDOW_BYTES = 4 << 20
+RECEIVE_BYTES = 256 << 10
+READS_PER_TURN = 16
+"""Reads after which other tasks get a turn, however much data waits."""
+
+_NOISE_PLAIN_MAX = 65535 - 16
+_YAMUX_HEAD = Struct("!BBHII")
+_NONCE = Struct("<4xQ")
+_PAYLOAD_MAX = _NOISE_PLAIN_MAX - _YAMUX_HEAD.size
+_DATA, _WINDOW_UPDATE, _FIN, _RST = 0, 1, 4, 8
+_IOV_MAX = 512
+
+# one yamux frame then fits one Noise message
+yamux_module.MAX_MESSAGE_SIZE = _NOISE_PLAIN_MAX
+
+Buffer = bytes | bytearray | memoryview
+Spawn = Callable[[Callable[[], Awaitable[None]]], None]
+
+
+class Sink(Protocol):
+    """Where the data of a claimed stream goes. Called in the connection's reader; must not raise or block."""
+
+    def on_data(self, data: memoryview) -> None:
+        """The next bytes."""
+
+    def on_window(self, increment: int) -> None:
+        """The peer can take that many bytes more."""
+
+    def on_closed(self) -> None:
+        """The stream or its connection ended. Called once."""
+
+
+class Session(SecureSession):
+    """A Noise session that owns its socket."""
+
+    def __init__(self, plain: SecureSession, raw: IRawConnection, spawn: Spawn) -> None:
+        super().__init__(
+            local_peer=plain.local_peer,
+            local_private_key=plain.local_private_key,
+            remote_peer=plain.remote_peer,
+            remote_permanent_pubkey=plain.remote_permanent_pubkey,
+            is_initiator=plain.is_initiator,
+            conn=plain.conn,
+        )
+        noise: Any = plain.conn
+        protocol = noise.noise_state.noise_protocol
+        sending, receiving = protocol.cipher_state_encrypt, protocol.cipher_state_decrypt
+        self._encrypt = ChaCha20Poly1305(sending.k).encrypt
+        self._decrypt = ChaCha20Poly1305(receiving.k).decrypt
+        self._sent, self._received = sending.n, receiving.n
+        stream: Any = raw
+        self._socket: trio.socket.SocketType = stream.stream.stream.socket
+        self._spawn = spawn
+        self._claims: dict[int, Sink] = {}
+        self.framed = False
+        self._closed = False
+        # receiving: ciphertext ring and the plaintext of the current message
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
+        self._start = self._end = self._reads = 0
+        self._message = b""
+        self._at = 0
+        # sending: what the socket did not take at once
+        self._outbox: deque[memoryview] = deque()
+        self._backlog = 0
+        self._drained = trio.Event()
+
+    # -- receiving
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Up to ``n`` bytes; once yamux runs, the next frame header that is not for a claimed stream."""
+        if self.framed:
+            return await self._next_header()
+        if n == 0:
+            return b""
+        await self._more()
+        return self._piece(n if n is not None else _NOISE_PLAIN_MAX)
+
+    async def read_exactly(self, n: int) -> bytes:
+        """Exactly ``n`` bytes of the plaintext stream."""
+        await self._more()
+        if len(self._message) - self._at >= n:
+            return self._piece(n)
+        parts = []
+        while n:
+            await self._more()
+            part = self._piece(n)
+            parts.append(part)
+            n -= len(part)
+        return b"".join(parts)
+
+    def _piece(self, n: int) -> bytes:
+        if self._at == 0 and n >= len(self._message):
+            part, self._message = self._message, b""
+        else:
+            part = self._message[self._at : self._at + n]
+            self._at += len(part)
+        if self._at >= len(self._message):
+            self._message, self._at = b"", 0
+        return part
+
+    async def _more(self) -> None:
+        """Make sure that there is plaintext."""
+        while self._at >= len(self._message):
+            self._message, self._at = await self._next_message(), 0
+
+    async def _next_message(self) -> bytes:
+        while True:
+            have = self._end - self._start
+            if have >= 2:
+                start = self._start + 2
+                end = start + int.from_bytes(self._buffer[start - 2 : start], "big")
+                if end <= self._end:
+                    try:
+                        plain = self._decrypt(_NONCE.pack(self._received), self._buffer[start:end], None)
+                    except InvalidTag:
+                        raise ConnectionClosedError("the peer sent bytes that do not decrypt") from None
+                    self._received += 1
+                    self._start = end
+                    return plain
+            await self._receive()
+
+    async def _receive(self) -> None:
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end > RECEIVE_BYTES // 2:
+            rest = bytes(self._buffer[self._start : self._end])
+            self._buffer[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+        room = (self._buffer[self._end :],)
+        self._reads += 1
+        if self._reads % READS_PER_TURN == 0:
+            await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                count = os.readv(self._socket.fileno(), room)
+                break
+            except BlockingIOError:
+                self._reads = 0
+            except OSError as error:
+                raise ConnectionClosedError(f"connection lost: {error}") from error
+            try:
+                await trio.lowlevel.wait_readable(self._socket)
+            except (OSError, trio.ClosedResourceError) as error:
+                raise ConnectionClosedError(f"connection lost: {error}") from error
+        if count == 0:
+            raise ConnectionClosedError("connection closed by the peer")
+        self._end += count
+
+    async def _next_header(self) -> bytes:
+        while True:
+            await self._more()
+            if len(self._message) - self._at >= 12:
+                header = self._message[self._at : self._at + 12]
+                self._at += 12
+            else:
+                header = await self.read_exactly(12)
+            _, kind, flags, stream_id, length = _YAMUX_HEAD.unpack(header)
+            sink = self._claims.get(stream_id)
+            if sink is None or kind > _WINDOW_UPDATE:
+                return header
+            if kind == _WINDOW_UPDATE:
+                sink.on_window(length)
+            else:
+                await self._deliver(sink, length)
+            if flags:
+                if flags & (_FIN | _RST):
+                    self.release(stream_id)
+                return _YAMUX_HEAD.pack(0, _WINDOW_UPDATE, flags, stream_id, 0)
+
+    async def _deliver(self, sink: Sink, length: int) -> None:
+        while length:
+            await self._more()
+            count = min(length, len(self._message) - self._at)
+            sink.on_data(memoryview(self._message)[self._at : self._at + count])
+            self._at += count
+            length -= count
+
+    def claim(self, stream_id: int, sink: Sink) -> None:
+        """From now on the data of this stream goes to ``sink``."""
+        self._claims[stream_id] = sink
+
+    def release(self, stream_id: int) -> None:
+        """The stream ended."""
+        sink = self._claims.pop(stream_id, None)
+        if sink is not None:
+            sink.on_closed()
+
+    # -- sending
+
+    async def write(self, data: bytes) -> None:
+        """Queue ``data`` whole, then wait while the backlog is too long."""
+        self.push([data] if len(data) <= _NOISE_PLAIN_MAX else _cut(data, _NOISE_PLAIN_MAX))
+        await trio.lowlevel.checkpoint()
+        await self.drain()
+
+    def push(self, messages: Sequence[Buffer]) -> None:
+        """Encrypt and send each as one Noise message, now if the socket takes it.
+
+        Each is sent before the next is encrypted: the peer decrypts one while we encrypt the next.
+        """
+        if self._closed:
+            raise ConnectionClosedError("the connection is closed")
+        for message in messages:
+            sealed = self._encrypt(_NONCE.pack(self._sent), message, None)
+            self._sent += 1
+            size = len(sealed).to_bytes(2, "big")
+            if self._outbox:
+                self._queue(size, sealed)
+                continue
+            written = self._write_some((size, sealed))
+            if written < len(sealed) + 2:
+                self._spawn(self._flush)
+                self._queue(size[written:], sealed[max(0, written - 2) :])
+
+    def _queue(self, *parts: bytes) -> None:
+        for part in parts:
+            if part:
+                self._outbox.append(memoryview(part))
+                self._backlog += len(part)
+
+    def _write_some(self, parts: Sequence[Buffer]) -> int:
+        try:
+            return os.writev(self._socket.fileno(), parts)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._fail()
+            raise ConnectionClosedError(f"connection lost: {error}") from error
+
+    async def _flush(self) -> None:
+        """The writer: runs while the socket is full."""
+        while self._outbox and not self._closed:
+            with trio.move_on_after(STALL_SECONDS) as stalled:
+                try:
+                    await trio.lowlevel.wait_writable(self._socket)
+                except (OSError, trio.ClosedResourceError):
+                    self._fail()
+                    return
+            if stalled.cancelled_caught:
+                self._fail()
+                return
+            try:
+                count = self._write_some(list(self._outbox)[:_IOV_MAX])
+            except ConnectionClosedError:
+                return
+            self._backlog -= count
+            while count:
+                first = self._outbox[0]
+                if count < len(first):
+                    self._outbox[0] = first[count:]
+                    break
+                count -= len(first)
+                self._outbox.popleft()
+            if self._backlog <= BACKLOG_BYTES:
+                self._wake()
+
+    @property
+    def congested(self) -> bool:
+        """Whether writers should wait."""
+        return self._backlog > BACKLOG_BYTES
+
+    async def drain(self) -> None:
+        """Wait while the backlog is too long."""
+        while self._backlog > BACKLOG_BYTES and not self._closed:
+            await self._drained.wait()
+
+    def _wake(self) -> None:
+        event, self._drained = self._drained, trio.Event()
+        event.set()
+
+    def _fail(self) -> None:
+        """The connection is broken: nothing more is sent, everybody who waits learns it. yamux tidies up."""
+        if not self._closed:
+            self._closed = True
+            self._outbox.clear()
+            self._backlog = 0
+            self._wake()
+            for stream_id in list(self._claims):
+                self.release(stream_id)
+            self._socket.close()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        self._fail()
+        await self.conn.close()
+
+
+class Noise(NoiseTransport):
+    """Noise whose sessions are :class:`Session`."""
+
+    spawn: Spawn
+
+    async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
+        """Answer a handshake."""
+        return Session(_plain(await super().secure_inbound(conn)), conn, self.spawn)
+
+    async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
+        """Begin a handshake with this very peer."""
+        return Session(_plain(await super().secure_outbound(conn, peer_id)), conn, self.spawn)
+
+
+def _plain(session: ISecureConn) -> SecureSession:
+    assert isinstance(session, SecureSession)
+    return session
+
+
+class Connection(Yamux):
+    """yamux over a :class:`Session`: no log lines, no cancelled writes."""
+
+    async def start(self) -> None:
+        """Run the connection."""
+        session: Any = self.secured_conn
+        session.framed = True
+        await super().start()
+
+    async def _write_frame(self, data: bytes) -> None:
+        await self.secured_conn.write(data)
+
+    async def _read_data_body(self, length: int) -> bytes:
+        session: Any = self.secured_conn
+        with trio.fail_after(60):
+            data: bytes = await session.read_exactly(length)
+            return data
+
+
+class Muxer(MuxerMultistream):
+    """Offers yamux only and makes :class:`Connection`."""
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        """Agree on yamux over a fresh session."""
+        protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        connection = Connection(conn, peer_id, is_initiator=conn.is_initiator)
+        return self._annotate_connection(connection, conn, protocol)
+
+
+class Channel:
+    """A libp2p stream of ours, claimed from yamux: chunks out, data in, both without a task of its own.
+
+    ``receiver`` must be set before :meth:`open`. What is received counts against the window until :meth:`consumed`.
+    """
+
+    def __init__(self, stream: INetStream) -> None:
+        muxed: Any = stream.muxed_conn
+        inner: Any = stream
+        self._stream: YamuxStream = inner.muxed_stream
+        self._net_stream = stream
+        self._yamux: Connection = muxed
+        self._session: Session = muxed.secured_conn
+        self._window = 0
+        self._unreported = 0
+        self._waiting: deque[memoryview] = deque()
+        self._waiting_bytes = 0
+        self._room = trio.Event()
+        self._receive: Callable[[memoryview], None] = _nowhere
+        self._lost: Callable[[], None] = _nothing
+        self.closed = False
+
+    @property
+    def peer_id(self) -> str:
+        """Who is at the other end; proved by the Noise handshake."""
+        return str(self._yamux.peer_id)
+
+    @property
+    def outbound(self) -> bool:
+        """Whether this side opened the stream."""
+        return self._stream.is_initiator
+
+    def open(self, receive: Callable[[memoryview], None], lost: Callable[[], None]) -> None:
+        """Take the stream over from yamux; data that came already is delivered at once."""
+        self._receive, self._lost = receive, lost
+        stream_id = self._stream.stream_id
+        early = bytes(self._yamux.stream_buffers.get(stream_id, b""))
+        if stream_id not in self._yamux.stream_buffers or self._stream.closed or self._stream.recv_closed:
+            self.closed = True
+            lost()
+            return
+        self._yamux.stream_buffers[stream_id].clear()
+        self._window = self._stream.send_window
+        self._session.claim(stream_id, self)
+        # what was granted so far is used up or in flight; top it up to the full window
+        self._grant(WINDOW_BYTES - self._stream.recv_window)
+        if early:
+            self._receive(memoryview(early))
+
+    # -- Sink
+
+    def on_data(self, data: memoryview) -> None:
+        """Bytes for us."""
+        self._receive(data)
+
+    def on_window(self, increment: int) -> None:
+        """The peer takes more."""
+        self._window += increment
+        if self._waiting:
+            self._send_waiting()
+
+    def on_closed(self) -> None:
+        """The end."""
+        self.closed = True
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        self._wake()
+        self._lost()
+
+    # -- sending
+
+    def send(self, chunks: list[Buffer]) -> None:
+        """Send now or queue; never blocks. Ask :attr:`congested` before sending much."""
+        if self.closed:
+            return
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        try:
+            if not self._waiting and len(data) <= self._window and len(data) <= _PAYLOAD_MAX:
+                self._window -= len(data)
+                self._session.push([_YAMUX_HEAD.pack(0, _DATA, 0, self._stream.stream_id, len(data)) + data])
+                return
+            self._waiting.append(memoryview(data))
+            self._waiting_bytes += len(data)
+            self._send_waiting()
+        except ConnectionClosedError:
+            return  # on_closed has run
+
+    def _send_waiting(self) -> None:
+        messages: list[Buffer] = []
+        while self._waiting and self._window > 0:
+            first = self._waiting[0]
+            count = min(len(first), self._window, _PAYLOAD_MAX)
+            head = _YAMUX_HEAD.pack(0, _DATA, 0, self._stream.stream_id, count)
+            messages.append(b"".join((head, first[:count])))
+            self._window -= count
+            self._waiting_bytes -= count
+            if count == len(first):
+                self._waiting.popleft()
+            else:
+                self._waiting[0] = first[count:]
+        if messages:
+            try:
+                self._session.push(messages)
+            except ConnectionClosedError:
+                return  # on_closed has run
+        if self._waiting_bytes <= BACKLOG_BYTES:
+            self._wake()
+
+    @property
+    def congested(self) -> bool:
+        """Whether senders should :meth:`drain` first."""
+        return self._waiting_bytes > BACKLOG_BYTES or self._session.congested
+
+    async def drain(self) -> None:
+        """Wait while too much waits to be sent."""
+        while self._waiting_bytes > BACKLOG_BYTES and not self.closed:
+            await self._room.wait()
+        await self._session.drain()
+
+    def _wake(self) -> None:
+        event, self._room = self._room, trio.Event()
+        event.set()
+
+    # -- window
+
+    def consumed(self, count: int) -> None:
+        """That many received bytes take no room any more; the peer is told in big steps."""
+        self._unreported += count
+        if self._unreported >= WINDOW_BYTES // 2:
+            self._grant(self._unreported)
+            self._unreported = 0
+
+    def _grant(self, increment: int) -> None:
+        if increment > 0 and not self.closed:
+            try:
+                self._session.push([_YAMUX_HEAD.pack(0, _WINDOW_UPDATE, 0, self._stream.stream_id, increment)])
+            except ConnectionClosedError:
+                return  # on_closed has run
+
+    async def close(self) -> None:
+        """End the stream; its connection stays."""
+        self._session.release(self._stream.stream_id)
+        with trio.move_on_after(1, shield=True):
+            await self._net_stream.reset()
+
+
+def _cut(data: Buffer, size: int) -> list[Buffer]:
+    view = memoryview(data)
+    return [view[at : at + size] for at in range(0, len(view), size)]
+
+
+def _nowhere(_data: memoryview) -> None:
+    return
+
+
+def _nothing() -> None:
+    return
