@@ -1,0 +1,119 @@
+"""A deployment: the signed wish that a model be served by so many nodes, and the book of all that are known.
+
+Owns: the record, its canonical bytes, which of two wins, whose count. Does not own: how records spread.
+
+Invariants:
+1. A record counts only with a valid signature of the deployer it names, and only if that deployer is allowed here.
+2. Of two records of one deployer for one model the higher ``seq`` wins; ``replicas == 0`` takes the deployment back.
+3. Deployers do not overrule each other: a model gets the most replicas that any allowed one asks for.
+4. The book is bounded: at most ``RECORDS_MAX`` records, at most ``PER_DEPLOYER_MAX`` of one deployer.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+
+from config.errors import IntegrityError
+from config.vocabulary import PeerId
+from p2p.core import codec
+from p2p.core.identity import Identity, public_key_of, verify
+
+TAG = b"rios/deployment/1\0"
+RECORD_BYTES_MAX = 1024
+RECORDS_MAX = 1024
+PER_DEPLOYER_MAX = 64
+REPLICAS_MAX = 64
+ANYBODY = "*"
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+
+class Deployment(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """``deployer`` wants ``replicas`` of every shard of a model. ``seq`` is the unix time in ms when it was signed."""
+
+    model_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    manifest_sha256: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    replicas: Annotated[int, msgspec.Meta(ge=0, le=REPLICAS_MAX)]
+    deployer: Annotated[str, msgspec.Meta(max_length=64)]
+    seq: Count
+
+
+class _Envelope(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    body: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SignedDeployment:
+    """A record and the bytes that prove it."""
+
+    record: Deployment
+    data: bytes
+
+
+def sign(identity: Identity, record: Deployment) -> SignedDeployment:
+    """Sign one's own record."""
+    assert record.deployer == identity.peer_id
+    body = codec.encode(record)
+    return SignedDeployment(record, codec.encode(_Envelope(body, identity.sign(TAG, body))))
+
+
+def open_record(data: bytes) -> SignedDeployment:
+    """Decode and check a record somebody sent. Raises IntegrityError naming what is wrong."""
+    envelope = codec.decode(_Envelope, data, bytes_max=RECORD_BYTES_MAX)
+    record = codec.decode(Deployment, envelope.body, bytes_max=RECORD_BYTES_MAX)
+    if not verify(public_key_of(record.deployer), TAG, envelope.body, envelope.signature):
+        raise IntegrityError("integrity", f"deployment of {record.model_id[:12]} has a wrong signature")
+    return SignedDeployment(record, data)
+
+
+def is_allowed(peer_id: str, me: str, allowed: Collection[str]) -> bool:
+    """Whether models and deployments of this peer are taken here."""
+    return peer_id == me or peer_id in allowed or ANYBODY in allowed
+
+
+@dataclass(slots=True)
+class Book:
+    """Every record that counts here."""
+
+    me: PeerId
+    allowed: frozenset[str]
+    _records: dict[tuple[str, str], SignedDeployment] = field(default_factory=dict)
+
+    def add(self, signed: SignedDeployment) -> bool:
+        """Take a verified record in. False if it is not news, not allowed, or there is no room."""
+        record = signed.record
+        key = (record.model_id, record.deployer)
+        known = self._records.get(key)
+        if known is not None and known.record.seq >= record.seq:
+            return False
+        if not is_allowed(record.deployer, self.me, self.allowed):
+            return False
+        if known is None:
+            own = sum(1 for _, deployer in self._records if deployer == record.deployer)
+            if len(self._records) >= RECORDS_MAX or own >= PER_DEPLOYER_MAX:
+                return False
+        self._records[key] = signed
+        return True
+
+    def __iter__(self) -> Iterator[SignedDeployment]:
+        return iter(self._records.values())
+
+    def own(self, model_id: str) -> Deployment | None:
+        """This node's own record for a model."""
+        signed = self._records.get((model_id, self.me))
+        return signed.record if signed else None
+
+    def replicas(self) -> dict[str, int]:
+        """Model id -> replicas wanted (0: it was deployed once and is not any more)."""
+        wanted: dict[str, int] = {}
+        for signed in self._records.values():
+            record = signed.record
+            wanted[record.model_id] = max(wanted.get(record.model_id, 0), record.replicas)
+        return wanted
+
+    def deployers(self, model_id: str) -> list[PeerId]:
+        """Who deployed a model: they can be asked for its manifest."""
+        return [PeerId(deployer) for model, deployer in self._records if model == model_id]

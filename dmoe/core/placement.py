@@ -1,0 +1,148 @@
+"""Who holds which shard: every node computes the same answer from the adverts, without a coordinator.
+
+Weighted rendezvous hashing (Thaler and Ravishankar 1998; weights by the logarithm method): a shard ranks the nodes that
+offer room by ``-weight / ln(hash(model, shard, node))``; the first ``replicas`` of them take it. The weight is the room
+a node offers (quantised in its advert), not what is free at the moment, which would feed back and flap.
+
+Owns: the ranking, the assignment, what a node should fetch next and what it holds in surplus. Does not own: fetching,
+limits on this machine, the clock (times come in as arguments).
+
+Invariants:
+1. A pure function of its arguments: equal views give equal assignments, in any order of the candidates.
+2. A node that leaves moves only the shards it had: every other shard keeps its holders (spread extras aside).
+3. A full node is passed over for shards it does not hold, and keeps those it holds.
+4. A surplus shard is named only while enough assigned others have it ready.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import log
+
+from config.vocabulary import PeerId
+
+_SCALE = float(1 << 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node that offers room. ``ready``: manifest indices of the shards it serves now."""
+
+    peer_id: PeerId
+    offered_bytes: int
+    full: bool
+    ready: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A shard to place: its index in the manifest, its id and how many replicas it should have."""
+
+    index: int
+    shard_id: str
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one node should do. ``fetch`` is in order of urgency: the fewest ready replicas first."""
+
+    keep: tuple[int, ...]
+    fetch: tuple[int, ...]
+    surplus: tuple[int, ...]
+
+
+def score(model_id: str, shard_id: str, peer_id: str, weight: int) -> float:
+    """A node's rendezvous score for a shard; higher ranks first."""
+    digest = sha256(f"{model_id}\0{shard_id}\0{peer_id}".encode()).digest()
+    uniform = (int.from_bytes(digest[:8], "big") + 0.5) / _SCALE
+    return -weight / log(uniform)
+
+
+def rank(model_id: str, shard_id: str, candidates: Collection[Candidate]) -> list[Candidate]:
+    """All candidates, best first. Nodes that offer nothing are left out."""
+    offering = [c for c in candidates if c.offered_bytes > 0]
+    offering.sort(key=lambda c: (-score(model_id, shard_id, c.peer_id, c.offered_bytes), c.peer_id))
+    return offering
+
+
+def assign(model_id: str, shards: Sequence[Wanted], candidates: Collection[Candidate]) -> dict[int, tuple[PeerId, ...]]:
+    """Shard index -> the nodes that should hold it, best first.
+
+    A node to which nothing fell takes the shards it ranks best for as extra replicas, up to its fair share: with few
+    shards or few nodes chance alone leaves some out. Extras never displace anybody.
+    """
+    assigned: dict[int, tuple[PeerId, ...]] = {}
+    scores: dict[PeerId, list[tuple[float, int]]] = {c.peer_id: [] for c in candidates}
+    for shard in shards:
+        ranked = rank(model_id, shard.shard_id, candidates)
+        fit = [c for c in ranked if not c.full or shard.index in c.ready]
+        assigned[shard.index] = tuple(c.peer_id for c in fit[: shard.replicas])
+        for place, candidate in enumerate(fit):
+            if shard.replicas:
+                scores[candidate.peer_id].append((place, shard.index))
+    busy = {peer for peers in assigned.values() for peer in peers}
+    offered = sum(c.offered_bytes for c in candidates)
+    copies = sum(shard.replicas for shard in shards)
+    for candidate in sorted(candidates, key=lambda c: c.peer_id):
+        if candidate.peer_id in busy or candidate.full or candidate.offered_bytes <= 0:
+            continue
+        share = max(1, int(copies * candidate.offered_bytes / offered))
+        for _, index in sorted(scores[candidate.peer_id])[:share]:
+            assigned[index] = (*assigned[index], candidate.peer_id)
+    return assigned
+
+
+def decide(
+    me: PeerId,
+    model_id: str,
+    shards: Sequence[Wanted],
+    candidates: Collection[Candidate],
+    mine: Collection[int],
+) -> Decision:
+    """What ``me`` should keep, fetch and may drop, given that it serves ``mine`` now."""
+    assigned = assign(model_id, shards, candidates)
+    ready = {shard.index: [c.peer_id for c in candidates if shard.index in c.ready] for shard in shards}
+    keep: list[int] = []
+    fetch: list[tuple[int, int, int]] = []
+    surplus: list[int] = []
+    for shard in shards:
+        index, should = shard.index, me in assigned[shard.index]
+        others = sum(1 for peer in ready[index] if peer != me)
+        if index in mine:
+            # replicas beyond the wish go, but only when those who should have it do have it
+            settled = all(peer in ready[index] for peer in assigned[index])
+            drop = not should and settled and others >= min(shard.replicas, len(assigned[index]))
+            (surplus if drop else keep).append(index)
+        elif should:
+            fetch.append((others, assigned[index].index(me), index))
+    return Decision(tuple(keep), tuple(index for *_, index in sorted(fetch)), tuple(surplus))
+
+
+@dataclass(slots=True)
+class Holding:
+    """Hysteresis: a surplus is dropped only after it has been one without a break for ``hold_ms``."""
+
+    hold_ms: int
+    _since_ms: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def ripe(self, model_id: str, surplus: Collection[int], now_ms: int) -> list[int]:
+        """Which of the surplus shards may be dropped now; forgets shards that are needed again."""
+        for key in [key for key in self._since_ms if key[0] == model_id and key[1] not in surplus]:
+            del self._since_ms[key]
+        return [
+            index for index in surplus if now_ms - self._since_ms.setdefault((model_id, index), now_ms) >= self.hold_ms
+        ]
+
+
+def replica_counts(candidates: Collection[Candidate], shards: Sequence[Wanted]) -> Mapping[int, int]:
+    """Shard index -> nodes that serve it now."""
+    return {shard.index: sum(shard.index in c.ready for c in candidates) for shard in shards}
+
+
+def quantised(offered_bytes: int) -> int:
+    """Offered room as adverts state it: rounded down to two significant binary digits, so that it rarely changes."""
+    if offered_bytes <= 0:
+        return 0
+    shift = max(0, offered_bytes.bit_length() - 2)
+    return offered_bytes >> shift << shift

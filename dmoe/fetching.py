@@ -1,0 +1,200 @@
+"""Brings manifests and files of models here from peers that hold them.
+
+Owns: RPCs ``model.manifest`` and ``model.have``, the search for providers. Does not own: which shards are wanted
+(``hosting``), chunks on their way (``p2p.face.Blobs``), files on disk (``store``).
+
+Who holds a file is asked, not guessed: a publisher has all files of its model though it serves few of them.
+
+Invariants:
+1. A manifest is taken only if its id, its signature and its publisher are right.
+2. A file gets its name only after its hash was verified; a shard counts only when all of its files are here.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from config.errors import IntegrityError, LocalError, RemoteError, RequestError, RiosError
+from config.vocabulary import ModelId, PeerId
+from dmoe.core.deployment import is_allowed
+from dmoe.core.manifest import Manifest, ModelFile, Shard
+from p2p.core.advert import bitmap
+from p2p.face import Call, Network, Reply
+
+log = logging.getLogger(__name__)
+
+MANIFEST_METHOD = "model.manifest"
+HAVE_METHOD = "model.have"
+ASK_DEADLINE_MS = 5_000
+MANIFEST_DEADLINE_MS = 30_000
+ASKED_MAX = 64
+"""Most peers asked for one model."""
+
+
+class Models(Protocol):
+    """What is needed of :class:`dmoe.store.ModelStore`."""
+
+    root: Path
+
+    def manifests(self) -> Mapping[ModelId, Manifest]: ...
+    def path(self, model_id: str, file: ModelFile) -> Path: ...
+    def add_manifest(self, manifest: Manifest) -> None: ...
+    def has_shard(self, model_id: str, shard_id: str) -> bool: ...
+    def verify_shard(self, model_id: str, shard_id: str) -> None: ...
+    def verify_file(self, model_id: str, file: ModelFile) -> None: ...
+    def remove_shard(self, model_id: str, shard_id: str) -> None: ...
+    def read_chunk(self, digest: bytes) -> bytes | None: ...
+    def disk_bytes(self) -> int: ...
+
+
+class Fetcher:
+    """Asks peers for manifests and files, and answers when they ask."""
+
+    def __init__(self, network: Network, store: Models, allowed: Collection[str]) -> None:
+        self._network = network
+        self._store = store
+        self._allowed = allowed
+        self._holders: dict[str, dict[PeerId, bytes]] = {}
+        network.serve(MANIFEST_METHOD, self._manifest)
+        network.serve(HAVE_METHOD, self._have)
+        network.blobs.offer(store)
+
+    async def manifest(self, model_id: str, likely: Sequence[PeerId]) -> Manifest:
+        """The manifest with this id, from disk or from a peer. Raises RemoteError ``unavailable`` if nobody has it,
+        RequestError ``forbidden`` if its publisher is not allowed here."""
+        known = self._store.manifests().get(ModelId(model_id))
+        if known is not None:
+            return known
+        reason = "no peer is connected"
+        for peer in self._askable(model_id, likely):
+            header = {"model": model_id}
+            try:
+                reply = await self._network.call(peer, MANIFEST_METHOD, header, deadline_ms=MANIFEST_DEADLINE_MS)
+                manifest = self._checked(model_id, peer, reply)
+            except RiosError as error:
+                if error.code == "forbidden":
+                    raise
+                reason = error.message
+                continue
+            await trio.to_thread.run_sync(self._store.add_manifest, manifest)
+            return manifest
+        raise RemoteError("unavailable", f"no peer gave the manifest of model {model_id[:12]}: {reason}")
+
+    def _checked(self, model_id: str, peer: PeerId, reply: Reply) -> Manifest:
+        if len(reply.buffers) != 1:
+            raise RemoteError("protocol", f"{peer} answered with {len(reply.buffers)} buffers", peer_id=peer)
+        manifest = Manifest.parse(bytes(reply.buffers[0]))
+        if manifest.model_id != model_id:
+            raise IntegrityError("integrity", f"{peer} gave another manifest than model {model_id[:12]}")
+        if not is_allowed(manifest.publisher, self._network.peer_id, self._allowed):
+            raise RequestError(
+                "forbidden",
+                f"model {manifest.name} ({model_id[:12]}) is published by {manifest.publisher}",
+                "add this peer id to dmoe.publishers to take its models",
+            )
+        return manifest
+
+    async def files(
+        self,
+        manifest: Manifest,
+        files: Sequence[ModelFile],
+        shard: Shard,
+        likely: Sequence[PeerId],
+        progress: Callable[[int], None],
+    ) -> None:
+        """Bring files of a shard here, from every peer that says it holds the shard. Raises RemoteError
+        ``unavailable`` or LocalError ``disk_full`` naming file and shard."""
+        index = manifest.shard_index(shard.id)
+        await self._find_holders(manifest.model_id, likely)
+
+        def providers() -> Sequence[PeerId]:
+            # a peer that started to serve it meanwhile says so in its advert
+            adverts = self._network.directory.adverts().items()
+            serving = {p for p, advert in adverts if (o := advert.offer(manifest.model_id)) and o.holds(index)}
+            holding = {p for p, held in self._holders.get(manifest.model_id, {}).items() if _has(held, index)}
+            return sorted((serving | holding) - {self._network.peer_id})
+
+        for file in files:
+            target = self._store.path(manifest.model_id, file)
+            try:
+                await trio.to_thread.run_sync(_prepare, target, file.size_bytes)
+                await self._network.blobs.fetch(file.content(), target, providers, progress)
+            except RiosError as error:
+                error.message = f"{manifest.name}, shard {shard.id}, file {file.path}: {error.message}"
+                raise
+
+    async def _find_holders(self, model_id: str, likely: Sequence[PeerId]) -> None:
+        holders: dict[PeerId, bytes] = {}
+
+        async def ask(peer: PeerId) -> None:
+            try:
+                reply = await self._network.call(peer, HAVE_METHOD, {"model": model_id}, deadline_ms=ASK_DEADLINE_MS)
+            except RiosError as error:
+                log.debug("what %s holds of %s: %s", peer, model_id[:12], error)
+                return
+            held = reply.header.get("shards")
+            if isinstance(held, bytes) and held:
+                holders[peer] = held
+
+        async with trio.open_nursery() as nursery:
+            for peer in self._askable(model_id, likely):
+                nursery.start_soon(ask, peer)
+        self._holders[model_id] = holders
+
+    def _askable(self, model_id: str, likely: Sequence[PeerId]) -> list[PeerId]:
+        """Peers in the order in which they may know: the likely ones, those who serve it, those connected."""
+        adverts = self._network.directory.adverts()
+        serving = [peer for peer, advert in adverts.items() if advert.offer(model_id) is not None]
+        order = dict.fromkeys((*likely, *serving, *self._network.peers(), *adverts))
+        order.pop(self._network.peer_id, None)
+        return list(order)[:ASKED_MAX]
+
+    # --- answers to others
+
+    async def _manifest(self, call: Call) -> Reply:
+        manifest = self._store.manifests().get(_model_of(call))
+        if manifest is None:
+            raise RequestError("not_found", "this node does not know the model")
+        return Reply({}, (manifest.to_json(),))
+
+    async def _have(self, call: Call) -> Reply:
+        manifest = self._store.manifests().get(_model_of(call))
+        held = await trio.to_thread.run_sync(self._held, manifest) if manifest else b""
+        return Reply({"shards": held})
+
+    def _held(self, manifest: Manifest) -> bytes:
+        """Shards whose files have the right size here: whoever fetches verifies every chunk anyway."""
+        whole = set()
+        for index, shard in enumerate(manifest.shards):
+            paths = ((self._store.path(manifest.model_id, file), file.size_bytes) for file in shard.files)
+            if all(path.is_file() and path.stat().st_size == size for path, size in paths):
+                whole.add(index)
+        return bitmap(whole)
+
+
+def _model_of(call: Call) -> ModelId:
+    model_id = call.header.get("model")
+    if not isinstance(model_id, str) or len(model_id) != 64:
+        raise RequestError("invalid_request", f"{call.method}: model must be an id of 64 hex digits")
+    return ModelId(model_id)
+
+
+def _has(held: bytes, index: int) -> bool:
+    byte, bit = divmod(index, 8)
+    return byte < len(held) and bool(held[byte] >> bit & 1)
+
+
+def _prepare(target: Path, size_bytes: int) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise LocalError("local", f"{target.parent}: {error.strerror}", "check the data folder") from error
+    if free < size_bytes:
+        raise LocalError(
+            "disk_full", f"{size_bytes} bytes are needed in {target.parent}, {free} are free", "free some space"
+        )

@@ -1,0 +1,285 @@
+"""Nodes of a network in memory take, fetch, serve and drop shards; files are real, experts are fakes."""
+
+from contextlib import asynccontextmanager
+from random import Random
+
+import pytest
+import trio
+import trio.testing
+
+from config.errors import RequestError
+from dmoe.caller import Caller
+from dmoe.core import wire
+from dmoe.hosting import Hosting
+from dmoe.ports import Quote
+from dmoe.store import ModelStore
+from dmoe.worker import Worker
+from p2p.memory import MemoryHub
+from tests.unit.dmoe.swarm_kit import ALL, GROUPS, LAYERS, PUBLISHER, FakeShard, content, make_manifest
+from tests.unit.dmoe.test_calling import expected, rows
+
+MIB = 1 << 20
+
+
+class Node:
+    def __init__(self, hub, folder, identity=None):
+        self.network = hub.add(identity)
+        self.folder = folder
+        self.store = ModelStore(folder / "models")
+        self.worker = Worker(self.network, quote=Quote(0, 0, 0))
+        self.scope = None
+
+    async def start(self, nursery, **limits):
+        options = {"disk_bytes_max": 1 << 30, "ram_bytes_max": 1 << 30, **limits}
+        self.hosting = Hosting(
+            self.network,
+            self.store,
+            self.worker,
+            load=lambda manifest, shard: FakeShard(shard),
+            state_file=self.folder / "hosting.json",
+            publishers=limits.pop("publishers", frozenset({PUBLISHER.peer_id})),
+            settle_seconds=0.0,
+            hold_seconds=0.2,
+            check_seconds=0.1,
+            random=Random(1),
+            **{name: value for name, value in options.items() if name != "publishers"},
+        )
+        await nursery.start(self.worker.run)
+        await nursery.start(self.hosting.run)
+
+    def held(self, manifest):
+        return self.worker.indices(manifest.model_id)
+
+    def shard(self, manifest, index=0):
+        (deployed,) = self.hosting.status()["deployments"]
+        return deployed["shards"][index]
+
+
+class Net:
+    def __init__(self, nursery, tmp_path):
+        self.hub = MemoryHub(1)
+        self.nursery = nursery
+        self.tmp_path = tmp_path
+        self.nodes = []
+
+    async def node(self, identity=None, start=True, **limits):
+        node = Node(self.hub, self.tmp_path / str(len(self.nodes)), identity)
+        self.nodes.append(node)
+        if start:
+            await node.start(self.nursery, **limits)
+        return node
+
+    async def publisher(self, manifest, **limits):
+        node = await self.node(PUBLISHER, start=False)
+        put_model(node, manifest)
+        await node.start(self.nursery, **limits)
+        return node
+
+
+def put_model(node, manifest):
+    node.store.add_manifest(manifest)
+    for shard in manifest.shards:
+        for file in shard.files:
+            node.store.path(manifest.model_id, file).write_bytes(content(shard.id))
+    node.store.path(manifest.model_id, manifest.tokenizer).write_bytes(b"{}")
+
+
+@asynccontextmanager
+async def network(tmp_path):
+    async with trio.open_nursery() as nursery:
+        yield Net(nursery, tmp_path)
+        nursery.cancel_scope.cancel()
+
+
+async def until(condition, what):
+    with trio.move_on_after(20):
+        while not condition():  # noqa: ASYNC110 - files and threads raise no event
+            await trio.sleep(0.02)
+        return
+    raise AssertionError(f"not within 20 s: {what}")
+
+
+def everywhere(nodes, manifest, replicas):
+    counts = [sum(index in node.held(manifest) for node in nodes) for index in range(LAYERS // 2 * GROUPS)]
+    return all(count >= replicas for count in counts)
+
+
+async def test_a_deployment_spreads_shards_over_the_nodes_and_calls_use_them(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        others = [await net.node() for _ in range(2)]
+        await publisher.hosting.deploy(manifest.model_id, 2)
+        await until(lambda: everywhere(net.nodes, manifest, 2), "two replicas of every shard")
+        assert all(node.held(manifest) for node in others), "every node got some"
+        assert others[0].hosting.status()["disk_bytes"] > MIB
+
+        caller = Caller(others[0].network, worker=others[0].worker, random=Random(1))
+        await net.nursery.start(caller.run)
+        session = caller.session(manifest)
+        for layer in range(LAYERS):
+            got = await session.run(layer, rows(2), ALL)
+            assert got.tobytes() == expected(manifest, layer, rows(2)).tobytes()
+        net.hub.kill(publisher.network.peer_id)
+        await until(lambda: everywhere(others, manifest, 1), "the others cover every shard")
+        for layer in range(LAYERS):
+            got = await session.run(layer, rows(2), ALL)
+            assert wire.rounded(got).tobytes() == wire.rounded(expected(manifest, layer, rows(2))).tobytes()
+
+
+async def test_surplus_replicas_go_after_the_hold_time_and_their_files_too(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        await publisher.hosting.deploy(manifest.model_id, 1)
+        await until(lambda: everywhere([publisher], manifest, 1), "alone, the publisher serves all")
+        other = await net.node()
+        total = LAYERS // 2 * GROUPS
+        await until(lambda: 0 < len(publisher.held(manifest)) < total, "the publisher drops what the other has")
+        await until(lambda: len(publisher.held(manifest)) + len(other.held(manifest)) == total, "one replica of each")
+        assert everywhere(net.nodes, manifest, 1)
+        assert publisher.store.has_shard(manifest.model_id, manifest.shards[0].id), "a publisher keeps its files"
+        await publisher.hosting.undeploy(manifest.model_id)
+        await until(lambda: not other.held(manifest) and not publisher.held(manifest), "nothing is served any more")
+        await until(lambda: not any(other.store.root.rglob("*.bin")), "the files are gone")
+        offer = publisher.network.directory.own().offer(manifest.model_id)
+        assert not any(offer.holds(index) for index in range(total)), "only the trunk on its disk is still offered"
+        with pytest.raises(RequestError, match="did not deploy"):
+            await publisher.hosting.undeploy(manifest.model_id)
+
+
+async def test_a_restarted_node_serves_what_it_had_without_asking_anybody(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        other = await net.node()
+        await publisher.hosting.deploy(manifest.model_id, 2)
+        await until(lambda: everywhere([other], manifest, 1), "the other node has all")
+        await until(lambda: len(other.hosting.deployments.hosted.get(manifest.model_id, ())) == 9, "it is remembered")
+    async with network(tmp_path) as net:
+        await net.node(start=False)
+        again = await net.node()
+        await until(lambda: everywhere([again], manifest, 1), "all is served again, alone")
+
+
+async def test_a_full_node_is_passed_over_and_says_why(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        small = await net.node(ram_bytes_max=2 * MIB)
+        none = await net.node(ram_bytes_max=0)
+        await publisher.hosting.deploy(manifest.model_id, 3)
+        await until(lambda: everywhere([publisher], manifest, 1), "the publisher serves all")
+        await until(lambda: len(small.held(manifest)) == 2, "the small one takes what fits")
+        await until(lambda: small.network.directory.own().full, "and says it is full")
+        assert not none.held(manifest)
+
+
+async def test_too_little_disk_is_reported_by_name_and_nothing_breaks(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        tight = await net.node(disk_bytes_max=1000)
+        await publisher.hosting.deploy(manifest.model_id, 2)
+
+        def told():
+            found = [d for d in tight.hosting.status()["deployments"] for d in d["shards"] if d["error"]]
+            return found and found[0]["state"] == "no_room" and "disk_bytes_max" in found[0]["error"]
+
+        await until(told, "the limit is named")
+        assert not tight.held(manifest)
+
+
+async def test_a_damaged_file_is_found_and_fetched_again(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        other = await net.node(start=False)
+        put_model(other, manifest)
+        file = manifest.shards[0].files[0]
+        path = other.store.path(manifest.model_id, file)
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        await other.start(net.nursery)
+        await publisher.hosting.deploy(manifest.model_id, 2)
+        await until(lambda: everywhere([other], manifest, 1), "all shards are served")
+        other.store.verify_file(manifest.model_id, file)
+
+
+async def test_files_nobody_has_are_reported_and_tried_again(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.node(PUBLISHER, start=False)
+        publisher.store.add_manifest(manifest)
+        await publisher.start(net.nursery)
+        await publisher.hosting.deploy(manifest.model_id, 1)
+        name = manifest.shards[0].id
+        await until(lambda: name in publisher.shard(manifest)["error"], "the file is named")
+        assert publisher.shard(manifest)["state"] == "failed"
+        put_model(publisher, manifest)
+        await until(lambda: everywhere([publisher], manifest, 1), "after they are there all is served")
+        assert publisher.shard(manifest)["error"] == ""
+
+
+async def test_models_of_strangers_are_refused(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        careful = await net.node(publishers=frozenset())
+        open_minded = await net.node(publishers=frozenset({"*"}))
+        await publisher.hosting.deploy(manifest.model_id, 2)
+        await until(lambda: everywhere([open_minded], manifest, 1), "whoever takes all models takes this one")
+        assert careful.hosting.status()["deployments"] == []
+        assert not careful.store.manifests()
+        with pytest.raises(RequestError, match="published by"):
+            await careful.hosting.ensure_trunk(manifest.model_id)
+
+
+async def test_trunk_and_tokenizer_come_here_by_name_or_id(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        client = await net.node(ram_bytes_max=0)
+        whole = await net.node(ram_bytes_max=0)
+        got = []
+
+        async def ask():
+            got.append(await client.hosting.ensure_trunk("tiny"))
+
+        net.nursery.start_soon(ask)  # before anybody knows the model
+        await publisher.hosting.deploy(manifest.model_id, 1)
+        await until(lambda: got, "the trunk is here")
+        assert got[0].model_id == manifest.model_id
+        assert client.store.has_shard(manifest.model_id, "trunk")
+        client.store.verify_file(manifest.model_id, manifest.tokenizer)
+        assert not client.store.has_shard(manifest.model_id, manifest.shards[0].id)
+        await whole.hosting.ensure_whole(manifest.model_id)
+        assert all(whole.store.has_shard(manifest.model_id, shard.id) for shard in manifest.shards)
+
+
+async def test_deployments_reach_nodes_that_missed_the_gossip(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        await publisher.hosting.deploy(manifest.model_id, 2)
+        late = await net.node()
+        await until(lambda: late.hosting.status()["deployments"], "it asked and learnt")
+        assert late.hosting.status()["deployments"][0]["replicas"] == 2
+
+
+async def test_a_damaged_state_file_is_an_empty_state(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        node = await net.node(PUBLISHER, start=False)
+        (tmp_path / "0" / "hosting.json").write_text('{"deployments": ["zz"')
+        put_model(node, manifest)
+        await node.start(net.nursery)
+        await node.hosting.deploy(manifest.model_id, 1)
+        await until(lambda: everywhere([node], manifest, 1), "it works as new")
+
+
+async def test_a_bad_replica_count_is_refused(tmp_path):
+    async with network(tmp_path) as net:
+        node = await net.node()
+        for count in (0, -1, 65):
+            with pytest.raises(RequestError, match="1 to 64"):
+                await node.hosting.deploy("0" * 64, count)
