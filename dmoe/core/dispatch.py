@@ -1,0 +1,231 @@
+"""Which replica to ask: estimates, holds and the plan for one layer, as plain state without I/O.
+
+Owns: what this node measured about its peers, which (peer, shard) pairs rest after a failure, the retry budget and the
+choice itself. Does not own: the calls, the clock, the dice: time (microseconds) and randomness come in as arguments.
+
+The plan of a layer gives every needed sum group to one peer, at most one call per peer, all peers in parallel. Greedy:
+each group goes where the layer is then expected to finish first, counting what is in flight, a fixed cost per call (it
+occupies the caller) and the price as a mild weight. The own node is a replica like any other, without a round trip.
+
+Invariants:
+1. A replica on hold is chosen only if no free one is left (better a probe than an error).
+2. After a hold has passed, one probe is let through; its outcome closes the hold or doubles it.
+3. Every (peer, shard) is tried now and then (exploration), so no estimate stays stale for ever.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from config.vocabulary import PeerId
+
+CALL_US = 150.0
+"""What one more remote call costs the caller itself."""
+ROUND_TRIP_PRIOR_US = 2_000.0
+ROW_PRIOR_US = 150.0
+EWMA = 0.2
+EXPLORE = 0.02
+PRICE_WEIGHT = 0.25
+PRICE_RATIO_MAX = 8.0
+HOLD_FIRST_US = 500_000
+HOLD_MAX_US = 30_000_000
+RETRIES_MAX = 32.0
+RETRIES_PER_CALL = 0.1
+PEER_WIDE = -1
+"""The "shard" of a hold that covers a whole peer (unreachable, deadline)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A peer that offers a shard, and its price (microcredits per TFLOP)."""
+
+    peer_id: PeerId
+    price: int
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One sum group of a layer: the shard that holds it and who offers that shard."""
+
+    group: int
+    shard: int
+    replicas: tuple[Replica, ...]
+
+
+@dataclass(slots=True)
+class PeerEstimate:
+    """What is known about one peer. ``row_us`` is the time for one row of one group."""
+
+    round_trip_us: float = ROUND_TRIP_PRIOR_US
+    row_us: float = ROW_PRIOR_US
+    in_flight: int = 0
+    calls: int = 0
+
+    def finish_us(self, group_rows: int) -> float:
+        """Expected time until ``group_rows`` more rows are answered."""
+        return self.round_trip_us + (self.in_flight + group_rows) * self.row_us
+
+
+@dataclass(slots=True)
+class _Hold:
+    until_us: int
+    length_us: int
+    probing: bool = False
+
+
+@dataclass(slots=True)
+class Dispatcher:
+    """State over all sessions of one node. ``me`` needs no round trip."""
+
+    me: PeerId
+    peers: dict[PeerId, PeerEstimate] = field(default_factory=dict)
+    _holds: dict[tuple[PeerId, int], _Hold] = field(default_factory=dict)
+    _retries: float = RETRIES_MAX
+    changes: int = 0
+    """Counts changes of holds: a plan made before the last one may be stale."""
+
+    def estimate(self, peer: PeerId) -> PeerEstimate:
+        """The peer's record, made on first use."""
+        known = self.peers.get(peer)
+        if known is None:
+            known = self.peers[peer] = PeerEstimate(0.0 if peer == self.me else ROUND_TRIP_PRIOR_US)
+        return known
+
+    def prior(self, peer: PeerId, row_us: float) -> None:
+        """What an advert claims about a peer that was never called."""
+        known = self.estimate(peer)
+        if not known.calls:
+            known.row_us = row_us
+
+    def started(self, peer: PeerId, group_rows: int) -> None:
+        """A call left."""
+        self.estimate(peer).in_flight += group_rows
+
+    def ended(self, peer: PeerId, group_rows: int) -> None:
+        """A call is over, however it ended."""
+        self.estimate(peer).in_flight -= group_rows
+
+    def answered(
+        self, peer: PeerId, shards: Collection[int], group_rows: int, total_us: float, service_us: float
+    ) -> None:
+        """A call was answered after ``total_us``, of which the peer says it computed ``service_us``."""
+        known = self.estimate(peer)
+        service_us = min(max(service_us, 0.0), total_us)
+        weight = EWMA if known.calls else 1.0
+        if peer != self.me:
+            known.round_trip_us += weight * (total_us - service_us - known.round_trip_us)
+        known.row_us += weight * (service_us / group_rows - known.row_us)
+        known.calls += 1
+        self._retries = min(RETRIES_MAX, self._retries + RETRIES_PER_CALL)
+        if self._holds:
+            for shard in (*shards, PEER_WIDE):
+                if self._holds.pop((peer, shard), None):
+                    self.changes += 1
+
+    def failed(self, peer: PeerId, shards: Collection[int], now_us: int) -> None:
+        """A call failed: its shards (``(PEER_WIDE,)`` for the whole peer) rest, twice as long as the last time."""
+        for shard in shards:
+            old = self._holds.get((peer, shard))
+            if old is not None and not old.probing and now_us < old.until_us:
+                continue  # a call that left before the hold: the same fault, counted already
+            length = min(2 * old.length_us, HOLD_MAX_US) if old else HOLD_FIRST_US
+            self._holds[peer, shard] = _Hold(now_us + length, length)
+        self.changes += 1
+
+    def rest(self, peer: PeerId, shards: Collection[int], now_us: int, length_us: int) -> None:
+        """A peer asked for patience (busy): no failure, but others come first for ``length_us``."""
+        for shard in shards:
+            old = self._holds.get((peer, shard))
+            until = now_us + min(length_us, HOLD_MAX_US)
+            self._holds[peer, shard] = _Hold(until, old.length_us if old else HOLD_FIRST_US // 2)
+        self.changes += 1
+
+    def may_retry(self) -> bool:
+        """Take one retry from the budget; False if it is used up."""
+        if self._retries < 1.0:
+            return False
+        self._retries -= 1.0
+        return True
+
+    def held(self, peer: PeerId, shard: int, now_us: int) -> bool:
+        """Whether this replica rests now. A hold that has passed lets one probe through at a time."""
+        return bool(self._holds) and (self._rests(peer, shard, now_us) or self._rests(peer, PEER_WIDE, now_us))
+
+    def _rests(self, peer: PeerId, shard: int, now_us: int) -> bool:
+        hold = self._holds.get((peer, shard))
+        if hold is None:
+            return False
+        if hold.probing:
+            return now_us < hold.until_us + hold.length_us  # a probe that never reported does not block for ever
+        return now_us < hold.until_us
+
+    def _mark_probe(self, peer: PeerId, shard: int, now_us: int) -> None:
+        for key in ((peer, shard), (peer, PEER_WIDE)):
+            hold = self._holds.get(key)
+            if hold is not None and now_us >= hold.until_us:
+                hold.probing, hold.until_us = True, now_us
+                self.changes += 1
+
+    def plan(
+        self,
+        needs: Sequence[Need],
+        rows: int,
+        now_us: int,
+        dice: float,
+        tried: Mapping[int, Collection[PeerId]] | None = None,
+    ) -> dict[PeerId, list[int]]:
+        """Peer -> positions in ``needs`` it shall answer. ``dice`` in [0, 1) drives exploration; ``tried`` names, per
+        group, peers that failed it already. A group nobody can take any more is missing in the answer."""
+        chosen: dict[PeerId, list[int]] = {}
+        span_us = 0.0
+        explore = int(dice / EXPLORE * len(needs)) if dice < EXPLORE and needs else -1
+        # scarce groups first: they have no choice, the others arrange themselves around them
+        for position in sorted(range(len(needs)), key=lambda p: len(needs[p].replicas)):
+            need = needs[position]
+            options = self._options(need, now_us, tried)
+            if not options:
+                continue
+            if position == explore:
+                replica = options[int(dice / EXPLORE * 9973) % len(options)]
+            else:
+                replica = self._best(need, options, chosen, rows, span_us)
+            peer = replica.peer_id
+            chosen.setdefault(peer, []).append(position)
+            span_us = max(span_us, self.estimate(peer).finish_us(rows * len(chosen[peer])))
+            if self._holds:
+                self._mark_probe(peer, need.shard, now_us)
+        for positions in chosen.values():
+            positions.sort()
+        return chosen
+
+    def _options(self, need: Need, now_us: int, tried: Mapping[int, Collection[PeerId]] | None) -> Sequence[Replica]:
+        options: Sequence[Replica] = need.replicas
+        gone = tried.get(need.group) if tried else None
+        if gone:
+            options = [replica for replica in options if replica.peer_id not in gone]
+        if self._holds:
+            options = [r for r in options if not self.held(r.peer_id, need.shard, now_us)] or options
+        return options
+
+    def _best(
+        self, need: Need, options: Sequence[Replica], chosen: Mapping[PeerId, list[int]], rows: int, span_us: float
+    ) -> Replica:
+        if len(options) == 1:
+            return options[0]
+        cheapest = min(replica.price for replica in options)
+        best, best_score = options[0], (float("inf"), 0.0, 0)
+        for replica in options:
+            peer = replica.peer_id
+            mine = chosen.get(peer)
+            finish = self.estimate(peer).finish_us(rows * (len(mine) + 1 if mine else 1))
+            cost = max(span_us, finish) + (CALL_US if mine is None and peer != self.me else 0.0)
+            ratio = min((replica.price + 1) / (cheapest + 1), PRICE_RATIO_MAX)
+            # equal costs are ordered by a hash that differs per caller, so that callers spread over replicas
+            score = (
+                cost * (1.0 + PRICE_WEIGHT * (ratio - 1.0)),
+                finish,
+                crc32(f"{self.me}{peer}{need.group}".encode()),
+            )
+            if score < best_score:
+                best, best_score = replica, score
+        return best

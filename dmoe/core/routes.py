@@ -1,0 +1,101 @@
+"""Who can answer for each sum group of a model: a table made from the manifest and the adverts of the moment.
+
+Owns: the join of manifest and adverts. Does not own: which replica is taken (``dispatch``).
+
+Invariants:
+1. A table never changes; a new view makes a new one.
+2. This node is a replica of exactly what is loaded in it, whatever its own advert says at the moment.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config.vocabulary import PeerId
+from dmoe.core.dispatch import Need, Replica
+from dmoe.core.manifest import Manifest
+from dmoe.ports import Quote
+from p2p.core.advert import Advert
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one sum group of one layer lives."""
+
+    group: int
+    shard: int
+    shard_id: str
+    experts: tuple[int, ...]
+    flops_per_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMap:
+    """The fixed part: layer -> its sum groups, and expert -> its group (``i32[experts]``)."""
+
+    name: str
+    model_id: str
+    width: int
+    top_k: int
+    layers: tuple[tuple[Place, ...], ...]
+    group_of: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Layer -> needs with replicas; peer -> the price its advert names."""
+
+    needs: tuple[tuple[Need, ...], ...]
+    quotes: Mapping[PeerId, Quote]
+    offered: frozenset[int]
+
+
+def map_of(manifest: Manifest) -> ModelMap:
+    """The manifest as the caller needs it."""
+    architecture, groups = manifest.architecture, manifest.sum_groups
+    group_of = np.zeros(max((e for members in groups for e in members), default=0) + 1, np.int32)
+    for group, members in enumerate(groups):
+        group_of[list(members)] = group
+    layers = []
+    for layer in range(architecture.layers):
+        shards = [manifest.expert_shard(layer, group) for group in range(len(groups))]
+        layers.append(
+            tuple(
+                Place(group, manifest.shard_index(shard.id), shard.id, shard.experts, shard.flops_per_row)
+                for group, shard in enumerate(shards)
+            )
+        )
+    top_k = 0 if architecture.router.kind == "all" else architecture.router.top_k
+    return ModelMap(manifest.name, manifest.model_id, architecture.hidden, top_k, tuple(layers), group_of)
+
+
+def table_of(
+    model: ModelMap, adverts: Mapping[PeerId, Advert], me: PeerId, local: Collection[int], own_price: int
+) -> Table:
+    """Who offers what right now. ``local``: manifest indices of the shards loaded in this node."""
+    offers = {peer: offer for peer, advert in adverts.items() if peer != me and (offer := advert.offer(model.model_id))}
+    quotes = {
+        peer: Quote(offer.quote, offer.microcredits_per_tflop, offer.microcredits_per_kv_unit)
+        for peer, offer in offers.items()
+    }
+    replicas: dict[int, tuple[Replica, ...]] = {}
+    for shard in {place.shard for places in model.layers for place in places}:
+        found = [
+            Replica(peer, quotes[peer].microcredits_per_tflop) for peer in sorted(offers) if offers[peer].holds(shard)
+        ]
+        if shard in local:
+            found.append(Replica(me, own_price))
+        replicas[shard] = tuple(found)
+    needs = tuple(
+        tuple(Need(place.group, place.shard, replicas[place.shard]) for place in places) for places in model.layers
+    )
+    return Table(needs, quotes, frozenset(shard for shard, found in replicas.items() if found))
+
+
+def row_us_of(places: Sequence[Place], kflop_per_s: int) -> float | None:
+    """Expected time of one row of one group at a peer that claims this speed; None if it claims nothing."""
+    if not places or not kflop_per_s:
+        return None
+    return places[0].flops_per_row * 1000.0 / kflop_per_s

@@ -1,0 +1,279 @@
+"""ONNX Runtime sessions over a model's weights: an expert shard, the trunk's pieces, the fused model.
+
+Owns: which device and how many threads run what, and the memory that sessions read and write. Does not own: the
+layer loop (``dmoe/layers``), operators (``dmoe/graphs``) or files (``dmoe/store``).
+
+Invariants:
+1. Weights stay in the shard files' memory maps: ONNX Runtime packs its own copy at load, then the pages are given
+   back, so weights are in memory once.
+2. Expert sessions have one thread and no pool: a worker's own threads run many of them side by side. No pool spins:
+   the processes of a swarm share their cores.
+3. :class:`ExpertShard` is safe to use from several threads; ``run`` releases the GIL.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config.errors import IntegrityError, LocalError
+from dmoe.core import linear
+from dmoe.core.linear import Linear
+from dmoe.core.manifest import Architecture, Manifest, Shard
+from dmoe.graphs import Graph, LayerWeights, attention_graph, expert_graph, fused_graph, head_graph, rope_tables
+from dmoe.shardfile import ShardFile
+from dmoe.store import ModelStore
+
+# both are read by ONNX Runtime itself: the first when it is imported, the second when an attention operator is made.
+# The tiled attention of the CPU provider is slower here at every length (one row of 300 keys: 205 instead of 82 us).
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
+
+import onnxruntime as ort  # noqa: E402 - after its environment
+
+Array = NDArray[Any]
+FloatRows = NDArray[np.float32]
+IntRows = NDArray[np.int32]
+
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """``auto`` takes a GPU for experts if there is one and never fails without. ``threads``: 0 is all cores."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+
+    @property
+    def thread_count(self) -> int:
+        """Threads in numbers."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+    def providers(self) -> list[str]:
+        """Execution providers for experts, best first. Raises LocalError if a GPU is demanded and there is none."""
+        available = _CUDA in ort.get_available_providers()
+        if self.device == "cuda" and not available:
+            raise LocalError("local", "device = cuda, but no CUDA runtime was found", 'install rios[gpu], or use "auto"')
+        return [_CUDA, _CPU] if available and self.device != "cpu" else [_CPU]
+
+
+class Binding:
+    """A session with fixed memory for every input and output: running it allocates nothing of ours."""
+
+    __slots__ = ("_arrays", "_binding", "_run")
+
+    def __init__(self, session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._arrays = (*inputs.values(), *outputs.values())  # the session writes there: keep them alive
+        self._binding = binding
+        self._run = session.run_with_iobinding
+
+    def run(self) -> None:
+        """Read the inputs, write the outputs."""
+        self._run(self._binding)
+
+
+def open_session(
+    graph: Graph, *, threads: int, providers: Sequence[str] = (_CPU,), spinning: bool = False
+) -> ort.InferenceSession:
+    """A session over a graph of our own. Raises LocalError if this machine cannot make one."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in graph.weights.values()]
+    options.add_external_initializers(list(graph.weights), values)
+    try:
+        session = ort.InferenceSession(graph.model, options, providers=list(providers))
+    except Exception as error:  # its exceptions share no base class
+        raise LocalError("local", f"ONNX Runtime cannot load a graph: {str(error)[:300]}") from error
+    session.rios_weights = graph.weights  # ONNX Runtime borrows what it did not pack
+    return session
+
+
+class ExpertShard:
+    """The experts of one shard, ready to run."""
+
+    def __init__(self, manifest: Manifest, shard: Shard, store: ModelStore, options: RuntimeOptions) -> None:
+        assert shard.kind == "expert"
+        self.manifest = manifest
+        self.shard = shard
+        self.ram_bytes = shard.ram_bytes
+        self._experts = shard.experts
+        self._weighted = manifest.architecture.router.kind != "all"
+        self._hidden = manifest.architecture.hidden
+        self._files = store.open_shard(manifest, shard)
+        self._sessions: dict[tuple[int, int], _Expert] = {}
+        tensors = merged(self._files)
+        providers = options.providers()
+        for layer in range(shard.layers[0], shard.layers[1] + 1):
+            for expert in shard.experts:
+                gate_up, down = expert_weights(manifest.architecture, tensors, layer, expert)
+                session = open_session(expert_graph(gate_up, down), threads=1, providers=providers)
+                self._sessions[layer, expert] = _Expert(session, self._hidden)
+        self._warm_up()
+        release(self._files)
+
+    def partial(
+        self, layer: int, h: FloatRows, experts: IntRows | None = None, weights: FloatRows | None = None
+    ) -> FloatRows:
+        """The unrounded partial sum of this shard's sum group: ``f32[N, H]``, in expert order.
+
+        ``h``: rows as rounded for the wire. ``experts i32[N, k]`` and ``weights f32[N, k]`` are the router's choice,
+        None where every expert is always chosen. A row that chose no expert of the group gets 0.
+        """
+        if not self._weighted:
+            total = self._sessions[layer, self._experts[0]].run(h)
+            for expert in self._experts[1:]:
+                total += self._sessions[layer, expert].run(h)
+            return total
+        assert experts is not None and weights is not None
+        total = np.zeros(h.shape, np.float32)
+        for expert in self._experts:
+            rows, choices = np.nonzero(experts == expert)
+            if rows.size:
+                total[rows] += weights[rows, choices, None] * self._sessions[layer, expert].run(h[rows])
+        return total
+
+    def close(self) -> None:
+        """Free the sessions and their memory."""
+        self._sessions.clear()
+        self._files = []
+
+    def _warm_up(self) -> None:
+        row = np.zeros((1, self._hidden), np.float32)
+        for expert in self._sessions.values():
+            expert.run(row)
+
+
+class _Expert:
+    """One expert's session; single rows go through bindings that are kept, one per thread that needs one at a time."""
+
+    __slots__ = ("_free", "_hidden", "_session")
+
+    def __init__(self, session: ort.InferenceSession, hidden: int) -> None:
+        self._session = session
+        self._hidden = hidden
+        self._free: list[tuple[FloatRows, FloatRows, Binding]] = []
+
+    def run(self, h: FloatRows) -> FloatRows:
+        if len(h) != 1:
+            out = np.empty((len(h), self._hidden), np.float32)
+            if len(h):
+                Binding(self._session, {"h": np.ascontiguousarray(h, np.float32)}, {"y": out}).run()
+            return out
+        try:
+            row, y, binding = self._free.pop()
+        except IndexError:  # first use, or another thread is using the one there is
+            row, y = np.empty((1, self._hidden), np.float32), np.empty((1, self._hidden), np.float32)
+            binding = Binding(self._session, {"h": row}, {"y": y})
+        row[:] = h
+        binding.run()
+        result = y.copy()
+        self._free.append((row, y, binding))
+        return result
+
+
+class TrunkSessions:
+    """The trunk's pieces: embedding lookup, one attention piece per layer, the head."""
+
+    def __init__(self, manifest: Manifest, store: ModelStore, options: RuntimeOptions) -> None:
+        arch = self.architecture = manifest.architecture
+        self._files = store.open_shard(manifest, manifest.trunk)
+        tensors = merged(self._files)
+        rope = rope_tables(arch)
+        self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
+        threads = options.thread_count
+        self.attention = [
+            open_session(attention_graph(arch, layer_weights(arch, tensors, layer), rope), threads=threads)
+            for layer in range(arch.layers)
+        ]
+        norm, head = head_weights(arch, tensors)
+        self.head = open_session(head_graph(arch, norm, head), threads=threads)
+        release(self._files)
+
+
+class FusedSession:
+    """All layers in one graph, the neuron blocks of each layer joined again."""
+
+    def __init__(self, manifest: Manifest, store: ModelStore, options: RuntimeOptions) -> None:
+        arch = self.architecture = manifest.architecture
+        if arch.router.kind != "all":
+            raise LocalError(
+                "local", f"{manifest.name}: only dense models have a fused graph", "use the route experts or local"
+            )
+        self._files = [file for shard in manifest.shards for file in store.open_shard(manifest, shard)]
+        tensors = merged(self._files)
+        self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
+        layers = [
+            (layer_weights(arch, tensors, layer), *_joined_experts(arch, tensors, layer))
+            for layer in range(arch.layers)
+        ]
+        norm, head = head_weights(arch, tensors)
+        graph = fused_graph(arch, layers, norm, head, rope_tables(arch))
+        self.session = open_session(graph, threads=options.thread_count, spinning=True)
+        release(self._files)
+
+
+def merged(files: Sequence[ShardFile]) -> dict[str, Array]:
+    """The tensors of several files under their names."""
+    return {name: tensor for file in files for name, tensor in file.tensors.items()}
+
+
+def release(files: Sequence[ShardFile]) -> None:
+    """Give pages back that were only read to be packed."""
+    for file in files:
+        file.release_pages()
+
+
+def expert_weights(
+    arch: Architecture, tensors: Mapping[str, Array], layer: int, expert: int
+) -> tuple[Linear, Linear]:
+    """gate|up ``[2 * intermediate, hidden]`` and down ``[hidden, intermediate]`` of an expert."""
+    name = f"layer.{layer}.expert.{expert}"
+    return (
+        linear.find(tensors, f"{name}.gate_up", 2 * arch.intermediate, arch.hidden),
+        linear.find(tensors, f"{name}.down", arch.hidden, arch.intermediate),
+    )
+
+
+def layer_weights(arch: Architecture, tensors: Mapping[str, Array], layer: int) -> LayerWeights:
+    """The trunk's share of a layer."""
+    name = f"layer.{layer}"
+    router = None
+    if arch.router.kind != "all":
+        router = linear.find(tensors, f"{name}.router", arch.router.experts, arch.hidden).parts.get("w")
+        if router is None:
+            raise IntegrityError("integrity", f"tensor {name}.router is quantised; routers are fp32")
+    return LayerWeights(
+        norm_attention=linear.vector(tensors, f"{name}.norm_attention", arch.hidden),
+        norm_experts=linear.vector(tensors, f"{name}.norm_experts", arch.hidden),
+        qkv=linear.find(tensors, f"{name}.qkv", arch.qkv_width, arch.hidden),
+        output=linear.find(tensors, f"{name}.output", arch.hidden, arch.heads * arch.head_dim),
+        router=router,
+    )
+
+
+def head_weights(arch: Architecture, tensors: Mapping[str, Array]) -> tuple[Array, Linear]:
+    """The last norm and the head; a tied head is the embedding."""
+    head = linear.find(tensors, "embed" if arch.tie_embeddings else "head", arch.vocab, arch.hidden)
+    return linear.vector(tensors, "norm", arch.hidden), head
+
+
+def _joined_experts(arch: Architecture, tensors: Mapping[str, Array], layer: int) -> tuple[Linear, Linear]:
+    width = arch.intermediate
+    blocks = [expert_weights(arch, tensors, layer, expert) for expert in range(arch.router.experts)]
+    gates = [gate_up.take_rows(slice(0, width)) for gate_up, _ in blocks]
+    ups = [gate_up.take_rows(slice(width, 2 * width)) for gate_up, _ in blocks]
+    return linear.join_rows([*gates, *ups]), linear.join_columns([down for _, down in blocks])

@@ -1,0 +1,104 @@
+"""Shard files: safetensors, written whole, read through a memory map without a copy.
+
+Owns: the bytes of one file. Does not own: what tensors mean, or whether a file is the one its manifest names.
+
+The header of a stranger's file is untrusted: its size, dtypes, shapes and offsets are checked before anything is
+mapped. Fails with IntegrityError naming the file and the tensor.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config.errors import IntegrityError, LocalError
+from config.vocabulary import MIB
+
+Array = NDArray[Any]
+
+HEADER_BYTES_MAX = 8 * MIB
+_ALIGNMENT = 64
+_DTYPES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def to_bytes(tensors: Mapping[str, Array]) -> list[bytes | memoryview]:
+    """A file's bytes in pieces: the header, padded so that data starts aligned, then the tensors in the order given
+    (their sizes are multiples of 4, so every f32 tensor starts aligned too)."""
+    header: dict[str, object] = {}
+    pieces: list[bytes | memoryview] = [b""]
+    offset = 0
+    for name, tensor in tensors.items():
+        data = np.ascontiguousarray(tensor)
+        header[name] = {
+            "dtype": _NAMES[data.dtype],
+            "shape": list(data.shape),
+            "data_offsets": [offset, offset + data.nbytes],
+        }
+        pieces.append(memoryview(data).cast("B"))
+        offset += data.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    pieces[0] = len(text).to_bytes(8, "little") + text
+    return pieces
+
+
+class ShardFile:
+    """An open shard file: ``tensors`` are read-only views into its memory map."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError as error:
+            raise LocalError("not_found", f"{path} is missing", "fetch or import the model again") from error
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise IntegrityError("integrity", f"{path} cannot be read: {error}") from error
+        self.tensors: Mapping[str, Array] = _parse(self._map, path)
+
+    def release_pages(self) -> None:
+        """Give the pages read so far back to the system; they are read again when touched."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _parse(data: mmap.mmap, path: Path) -> dict[str, Array]:
+    def fail(what: str) -> IntegrityError:
+        return IntegrityError("integrity", f"{path}: {what}", "remove the file and fetch it again")
+
+    size = int.from_bytes(data[:8], "little")
+    start = 8 + size
+    if len(data) < 8 or not 2 <= size <= HEADER_BYTES_MAX or start > len(data):
+        raise fail("truncated, or not a safetensors file")
+    try:
+        header = json.loads(data[8:start])
+    except (ValueError, RecursionError) as error:
+        raise fail("the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise fail("the header is not an object")
+    tensors: dict[str, Array] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, begin, end = _entry(entry, fail, name)
+        count = math.prod(shape)
+        if end - begin != count * dtype.itemsize or start + end > len(data):
+            raise fail(f"tensor {name[:80]} does not fit its bytes")
+        tensors[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
+    return tensors
+
+
+def _entry(entry: Any, fail: Any, name: str) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:  # noqa: ANN401
+    try:
+        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise fail(f"tensor {name[:80]} is described wrongly") from error
+    numbers = (*shape, begin, end)
+    if len(shape) > 4 or not all(type(number) is int and 0 <= number <= 1 << 44 for number in numbers):
+        raise fail(f"tensor {name[:80]} has an impossible shape or place")
+    return dtype, shape, begin, end

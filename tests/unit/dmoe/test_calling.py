@@ -1,0 +1,403 @@
+"""Workers and callers over the network in memory: the same numbers whoever computes, fail-over, payment, busy."""
+
+from contextlib import asynccontextmanager
+from random import Random
+
+import numpy as np
+import pytest
+import trio
+
+from config.errors import BusyError, RemoteError, RequestError
+from dmoe.caller import Caller
+from dmoe.core import wire
+from dmoe.ports import Quote
+from dmoe.worker import Worker
+from p2p.memory import MemoryHub
+from tests.unit.dmoe.swarm_kit import (
+    ALL,
+    GROUPS,
+    HIDDEN,
+    LAYERS,
+    QUOTE,
+    CountingBuyer,
+    CountingSeller,
+    FakeShard,
+    Routing,
+    make_manifest,
+    serve_shards,
+)
+
+FIRST, SECOND = range(4), range(4, 8)
+FREE = Quote(0, 0, 0)
+
+
+class Swarm:
+    """Nodes of one hub, each with a worker; the first one also calls."""
+
+    def __init__(self, nursery, manifest, *, seed=1, **hub):
+        self.hub = MemoryHub(seed, **hub)
+        self.nursery = nursery
+        self.manifest = manifest
+        self.nodes, self.workers, self.shards = [], [], []
+
+    async def node(self, indices=(), *, quote=FREE, seller=None, **worker):
+        network = self.hub.add()
+        self.nodes.append(network)
+        self.workers.append(Worker(network, quote=quote, seller=seller, **worker))
+        await self.nursery.start(self.workers[-1].run)
+        self.shards.append(serve_shards(self.workers[-1], network, self.manifest, indices))
+        return network
+
+    async def caller(self, *, buyer=None, **options):
+        caller = Caller(self.nodes[0], worker=self.workers[0], buyer=buyer, random=Random(5), **options)
+        await self.nursery.start(caller.run)
+        await trio.testing.wait_all_tasks_blocked()
+        return caller
+
+
+@asynccontextmanager
+async def swarm(manifest, **hub):
+    async with trio.open_nursery() as nursery:
+        yield Swarm(nursery, manifest, **hub)
+        nursery.cancel_scope.cancel()
+
+
+def rows(count=1, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, HIDDEN)).astype(np.float32)
+
+
+def expected(manifest, layer, h, routing=ALL):
+    """All shards in this process, with the roundings of the wire."""
+    seen = wire.rounded(h)
+    partials = [
+        wire.rounded(FakeShard(manifest.expert_shard(layer, g)).partial(layer, seen, routing.experts, routing.weights))
+        for g in range(GROUPS)
+    ]
+    return wire.total(partials, seen.shape)
+
+
+async def answer(session, manifest, h, routing=ALL):
+    """Every layer's answer, compared bit for bit with the local one."""
+    for layer in range(LAYERS):
+        got = await session.run(layer, h, routing)
+        assert got.tobytes() == expected(manifest, layer, h, routing).tobytes()
+
+
+async def test_remote_and_local_experts_add_up_bit_for_bit():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node((0, 4))
+        await s.node((1, 2, 5))
+        await s.node((3, 6, 7))
+        session = (await s.caller()).session(manifest)
+        await answer(session, manifest, rows(1))
+        await answer(session, manifest, rows(5) * 60000)  # some rows need bf16
+        report = session.report()
+        assert set(report.rows) == {node.peer_id for node in s.nodes}
+        assert sum(report.rows.values()) == 6 * GROUPS * LAYERS
+        assert report.serving[s.nodes[1].peer_id] == {"layers": [0, 1, 2, 3], "experts": [1, 2]}
+        assert report.retries == 0
+
+
+async def test_large_batches_are_cut_and_give_the_same_numbers():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        await s.node((*FIRST, *SECOND))
+        await s.node((*FIRST, *SECOND))
+        session = (await s.caller()).session(manifest)
+        await answer(session, manifest, rows(700))
+        used = [node.peer_id for node in s.nodes[1:] if session.report().rows.get(node.peer_id)]
+        assert len(used) == 2, "chunks of one batch spread over both replicas"
+
+
+async def test_sparse_routing_sends_only_rows_that_chose_an_expert():
+    manifest = make_manifest(top_k=2, experts_per_group=3)
+    async with swarm(manifest) as s:
+        await s.node((0, 4))
+        await s.node((1, 2, 5, 6))
+        await s.node((3, 7))
+        session = (await s.caller()).session(manifest)
+        experts = np.array([[0, 4], [11, 10], [5, 6], [1, 2], [9, 3]], np.int32)
+        routing = Routing(experts, np.linspace(0.1, 0.9, 10, dtype=np.float32).reshape(5, 2))
+        await answer(session, manifest, rows(5), routing)
+        batches = [size for shard in s.shards[2].values() for size in shard.batches]
+        assert set(batches) == {2}
+        only = Routing(np.array([[0, 1]], np.int32), np.ones((1, 2), np.float32))
+        calls = s.workers[1].statistics()["calls"]
+        await answer(session, manifest, rows(1), only)
+        assert s.workers[1].statistics()["calls"] == calls, "nobody is asked for experts that no row chose"
+
+
+async def test_a_killed_node_changes_nothing_while_another_replica_lives():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        await s.node((*FIRST, *SECOND))
+        await s.node((*FIRST, *SECOND))
+        session = (await s.caller()).session(manifest)
+        await answer(session, manifest, rows(2))
+        s.hub.down.add(s.nodes[1].peer_id)  # dead, but its advert is still believed
+        await answer(session, manifest, rows(3))
+        s.hub.kill(s.nodes[1].peer_id)
+        await answer(session, manifest, rows(4))
+        assert session.report().rows[s.nodes[2].peer_id] > 0
+
+
+async def test_a_peer_that_fails_rests_and_the_call_is_repeated_elsewhere():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        await s.node((*FIRST, *SECOND))
+        await s.node((*FIRST, *SECOND))
+        for shard in s.shards[1].values():
+            shard.fault = RemoteError("internal", "out of order")
+        session = (await s.caller()).session(manifest)
+        for turn in range(5):
+            await answer(session, manifest, rows(1, turn))
+        assert set(session.report().rows) == {s.nodes[2].peer_id}
+        assert 0 < session.report().retries <= LAYERS, "each shard fails once, then its replica is left alone"
+
+
+async def test_no_replica_left_names_the_layer_the_experts_and_when_it_was_seen():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node((*FIRST,))
+        await s.node((*SECOND,))
+        session = (await s.caller()).session(manifest)
+        await answer(session, manifest, rows(1))
+        s.hub.kill(s.nodes[1].peer_id)
+        await trio.testing.wait_all_tasks_blocked()
+        await session.run(1, rows(1), ALL)
+        with pytest.raises(
+            RemoteError, match=r"layer 2, expert 0 \(shard expert-l2-3-g0\) of tiny: last seen \d+ s ago"
+        ) as e:
+            await session.run(2, rows(1), ALL)
+        assert e.value.code == "no_replica"
+
+
+async def test_a_shard_nobody_ever_had_is_said_to_be_so():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        session = (await s.caller()).session(manifest)
+        with pytest.raises(RemoteError, match="it was never seen"):
+            await session.run(0, rows(1), ALL)
+
+
+async def test_both_sides_count_the_same_work_and_the_same_leaves():
+    manifest = make_manifest(top_k=2, experts_per_group=3)
+    buyer, seller = CountingBuyer(), CountingSeller()
+    async with swarm(manifest) as s:
+        await s.node((0, 4))
+        worker = await s.node((1, 2, 3, 5, 6, 7), quote=QUOTE, seller=seller)
+        buyer.sellers[worker.peer_id] = seller
+        session = (await s.caller(buyer=buyer)).session(manifest)
+        await session.open()
+        assert buyer.opened == [worker.peer_id]
+        experts = np.array([[0, 4], [11, 10], [5, 6]], np.int32)
+        await answer(session, manifest, rows(3), Routing(experts, np.ones((3, 2), np.float32)))
+        assert seller.leaves == buyer.leaves[worker.peer_id]
+        assert len(seller.leaves) == LAYERS
+        assert seller.kflop[s.nodes[0].peer_id] == buyer.kflop[worker.peer_id] == LAYERS * (5 * 1500 // 1000)
+
+
+async def test_payment_required_opens_the_channel_again_once():
+    manifest = make_manifest()
+    buyer, seller = CountingBuyer(), CountingSeller()
+    async with swarm(manifest) as s:
+        await s.node(())
+        worker = await s.node((*FIRST, *SECOND), quote=QUOTE, seller=seller)
+        buyer.sellers[worker.peer_id] = seller
+        session = (await s.caller(buyer=buyer)).session(manifest)
+        await answer(session, manifest, rows(1))
+        seller.channels.clear()  # used up
+        await answer(session, manifest, rows(1))
+        assert buyer.opened == [worker.peer_id] * 2
+        assert session.report().retries == 0
+
+
+async def test_a_worker_that_cannot_be_paid_is_left_for_another_or_named_as_the_reason():
+    manifest = make_manifest()
+    buyer, seller = CountingBuyer(), CountingSeller()
+    async with swarm(manifest) as s:
+        await s.node(())
+        dear = await s.node((*FIRST, *SECOND), quote=QUOTE, seller=seller)
+        free = await s.node((*FIRST,), seller=seller)
+        buyer.sellers[dear.peer_id] = seller
+        buyer.poor.add(dear.peer_id)
+        session = (await s.caller(buyer=buyer)).session(manifest)
+        await session.run(0, rows(1), ALL)
+        assert set(session.report().rows) == {free.peer_id}
+        with pytest.raises(RemoteError, match="too little") as e:
+            await session.run(2, rows(1), ALL)
+        assert e.value.code == "payment_required"
+
+
+async def test_a_busy_worker_is_asked_again_after_its_hint():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        await s.node((*FIRST, *SECOND))
+        for shard in s.shards[1].values():
+            shard.fault = BusyError("full", retry_after_ms=1)
+        session = (await s.caller()).session(manifest)
+
+        async def recover():
+            while not session._caller.dispatcher.changes:
+                await trio.lowlevel.checkpoint()
+            for shard in s.shards[1].values():
+                shard.fault = None
+
+        s.nursery.start_soon(recover)
+        await answer(session, manifest, rows(1))
+        assert session.report().retries > 0
+
+
+async def test_a_hung_replica_is_given_up_within_the_deadline(autojump_clock):
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        hung = await s.node((*FIRST, *SECOND))
+        await s.node((*FIRST, *SECOND))
+
+        async def never(call):
+            await trio.sleep_forever()
+
+        hung._handlers["expert.run"] = never
+        session = (await s.caller()).session(manifest)
+        for turn in range(3):
+            await answer(session, manifest, rows(1, turn))
+        assert set(session.report().rows) == {s.nodes[2].peer_id}
+        assert trio.current_time() < 10
+
+
+async def test_alone_and_hung_ends_with_the_deadline(autojump_clock):
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        hung = await s.node((*FIRST, *SECOND))
+
+        async def never(call):
+            await trio.sleep_forever()
+
+        hung._handlers["expert.run"] = never
+        session = (await s.caller(call_timeout_ms=3000)).session(manifest)
+        with pytest.raises(RemoteError, match="layer 0 of tiny took longer than 3000 ms") as e:
+            await session.run(0, rows(1), ALL)
+        assert e.value.code == "deadline"
+
+
+async def test_an_answer_of_the_wrong_shape_or_not_finite_is_a_failed_replica():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        await s.node((*FIRST, *SECOND))
+        for shard in s.shards[1].values():
+            shard.partial = lambda layer, h, e, w: np.zeros((len(h) + 1, HIDDEN), np.float32)
+        session = (await s.caller()).session(manifest)
+        with pytest.raises(RemoteError, match="answered with shape"):
+            await session.run(0, rows(1), ALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"layer": 9}, "not_found"),
+        ({"layer": -1}, "invalid_request"),
+        ({"layer": "0"}, "invalid_request"),
+        ({"groups": [9]}, "not_found"),
+        ({"groups": []}, "invalid_request"),
+        ({"groups": [0, 0]}, "invalid_request"),
+        ({"groups": "0"}, "invalid_request"),
+        ({"model": "x"}, "invalid_request"),
+        ({"model": "0" * 64}, "not_found"),
+        ({"channel": "x"}, "invalid_request"),
+        ({"shape": [1, 99]}, "integrity"),
+        ({"shape": [2, HIDDEN // 2]}, "invalid_request"),
+        ({"top_k": 2}, "invalid_request"),
+    ],
+)
+async def test_bad_calls_are_refused_with_a_reason(change, code):
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        node = await s.node((*FIRST,))
+        shape, buffer = wire.encode(rows(1))
+        header = {"model": manifest.model_id, "layer": 0, "groups": [0], "quote": 0, "channel": b"", **shape, **change}
+        with pytest.raises(RemoteError) as e:
+            await node.call(node.peer_id, "expert.run", header, [buffer], deadline_ms=1000)
+        assert e.value.code == code
+        assert e.value.message
+
+
+async def test_what_waits_runs_in_one_batch_and_each_gets_its_own_rows():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node((*FIRST,))
+        loaded = s.workers[0].local(manifest.model_id, 0, 0)
+        loaded.row_seconds = 1.0  # believed slow: nothing runs inline
+        wanted = [rows(n + 1, n) for n in range(6)]
+        got = {}
+
+        async def ask(n):
+            (got[n],) = await s.workers[0].compute([loaded], 0, wanted[n], None, None, trio.current_time() + 60)
+
+        async with trio.open_nursery() as nursery:
+            for n in range(6):
+                nursery.start_soon(ask, n)
+        shard = s.shards[0][0]
+        assert sum(shard.batches) == 21
+        assert len(shard.batches) < 6
+        for n, h in enumerate(wanted):
+            assert got[n].tobytes() == FakeShard(manifest.shards[0]).partial(0, h, None, None).tobytes()
+
+
+async def test_a_full_queue_says_busy_with_a_hint():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node((*FIRST,), queue_rows_max=10)
+        loaded = s.workers[0].local(manifest.model_id, 0, 0)
+        loaded.row_seconds, loaded.rows_waiting = 0.5, 8
+        with pytest.raises(BusyError) as e:
+            await s.workers[0].compute([loaded], 0, rows(3), None, None, trio.current_time() + 60)
+        assert e.value.retry_after_ms == 5500
+        with pytest.raises(BusyError):  # there would be room, but not the time
+            await s.workers[0].compute([loaded], 0, rows(1), None, None, trio.current_time() + 1)
+        with pytest.raises(RequestError, match="at most 10"):
+            s.workers[0]._places_of(
+                type("Asked", (), {"model_id": manifest.model_id, "layer": 0, "groups": (0,), "rows": rows(11)})
+            )
+
+
+async def test_unloading_waits_for_the_calls_on_the_shard():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node((*FIRST,))
+        worker, shard = s.workers[0], s.shards[0][0]
+        loaded = worker.local(manifest.model_id, 0, 0)
+        loaded.row_seconds = 1.0
+        got = []
+
+        async def ask():
+            got.extend(await worker.compute([loaded], 0, rows(2), None, None, trio.current_time() + 60))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.lowlevel.checkpoint()
+            await worker.unload(manifest.model_id, manifest.shards[0].id)
+            assert shard.closed
+        assert len(got) == 1
+        assert worker.local(manifest.model_id, 0, 0) is None
+        assert worker.indices(manifest.model_id) == {1, 2, 3}
+
+
+async def test_an_old_price_is_refused():
+    manifest = make_manifest()
+    seller = CountingSeller({b"c"})
+    async with swarm(manifest) as s:
+        node = await s.node((*FIRST,), quote=QUOTE, seller=seller)
+        shape, buffer = wire.encode(rows(1))
+        header = {"model": manifest.model_id, "layer": 0, "groups": [0], "quote": 3, "channel": b"c", **shape}
+        with pytest.raises(RemoteError, match="quote 3 is not valid"):
+            await node.call(node.peer_id, "expert.run", header, [buffer], deadline_ms=1000)
+        assert not seller.leaves
