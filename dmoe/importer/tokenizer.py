@@ -156,7 +156,7 @@ def chat_template(metadata: Mapping[str, object]) -> str:
     for name in ("bos", "eos"):
         number = _token_id(metadata, f"tokenizer.ggml.{name}_token_id", len(tokens))
         if number is not None and f"{name}_token" in template:
-            lines += f"{{%- set {name}_token = {json.dumps(tokens[number])} -%}}"
+            lines += f"{{%- set {name}_token = {json.dumps(tokens[number])} +%}}"
     return lines + template
 
 

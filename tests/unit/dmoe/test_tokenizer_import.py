@@ -63,7 +63,7 @@ def test_stop_tokens_begin_with_eos_and_hold_every_known_end():
 
 def test_chat_template_is_complete_in_itself():
     text = "{{ bos_token }}{{ messages[0].content }}"
-    assert chat_template(metadata(chat_template=text)) == '{%- set bos_token = "<|im_start|>" -%}' + text
+    assert chat_template(metadata(chat_template=text)) == '{%- set bos_token = "<|im_start|>" +%}' + text
     assert chat_template(metadata()) == ""
 
 

@@ -1,0 +1,170 @@
+"""The next token from logits, and where an answer stops. Pure: no hidden state, no clock, no global randomness.
+
+Invariants:
+
+1. ``choose`` depends on its arguments alone: the draw at a position is a function of (seed, position), by a
+   counter-based generator (Philox 4x64: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), so
+   batches, chunks and retries never move it.
+2. Filters apply in the order temperature, top-k, top-p; ties fall to the lower token id.
+3. Text that may be the beginning of a stop string is held back until it is clear; a matched one is never emitted.
+
+Fails with RequestError ``invalid_request`` naming the parameter, IntegrityError where logits are not numbers.
+"""
+
+import math
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config.errors import IntegrityError, RequestError
+from config.generation import Sampling
+
+TEMPERATURE_MAX = 100.0
+STOP_STRINGS_MAX = 16
+STOP_CHARACTERS_MAX = 1024
+_SEED_MIN, _SEED_MAX = -(1 << 63), (1 << 64) - 1
+_PHILOX_DOMAIN = 0x52694F53 << 64  # the upper key half: draws of other parts of a program never coincide with these
+
+
+def check(sampling: Sampling) -> None:
+    """Refuse impossible values: RequestError ``invalid_request`` that names the parameter and its bounds."""
+    _require(
+        "temperature", _is_number(sampling.temperature, 0.0, TEMPERATURE_MAX), f"between 0 and {TEMPERATURE_MAX:g}"
+    )
+    _require("top_p", _is_number(sampling.top_p, 0.0, 1.0) and sampling.top_p > 0, "above 0 and at most 1")
+    _require("top_k", _is_whole(sampling.top_k, 0), "a whole number, 0 (off) or more")
+    _require("min_tokens", _is_whole(sampling.min_tokens, 0), "a whole number, 0 or more")
+    _require(
+        "max_tokens", sampling.max_tokens is None or _is_whole(sampling.max_tokens, 1), "a whole number, 1 or more"
+    )
+    if sampling.max_tokens is not None:
+        _require(
+            "min_tokens", sampling.min_tokens <= sampling.max_tokens, f"at most max_tokens ({sampling.max_tokens})"
+        )
+    seed_fits = sampling.seed is None or (_is_whole(sampling.seed, _SEED_MIN) and sampling.seed <= _SEED_MAX)
+    _require("seed", seed_fits, "a whole number of at most 64 bits")
+    _require("stop", len(sampling.stop) <= STOP_STRINGS_MAX, f"at most {STOP_STRINGS_MAX} strings")
+    stops_fit = all(isinstance(text, str) and 0 < len(text) <= STOP_CHARACTERS_MAX for text in sampling.stop)
+    _require("stop", stops_fit, f"strings of 1 to {STOP_CHARACTERS_MAX} characters")
+
+
+def choose(logits: NDArray[np.float32], sampling: Sampling, position: int, banned: Collection[int] = ()) -> int:
+    """The token at ``position`` (0 = the first token of the sequence) from ``logits`` f32[V].
+
+    ``banned`` tokens are never chosen. ``sampling.seed`` must be set unless ``temperature`` is 0 (greedy).
+    """
+    if banned:
+        logits = logits.copy()
+        logits[list(banned)] = -np.inf
+    best = int(logits.argmax())  # NaN counts as the largest, so one look at the winner finds it
+    top = float(logits[best])
+    if not math.isfinite(top):
+        raise IntegrityError("integrity", f"the logits at position {position} are not finite", "a shard is damaged")
+    if sampling.temperature == 0:
+        return best
+    assert sampling.seed is not None, "sampling needs a seed"
+    ids, weights = _candidates(logits, top, sampling)
+    cumulative = weights.cumsum()
+    drawn = int(cumulative.searchsorted(uniform(sampling.seed, position) * cumulative[-1], side="right"))
+    drawn = min(drawn, len(weights) - 1)  # the product may round up to the total
+    return drawn if ids is None else int(ids[drawn])
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits, a function of its arguments alone."""
+    raw = np.random.Philox(key=_PHILOX_DOMAIN | (seed & _SEED_MAX), counter=position).random_raw()
+    return float(int(raw) >> 11) * 2.0**-53
+
+
+class StopMatcher:
+    """Finds stop strings in text that arrives in pieces. One per answer.
+
+    Each call costs time in the piece and the held text only, never in the whole answer.
+    """
+
+    __slots__ = ("_held", "_stops", "stopped")
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Take a piece; return what may be shown now. Sets ``stopped`` when a stop string is complete."""
+        if not self._stops or self.stopped:
+            return "" if self.stopped else text
+        text = self._held + text
+        found = [index for index in map(text.find, self._stops) if index >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = len(text) - self._beginnings(text)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def finish(self) -> str:
+        """The text still held: the answer ended, so it begins no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _beginnings(self, text: str) -> int:
+        """The length of the longest end of ``text`` that is the beginning of a stop string."""
+        for length in range(min(len(text), max(map(len, self._stops)) - 1), 0, -1):
+            tail = text[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0
+
+
+def _require(parameter: str, fits: bool, bounds: str) -> None:
+    if not fits:
+        raise RequestError("invalid_request", f"{parameter} must be {bounds}", f"change {parameter}")
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_whole(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _candidates(
+    logits: NDArray[np.float32], top: float, sampling: Sampling
+) -> tuple[NDArray[np.intp] | None, NDArray[np.float64]]:
+    """Token ids that may be drawn (None: all, in order) and their unnormalised probabilities f64."""
+    ids: NDArray[np.intp] | None = None
+    if 0 < sampling.top_k < len(logits):
+        ids = _largest(logits, sampling.top_k)
+        logits = logits[ids]
+    with np.errstate(over="ignore", under="ignore"):  # a tiny temperature sends all but the best to exp(-inf) = 0
+        weights = np.exp((logits.astype(np.float64) - top) / sampling.temperature)
+    if sampling.top_p < 1:
+        kept = _nucleus(weights, sampling.top_p)
+        return (kept if ids is None else ids[kept]), weights[kept]
+    return ids, weights
+
+
+def _largest(values: NDArray[np.floating], count: int) -> NDArray[np.intp]:
+    """Indices of the ``count`` largest values, ascending; among equals the lower index."""
+    border = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > border)
+    equal = np.flatnonzero(values == border)[: count - len(above)]
+    return np.sort(np.concatenate((above, equal)))
+
+
+def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """The smallest set of most probable indices whose share reaches ``top_p`` (Holtzman et al., 2019), ascending.
+
+    Sorting all of a large vocabulary costs more than the rest together, so ever larger heads are tried first.
+    """
+    enough = top_p * float(weights.sum())
+    count = min(64, len(weights))
+    while True:
+        head = _largest(weights, count)
+        order = head[np.argsort(-weights[head], kind="stable")]
+        reached = int(weights[order].cumsum().searchsorted(enough))
+        if reached < count or count == len(weights):
+            return np.sort(order[: reached + 1])
+        count = min(count * 8, len(weights))

@@ -1,0 +1,124 @@
+"""One answer: prompt in, events out, over whatever computes the logits.
+
+Owns: prefill in chunks, the decode loop, what ends an answer. Does not own: admission (``dmoe/engine.py``), how logits
+come about (a :class:`Run`).
+
+Invariants:
+
+1. Exactly one ``Finished``, last, unless a RiosError or cancellation ends the answer before.
+2. The ids of all deltas are the answer's tokens, without the stop token; ``completion_tokens`` is their number.
+3. The same prompt, sampling (with its seed) and logits give the same events, whatever runs beside it.
+4. Between two checkpoints lies at most one forward call.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from config.generation import Delta, Finished, FinishReason, GenerationEvent, Route, Sampling
+from dmoe.core.sampling import StopMatcher, choose
+from dmoe.text import Tokenizer
+
+PREFILL_TOKENS_MAX = 256
+"""Prompt tokens per forward call: how long a cancelled or a neighbouring answer waits at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Who computed an answer: as in :class:`config.generation.Finished`."""
+
+    expert_rows: dict[str, int] = field(default_factory=dict)
+    serving: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    retries: int = 0
+
+
+class Run(Protocol):
+    """One sequence on its way through a model, with its KV cache."""
+
+    async def forward(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens to the sequence; logits f32[V] after the last of them. Raises RiosError."""
+
+    def report(self) -> Report:
+        """Who computed what so far."""
+
+    def close(self) -> None:
+        """Free the cache and whatever else the sequence holds. Called once, never blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to generate. ``sampling.seed`` is set unless greedy; ``max_tokens`` fits the run's cache."""
+
+    prompt_tokens: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop_tokens: frozenset[int]
+    route: Route
+
+
+Emit = Callable[[GenerationEvent], Awaitable[None]]
+
+
+async def generate(run: Run, job: Job, tokenizer: Tokenizer, emit: Emit) -> Finished:
+    """Send the answer's events to ``emit`` (a checkpoint each); return the last one."""
+    started = trio.current_time()
+    logits = await _prefill(run, job.prompt_tokens)
+    prefilled = trio.current_time()
+    reason, count = await _decode(run, job, tokenizer, emit, logits)
+    report = run.report()
+    finished = Finished(
+        reason=reason,
+        prompt_tokens=len(job.prompt_tokens),
+        completion_tokens=count,
+        prefill_seconds=prefilled - started,
+        decode_seconds=trio.current_time() - prefilled,
+        route=job.route,
+        expert_rows=report.expert_rows,
+        serving=report.serving,
+        retries=report.retries,
+    )
+    await emit(finished)
+    return finished
+
+
+async def _prefill(run: Run, prompt: tuple[int, ...]) -> NDArray[np.float32]:
+    assert prompt, "an empty prompt has no logits"
+    for start in range(0, len(prompt), PREFILL_TOKENS_MAX):
+        await trio.lowlevel.checkpoint()
+        logits = await run.forward(prompt[start : start + PREFILL_TOKENS_MAX])
+    return logits
+
+
+async def _decode(
+    run: Run, job: Job, tokenizer: Tokenizer, emit: Emit, logits: NDArray[np.float32]
+) -> tuple[FinishReason, int]:
+    """The loop over tokens. Returns why it ended and how many tokens the answer has.
+
+    Until ``min_tokens`` are there, stop tokens are banned and stop strings are ordinary text.
+    """
+    text, stops = tokenizer.detokenizer(), StopMatcher(job.sampling.stop)
+    for count in range(job.max_tokens):
+        early = count < job.sampling.min_tokens
+        banned = job.stop_tokens if early else ()
+        token = choose(logits, job.sampling, len(job.prompt_tokens) + count, banned)
+        if token in job.stop_tokens:
+            await _emit_rest(emit, text.finish(), stops)
+            return "stop", count
+        piece = text.push(token)
+        await emit(Delta(text=piece if early else stops.push(piece), tokens=(token,)))
+        if stops.stopped:
+            return "stop", count + 1
+        if count + 1 < job.max_tokens:
+            logits = await run.forward((token,))
+    await _emit_rest(emit, text.finish(), stops)
+    return "length", job.max_tokens
+
+
+async def _emit_rest(emit: Emit, tail: str, stops: StopMatcher) -> None:
+    rest = stops.push(tail) + stops.finish()
+    if rest:
+        await emit(Delta(text=rest, tokens=()))

@@ -1,0 +1,282 @@
+"""Text to tokens and back: encoding, chat templates, and decoding token by token.
+
+Owns: what of a prompt may become a control token, and which characters of an unfinished answer may be shown.
+Does not own: making ``tokenizer.json`` (``dmoe/importer/tokenizer.py``) or stop strings (``dmoe/core/sampling.py``).
+
+Invariants:
+
+1. Control tokens in a chat prompt come from the template alone: the same characters inside a message are plain text.
+2. A stream of tokens gives the same text as decoding them at once, and no piece ever holds half a character.
+3. A chat template runs in jinja's immutable sandbox and its output is bounded. It has no other limits on time or
+   memory, so it is only run for models whose publisher is trusted.
+
+Fails with IntegrityError for a tokenizer that cannot be used, RequestError for messages that its template refuses.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any, Final, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as BpeTokenizer
+
+from config.errors import IntegrityError, RequestError
+from config.generation import Message
+
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+PROMPT_CHARACTERS_MAX: Final = 8 << 20
+"""Longest prompt rendered from a template; far above any context, it only stops a template that runs away."""
+
+_BREAKERS: Final = "".join(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters: never in text meant for exchange
+
+
+class Tokenizer:
+    """The tokenizer of one model. Immutable once made; safe to use from several threads."""
+
+    def __init__(self, tokenizer_json: bytes, chat_template: str = "", *, bos: int | None = None) -> None:
+        try:
+            self._plain = BpeTokenizer.from_str(tokenizer_json.decode())
+            document = json.loads(tokenizer_json)
+        except Exception as error:  # the library raises nothing narrower than Exception
+            raise IntegrityError(
+                "integrity", f"the tokenizer file cannot be read: {error}", "fetch it again"
+            ) from error
+        self._plain.encode_special_tokens = True  # "<|im_end|>" in text is ten characters, not the control token
+        self._plain.no_truncation()
+        added = {number: token for number, token in self._plain.get_added_tokens_decoder().items()}
+        self._control = {token.content: number for number, token in added.items() if token.special}
+        # A control token of one character could not be told from text, so it only counts as an id.
+        longest_first = sorted((text for text in self._control if len(text) > 1), key=len, reverse=True)
+        self._control_regex = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._pieces, self._strip = _pieces(document, self._plain, set(self._control.values()))
+        self._begin = tuple(self._plain.encode("", add_special_tokens=True).ids)
+        self._template = _Template(chat_template, _text_of(self._plain, bos)) if chat_template else None
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids."""
+        return len(self._pieces)
+
+    def encode(self, text: str, *, control: bool = True, begin: bool = True) -> tuple[int, ...]:
+        """Token ids of ``text``. ``control``: control tokens written in it count as such. ``begin``: put the
+        begin-of-sequence token first, if the model uses one."""
+        ids = list(self._begin) if begin else []
+        if control:
+            self._encode_control(text, ids)
+        else:
+            self._encode_plain(text, ids, "")
+        return tuple(ids)
+
+    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation, ready for the model's answer. RequestError if the template refuses it."""
+        if self._template is None:
+            raise RequestError(
+                "invalid_request", "this model has no chat template", "send a prompt to /v1/completions instead"
+            )
+        breaker = _breaker(messages)
+        plain = [{"role": _role(message), "content": self._defuse(message.content, breaker)} for message in messages]
+        rendered = self._template.render(plain)
+        ids: list[int] = []
+        self._encode_control(rendered, ids, breaker)
+        return tuple(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of tokens; control tokens have none."""
+        detokenizer = self.detokenizer()
+        return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
+
+    def detokenizer(self) -> "Detokenizer":
+        """A fresh decoder for one answer."""
+        return Detokenizer(self._pieces, strip=self._strip)
+
+    def _encode_control(self, text: str, ids: list[int], breaker: str = "") -> None:
+        """Append the tokens of ``text``: control tokens as such, the rest as plain text without breakers."""
+        start = 0
+        for found in self._control_regex.finditer(text):
+            self._encode_plain(text[start : found.start()], ids, breaker)
+            ids.append(self._control[found.group()])
+            start = found.end()
+        self._encode_plain(text[start:], ids, breaker)
+
+    def _encode_plain(self, text: str, ids: list[int], breaker: str) -> None:
+        if breaker:
+            text = text.replace(breaker, "")
+        if text:
+            _check_unicode(text)
+            ids += self._plain.encode(text, add_special_tokens=False).ids
+
+    def _defuse(self, content: str, breaker: str) -> str:
+        """``content`` with every control token, and the start of one at its end, broken by a character that the encoder
+        drops again: the template sees the text, the tokens stay those of the text, and no control token can arise."""
+        content = self._control_regex.sub(lambda found: found.group()[0] + breaker + found.group()[1:], content)
+        begun = max((_begun(content, token) for token in self._control), default=0)
+        if begun == 0:
+            return content
+        return content[:-begun] + "".join(character + breaker for character in content[-begun:])
+
+
+class Detokenizer:
+    """Tokens to text, one at a time. Bytes of an unfinished character are kept back; invalid ones become U+FFFD."""
+
+    __slots__ = ("_decoder", "_pieces", "_strip")
+
+    def __init__(self, pieces: Sequence[bytes], *, strip: bool = False) -> None:
+        self._pieces = pieces
+        self._strip = strip  # vocabularies that mark word starts put a space before the first word too
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The characters that this token completes; often empty in the middle of a character. Unknown ids have none."""
+        if not 0 <= token < len(self._pieces):
+            return ""
+        text = self._decoder.decode(self._pieces[token])
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text
+
+    def finish(self) -> str:
+        """The rest: nothing, as half a character is not shown."""
+        self._decoder.reset()
+        return ""
+
+
+def _begun(content: str, token: str) -> int:
+    """How many characters at the end of ``content`` are the beginning, not the whole, of ``token``."""
+    for length in range(min(len(token) - 1, len(content)), 0, -1):
+        if content.endswith(token[:length]):
+            return length
+    return 0
+
+
+class _Template:
+    """A compiled chat template."""
+
+    def __init__(self, source: str, bos: str, now: Callable[[], datetime] = datetime.now) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
+        self._bos = bos
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise IntegrityError("integrity", f"the model's chat template does not parse: {error}", "") from error
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The prompt. RequestError if the template raises or writes without end."""
+        parts, size = [], 0
+        try:
+            for part in self._template.generate(
+                messages=messages,
+                add_generation_prompt=True,
+                bos_token=self._bos,
+                eos_token="",
+                tools=None,
+                documents=None,
+            ):
+                size += len(part)
+                if size > PROMPT_CHARACTERS_MAX:
+                    _refuse(f"the prompt is longer than {PROMPT_CHARACTERS_MAX} characters")
+                parts.append(part)
+        except jinja2.TemplateError as error:
+            _refuse(f"the model's chat template refused the messages: {error.message or type(error).__name__}", error)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+            _refuse(f"the model's chat template failed on these messages: {error}", error)
+        return "".join(parts)
+
+
+def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
+    hint = "check the order and the roles of the messages, or send fewer"
+    raise RequestError("invalid_request", message, hint) from cause
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: object, indent: int | None = None) -> str:
+    """As in the Python reference implementation: not escaped for HTML, unlike jinja's own filter."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _role(message: Message) -> str:
+    """Templates write roles next to control tokens, so only the known ones pass."""
+    if message.role not in ROLES:
+        raise RequestError("invalid_request", f"unknown role {message.role!r}", f"use one of {', '.join(ROLES)}")
+    return message.role
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"character {error.start} is half a surrogate pair"
+        raise RequestError("invalid_request", f"the text is not Unicode: {where}", "send whole characters") from error
+
+
+def _breaker(messages: Sequence[Message]) -> str:
+    """A character that stands in no message."""
+    for candidate in _BREAKERS:
+        if not any(candidate in message.content for message in messages):
+            return candidate
+    raise RequestError("invalid_request", "the messages use every Unicode noncharacter", "remove U+FDD0 to U+FDEF")
+
+
+def _text_of(tokenizer: BpeTokenizer, token: int | None) -> str:
+    return "" if token is None else (tokenizer.id_to_token(token) or "")
+
+
+def _pieces(document: dict[str, Any], tokenizer: BpeTokenizer, control: set[int]) -> tuple[list[bytes], bool]:
+    """The bytes behind every token id (control tokens have none), and whether an answer's first space is dropped."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    added = tokenizer.get_added_tokens_decoder()
+    bytes_of, strip = _bytes_of(document.get("decoder") or {})
+    pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for text, number in vocabulary.items():
+        if number not in control:
+            pieces[number] = text.encode() if number in added else bytes_of(text)
+    return pieces, strip
+
+
+def _bytes_of(decoder: dict[str, Any]) -> tuple[Callable[[str], bytes], bool]:
+    """How the file's decoder turns a token's text into bytes, and whether it strips the first space."""
+    steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _byte_level(_byte_alphabet()), False
+    if "ByteFallback" in kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
+        return _byte_fallback, "Strip" in kinds
+    raise IntegrityError("integrity", f"unsupported decoder in the tokenizer file: {kinds}", "use a BPE tokenizer")
+
+
+def _byte_level(alphabet: dict[str, int]) -> Callable[[str], bytes]:
+    def convert(text: str) -> bytes:
+        try:
+            return bytes(map(alphabet.__getitem__, text))
+        except KeyError:
+            return text.encode()
+
+    return convert
+
+
+def _byte_fallback(text: str) -> bytes:
+    """``<0x0A>`` is one byte; elsewhere U+2581 stands for a space (SentencePiece)."""
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return bytes.fromhex(text[3:5])
+    return text.replace("\u2581", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes (Radford et al., 2019, ``bytes_to_unicode``)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(0x100 + number): byte for number, byte in enumerate(others)})
+    return alphabet

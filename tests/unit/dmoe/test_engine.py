@@ -1,0 +1,379 @@
+"""The engine over a fake model: limits, order, cancelling, failing, reproducible answers.
+
+The fake stands for the network's arithmetic only: its logits are a function of the whole sequence, so a token that is
+lost, doubled or out of order changes the answer.
+"""
+
+import hashlib
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+from tokenizers import pre_tokenizers
+
+from config.errors import BusyError, RemoteError, RequestError, RiosError
+from config.generation import Delta, Finished, GenerationRequest, Message, Sampling
+from dmoe.engine import Engine
+from dmoe.generate import PREFILL_TOKENS_MAX, Report
+from dmoe.importer.tokenizer import tokenizer_json
+from dmoe.text import Tokenizer
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+STOP = 0
+TOKENIZER = Tokenizer(
+    tokenizer_json(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": ["<|stop|>", *LETTERS, "zz"],
+            "tokenizer.ggml.token_type": [3, *[1] * (len(LETTERS) + 1)],
+            "tokenizer.ggml.merges": ["z z"],
+        }
+    ),
+    "{% for m in messages %}{{ m.content }}<|stop|>{% endfor %}",
+)
+
+
+class FakeRun:
+    def __init__(self, model: "FakeModel", positions: int) -> None:
+        self.model, self.positions, self.sequence, self.chunks = model, positions, [], []
+
+    async def forward(self, tokens):
+        await trio.lowlevel.checkpoint()
+        self.sequence += tokens
+        self.chunks.append(len(tokens))
+        assert len(self.sequence) <= self.positions, "the cache is too small"
+        self.model.calls += 1
+        await self.model.before(self)
+        if self.model.script:
+            logits = np.zeros(TOKENIZER.vocabulary, dtype=np.float32)
+            answer = TOKENIZER.encode(self.model.script)
+            done = len(self.sequence) - self.model.prompt
+            logits[answer[done] if done < len(answer) else STOP] = 50
+            return logits
+        seed = hashlib.sha256(str(self.sequence).encode()).digest()[:8]
+        return np.random.default_rng(list(seed)).normal(size=TOKENIZER.vocabulary).astype(np.float32)
+
+    def report(self):
+        return Report(expert_rows={"peer": len(self.sequence)}, serving={"peer": {"layers": [0], "experts": [1]}})
+
+    def close(self):
+        self.model.open_runs.remove(self)
+
+
+class FakeModel:
+    id, name, created, context_tokens = "ab" * 32, "fake", 7, 4096
+
+    def __init__(self, script="", prompt=0, problem=None):
+        self.script, self.prompt, self.problem = script, prompt, problem
+        self.stop_tokens = (STOP,)
+        self.open_runs, self.opened, self.calls = [], [], 0
+        self.gate = trio.Event()
+        self.gate.set()
+
+    async def before(self, run):
+        await self.gate.wait()
+
+    def fault(self, route):
+        return self.problem
+
+    async def tokenizer(self):
+        return TOKENIZER
+
+    async def open(self, route, positions):
+        run = FakeRun(self, positions)
+        self.open_runs.append(run)
+        self.opened.append(run)
+        return run
+
+
+class Shelf:
+    def __init__(self, *models):
+        self._models = models
+
+    def models(self):
+        return self._models
+
+
+def engine_of(*models, **limits):
+    return Engine(Shelf(*models), **limits)
+
+
+def request(prompt="hello", **sampling):
+    return GenerationRequest(model="fake", prompt=prompt, sampling=Sampling(**{"max_tokens": 8, **sampling}))
+
+
+def scripted(script, **sampling):
+    return FakeModel(script, prompt=len(TOKENIZER.encode("hello"))), request(temperature=0, **sampling)
+
+
+async def answer(engine, asked):
+    return await events_of(engine, await engine.prepare(asked))
+
+
+async def events_of(engine, prepared):
+    async with engine.stream(prepared) as stream:
+        return [event async for event in stream]
+
+
+def text_of(events):
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def tokens_of(events):
+    return [token for event in events if isinstance(event, Delta) for token in event.tokens]
+
+
+async def test_an_answer_ends_at_its_stop_token():
+    model, asked = scripted("Paris.", max_tokens=20)
+    events = await answer(engine_of(model), asked)
+    assert text_of(events) == "Paris."
+    last = events[-1]
+    assert isinstance(last, Finished)
+    assert (last.reason, last.prompt_tokens, last.completion_tokens) == ("stop", 5, 6)
+    assert (last.route, last.expert_rows, last.serving["peer"]["layers"]) == ("experts", {"peer": 11}, [0])
+    assert tokens_of(events) == list(TOKENIZER.encode("Paris."))
+    assert model.open_runs == []
+
+
+async def test_an_answer_ends_at_max_tokens():
+    model, asked = scripted("Paris is big", max_tokens=5)
+    events = await answer(engine_of(model), asked)
+    assert (text_of(events), events[-1].reason, events[-1].completion_tokens) == ("Paris", "length", 5)
+    assert model.calls == 5, "the last token needs no forward call"
+
+
+async def test_a_character_cut_off_by_max_tokens_is_not_shown_broken():
+    model, asked = scripted("né", max_tokens=2)
+    assert text_of(await answer(engine_of(model), asked)) == "n"
+
+
+async def test_a_stop_string_across_tokens_ends_the_answer_unseen():
+    model, asked = scripted("one END two", max_tokens=30, stop=("END",))
+    events = await answer(engine_of(model), asked)
+    assert (text_of(events), events[-1].reason) == ("one ", "stop")
+    assert events[-1].completion_tokens == len("one END")
+
+
+async def test_text_held_for_a_stop_string_comes_out_at_the_end():
+    model, asked = scripted("one EN", max_tokens=30, stop=("END",))
+    assert text_of(await answer(engine_of(model), asked)) == "one EN"
+    model, asked = scripted("one ENX", max_tokens=6, stop=("END",))
+    assert text_of(await answer(engine_of(model), asked)) == "one EN"
+
+
+async def test_min_tokens_bans_stop_tokens_and_stop_strings():
+    model, asked = scripted("a.", max_tokens=10, min_tokens=6)
+    events = await answer(engine_of(model), asked)
+    assert events[-1].completion_tokens == 6
+    model, asked = scripted("a.b.c", max_tokens=10, min_tokens=3, stop=(".",))
+    assert text_of(await answer(engine_of(model), asked)) == "a.b"
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"seed": 3}, {"seed": 3, "top_k": 20, "top_p": 0.9}, {}])
+async def test_a_prepared_request_gives_the_same_answer_alone_and_in_company(sampling):
+    engine = engine_of(FakeModel(), generations_max=3)
+    prepared = await engine.prepare(request(max_tokens=30, **sampling))
+    alone = tokens_of(await events_of(engine, prepared))
+    together = []
+
+    async def one():
+        together.append(tokens_of(await events_of(engine, prepared)))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(one)
+    assert together == [alone] * 5
+
+
+async def test_without_a_seed_answers_differ():
+    engine = engine_of(FakeModel())
+    assert tokens_of(await answer(engine, request(max_tokens=30))) != tokens_of(
+        await answer(engine, request(max_tokens=30))
+    )
+
+
+async def test_long_prompts_go_in_chunks():
+    model = FakeModel()
+    await answer(engine_of(model), request("a" * (2 * PREFILL_TOKENS_MAX + 1), max_tokens=1))
+    assert model.opened[0].chunks == [PREFILL_TOKENS_MAX, PREFILL_TOKENS_MAX, 1]
+
+
+async def test_prompts_as_text_ids_and_chat():
+    engine = engine_of(FakeModel())
+    ids = TOKENIZER.encode("hello")
+    assert (await engine.prepare(request("hello"))).prompt_tokens == ids
+    assert (await engine.prepare(request(ids))).prompt_tokens == ids
+    chat = replace(request(), prompt=None, messages=(Message(role="user", content="hello"),))
+    assert (await engine.prepare(chat)).prompt_tokens == (*ids, STOP)
+    long = replace(request(), prompt="z" * 8190)
+    assert len((await engine.prepare(long)).prompt_tokens) == 4095
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({"model": "other"}, "not_found", "known models: fake"),
+        ({"prompt": ""}, "invalid_request", "empty"),
+        ({"prompt": ()}, "invalid_request", "empty"),
+        ({"prompt": None, "messages": ()}, "invalid_request", "empty"),
+        ({"prompt": None}, "invalid_request", "exactly one"),
+        ({"messages": (Message(role="user", content="x"),)}, "invalid_request", "exactly one"),
+        ({"prompt": (1, 999999)}, "invalid_request", "token 1 is 999999"),
+        ({"prompt": "a" * 4096}, "context_length_exceeded", "4096 tokens, the context of fake is 4096"),
+        ({"prompt": "a" * 5000}, "context_length_exceeded", "5000 tokens"),
+        ({"prompt": "a" * 4090, "sampling": Sampling(min_tokens=7)}, "context_length_exceeded", "min_tokens 7"),
+        ({"sampling": Sampling(top_p=2)}, "invalid_request", "top_p"),
+    ],
+)
+async def test_impossible_requests_are_refused_before_anything_streams(changes, code, said):
+    with pytest.raises(RequestError) as caught:
+        await engine_of(FakeModel()).prepare(replace(request(), **changes))
+    assert caught.value.code == code
+    assert said in str(caught.value)
+
+
+async def test_max_tokens_is_what_the_context_leaves():
+    engine = engine_of(FakeModel())
+    assert (await engine.prepare(request("a" * 4000, max_tokens=None))).max_tokens == 96
+    assert (await engine.prepare(request("a" * 4000, max_tokens=500))).max_tokens == 96
+    assert (await engine.prepare(request("a" * 4000, max_tokens=5))).max_tokens == 5
+
+
+async def test_models_say_whether_they_are_ready_and_why_not():
+    gone = RemoteError("no_replica", "layers 10 to 19, group 2 have no replica", "start another node")
+    ready, broken = engine_of(FakeModel()).models()[0], engine_of(FakeModel(problem=gone))
+    assert (ready.id, ready.name, ready.ready, ready.reason, ready.context_tokens) == (
+        "ab" * 32,
+        "fake",
+        True,
+        "",
+        4096,
+    )
+    assert not broken.models()[0].ready
+    assert "group 2" in broken.models()[0].reason
+    with pytest.raises(RemoteError, match="group 2"):
+        await broken.prepare(request())
+
+
+async def test_slots_and_line_are_bounded_and_served_in_order():
+    model = FakeModel()
+    model.gate = trio.Event()
+    engine = engine_of(model, generations_max=1, waiting_max=4)
+    prepared = [await engine.prepare(request(chr(97 + number), min_tokens=8)) for number in range(6)]
+    async with AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(engine.stream(prepared[number])) for number in range(5)]
+        await trio.testing.wait_all_tasks_blocked()
+        assert (engine.statistics().active, engine.statistics().waiting) == (1, 4)
+        with pytest.raises(BusyError) as caught:
+            await engine.prepare(request())
+        assert caught.value.retry_after_ms > 0
+        with pytest.raises(BusyError):
+            await stack.enter_async_context(engine.stream(prepared[5]))
+        model.gate.set()
+        assert [len([event async for event in stream]) for stream in streams] == [9] * 5
+    assert [run.sequence[0] for run in model.opened] == [TOKENIZER.encode(chr(97 + number))[0] for number in range(5)]
+    assert (engine.statistics().active, engine.statistics().waiting, engine.statistics().finished) == (0, 0, 5)
+
+
+async def test_leaving_early_frees_slot_and_cache_at_once():
+    model = FakeModel()
+    engine = engine_of(model, generations_max=1, waiting_max=1)
+    async with engine.stream(await engine.prepare(request(max_tokens=4000, min_tokens=4000))) as stream:
+        assert isinstance(await anext(stream), Delta)
+    assert model.open_runs == []
+    assert (engine.statistics().active, engine.statistics().cancelled) == (0, 1)
+
+
+async def test_leaving_the_line_frees_the_place():
+    model = FakeModel()
+    model.gate = trio.Event()
+    engine = engine_of(model, generations_max=1, waiting_max=1)
+    prepared = await engine.prepare(request(min_tokens=8))
+    async with engine.stream(prepared) as first:
+        async with engine.stream(prepared):
+            assert engine.statistics().waiting == 1
+        assert engine.statistics().waiting == 0
+        model.gate.set()
+        assert [event async for event in first][-1].reason == "length"
+
+
+async def test_cancelling_the_consumer_cancels_the_answer():
+    model = FakeModel()
+    model.gate = trio.Event()
+    engine = engine_of(model)
+    prepared = await engine.prepare(request())
+    with trio.move_on_after(10) as scope:
+        async with engine.stream(prepared) as stream:
+            scope.cancel()
+            await anext(stream)
+    assert scope.cancelled_caught
+    assert model.open_runs == []
+    assert engine.statistics().active == 0
+
+
+async def test_the_consumers_own_error_leaves_as_it_is():
+    engine = engine_of(FakeModel())
+    prepared = await engine.prepare(request())
+    with pytest.raises(KeyError):
+        async with engine.stream(prepared):
+            raise KeyError("mine")
+    assert engine.statistics().active == 0
+
+
+@pytest.mark.parametrize("call", [1, 3])
+async def test_a_failed_expert_call_reaches_the_consumer_after_what_was_generated(call):
+    class Failing(FakeModel):
+        async def before(self, run):
+            if self.calls == call:
+                raise RemoteError("no_replica", "layer 3, group 1: no replica left", peer_id="somebody")
+
+    model = Failing()
+    engine = engine_of(model)
+    prepared = await engine.prepare(request(min_tokens=8))
+    seen = []
+    with pytest.raises(RiosError, match="layer 3, group 1") as caught:  # noqa: PT012 - what came before matters
+        async with engine.stream(prepared) as stream:
+            async for event in stream:
+                seen.append(event)
+    assert caught.value.code == "no_replica"
+    assert len(seen) == call - 1
+    assert model.open_runs == []
+    assert (engine.statistics().failed, engine.statistics().active) == (1, 0)
+
+
+async def test_a_slow_consumer_slows_only_its_own_answer():
+    model = FakeModel()
+    engine = engine_of(model, events_max=4)
+    prepared = await engine.prepare(request(max_tokens=100, min_tokens=100))
+    async with engine.stream(prepared) as slow:
+        assert len(await events_of(engine, prepared)) == 101
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(model.open_runs[0].sequence) < 5 + 4 + 3, "the slow one's answer waits at its channel"
+        assert len([event async for event in slow]) == 101
+
+
+async def test_a_defect_is_not_mistaken_for_the_end_of_the_answer():
+    class Defective(FakeModel):
+        async def before(self, run):
+            raise ZeroDivisionError
+
+    model = Defective()
+    engine = engine_of(model)
+    prepared = await engine.prepare(request())
+    with pytest.raises(ExceptionGroup) as caught:
+        await events_of(engine, prepared)
+    assert caught.group_contains(ZeroDivisionError)
+    assert (model.open_runs, engine.statistics().active) == ([], 0)
+
+
+async def test_statistics_count_tokens(autojump_clock):
+    engine = engine_of(FakeModel())
+    await answer(engine, request(max_tokens=20, min_tokens=20))
+    numbers = engine.statistics()
+    assert (numbers.prompt_tokens, numbers.completion_tokens, numbers.tokens_per_s) == (5, 20, 2.0)
+    await trio.sleep(11)
+    assert engine.statistics().tokens_per_s == 0
