@@ -41,6 +41,11 @@ class Paths:
         return self.data / "models"
 
     @property
+    def hosting(self) -> Path:
+        """What is deployed and served, remembered across restarts."""
+        return self.data / "hosting.json"
+
+    @property
     def network(self) -> Path:
         """Peers remembered across restarts."""
         return self.data / "network"

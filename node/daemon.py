@@ -16,26 +16,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import trio
+from dmoe.models import StoredModels, SwarmExperts
 
 from config import seeds
-from config.errors import EXIT_OK, ConfigError, LocalError
+from config.errors import EXIT_OK, ConfigError, LocalError, RiosError
 from config.paths import Paths
 from config.settings import Settings
 from config.vocabulary import KFLOP_PER_TFLOP
 from dmoe import hardware
 from dmoe.caller import Caller
+from dmoe.core.manifest import Manifest
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
-from dmoe.models import StoredModels
 from dmoe.ports import Quote
-from dmoe.runtime import RuntimeOptions
+from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.store import ModelStore
 from dmoe.worker import Worker
 from ledger.core import genesis as genesis_file
@@ -236,8 +237,8 @@ async def _background() -> AsyncIterator[trio.Nursery]:
 
 
 async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None) -> None:
-    settings, network = node.settings, node.network
-    node.store.offer_to(network.blobs.offer) if hasattr(node.store, "offer_to") else network.blobs.offer(node.store)
+    settings, network, identity = node.settings, node.network, node.identity
+    network.blobs.offer(node.store)
     quote = Quote(
         _quote_number(settings), settings.ledger.microcredits_per_tflop, settings.ledger.microcredits_per_kv_unit
     )
@@ -255,8 +256,20 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         buyer=node.ledger.buyer if node.ledger else None,
         call_timeout_ms=settings.dmoe.call_timeout_ms,
     )
-    node.hosting = Hosting(network, node.store, node.worker)
-    models = StoredModels(node.store, node.options, caller=node.caller)
+    node.hosting = Hosting(
+        network,
+        node.store,
+        node.worker,
+        load=lambda manifest, shard: ExpertShard(manifest, shard, node.store, node.options),
+        state_file=node.paths.hosting,
+        publishers=allowed_publishers(node, genesis),
+        disk_bytes_max=settings.dmoe.disk_bytes_max,
+        ram_bytes_max=settings.dmoe.ram_bytes_max or psutil.virtual_memory().total // 2,
+        serve=settings.dmoe.serve,
+    )
+    models = StoredModels(
+        node.store, SwarmExperts(node.caller), node.options, identity.peer_id, chosen=_chosen(node.store, settings)
+    )
     node.engine = Engine(
         models,
         generations_max=settings.dmoe.generations_max,
@@ -265,6 +278,29 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
     )
     for part in (node.worker.run, node.caller.run, node.hosting.run):
         await nursery.start(part)
+    bring = node.hosting.ensure_whole if settings.dmoe.fused else node.hosting.ensure_trunk
+    for name in settings.dmoe.orchestrate:
+        nursery.start_soon(_bring, bring, name)
+
+
+async def _bring(bring: Callable[[str], Awaitable[object]], name: str) -> None:
+    """Fetch what answering with a model needs; a publisher that is not allowed is said once, not fatal."""
+    try:
+        await bring(name)
+    except RiosError as error:
+        log.error("dmoe.orchestrate: %s: %s", name, error)
+
+
+def _chosen(store: ModelStore, settings: Settings) -> Callable[[Manifest], bool]:
+    """Which models requests are answered with: those listed, else all whose trunk is here."""
+    listed = frozenset(settings.dmoe.orchestrate)
+
+    def chosen(manifest: Manifest) -> bool:
+        if listed:
+            return manifest.name in listed or manifest.model_id in listed
+        return all(store.path(manifest.model_id, file).exists() for file in manifest.trunk.files)
+
+    return chosen
 
 
 def _quote_number(settings: Settings) -> int:
@@ -301,7 +337,7 @@ async def _start_edges(node: Node, stack: AsyncExitStack, nursery: trio.Nursery)
     await nursery.start(control.serve, node.paths.control, operator.commands(node))
 
 
-def _serve_metrics(port: int, registry: "metrics.CollectorRegistry") -> Callable[[], None]:
+def _serve_metrics(port: int, registry: CollectorRegistry) -> Callable[[], None]:
     from prometheus_client import start_http_server  # noqa: PLC0415 - only where the port is set
 
     try:

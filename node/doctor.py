@@ -204,7 +204,7 @@ def _models(patient: Patient) -> Iterator[Finding]:
         yield Finding("ok", "no models here yet")
         return
     store = ModelStore(patient.paths.models)
-    for manifest in store.manifests():
+    for manifest in store.manifests().values():
         held = [shard for shard in manifest.shards if store.has_shard(manifest.model_id, shard.id)]
         for shard in held:
             store.verify_shard(manifest.model_id, shard.id)

@@ -218,7 +218,7 @@ def ledger_verify(context: Context) -> Output:
         from node import local  # noqa: PLC0415 - the daemon is stopped: read the file
 
         data = local.ledger_verify(context)
-    verdict = "verified" if data["verified"] else "NOT VERIFIED: " + "; ".join(data["faults"])
+    verdict = "verified" if data["verified"] else "NOT VERIFIED: " + "; ".join(data["problems"])
     text = f"{verdict}\n  {data['entries']} entries, {data['claims']} settlements, {data['certificates']} certificates"
     text += f"\n  sums {'add up' if data['sum_ok'] else 'DO NOT ADD UP'}, digest {data['digest']}"
     return Output(data, text, EXIT_OK if data["verified"] and data["sum_ok"] else EXIT_FAILED)
@@ -229,15 +229,16 @@ def ledger_channels(context: Context) -> Output:
     data = _ask(context, "ledger.channels")
     rows = [["CHANNEL", "PAYER", "PAYEE", "LOCKED", "PROMISED", "SETTLED", "STATE"]]
     for each in data:
-        amounts = [format_credits(each[key]) for key in ("locked", "promised", "paid")]
-        rows.append([each["channel"][:12], each["payer"][-12:], each["payee"][-12:], *amounts, each["state"]])
+        amounts = [format_credits(each[key]) for key in ("lock", "promised", "paid")]
+        state = f"stopped: {each['stopped']}" if each["stopped"] else "open"
+        rows.append([each["channel"][:12], each["payer"][-12:], each["payee"][-12:], *amounts, state])
     return Output(data, _table(rows) if data else "no channels")
 
 
 def ledger_settle(context: Context) -> Output:
     """``rios ledger settle``"""
     data = _ask(context, "ledger.settle")
-    return Output(data, f"settled {data['claims']} channels")
+    return Output(data, f"settled: {format_credits(data['microcredits'])} credits paid out to this node")
 
 
 def ledger_grant(context: Context) -> Output:

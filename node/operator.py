@@ -342,9 +342,7 @@ async def _ledger_channels(node: "Node", _args: Args, _send: Send) -> Any:  # no
     rows = []
     for each in _ledger(node).channels():
         sold = each["side"] == "sell"
-        rows.append(
-            {**each, "payer": each["peer_id"] if sold else me, "payee": me if sold else each["peer_id"]}
-        )
+        rows.append({**each, "payer": each["peer_id"] if sold else me, "payee": me if sold else each["peer_id"]})
     return rows
 
 

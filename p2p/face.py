@@ -111,9 +111,17 @@ class Directory(Protocol):
 class Network(Protocol):
     """Everything a node needs of the network."""
 
-    identity: Identity
-    directory: Directory
-    blobs: Blobs
+    @property
+    def identity(self) -> Identity:
+        """This node's key."""
+
+    @property
+    def directory(self) -> Directory:
+        """Who is there."""
+
+    @property
+    def blobs(self) -> Blobs:
+        """Files between peers."""
 
     @property
     def peer_id(self) -> PeerId:

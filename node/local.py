@@ -1,0 +1,430 @@
+"""Commands that work on files of this machine, whether a daemon runs or not."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from config import seeds
+from config.errors import EXIT_OK, ConfigError, LocalError, RequestError, RiosError
+from config.load import Loaded, render_file, render_reference, to_toml
+from config.paths import Paths, cache_dir
+from config.settings import sections
+from config.vocabulary import format_credits
+from node.cli import VERSION, Context, Output, parse_credits
+from p2p.core.identity import Identity
+
+GENESIS_NOTE = "one witness (this node), no Byzantine tolerance: fit for a swarm of your own"
+
+
+# --- node
+
+
+def init(context: Context) -> Output:
+    """``rios init``"""
+    from ledger.core import genesis as genesis_file  # noqa: PLC0415 - only commands that need a package load it
+    from p2p import keyfile  # noqa: PLC0415
+
+    args = context.args
+    file = context.config_file
+    for seed in args.seed:
+        seeds.check(seed, "--seed")
+    if file.exists() and not (args.force or args.keep_config):
+        raise ConfigError(
+            "usage", f"there is a config file already: {file}", "--keep-config uses it, --force replaces it"
+        )
+    if not (file.exists() and args.keep_config):
+        _write_config(context, file)
+    paths = context.paths()
+    paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if paths.key.exists():
+        identity = keyfile.load(paths.key, context.passphrase())
+        key_note = "kept the key that was there"
+    else:
+        identity = keyfile.create(paths.key, context.passphrase())
+        key_note = "made a key; back it up: rios id export FILE"
+    notes = [f"config   {file}", f"data     {paths.data}", f"key      {identity.peer_id} ({key_note})"]
+    if args.genesis:
+        genesis = genesis_file.from_json(_read(Path(args.genesis)))
+        paths.genesis.write_text(genesis.to_json())
+        notes.append(f"network  {genesis.net.hex()} (joined; {genesis.tolerance})")
+    elif args.new_network and not paths.genesis.exists():
+        key = identity.public_key
+        genesis = genesis_file.Genesis(issuer=key, root=key, witnesses=(key,))
+        paths.genesis.write_text(genesis.to_json())
+        notes.append(f"network  {genesis.net.hex()} (new; {GENESIS_NOTE})")
+    elif not paths.genesis.exists():
+        notes.append("network  none yet: --genesis FILE joins one, --new-network starts one")
+    notes.append("next     rios run, then rios status")
+    data = {"config": str(file), "data_dir": str(paths.data), "peer_id": identity.peer_id}
+    return Output(data, "\n".join(notes))
+
+
+def _write_config(context: Context, file: Path) -> None:
+    changes: dict[str, Any] = {}
+    if context.args.seed:
+        changes["p2p.seeds"] = tuple(context.args.seed)
+    if context.args.gateway:
+        changes["gateway.enabled"] = True
+    if context.args.new_network:
+        changes["ledger.witness"] = True
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file.write_text(render_file(changes))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("config", f"cannot read {file}: {error}") from error
+
+
+def run(context: Context) -> int:
+    """``rios run``"""
+    from node import daemon, log  # noqa: PLC0415 - loads everything
+
+    loaded = context.settings()
+    settings, paths = loaded.settings, context.paths(loaded)
+    if not paths.key.exists():
+        raise ConfigError("config", f"there is no key {paths.key}", "make one: rios init")
+    log.setup(settings.node.log_level, settings.node.log_format, node=settings.node.name)
+    return daemon.run(settings, paths, context.passphrase(), until_stdin_closes=context.args.until_stdin_closes)
+
+
+def demo(context: Context) -> int:
+    """``rios demo``"""
+    from node import demo as steps  # noqa: PLC0415
+
+    return steps.run(once=context.args.once, as_json=getattr(context.args, "json", False))
+
+
+def doctor(context: Context) -> Output:
+    """``rios doctor``"""
+    from node import doctor as checks  # noqa: PLC0415
+
+    return checks.diagnose(context)
+
+
+def version(_context: Context) -> Output:
+    """``rios version``"""
+    data = {"rios": VERSION, "python": sys.version.split()[0]}
+    data |= {name: metadata.version(name) for name in ("libp2p", "onnxruntime", "numpy", "trio")}
+    return Output(data, "\n".join(f"{name} {text}" for name, text in data.items()))
+
+
+def paths_show(context: Context) -> Output:
+    """``rios paths``"""
+    paths = context.paths()
+    names = ("config_file", "data", "key", "genesis", "ledger", "accounts", "models", "network", "control")
+    data = {name: str(getattr(paths, name)) for name in names}
+    return Output(data, "\n".join(f"{name:12} {path}" for name, path in data.items()))
+
+
+# --- config
+
+
+def config_check(context: Context) -> Output:
+    """``rios config check``"""
+    loaded = context.settings()
+    settings = loaded.settings
+    listed = seeds.collect(settings.p2p.seeds, settings.p2p.seeds_file, context.config_file.parent)
+    where = str(context.config_file) if context.config_file.exists() else "no config file; defaults"
+    return Output({"ok": True, "config": where, "seeds": list(listed)}, f"ok: {where}, {len(listed)} seeds")
+
+
+def config_show(context: Context) -> Output:
+    """``rios config show``"""
+    loaded = context.settings()
+    data: dict[str, Any] = {}
+    lines: list[str] = []
+    for name, kind in sections().items():
+        lines += ([""] if lines else []) + [f"[{name}]"]
+        for spec in fields(kind):
+            value = getattr(getattr(loaded.settings, name), spec.name)
+            origin = loaded.origin[f"{name}.{spec.name}"]
+            note = f"  # {origin}" if context.args.origin else ""
+            lines.append(f"{spec.name} = {to_toml(value)}{note}")
+            data.setdefault(name, {})[spec.name] = {"value": value, "origin": origin} if context.args.origin else value
+    return Output(data, "\n".join(lines))
+
+
+def config_reference(_context: Context) -> Output:
+    """``rios config reference``"""
+    data = {name: {spec.name: spec.metadata["help"] for spec in fields(kind)} for name, kind in sections().items()}
+    return Output(data, render_reference().rstrip("\n"))
+
+
+# --- identity
+
+
+def _identity(context: Context) -> tuple[Identity, Paths]:
+    from p2p import keyfile  # noqa: PLC0415
+
+    paths = context.paths()
+    if not paths.key.exists():
+        raise LocalError("not_found", f"there is no key {paths.key}", "make one: rios init")
+    return keyfile.load(paths.key, context.passphrase()), paths
+
+
+def id_show(context: Context) -> Output:
+    """``rios id``"""
+    from node import control  # noqa: PLC0415
+
+    identity, paths = _identity(context)
+    try:
+        addresses = control.ask(paths.control, "status")["network"]["addresses"]
+    except RiosError:
+        addresses = []
+    data = {"peer_id": identity.peer_id, "addresses": addresses}
+    shown = addresses or ["(start the node to see its addresses)"]
+    return Output(data, "\n".join([identity.peer_id, *(f"  {address}" for address in shown)]))
+
+
+def id_export(context: Context) -> Output:
+    """``rios id export``"""
+    from p2p import keyfile  # noqa: PLC0415
+
+    _, paths = _identity(context)
+    target = Path(context.args.file)
+    keyfile.export(paths.key, target)
+    return Output({"file": str(target)}, f"wrote {target}; whoever has it can act and spend as this node")
+
+
+def id_import(context: Context) -> Output:
+    """``rios id import``"""
+    from p2p import keyfile  # noqa: PLC0415
+
+    paths = context.paths()
+    if paths.key.exists() and not context.args.force:
+        raise ConfigError("usage", f"there is a key already: {paths.key}", "--force replaces it (export it first)")
+    paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    identity = keyfile.import_key(Path(context.args.file), paths.key, context.passphrase())
+    return Output({"peer_id": identity.peer_id}, f"this node is now {identity.peer_id}")
+
+
+# --- models
+
+
+def model_import(context: Context) -> Output:
+    """``rios model import``"""
+    import os  # noqa: PLC0415
+
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
+    from dmoe.importer import build, bundled  # noqa: PLC0415
+    from dmoe.store import ModelStore  # noqa: PLC0415
+
+    args = context.args
+    identity, paths = _identity(context)
+    source = Path(args.source)
+    if args.source != "bundled" and not source.is_file():
+        raise LocalError("not_found", f"there is no file {source}", "give a .gguf file, or `bundled`")
+    store = ModelStore(paths.models)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("importing", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if args.source == "bundled":
+            source = bundled.fetch(cache_dir(os.environ, Path.home()))
+        manifest = build.import_model(
+            source, store, identity, name=args.name or None, quantisation=args.format, progress=progress
+        )
+    data = {
+        "model_id": manifest.model_id,
+        "name": manifest.name,
+        "shards": len(manifest.shards),
+        "params": sum(shard.params for shard in manifest.shards),
+        "bytes": sum(shard.size_bytes for shard in manifest.shards),
+        "quantisation": manifest.quantisation,
+    }
+    text = f"{manifest.name}\n  id      {manifest.model_id}\n  shards  {data['shards']}, {data['bytes'] / 1e6:.0f} MB"
+    return Output(data, text + "\n  next    rios model deploy " + manifest.name)
+
+
+def _store(context: Context) -> Any:  # noqa: ANN401 - a ModelStore
+    from dmoe.store import ModelStore  # noqa: PLC0415
+
+    return ModelStore(context.paths().models)
+
+
+def model_ls(context: Context) -> Output:
+    """``rios model ls`` with the daemon stopped."""
+    store = _store(context)
+    rows = []
+    for model_id, manifest in store.manifests().items():
+        held = sum(store.has_shard(model_id, shard.id) for shard in manifest.shards)
+        rows.append({"id": model_id, "name": manifest.name, "shards": len(manifest.shards), "shards_held": held})
+    lines = [f"{row['name']}  {row['id'][:16]}  {row['shards_held']}/{row['shards']} shards here" for row in rows]
+    note = "(the daemon is not running: replicas elsewhere are unknown)"
+    return Output(rows, "\n".join([*lines, note]) if lines else "no models; try: rios model import bundled")
+
+
+def model_verify(context: Context) -> Output:
+    """``rios model verify``"""
+    from dmoe import golden  # noqa: PLC0415
+
+    store = _store(context)
+    manifest = store.find(context.args.model)
+    held = [shard for shard in manifest.shards if store.has_shard(manifest.model_id, shard.id)]
+    for shard in manifest.shards:
+        if any(store.path(manifest.model_id, file).exists() for file in shard.files):
+            store.verify_shard(manifest.model_id, shard.id)
+    data: dict[str, Any] = {"name": manifest.name, "shards": len(manifest.shards), "shards_verified": len(held)}
+    text = f"{manifest.name}: {len(held)} of {len(manifest.shards)} shards here, all hashes right"
+    if len(held) == len(manifest.shards):
+        data["golden_difference"] = golden.check(manifest, store)
+        text += f"\n  golden logits: largest difference {data['golden_difference']:.2e}"
+        text += f" (tolerance {manifest.golden.tolerance:.2e})"
+    return Output(data, text)
+
+
+def model_rm(context: Context) -> Output:
+    """``rios model rm``"""
+    from node import control  # noqa: PLC0415
+
+    store = _store(context)
+    manifest = store.find(context.args.model)
+    try:
+        control.ask(context.paths().control, "health")
+    except RiosError as error:
+        if error.code != "not_running":
+            raise
+    else:
+        raise LocalError("conflict", "the daemon is running and may serve this model", "stop it first")
+    store.remove(manifest.model_id)
+    return Output({"model_id": manifest.model_id}, f"removed {manifest.name}")
+
+
+def chat(context: Context) -> Output | int:
+    """``rios chat --local``"""
+    from node import online  # noqa: PLC0415
+
+    if not context.args.question:
+        raise ConfigError(
+            "usage", "--local needs a question", 'e.g. rios chat --local "What is the capital of France?"'
+        )
+    asked = {
+        "messages": [{"role": "user", "content": " ".join(context.args.question)}],
+        **online.chat_options(context),
+    }
+    asked["route"] = asked["route"] or "fused"
+    if asked["route"] == "experts":
+        raise ConfigError("usage", "--local has no peers to call", "--route local or --route fused")
+    as_json = getattr(context.args, "json", False)
+    answer = trio.run(_chat_here, context, asked, not as_json)
+    return Output(answer, "") if as_json else EXIT_OK
+
+
+async def _chat_here(context: Context, asked: dict[str, Any], echo: bool) -> Any:  # noqa: ANN401 - JSON
+    from dmoe.models import StoredModels  # noqa: PLC0415
+
+    from dmoe.engine import Engine  # noqa: PLC0415
+    from dmoe.runtime import RuntimeOptions  # noqa: PLC0415
+    from node import operator  # noqa: PLC0415
+
+    settings = context.settings().settings.dmoe
+    options = RuntimeOptions(device=settings.device, threads=settings.threads)  # type: ignore[arg-type]
+    identity, _ = _identity(context)
+    engine = Engine(StoredModels(_store(context), None, options, identity.peer_id), default_route=asked["route"])
+
+    async def send(event: Any) -> None:  # noqa: ANN401 - JSON
+        if echo:
+            print(event["text"], end="", flush=True)  # noqa: T201 - the command's output
+
+    answer = await operator.generate(engine, asked, send)
+    if echo:
+        print()  # noqa: T201 - the command's output
+        print(f"[{answer['completion_tokens']} tokens, {answer['tokens_per_s']:.1f} tokens/s]", file=sys.stderr)  # noqa: T201
+    return answer
+
+
+# --- ledger
+
+
+def ledger_verify(context: Context) -> Any:  # noqa: ANN401 - JSON
+    """``rios ledger verify`` with the daemon stopped."""
+    from ledger.verify import verify_file  # noqa: PLC0415
+    from node import daemon  # noqa: PLC0415
+
+    loaded = context.settings()
+    paths = context.paths(loaded)
+    genesis = daemon.load_genesis(loaded.settings, paths)
+    if genesis is None or not paths.ledger.exists():
+        raise LocalError("not_found", f"there is no ledger {paths.ledger}", "rios init, then rios run")
+    return verify_file(paths.ledger, genesis).as_dict()
+
+
+# --- gateway
+
+
+@contextmanager
+def _accounts(context: Context) -> Iterator[Any]:
+    from gateway.accounts import open_accounts  # noqa: PLC0415
+
+    loaded: Loaded = context.settings()
+    paths = context.paths(loaded)
+    paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open_accounts(loaded.settings.gateway, paths.data) as accounts:
+        yield accounts
+
+
+def user_create(context: Context) -> Output:
+    """``rios gateway user create``"""
+    with _accounts(context) as accounts:
+        user = accounts.create_user(context.args.name)
+    return Output(asdict(user), f"user {user.name} ({user.id})")
+
+
+def user_ls(context: Context) -> Output:
+    """``rios gateway user ls``"""
+    with _accounts(context) as accounts:
+        rows = [{**asdict(user), "balance": accounts.balance(user.id).available} for user in accounts.list_users()]
+    return Output(rows, "\n".join(f"{row['name']:24} {format_credits(row['balance']):>16} credits" for row in rows))
+
+
+def user_credit(context: Context) -> Output:
+    """``rios gateway user credit``"""
+    amount = parse_credits(context.args.credits)
+    with _accounts(context) as accounts:
+        accounts.credit(context.args.name, amount)
+        balance = accounts.balance(context.args.name).available
+    return Output({"balance": balance}, f"{context.args.name} now has {format_credits(balance)} credits")
+
+
+def key_create(context: Context) -> Output:
+    """``rios gateway key create``"""
+    with _accounts(context) as accounts:
+        try:
+            accounts.find_user(context.args.user)
+        except RequestError:
+            accounts.create_user(context.args.user)
+        made = accounts.create_key(context.args.user, context.args.name)
+    data = {"key_id": made.key.id, "user": context.args.user, "secret": made.secret}
+    return Output(data, f"{made.secret}\n  shown only now; revoke it with: rios gateway key revoke {made.key.id}")
+
+
+def key_ls(context: Context) -> Output:
+    """``rios gateway key ls``"""
+    with _accounts(context) as accounts:
+        names = {user.id: user.name for user in accounts.list_users()}
+        rows = [{**asdict(key), "user": names[key.user_id]} for key in accounts.list_keys()]
+    lines = [
+        f"{row['id']}  {row['user']:24} {'revoked' if row['revoked_at_ms'] else 'works'}  {row['name']}" for row in rows
+    ]
+    return Output(rows, "\n".join(lines) or "no keys; make one: rios gateway key create --user NAME")
+
+
+def key_revoke(context: Context) -> Output:
+    """``rios gateway key revoke``"""
+    with _accounts(context) as accounts:
+        accounts.revoke_key(context.args.key_id)
+    return Output({"key_id": context.args.key_id}, f"revoked {context.args.key_id}; gateways follow within seconds")
