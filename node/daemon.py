@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 import trio
 from dmoe.models import StoredModels, SwarmExperts
+from prometheus_client import CollectorRegistry
 
 from config import seeds
 from config.errors import EXIT_OK, ConfigError, LocalError, RiosError
