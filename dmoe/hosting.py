@@ -26,7 +26,7 @@ from config.errors import IntegrityError, LocalError, RequestError, RiosError
 from config.vocabulary import PeerId
 from dmoe.core.deployment import REPLICAS_MAX
 from dmoe.core.manifest import Manifest, Shard
-from dmoe.core.placement import Candidate, Holding, Wanted, decide, quantised
+from dmoe.core.placement import Candidate, Holding, Patience, Wanted, assign, decide, quantised
 from dmoe.deployments import Deployments
 from dmoe.fetching import Fetcher, Models
 from dmoe.worker import Shard as LoadedShard
@@ -42,6 +42,8 @@ Loader = Callable[[Manifest, Shard], LoadedShard]
 RETRY_FIRST_SECONDS = 2.0
 RETRY_MAX_SECONDS = 300.0
 FETCHES_AT_ONCE = 2
+PATIENCE_BYTES_PER_MS = 4096
+"""A node is given so much longer for a larger shard before another one steps in (4 MB/s)."""
 MODELS_MAX = 64
 """Models in one advert."""
 
@@ -86,6 +88,7 @@ class Hosting:
         ram_bytes_max: int,
         serve: bool = True,
         hold_seconds: float = 60.0,
+        patience_seconds: float = 60.0,
         settle_seconds: float = 3.0,
         check_seconds: float = 5.0,
         random: Random | None = None,
@@ -105,6 +108,8 @@ class Hosting:
         self._fetch_limit = trio.CapacityLimiter(FETCHES_AT_ONCE)
         self._load_limit = trio.CapacityLimiter(1)
         self._holding = Holding(int(hold_seconds * 1000))
+        self._patience = Patience(network.peer_id)
+        self._patience_ms = int(patience_seconds * 1000)
         self._progress: dict[tuple[str, int], Progress] = {}
         self._manifests: dict[str, Progress] = {}
         self._pinned: set[str] = set()
@@ -248,11 +253,18 @@ class Hosting:
                 candidates.append(Candidate(peer, self._offered(), self._full, mine))
             else:
                 candidates.append(Candidate(peer, advert.offered_bytes, advert.full, _held(advert, manifest)))
-        decision = decide(self._network.peer_id, model_id, wanted, candidates, mine)
+        now_ms = int(trio.current_time() * 1000)
+        assigned = assign(model_id, wanted, candidates, self._patience.late(model_id))
+        patience_ms = {
+            index: self._patience_ms + shard.size_bytes // PATIENCE_BYTES_PER_MS
+            for index, shard in enumerate(manifest.shards)
+        }
+        if self._patience.observe(model_id, assigned, candidates, patience_ms, now_ms):
+            assigned = assign(model_id, wanted, candidates, self._patience.late(model_id))
+        decision = decide(self._network.peer_id, model_id, wanted, candidates, mine, assigned)
         settled = trio.current_time() >= self._settled_at
         for index in decision.fetch if settled else ():
             self._start(manifest, index)
-        now_ms = int(trio.current_time() * 1000)
         for index in self._holding.ripe(model_id, decision.surplus, now_ms):
             await self._drop(manifest, index)
         # what was wanted, failed, and fell to somebody else meanwhile

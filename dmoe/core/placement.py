@@ -10,7 +10,8 @@ limits on this machine, the clock (times come in as arguments).
 Invariants:
 1. A pure function of its arguments: equal views give equal assignments, in any order of the candidates.
 2. A node that leaves moves only the shards it had: every other shard keeps its holders (spread extras aside).
-3. A full node is passed over for shards it does not hold, and keeps those it holds.
+3. A full node is passed over for shards it does not hold, and keeps those it holds. So is a node that has not brought
+   up a shard in good time (it may not take this publisher's models, or fail): the next in rank steps in.
 4. A surplus shard is named only while enough assigned others have it ready.
 """
 
@@ -66,7 +67,12 @@ def rank(model_id: str, shard_id: str, candidates: Collection[Candidate]) -> lis
     return offering
 
 
-def assign(model_id: str, shards: Sequence[Wanted], candidates: Collection[Candidate]) -> dict[int, tuple[PeerId, ...]]:
+def assign(
+    model_id: str,
+    shards: Sequence[Wanted],
+    candidates: Collection[Candidate],
+    late: Collection[tuple[int, PeerId]] = (),
+) -> dict[int, tuple[PeerId, ...]]:
     """Shard index -> the nodes that should hold it, best first.
 
     A node to which nothing fell takes the shards it ranks best for as extra replicas, up to its fair share: with few
@@ -76,7 +82,7 @@ def assign(model_id: str, shards: Sequence[Wanted], candidates: Collection[Candi
     scores: dict[PeerId, list[tuple[float, int]]] = {c.peer_id: [] for c in candidates}
     for shard in shards:
         ranked = rank(model_id, shard.shard_id, candidates)
-        fit = [c for c in ranked if not c.full or shard.index in c.ready]
+        fit = [c for c in ranked if shard.index in c.ready or not (c.full or (shard.index, c.peer_id) in late)]
         assigned[shard.index] = tuple(c.peer_id for c in fit[: shard.replicas])
         for place, candidate in enumerate(fit):
             if shard.replicas:
@@ -99,9 +105,11 @@ def decide(
     shards: Sequence[Wanted],
     candidates: Collection[Candidate],
     mine: Collection[int],
+    assigned: Mapping[int, tuple[PeerId, ...]] | None = None,
 ) -> Decision:
     """What ``me`` should keep, fetch and may drop, given that it serves ``mine`` now."""
-    assigned = assign(model_id, shards, candidates)
+    if assigned is None:
+        assigned = assign(model_id, shards, candidates)
     ready = {shard.index: [c.peer_id for c in candidates if shard.index in c.ready] for shard in shards}
     keep: list[int] = []
     fetch: list[tuple[int, int, int]] = []
@@ -135,9 +143,46 @@ class Holding:
         ]
 
 
-def replica_counts(candidates: Collection[Candidate], shards: Sequence[Wanted]) -> Mapping[int, int]:
-    """Shard index -> nodes that serve it now."""
-    return {shard.index: sum(shard.index in c.ready for c in candidates) for shard in shards}
+@dataclass(slots=True)
+class Patience:
+    """Which nodes are late with a shard: assigned it for its time without a break in the view and still not ready.
+    A late node is passed over until it is ready or leaves the view; a node never counts itself late."""
+
+    me: PeerId
+    _since_ms: dict[tuple[str, int, PeerId], int] = field(default_factory=dict)
+    _late: dict[str, set[tuple[int, PeerId]]] = field(default_factory=dict)
+
+    def late(self, model_id: str) -> Collection[tuple[int, PeerId]]:
+        """Whom to pass over now."""
+        return self._late.get(model_id, ())
+
+    def observe(
+        self,
+        model_id: str,
+        assigned: Mapping[int, tuple[PeerId, ...]],
+        candidates: Collection[Candidate],
+        patience_ms: Mapping[int, int],
+        now_ms: int,
+    ) -> bool:
+        """Take a view in; True if somebody became late, so that the assignment has to be made again."""
+        ready = {c.peer_id: c.ready for c in candidates}
+        late = {(index, peer) for index, peer in self.late(model_id) if peer in ready and index not in ready[peer]}
+        owed = {
+            (model_id, index, peer)
+            for index, peers in assigned.items()
+            for peer in peers
+            if peer != self.me and index not in ready[peer]
+        }
+        for key in [key for key in self._since_ms if key[0] == model_id and key not in owed]:
+            del self._since_ms[key]
+        news = False
+        for key in owed:
+            _, index, peer = key
+            if now_ms - self._since_ms.setdefault(key, now_ms) >= patience_ms[index]:
+                late.add((index, peer))
+                news = True
+        self._late[model_id] = late
+        return news
 
 
 def quantised(offered_bytes: int) -> int:

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoe.core.placement import Candidate, Holding, Wanted, assign, decide, quantised
+from dmoe.core.placement import Candidate, Holding, Patience, Wanted, assign, decide, quantised
 
 MODEL = "m" * 64
 GIB = 1 << 30
@@ -113,3 +113,23 @@ def test_offered_room_is_quantised_downwards_and_never_by_more_than_a_third(offe
     assert value <= offered
     assert 3 * value >= 2 * offered or offered < 4
     assert quantised(value) == value
+
+
+def test_the_next_in_rank_steps_in_for_a_node_that_never_brings_a_shard_up():
+    wanted = shards(4, 1)
+    view = nodes([1, 1, 1])
+    me = view[0].peer_id
+    patience, waits = Patience(me), {shard.index: 100 for shard in wanted}
+    first = assign(MODEL, wanted, view)
+    assert not patience.observe(MODEL, first, view, waits, 0)
+    assert not patience.observe(MODEL, first, view, waits, 99)
+    assert patience.observe(MODEL, first, view, waits, 100)
+    second = assign(MODEL, wanted, view, patience.late(MODEL))
+    for index, peers in first.items():
+        if peers[0] == me:
+            assert second[index][0] == me, "a node never counts itself late"
+        else:
+            assert second[index][0] != peers[0]
+    ready = [Candidate(c.peer_id, c.offered_bytes, False, frozenset(range(4))) for c in view]
+    patience.observe(MODEL, second, ready, waits, 150)
+    assert assign(MODEL, wanted, ready, patience.late(MODEL)) == first, "whoever comes late takes its place again"

@@ -39,6 +39,7 @@ class Node:
             state_file=self.folder / "hosting.json",
             publishers=limits.pop("publishers", frozenset({PUBLISHER.peer_id})),
             settle_seconds=0.0,
+            patience_seconds=0.5,
             hold_seconds=0.2,
             check_seconds=0.1,
             random=Random(1),
