@@ -269,7 +269,7 @@ def _attention(
         builder.input(f"{p}past_{part}", TensorProto.FLOAT, cache_shape)
         builder.output(f"{p}present_{part}", cache_shape)
     norm = builder.weight(f"{p}norm_attention", layer.norm_attention)
-    x, h = _normalise(builder, arch, stream, norm, f"{p}x", f"{p}ha")
+    x, h = _normalise(builder, arch, stream, norm, f"{p}x1", f"{p}ha")
     qkv = _linear(builder, h, f"{p}qkv", layer.qkv, f"{p}qkv.rows")
     dummy = builder.weight("dummy_row", np.zeros((1, arch.qkv_width), np.float32))
     padded = builder.op("Concat", [qkv, dummy], [f"{p}qkv.padded"], axis=0)

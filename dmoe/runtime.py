@@ -14,7 +14,7 @@ Invariants:
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,6 @@ from dmoe.core.linear import Linear
 from dmoe.core.manifest import Architecture, Manifest, Shard
 from dmoe.graphs import Graph, LayerWeights, attention_graph, expert_graph, fused_graph, head_graph, rope_tables
 from dmoe.shardfile import ShardFile
-from dmoe.store import ModelStore
 
 # both are read by ONNX Runtime itself: the first when it is imported, the second when an attention operator is made.
 # The tiled attention of the CPU provider is slower here at every length (one row of 300 keys: 205 instead of 82 us).
@@ -60,6 +59,13 @@ class RuntimeOptions:
         if self.device == "cuda" and not available:
             raise LocalError("local", "device = cuda, but no CUDA runtime was found", 'install rios[gpu], or use "auto"')
         return [_CUDA, _CPU] if available and self.device != "cpu" else [_CPU]
+
+
+class ShardFiles(Protocol):
+    """Where shards are read from: :class:`dmoe.store.ModelStore`, or an import's folder."""
+
+    def open_shard(self, manifest: Manifest, shard: Shard) -> Sequence[ShardFile]:
+        """A shard's files, mapped."""
 
 
 class Binding:
@@ -105,7 +111,7 @@ def open_session(
 class ExpertShard:
     """The experts of one shard, ready to run."""
 
-    def __init__(self, manifest: Manifest, shard: Shard, store: ModelStore, options: RuntimeOptions) -> None:
+    def __init__(self, manifest: Manifest, shard: Shard, store: ShardFiles, options: RuntimeOptions) -> None:
         assert shard.kind == "expert"
         self.manifest = manifest
         self.shard = shard
@@ -188,7 +194,7 @@ class _Expert:
 class TrunkSessions:
     """The trunk's pieces: embedding lookup, one attention piece per layer, the head."""
 
-    def __init__(self, manifest: Manifest, store: ModelStore, options: RuntimeOptions) -> None:
+    def __init__(self, manifest: Manifest, store: ShardFiles, options: RuntimeOptions) -> None:
         arch = self.architecture = manifest.architecture
         self._files = store.open_shard(manifest, manifest.trunk)
         tensors = merged(self._files)
@@ -207,7 +213,7 @@ class TrunkSessions:
 class FusedSession:
     """All layers in one graph, the neuron blocks of each layer joined again."""
 
-    def __init__(self, manifest: Manifest, store: ModelStore, options: RuntimeOptions) -> None:
+    def __init__(self, manifest: Manifest, store: ShardFiles, options: RuntimeOptions) -> None:
         arch = self.architecture = manifest.architecture
         if arch.router.kind != "all":
             raise LocalError(

@@ -14,22 +14,17 @@ from dmoe.core.manifest import BLOCK, Quantisation
 
 Array = NDArray[Any]
 
-LOSSLESS_TYPES = frozenset({"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"})
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+BLOCK_TYPES = frozenset({"Q4_0", "Q4_1", "Q8_0"})
 
 
-def transcode(kind: str, data: Array, rows: int, columns: int) -> Linear:
-    """A GGUF matrix ``[rows, columns]`` of type ``kind`` (one of LOSSLESS_TYPES) without loss. ``data``: its bytes."""
-    if kind in ("F32", "F16", "BF16"):
-        return Linear({"w": to_float(kind, data, rows, columns)})
-    count = columns // BLOCK
-    if kind == "Q8_0":  # f16 d, i8[32]
-        blocks = data.reshape(rows, count, 2 + BLOCK)
+def transcode(kind: str, blocks: Array) -> Linear:
+    """GGUF blocks ``u8[rows, columns / 32, block bytes]`` of one of BLOCK_TYPES, without loss."""
+    if kind == "Q8_0":  # f16 d, i8[32]; w = d * q
         return Linear({"q8": blocks[..., 2:] ^ np.uint8(0x80), "s": _halves(blocks, 0)})
     if kind == "Q4_0":  # f16 d, 16 bytes: weight i low, weight i + 16 high; w = d * (q - 8)
-        blocks = data.reshape(rows, count, 2 + BLOCK // 2)
         return Linear({"q4": _pair_nibbles(blocks[..., 2:]), "s": _halves(blocks, 0)})
     assert kind == "Q4_1", kind  # f16 d, f16 m, 16 bytes; w = d * q + m
-    blocks = data.reshape(rows, count, 4 + BLOCK // 2)
     scales, minima = _halves(blocks, 0), _halves(blocks, 2)
     offsets = np.ascontiguousarray((minima + 8 * scales).T)
     return Linear({"q4": _pair_nibbles(blocks[..., 4:]), "s": scales, "c": offsets})

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from config.errors import IntegrityError, LocalError
 from config.vocabulary import MIB
 from dmoe.core.linear import Linear
-from dmoe.core.manifest import Quantisation
-from dmoe.importer.quantise import LOSSLESS_TYPES, convert, quantise_int8, to_float, transcode
+from dmoe.core.manifest import BLOCK, Quantisation
+from dmoe.importer.quantise import BLOCK_TYPES, FLOAT_TYPES, convert, to_float, transcode
 
 Array = NDArray[Any]
 
-_FLOATS = frozenset({"F32", "F16", "BF16"})
+_ALL = slice(None)
+_AGAIN = "the file is truncated, altered or of another kind; download it again"
 
 
 class GgufSource:
@@ -67,41 +68,50 @@ class GgufSource:
     def vector(self, name: str, size: int) -> NDArray[np.float32]:
         """A float vector. Raises IntegrityError if it is not one of that size."""
         kind, data = self._data(name)
-        if self.shape(name) != (size,) or kind not in _FLOATS:
+        if self.shape(name) != (size,) or kind not in FLOAT_TYPES:
             raise self._fault(name, f"is {kind}{list(self.shape(name))}, not a float vector of {size}")
         return to_float(kind, data, size)
 
-    def linear(self, name: str, rows: int, columns: int, quantisation: Quantisation) -> Linear:
-        """A weight matrix ``[rows, columns]`` in the wanted form."""
+    def linear(
+        self, name: str, shape: tuple[int, int], quantisation: Quantisation, part: tuple[slice, slice] = (_ALL, _ALL)
+    ) -> Linear:
+        """A weight matrix of ``shape`` (rows, columns) in the wanted form, or only the rows and columns in ``part``."""
         kind, data = self._data(name)
-        if self.shape(name) != (rows, columns):
-            raise self._fault(name, f"has shape {list(self.shape(name))}, expected {[rows, columns]}")
-        return self._convert(name, kind, data, (rows, columns), quantisation)
+        if self.shape(name) != shape:
+            raise self._fault(name, f"has shape {list(self.shape(name))}, expected {list(shape)}")
+        return self._convert(name, kind, data, shape, quantisation, part)
 
-    def linears(self, name: str, count: int, rows: int, columns: int, quantisation: Quantisation) -> list[Linear]:
-        """A stack of weight matrices ``[count, rows, columns]``, one per expert."""
+    def linear_of(self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation) -> Linear:
+        """Matrix ``index`` of a stack of ``shape`` (count, rows, columns): one expert's."""
         kind, data = self._data(name)
-        if self.shape(name) != (count, rows, columns):
-            raise self._fault(name, f"has shape {list(self.shape(name))}, expected {[count, rows, columns]}")
-        return [self._convert(name, kind, part, (rows, columns), quantisation) for part in data]
+        if self.shape(name) != shape:
+            raise self._fault(name, f"has shape {list(self.shape(name))}, expected {list(shape)}")
+        return self._convert(name, kind, data[index], shape[1:], quantisation, (_ALL, _ALL))
 
     def _convert(
-        self, name: str, kind: str, data: Array, shape: tuple[int, int], quantisation: Quantisation
+        self,
+        name: str,
+        kind: str,
+        data: Array,
+        shape: tuple[int, int],
+        quantisation: Quantisation,
+        part: tuple[slice, slice],
     ) -> Linear:
-        if kind in LOSSLESS_TYPES:
-            layer = convert(transcode(kind, data, *shape), quantisation)
+        if kind in FLOAT_TYPES:
+            layer = Linear({"w": to_float(kind, data, *shape)[part]})
+        elif kind in BLOCK_TYPES:
+            layer = transcode(kind, data.reshape(shape[0], shape[1] // BLOCK, -1)[part[0], _blocks(part[1])])
         elif quantisation == "source":
-            raise self._fault(name, f"is {kind}, which cannot be kept as it is", "import with --weights int8")
+            raise self._fault(name, f"is {kind}, which cannot be kept as it is", "import it as int8 or fp32")
         else:
             try:
-                weights = gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(shape)
+                weights = gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(shape)[part]
             except (NotImplementedError, ValueError) as error:
                 raise self._fault(name, f"is {kind}, which is not supported") from error
-            layer = Linear({"w": weights}) if quantisation == "fp32" else quantise_int8(weights)
-        scales = layer.parts.get("s", layer.parts.get("w"))
-        if not np.isfinite(scales).all() or not np.isfinite(layer.parts.get("c", np.zeros(1))).all():
-            raise self._fault(name, "holds numbers that are not finite")
-        return layer
+            layer = Linear({"w": weights})
+        if not all(np.isfinite(values).all() for values in layer.parts.values() if values.dtype == np.float32):
+            raise self._fault(name, "holds numbers that are not finite", _AGAIN)
+        return convert(layer, quantisation)
 
     def _tensor(self, name: str) -> gguf.ReaderTensor:
         if name not in self._tensors:
@@ -117,4 +127,5 @@ class GgufSource:
         return IntegrityError("integrity", f"{self.path}: tensor {name} at offset {offset} {what}", hint)
 
 
-_AGAIN = "the file is truncated, altered or of another kind; download it again"
+def _blocks(columns: slice) -> slice:
+    return columns if columns == _ALL else slice(columns.start // BLOCK, columns.stop // BLOCK)
