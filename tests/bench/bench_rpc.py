@@ -77,9 +77,7 @@ async def client(address: str, port: int, seconds: float) -> dict[str, dict[str,
         settings = P2pSettings(listen=LISTEN, seeds=(address,))
         async with open_network(identity, settings, data_dir=Path(folder), version="bench") as network:
             peer = address.rpartition("/")[2]
-            with trio.fail_after(20):
-                while peer not in network.peers():
-                    await trio.sleep(0.01)
+            await network.call(peer, "echo", {}, deadline_ms=20_000)
             bare = await trio.open_tcp_stream("127.0.0.1", port)
             for name, size in SIZES.items():
                 data = os.urandom(size)

@@ -1,0 +1,75 @@
+"""A node process for the tests beside: opens a network, takes one JSON command a line on stdin, answers on stdout.
+
+Not a test. Arguments: data folder, listen address, seeds (comma separated).
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import trio
+
+from config.errors import RiosError
+from config.settings import P2pSettings
+from p2p import keyfile
+from p2p.face import Call, Reply
+from p2p.network import PeerNetwork, open_network
+
+
+async def echo(call: Call) -> Reply:
+    return Reply({"from": call.peer_id, **call.header}, call.buffers)
+
+
+async def crash(call: Call) -> Reply:
+    raise ZeroDivisionError
+
+
+async def slow(call: Call) -> Reply:
+    await trio.sleep_forever()
+    raise AssertionError
+
+
+async def do(network: PeerNetwork, command: dict) -> dict:
+    if command["op"] == "call":
+        started = time.monotonic()
+        try:
+            reply = await network.call(
+                command["peer"],
+                command["method"],
+                {"n": 1},
+                [b"x" * command.get("size", 10)],
+                deadline_ms=command["deadline_ms"],
+            )
+        except RiosError as error:
+            return {"error": error.code, "seconds": time.monotonic() - started}
+        return {"from": reply.header["from"], "size": len(reply.buffers[0])}
+    if command["op"] == "wait":  # until exactly these peers (and this node) stand in the view
+        with trio.move_on_after(command["seconds"]):
+            while set(network.directory.adverts()) != {network.peer_id, *command["peers"]}:
+                await network.directory.wait_change()
+        return {"view": sorted(network.directory.adverts())}
+    assert command["op"] == "peers"
+    return {"peers": list(network.peers())}
+
+
+async def main() -> None:
+    folder, listen, seeds = Path(sys.argv[1]), sys.argv[2], [s for s in sys.argv[3].split(",") if s]
+    path = folder / "key"
+    identity = keyfile.load(path) if path.exists() else keyfile.create(path)
+    settings = P2pSettings(listen=(listen,), seeds=tuple(seeds))
+    async with open_network(identity, settings, data_dir=folder, version="test") as network:
+        for name, handler in (("echo", echo), ("crash", crash), ("slow", slow)):
+            network.serve(name, handler)
+        print(json.dumps({"peer_id": network.peer_id, "address": network.addresses[0]}), flush=True)
+        stdin = trio.lowlevel.FdStream(0)
+        line = b""
+        async for part in stdin:
+            line += part
+            while b"\n" in line:
+                command, _, line = line.partition(b"\n")
+                print(json.dumps(await do(network, json.loads(command))), flush=True)
+
+
+if __name__ == "__main__":
+    trio.run(main)
