@@ -29,8 +29,9 @@ PRICE_WEIGHT = 0.25
 PRICE_RATIO_MAX = 8.0
 HOLD_FIRST_US = 500_000
 HOLD_MAX_US = 30_000_000
-RETRIES_MAX = 32.0
-RETRIES_PER_CALL = 0.1
+RETRIES_MAX = 32
+ANSWERS_PER_RETRY = 10
+"""So many answers earn one retry."""
 PEER_WIDE = -1
 """The "shard" of a hold that covers a whole peer (unreachable, deadline)."""
 
@@ -80,7 +81,7 @@ class Dispatcher:
     me: PeerId
     peers: dict[PeerId, PeerEstimate] = field(default_factory=dict)
     _holds: dict[tuple[PeerId, int], _Hold] = field(default_factory=dict)
-    _retries: float = RETRIES_MAX
+    _credit: int = RETRIES_MAX * ANSWERS_PER_RETRY
     changes: int = 0
     """Counts changes of holds: a plan made before the last one may be stale."""
 
@@ -116,7 +117,7 @@ class Dispatcher:
             known.round_trip_us += weight * (total_us - service_us - known.round_trip_us)
         known.row_us += weight * (service_us / group_rows - known.row_us)
         known.calls += 1
-        self._retries = min(RETRIES_MAX, self._retries + RETRIES_PER_CALL)
+        self._credit = min(RETRIES_MAX * ANSWERS_PER_RETRY, self._credit + 1)
         if self._holds:
             for shard in (*shards, PEER_WIDE):
                 if self._holds.pop((peer, shard), None):
@@ -142,9 +143,9 @@ class Dispatcher:
 
     def may_retry(self) -> bool:
         """Take one retry from the budget; False if it is used up."""
-        if self._retries < 1.0:
+        if self._credit < ANSWERS_PER_RETRY:
             return False
-        self._retries -= 1.0
+        self._credit -= ANSWERS_PER_RETRY
         return True
 
     def held(self, peer: PeerId, shard: int, now_us: int) -> bool:
