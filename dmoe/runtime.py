@@ -283,3 +283,14 @@ def _joined_experts(arch: Architecture, tensors: Mapping[str, Array], layer: int
     gates = [gate_up.take_rows(slice(0, width)) for gate_up, _ in blocks]
     ups = [gate_up.take_rows(slice(width, 2 * width)) for gate_up, _ in blocks]
     return linear.join_rows([*gates, *ups]), linear.join_columns([down for _, down in blocks])
+
+
+def smoke(options: RuntimeOptions) -> None:
+    """One small expert on the device of ``options``. Raises LocalError if it cannot run or computes wrongly."""
+    gate_up = Linear({"w": np.ones((64, 32), np.float32)})
+    down = Linear({"w": np.ones((32, 32), np.float32)})
+    session = open_session(expert_graph(gate_up, down), threads=1, providers=options.providers())
+    found = session.run(["y"], {"h": np.ones((1, 32), np.float32)})[0]
+    silu = 32.0 / (1.0 + float(np.exp(-32.0)))
+    if not np.allclose(found, 32 * silu * 32):
+        raise LocalError("local", "ONNX Runtime computes wrongly on this machine", "reinstall onnxruntime")

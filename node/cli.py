@@ -46,15 +46,14 @@ class Context:
         beside = self.config_file.parent
         return Paths(self.config_file, places.data_dir(settings.node.data_dir, os.environ, Path.home(), beside=beside))
 
-    def passphrase(self) -> bytes | None:
-        """The key's passphrase from the environment, if any."""
+    def passphrase(self) -> str:
+        """The key's passphrase from the environment; empty if there is none."""
         if file := os.environ.get("RIOS_PASSPHRASE_FILE"):
             try:
-                return Path(file).read_bytes().rstrip(b"\r\n")
-            except OSError as error:
-                raise ConfigError("config", f"cannot read RIOS_PASSPHRASE_FILE {file}: {error.strerror}") from error
-        text = os.environ.get("RIOS_PASSPHRASE")
-        return text.encode() if text else None
+                return Path(file).read_text().rstrip("\r\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError("config", f"cannot read RIOS_PASSPHRASE_FILE {file}: {error}") from error
+        return os.environ.get("RIOS_PASSPHRASE", "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import psutil
 import trio
-from dmoe.models import StoredModels, SwarmExperts
 from prometheus_client import CollectorRegistry
 
 from config import seeds
@@ -36,6 +35,7 @@ from dmoe.caller import Caller
 from dmoe.core.manifest import Manifest
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
+from dmoe.models import StoredModels, SwarmExperts
 from dmoe.ports import Quote
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.store import ModelStore
@@ -137,10 +137,10 @@ def load_genesis(settings: Settings, paths: Paths) -> Genesis | None:
         raise ConfigError("config", f"cannot read the genesis file {file}: {error}") from error
 
 
-def run(settings: Settings, paths: Paths, passphrase: bytes | None, *, until_stdin_closes: bool = False) -> int:
+def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes: bool = False) -> int:
     """Run a node until it is told to stop; returns the exit code. Raises RiosError if it cannot start."""
     with _only_daemon(paths.lock):
-        identity = keyfile.load(paths.key, passphrase)
+        identity = keyfile.load(paths.key, passphrase=passphrase)
         trio.run(_main, settings, paths, identity, until_stdin_closes)
     return EXIT_OK
 

@@ -43,7 +43,7 @@ class Patient:
 
     loaded: Loaded
     paths: Paths
-    passphrase: bytes | None
+    passphrase: str
     running: bool
 
 
@@ -118,13 +118,8 @@ def _key(patient: Patient) -> Iterator[Finding]:
     if not patient.paths.key.exists():
         yield Finding("fail", f"there is no key {patient.paths.key}", "the key is the node's identity", "rios init")
         return
-    identity = keyfile.load(patient.paths.key, patient.passphrase)
+    identity = keyfile.load(patient.paths.key, passphrase=patient.passphrase)
     yield Finding("ok", f"key of {identity.peer_id}")
-    mode = patient.paths.key.stat().st_mode & 0o777
-    if mode & 0o077:
-        yield Finding(
-            "fail", f"the key is readable by others (mode {mode:o})", "they can spend", f"chmod 600 {patient.paths.key}"
-        )
 
 
 def _disk(patient: Patient) -> Iterator[Finding]:
@@ -193,7 +188,10 @@ def _runtime(patient: Patient) -> Iterator[Finding]:
     """experts run in ONNX Runtime"""
     from dmoe import runtime  # noqa: PLC0415 - loads ONNX Runtime
 
-    yield Finding("ok", f"ONNX Runtime: {runtime.smoke(patient.loaded.settings.dmoe.device)}")
+    options = runtime.RuntimeOptions(device=patient.loaded.settings.dmoe.device)  # type: ignore[arg-type]
+    providers = ", ".join(options.providers())
+    runtime.smoke(options)
+    yield Finding("ok", f"ONNX Runtime computes ({providers})")
 
 
 def _models(patient: Patient) -> Iterator[Finding]:

@@ -1,6 +1,8 @@
 """Commands that work on files of this machine, whether a daemon runs or not."""
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -43,10 +45,10 @@ def init(context: Context) -> Output:
     paths = context.paths()
     paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
     if paths.key.exists():
-        identity = keyfile.load(paths.key, context.passphrase())
+        identity = keyfile.load(paths.key, passphrase=context.passphrase())
         key_note = "kept the key that was there"
     else:
-        identity = keyfile.create(paths.key, context.passphrase())
+        identity = keyfile.create(paths.key, passphrase=context.passphrase())
         key_note = "made a key; back it up: rios id export FILE"
     notes = [f"config   {file}", f"data     {paths.data}", f"key      {identity.peer_id} ({key_note})"]
     if args.genesis:
@@ -168,7 +170,7 @@ def _identity(context: Context) -> tuple[Identity, Paths]:
     paths = context.paths()
     if not paths.key.exists():
         raise LocalError("not_found", f"there is no key {paths.key}", "make one: rios init")
-    return keyfile.load(paths.key, context.passphrase()), paths
+    return keyfile.load(paths.key, passphrase=context.passphrase()), paths
 
 
 def id_show(context: Context) -> Output:
@@ -189,9 +191,9 @@ def id_export(context: Context) -> Output:
     """``rios id export``"""
     from p2p import keyfile  # noqa: PLC0415
 
-    _, paths = _identity(context)
+    identity, _ = _identity(context)
     target = Path(context.args.file)
-    keyfile.export(paths.key, target)
+    keyfile.save(target, identity, passphrase=context.passphrase())
     return Output({"file": str(target)}, f"wrote {target}; whoever has it can act and spend as this node")
 
 
@@ -200,10 +202,13 @@ def id_import(context: Context) -> Output:
     from p2p import keyfile  # noqa: PLC0415
 
     paths = context.paths()
-    if paths.key.exists() and not context.args.force:
-        raise ConfigError("usage", f"there is a key already: {paths.key}", "--force replaces it (export it first)")
+    identity = keyfile.load(Path(context.args.file), passphrase=context.passphrase())
+    if paths.key.exists():
+        if not context.args.force:
+            raise ConfigError("usage", f"there is a key already: {paths.key}", "--force keeps it as a backup beside it")
+        paths.key.rename(paths.key.with_suffix(f".replaced-{int(time.time())}"))
     paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    identity = keyfile.import_key(Path(context.args.file), paths.key, context.passphrase())
+    keyfile.save(paths.key, identity, passphrase=context.passphrase())
     return Output({"peer_id": identity.peer_id}, f"this node is now {identity.peer_id}")
 
 
@@ -212,8 +217,6 @@ def id_import(context: Context) -> Output:
 
 def model_import(context: Context) -> Output:
     """``rios model import``"""
-    import os  # noqa: PLC0415
-
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import Progress  # noqa: PLC0415
 
@@ -222,7 +225,7 @@ def model_import(context: Context) -> Output:
 
     args = context.args
     identity, paths = _identity(context)
-    source = Path(args.source)
+    source, name = Path(args.source), args.name
     if args.source != "bundled" and not source.is_file():
         raise LocalError("not_found", f"there is no file {source}", "give a .gguf file, or `bundled`")
     store = ModelStore(paths.models)
@@ -230,15 +233,14 @@ def model_import(context: Context) -> Output:
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("importing", total=None)
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def progress(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
 
         if args.source == "bundled":
-            source = bundled.fetch(cache_dir(os.environ, Path.home()))
-        manifest = build.import_model(
-            source, store, identity, name=args.name or None, quantisation=args.format, progress=progress
-        )
-    data = {
+            source = bundled.fetch_bundled(cache_dir(os.environ, Path.home()))
+            name = name or source.name.partition(".")[0]
+        manifest = build.import_gguf(source, store, identity, name=name, quantisation=args.format, progress=progress)
+    data: dict[str, Any] = {
         "model_id": manifest.model_id,
         "name": manifest.name,
         "shards": len(manifest.shards),
@@ -271,6 +273,7 @@ def model_ls(context: Context) -> Output:
 def model_verify(context: Context) -> Output:
     """``rios model verify``"""
     from dmoe import golden  # noqa: PLC0415
+    from dmoe.runtime import RuntimeOptions  # noqa: PLC0415
 
     store = _store(context)
     manifest = store.find(context.args.model)
@@ -281,7 +284,8 @@ def model_verify(context: Context) -> Output:
     data: dict[str, Any] = {"name": manifest.name, "shards": len(manifest.shards), "shards_verified": len(held)}
     text = f"{manifest.name}: {len(held)} of {len(manifest.shards)} shards here, all hashes right"
     if len(held) == len(manifest.shards):
-        data["golden_difference"] = golden.check(manifest, store)
+        options = RuntimeOptions(device="cpu")
+        data["golden_difference"] = trio.run(golden.verify, manifest, store, options)
         text += f"\n  golden logits: largest difference {data['golden_difference']:.2e}"
         text += f" (tolerance {manifest.golden.tolerance:.2e})"
     return Output(data, text)
@@ -325,9 +329,8 @@ def chat(context: Context) -> Output | int:
 
 
 async def _chat_here(context: Context, asked: dict[str, Any], echo: bool) -> Any:  # noqa: ANN401 - JSON
-    from dmoe.models import StoredModels  # noqa: PLC0415
-
     from dmoe.engine import Engine  # noqa: PLC0415
+    from dmoe.models import StoredModels  # noqa: PLC0415
     from dmoe.runtime import RuntimeOptions  # noqa: PLC0415
     from node import operator  # noqa: PLC0415
 

@@ -125,13 +125,17 @@ def loads(data: bytes, *, passphrase: str = "") -> Identity:
 
 def _open_box(salt: bytes, box: bytes, passphrase: str) -> bytes:
     if not passphrase:
-        raise ConfigError("config", "it is encrypted and no passphrase was given", "set RIOS_KEY_PASSPHRASE")
+        raise ConfigError(
+            "config", "it is encrypted and no passphrase was given", "set RIOS_PASSPHRASE or RIOS_PASSPHRASE_FILE"
+        )
     if len(salt) != pwhash.argon2id.SALTBYTES or len(box) < SecretBox.NONCE_SIZE + SecretBox.MACBYTES:
         raise ValueError("wrong sizes")
     try:
         return SecretBox(_key(passphrase, salt)).decrypt(box)
     except CryptoError:
-        raise ConfigError("config", "the passphrase is wrong", "check RIOS_KEY_PASSPHRASE") from None
+        raise ConfigError(
+            "config", "the passphrase is wrong", "check RIOS_PASSPHRASE or RIOS_PASSPHRASE_FILE"
+        ) from None
 
 
 def _key(passphrase: str, salt: bytes) -> bytes:
