@@ -110,6 +110,8 @@ class LoadedShard:
     draining: bool = False
     row_seconds: float = 0.0002
     rows: int = 0
+    rows_computed: int = 0
+    """For peers and for this node's own answers."""
     calls: int = 0
     batches: int = 0
     batch_rows_max: int = 0
@@ -122,6 +124,7 @@ class LoadedShard:
         spent = (perf_counter() - start) / len(rows)
         self.row_seconds += (0.5 if spent < self.row_seconds else 0.1) * (spent - self.row_seconds)
         self.batches += 1
+        self.rows_computed += len(rows)
         self.batch_rows_max = max(self.batch_rows_max, len(rows))
         return answer
 
@@ -137,6 +140,7 @@ class LoadedShard:
         return {
             "calls": self.calls,
             "rows": self.rows,
+            "rows_computed": self.rows_computed,
             "p50_ms": p50,
             "p99_ms": p99,
             "rows_waiting": self.rows_waiting,

@@ -76,9 +76,9 @@ class Node:
         self.engine: Engine
 
     def expert_rows(self) -> int:
-        """Rows computed by the experts here, for whomever."""
+        """Rows computed by the experts here, for peers and for this node's own answers."""
         shards = self.worker.statistics()["shards"]
-        return sum(shard["rows"] for model in shards.values() for shard in model.values())
+        return sum(shard["rows_computed"] for model in shards.values() for shard in model.values())
 
     def shards_served(self) -> int:
         """Shards loaded and served."""

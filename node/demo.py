@@ -110,7 +110,7 @@ class Demo:
     def start_nodes(self) -> None:
         """One node with the gateway, two more that know only its address as a seed."""
         self.say("[bold]1. Three nodes[/] (separate processes on loopback; they know one seed address)")
-        economy = {"ledger.claim_seconds": 3600, "ledger.sync_seconds": 1, "p2p.advert_seconds": 5}
+        economy = {"ledger.microcredits_per_tflop": 10_000_000, "ledger.sync_seconds": 1, "p2p.advert_seconds": 5}
         shared = {**economy, "dmoe.replicas": REPLICAS, "dmoe.threads": 1, "node.log_level": "info"}
         self.orchestrator = self.swarm.add(
             "orchestrator",
@@ -188,7 +188,7 @@ class Demo:
             table.add_column(heading)
         for node in self.swarm.nodes:
             held = node.ask("model.holdings", model=self.model)
-            fetched = node.ask("model.progress")["bytes_done"]
+            fetched = node.ask("model.progress")["bytes_fetched"]
             table.add_row(
                 "", node.name, str(len(held["shards"])), spans(held["layers"]), spans(held["experts"]),
                 f"{fetched / 1e6:.1f} MB" if fetched else "-",
@@ -397,9 +397,12 @@ def run(*, once: bool, as_json: bool) -> int:
             if not faults:
                 console.print(f"[bold green]All checks passed[/] in {outcome.seconds:.0f} s.")
             if stay and not faults:
-                demo.converse()
+                try:
+                    demo.converse()
+                except KeyboardInterrupt:
+                    console.print("\nstopping the swarm")
     except KeyboardInterrupt:
-        console.print("\nstopped; nothing is left behind")
+        console.print("\nstopped early; nothing is left behind")
         return 130
     except RiosError as error:
         console.print(f"[bold red]the demo failed:[/] {error}")

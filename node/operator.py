@@ -286,6 +286,7 @@ async def _model_progress(node: "Node", _args: Args, _send: Send) -> Any:  # noq
     return {
         "bytes_done": sum(shard["bytes_done"] for shard in shards),
         "bytes_total": sum(shard["bytes_total"] for shard in shards),
+        "bytes_fetched": node.network.blobs.fetched_bytes,
         "errors": [f"{shard['id']}: {shard['error']}" for shard in shards if shard["error"]],
     }
 
