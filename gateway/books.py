@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-from config.errors import RequestError
+from config.errors import LocalError, RequestError
 from gateway.db.models import FUNDING, REVENUE, accounts, postings, reservations, transactions, usages
 from gateway.db.session import Database
 from gateway.money import Prices, Progress, Refused, Reservation, Settlement
@@ -41,6 +41,7 @@ _ADD_TO_ACCOUNT = (
     .where(accounts.c.id == sa.bindparam("name"))
     .values(balance=accounts.c.balance + sa.bindparam("amount"))
 )
+_FIND_RESERVATIONS = sa.select(reservations.c.id).where(reservations.c.id.in_(sa.bindparam("names", expanding=True)))
 _TAKE_RESERVATIONS = (
     sa.delete(reservations)
     .where(reservations.c.id.in_(sa.bindparam("names", expanding=True)))
@@ -59,11 +60,15 @@ _ADD_POSTINGS = sa.insert(postings)
 
 @dataclass(slots=True)
 class Batch:
-    """Operations to write in one transaction, in this order: reserve, settle, progress."""
+    """Operations to write in one transaction, in this order: reserve, settle, progress.
+
+    ``again``: an earlier try failed, but its commit may have gone through all the same.
+    """
 
     reserve: Sequence[Reservation] = ()
     settle: Sequence[Settlement] = ()
     progress: Sequence[Progress] = ()
+    again: bool = False
 
 
 @dataclass(slots=True)
@@ -95,9 +100,15 @@ def new_id() -> str:
 
 
 def write_batch(database: Database, batch: Batch) -> dict[str, Refused]:
-    """Write all of it durably. Returns the reservations that were refused, by id; all others stand."""
-    with database.write() as connection:
-        return _apply(connection, batch, now_ms())
+    """Write all of it durably. Returns the reservations that were refused, by id; all others stand.
+
+    Raises LocalError: ``unavailable`` and ``disk_full`` may pass, ``local`` will not.
+    """
+    try:
+        with database.write() as connection:
+            return _apply(connection, batch, now_ms())
+    except sa.exc.IntegrityError as error:
+        raise LocalError("local", f"the accounts database refused a booking: {error.orig}") from error
 
 
 def find_abandoned(database: Database, instance: str) -> list[Settlement]:
@@ -135,8 +146,10 @@ def _apply(connection: sa.Connection, batch: Batch, now: int) -> dict[str, Refus
     refused: dict[str, Refused] = {}
     rows = _Rows()
     book = _lock_accounts(connection, batch)
+    standing = _find_standing(connection, batch.reserve) if batch.again else frozenset()
     for reservation in batch.reserve:
-        _reserve(book, rows, refused, reservation, now)
+        if reservation.id not in standing:
+            _reserve(book, rows, refused, reservation, now)
     open_amounts = _take_reservations(connection, batch.settle)
     for settlement in batch.settle:
         amount = open_amounts.pop(settlement.reservation.id, None)
@@ -185,6 +198,11 @@ def _reserve(
             "updated_at_ms": now,
         }
     )
+
+
+def _find_standing(connection: sa.Connection, wanted: Sequence[Reservation]) -> frozenset[str]:
+    names = [reservation.id for reservation in wanted]
+    return frozenset(connection.execute(_FIND_RESERVATIONS, {"names": names}).scalars())
 
 
 def _take_reservations(connection: sa.Connection, settlements: Sequence[Settlement]) -> dict[str, int]:

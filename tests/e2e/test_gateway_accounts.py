@@ -124,6 +124,17 @@ def test_reserve_and_settle(accounts: Accounts) -> None:
     books_balance(accounts)
 
 
+def test_a_batch_that_is_written_again_counts_once(accounts: Accounts) -> None:
+    """A commit may go through although its answer is lost."""
+    accounts.create_user("ada")
+    first, second = reservation(accounts, "r1"), reservation(accounts, "r2")
+    books.write_batch(accounts.database, books.Batch(reserve=[first]))
+    with pytest.raises(LocalError, match="refused a booking"):
+        books.write_batch(accounts.database, books.Batch(reserve=[first, second]))
+    assert books.write_batch(accounts.database, books.Batch(reserve=[first, second], again=True)) == {}
+    assert accounts.balance("ada").reserved == 50
+
+
 def test_a_balance_is_promised_once(accounts: Accounts) -> None:
     """Many gateways' threads reserve at once: together never more than there is."""
     accounts.create_user("ada")
