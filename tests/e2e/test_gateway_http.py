@@ -286,6 +286,20 @@ async def test_home_page_and_openapi(tmp_path: Path) -> None:
                 assert answer.status_code not in (404, 405) or "ledger" in path, path
 
 
+async def test_ledger_balance(tmp_path: Path) -> None:
+    class FakeLedgerView:
+        def account(self) -> str:
+            return "12D3KooWnode"
+
+        def balance(self) -> int:
+            return 42
+
+    async with serving(tmp_path / "a", ledger_view=FakeLedgerView()) as rig, rig.http() as http:
+        assert (await http.get("/v1/ledger/balance")).json() == {"account": "12D3KooWnode", "balance": 42}
+    async with serving(tmp_path / "b") as rig, rig.http() as http:
+        assert (await http.get("/v1/ledger/balance")).status_code == 404
+
+
 async def test_metrics_have_bounded_labels(tmp_path: Path) -> None:
     async with serving(tmp_path) as rig, rig.http() as http:
         await http.post(CHAT, json=STREAM)
