@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-from config.errors import RequestError
+from config.errors import LocalError, RequestError
 from gateway.db.models import FUNDING, REVENUE, accounts, postings, reservations, transactions, usages
 from gateway.db.session import Database
 from gateway.money import Prices, Progress, Refused, Reservation, Settlement
@@ -24,20 +24,58 @@ ABANDONED_MS = 30_000
 """A reservation of another gateway that was not touched for this long belongs to nobody any more."""
 _SWEEP_ROWS_MAX = 500
 
+# Building a statement costs more than running it, so each is built once.
+_LOCK_ACCOUNTS = (
+    sa.select(accounts.c.id, accounts.c.balance, accounts.c.reserved)
+    .where(accounts.c.id.in_(sa.bindparam("names", expanding=True)))
+    .order_by(accounts.c.id)
+    .with_for_update()
+)
+_SET_ACCOUNT = (
+    sa.update(accounts)
+    .where(accounts.c.id == sa.bindparam("name"))
+    .values(balance=sa.bindparam("new_balance"), reserved=sa.bindparam("new_reserved"))
+)
+_ADD_TO_ACCOUNT = (
+    sa.update(accounts)
+    .where(accounts.c.id == sa.bindparam("name"))
+    .values(balance=accounts.c.balance + sa.bindparam("amount"))
+)
+_FIND_RESERVATIONS = sa.select(reservations.c.id).where(reservations.c.id.in_(sa.bindparam("names", expanding=True)))
+_TAKE_RESERVATIONS = (
+    sa.delete(reservations)
+    .where(reservations.c.id.in_(sa.bindparam("names", expanding=True)))
+    .returning(reservations.c.id, reservations.c.microcredits)
+)
+_SET_PROGRESS = (
+    sa.update(reservations)
+    .where(reservations.c.id == sa.bindparam("name"))
+    .values(completion_tokens=sa.bindparam("tokens"), updated_at_ms=sa.bindparam("now"))
+)
+_ADD_RESERVATIONS = sa.insert(reservations)
+_ADD_USAGES = sa.insert(usages)
+_ADD_TRANSACTIONS = sa.insert(transactions)
+_ADD_POSTINGS = sa.insert(postings)
+
 
 @dataclass(slots=True)
 class Batch:
-    """Operations to write in one transaction, in this order: reserve, settle, progress."""
+    """Operations to write in one transaction, in this order: reserve, settle, progress.
+
+    ``again``: an earlier try failed, but its commit may have gone through all the same.
+    """
 
     reserve: Sequence[Reservation] = ()
     settle: Sequence[Settlement] = ()
     progress: Sequence[Progress] = ()
+    again: bool = False
 
 
 @dataclass(slots=True)
 class _Account:
     balance: int
     reserved: int
+    changed: bool = False
 
 
 @dataclass(slots=True)
@@ -48,7 +86,6 @@ class _Rows:
     usages: list[dict[str, object]] = field(default_factory=list)
     transactions: list[dict[str, object]] = field(default_factory=list)
     postings: list[dict[str, object]] = field(default_factory=list)
-    settled: list[str] = field(default_factory=list)
     revenue: int = 0
 
 
@@ -63,9 +100,15 @@ def new_id() -> str:
 
 
 def write_batch(database: Database, batch: Batch) -> dict[str, Refused]:
-    """Write all of it durably. Returns the reservations that were refused, by id; all others stand."""
-    with database.write() as connection:
-        return _apply(connection, batch, now_ms())
+    """Write all of it durably. Returns the reservations that were refused, by id; all others stand.
+
+    Raises LocalError: ``unavailable`` and ``disk_full`` may pass, ``local`` will not.
+    """
+    try:
+        with database.write() as connection:
+            return _apply(connection, batch, now_ms())
+    except sa.exc.IntegrityError as error:
+        raise LocalError("local", f"the accounts database refused a booking: {error.orig}") from error
 
 
 def find_abandoned(database: Database, instance: str) -> list[Settlement]:
@@ -93,19 +136,21 @@ def post_credit(connection: sa.Connection, account_id: str, microcredits: int, r
     """:func:`credit` inside a transaction that is already open."""
     rows = _Rows()
     _post(rows, "credit", reference, {FUNDING: -microcredits, account_id: microcredits}, now_ms())
-    connection.execute(sa.insert(transactions), rows.transactions)
-    connection.execute(sa.insert(postings), rows.postings)
+    connection.execute(_ADD_TRANSACTIONS, rows.transactions)
+    connection.execute(_ADD_POSTINGS, rows.postings)
     for name, amount in ((account_id, microcredits), (FUNDING, -microcredits)):
-        _add(connection, name, amount)
+        connection.execute(_ADD_TO_ACCOUNT, {"name": name, "amount": amount})
 
 
 def _apply(connection: sa.Connection, batch: Batch, now: int) -> dict[str, Refused]:
     refused: dict[str, Refused] = {}
     rows = _Rows()
     book = _lock_accounts(connection, batch)
+    standing = _find_standing(connection, batch.reserve) if batch.again else frozenset()
     for reservation in batch.reserve:
-        _reserve(book, rows, refused, reservation, now)
-    open_amounts = _open_amounts(connection, batch.settle)
+        if reservation.id not in standing:
+            _reserve(book, rows, refused, reservation, now)
+    open_amounts = _take_reservations(connection, batch.settle)
     for settlement in batch.settle:
         amount = open_amounts.pop(settlement.reservation.id, None)
         if amount is not None:
@@ -120,8 +165,7 @@ def _lock_accounts(connection: sa.Connection, batch: Batch) -> dict[str, _Accoun
     names = {r.account_id for r in batch.reserve} | {s.reservation.account_id for s in batch.settle}
     if not names:
         return {}
-    query = sa.select(accounts.c.id, accounts.c.balance, accounts.c.reserved).where(accounts.c.id.in_(sorted(names)))
-    found = connection.execute(query.order_by(accounts.c.id).with_for_update())
+    found = connection.execute(_LOCK_ACCOUNTS, {"names": sorted(names)})
     return {name: _Account(balance, reserved) for name, balance, reserved in found}
 
 
@@ -134,6 +178,7 @@ def _reserve(
         refused[reservation.id] = Refused(available, needed)
         return
     account.reserved += needed
+    account.changed |= needed != 0
     rows.reservations.append(
         {
             "id": reservation.id,
@@ -155,13 +200,17 @@ def _reserve(
     )
 
 
-def _open_amounts(connection: sa.Connection, settlements: Sequence[Settlement]) -> dict[str, int]:
-    """What is still reserved, read after the accounts are locked, so nobody else settles it meanwhile."""
+def _find_standing(connection: sa.Connection, wanted: Sequence[Reservation]) -> frozenset[str]:
+    names = [reservation.id for reservation in wanted]
+    return frozenset(connection.execute(_FIND_RESERVATIONS, {"names": names}).scalars())
+
+
+def _take_reservations(connection: sa.Connection, settlements: Sequence[Settlement]) -> dict[str, int]:
+    """Remove what is settled and return its amounts. The accounts are locked, so nobody else settles it meanwhile."""
     if not settlements:
         return {}
     names = [settlement.reservation.id for settlement in settlements]
-    query = sa.select(reservations.c.id, reservations.c.microcredits).where(reservations.c.id.in_(names))
-    return {name: amount for name, amount in connection.execute(query)}
+    return {name: amount for name, amount in connection.execute(_TAKE_RESERVATIONS, {"names": names})}
 
 
 def _settle(book: dict[str, _Account], rows: _Rows, settlement: Settlement, amount: int, now: int) -> None:
@@ -169,7 +218,7 @@ def _settle(book: dict[str, _Account], rows: _Rows, settlement: Settlement, amou
     account = book[reservation.account_id]
     account.reserved -= amount
     account.balance -= charge
-    rows.settled.append(reservation.id)
+    account.changed |= amount != 0
     if charge:
         rows.revenue += charge
         _post(rows, "charge", reservation.id, {reservation.account_id: -charge, REVENUE: charge}, now)
@@ -199,32 +248,27 @@ def _post(rows: _Rows, kind: str, reference: str, amounts: Mapping[str, int], no
 
 def _store(connection: sa.Connection, book: dict[str, _Account], rows: _Rows) -> None:
     if rows.reservations:
-        connection.execute(sa.insert(reservations), rows.reservations)
-    if rows.settled:
-        connection.execute(sa.delete(reservations).where(reservations.c.id.in_(rows.settled)))
-        connection.execute(sa.insert(usages), rows.usages)
+        connection.execute(_ADD_RESERVATIONS, rows.reservations)
+    if rows.usages:
+        connection.execute(_ADD_USAGES, rows.usages)
     if rows.transactions:
-        connection.execute(sa.insert(transactions), rows.transactions)
-        connection.execute(sa.insert(postings), rows.postings)
-    if book and (rows.reservations or rows.settled):
-        update = sa.update(accounts).where(accounts.c.id == sa.bindparam("name"))
-        update = update.values(balance=sa.bindparam("new_balance"), reserved=sa.bindparam("new_reserved"))
-        changed = [{"name": n, "new_balance": a.balance, "new_reserved": a.reserved} for n, a in book.items()]
-        connection.execute(update, changed)
+        connection.execute(_ADD_TRANSACTIONS, rows.transactions)
+        connection.execute(_ADD_POSTINGS, rows.postings)
+    changed = [
+        {"name": name, "new_balance": account.balance, "new_reserved": account.reserved}
+        for name, account in book.items()
+        if account.changed
+    ]
+    if changed:
+        connection.execute(_SET_ACCOUNT, changed)
     if rows.revenue:
-        _add(connection, REVENUE, rows.revenue)
-
-
-def _add(connection: sa.Connection, account_id: str, amount: int) -> None:
-    update = sa.update(accounts).where(accounts.c.id == account_id).values(balance=accounts.c.balance + amount)
-    connection.execute(update)
+        connection.execute(_ADD_TO_ACCOUNT, {"name": REVENUE, "amount": rows.revenue})
 
 
 def _store_progress(connection: sa.Connection, progress: Sequence[Progress], now: int) -> None:
-    update = sa.update(reservations).where(reservations.c.id == sa.bindparam("name"))
-    update = update.values(completion_tokens=sa.bindparam("tokens"), updated_at_ms=now)
     steps = sorted(progress, key=lambda step: step.reservation_id)
-    connection.execute(update, [{"name": p.reservation_id, "tokens": p.completion_tokens} for p in steps])
+    rows = [{"name": step.reservation_id, "tokens": step.completion_tokens, "now": now} for step in steps]
+    connection.execute(_SET_PROGRESS, rows)
 
 
 def _recovered(row: sa.RowMapping) -> Settlement:

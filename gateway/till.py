@@ -199,17 +199,12 @@ class Till:
         live = [operation for operation in operations if not operation.abandoned]
         if not live:
             return
-        refused: dict[str, Refused] = {}
-        failure: RiosError | None = None
-        for attempt in range(_TRIES):
-            try:
-                refused = await self.in_thread(books.write_batch, self._database, _batch_of(live))
-                failure = None
-                break
-            except RiosError as error:
-                failure = error
-                if attempt < _TRIES - 1:
-                    await trio.sleep(_RETRY_SECONDS)
+        refused, failure = await self._try_batch(live)
+        if failure is not None and failure.code == "local" and len(live) > 1:
+            # One of them cannot be booked; the others shall not suffer for it.
+            for operation in live:
+                await self._write([operation])
+            return
         for operation in live:
             operation.error = failure
             if isinstance(operation.work, Reservation):
@@ -218,6 +213,20 @@ class Till:
                 self._finish(operation.work, failed=failure is not None)
             operation.done.set()
         await self._give_back([o for o in live if o.abandoned and not failure and not o.refused])
+
+    async def _try_batch(self, live: list[_Operation]) -> tuple[dict[str, Refused], RiosError | None]:
+        """Write, trying again what may pass; returns what was refused, or why nothing was written."""
+        batch = _batch_of(live)
+        failure: RiosError | None = None
+        for _ in range(_TRIES):
+            if failure is not None:
+                batch.again = True
+                await trio.sleep(_RETRY_SECONDS)
+            try:
+                return await self.in_thread(books.write_batch, self._database, batch), None
+            except RiosError as error:
+                failure = error
+        return {}, failure
 
     def _finish(self, settlement: Settlement, *, failed: bool) -> None:
         if failed:

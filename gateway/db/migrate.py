@@ -38,7 +38,7 @@ def migrate(database: Database) -> None:
     with database.write() as connection:
         if database.is_postgresql:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
-        _upgrade(connection)
+        _upgrade(connection, database.place)
 
 
 def _current_revision(connection: sa.Connection) -> str:
@@ -65,11 +65,16 @@ def _back_up(path: Path, revision: str) -> None:
         target.close()
 
 
-def _upgrade(connection: sa.Connection) -> None:
+def _upgrade(connection: sa.Connection, place: str) -> None:
     from alembic import command  # noqa: PLC0415 - see the file docstring
     from alembic.config import Config  # noqa: PLC0415
+    from alembic.util import CommandError  # noqa: PLC0415
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        text = f"the accounts database {place} cannot be brought to schema {HEAD}: {error}"
+        raise ConfigError("config", text, "see that gateway.database names a database of RiOS") from error

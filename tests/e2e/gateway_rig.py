@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from config.settings import GatewaySettings
 from gateway.accounts import Accounts, Balance
 from gateway.gateway import Gateway, open_gateway
+from gateway.ports import LedgerView
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ async def read_all(stream: trio.SocketStream) -> bytes:
 async def eventually(condition: Callable[[], bool]) -> None:
     """Wait until it holds."""
     with trio.fail_after(10):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it looks at things that tell nobody when they change
             await trio.sleep(0.01)
 
 
@@ -100,6 +101,7 @@ async def serving(
     engine: FakeEngine | None = None,
     credit: int = 1_000_000,
     free: bool = False,
+    ledger_view: LedgerView | None = None,
     **settings: object,
 ) -> AsyncIterator[Rig]:
     """A gateway with a user ada, her key and her credit."""
@@ -115,6 +117,7 @@ async def serving(
         health=health,
         registry=registry,
         free=free,
+        ledger_view=ledger_view,
     ) as gateway:
         key = await trio.to_thread.run_sync(_ada, gateway.accounts, credit)
         yield Rig(gateway=gateway, engine=engine, health=health, registry=registry, key=key)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,9 @@ def _debian(binaries: Path) -> Iterator[str]:
 @contextmanager
 def _pgserver() -> Iterator[str]:
     try:
-        import pgserver
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # It complains about a missing XDG_RUNTIME_DIR.
+            import pgserver
     except ImportError as error:
         raise RuntimeError("neither Debian's postgresql nor pgserver is installed") from error
     folder = Path(tempfile.mkdtemp(prefix="rios-pg-"))

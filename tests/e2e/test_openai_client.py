@@ -230,9 +230,12 @@ async def test_client_retries_after_the_time_it_is_told(tmp_path: Path) -> None:
 
 
 def _exhaust(client: openai.OpenAI, requests_max: int) -> None:
-    with pytest.raises(openai.RateLimitError):
+    def ask() -> None:
         for _ in range(requests_max):
             client.models.list()
+
+    with pytest.raises(openai.RateLimitError):
+        ask()
 
 
 async def test_no_money(tmp_path: Path) -> None:
