@@ -29,7 +29,7 @@ _pack = msgspec.msgpack.Encoder().encode
 _unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
 
 
-class Final(msgspec.Struct, frozen=True):
+class Final(msgspec.Struct, frozen=True, gc=False):
     """A final object and its certificate."""
 
     item: Item
@@ -168,7 +168,9 @@ class Store:
         connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S, cached_statements=64
         )
+        connection.execute("PRAGMA page_size = 8192")  # of a new file
         connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA wal_autocheckpoint = 4000")
         connection.execute("PRAGMA synchronous = FULL")
         migrate(connection, self.path)
         return connection
@@ -263,15 +265,23 @@ class Store:
 
     def _final_row(self, record: Final, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         item, certificate = record.item, record.certificate
-        proof = _pack([(self._header_id(vote, rows), vote.index, b"".join(vote.path)) for vote in certificate.votes])
-        signed, body = item.signed, item.object
-        tail = (signed.body, signed.signature, certificate.epoch, proof, record.seen_ms)
+        headers = self._headers
+        parts = []
+        for vote in certificate.votes:
+            row = headers.get(vote.header) or self._header_id(vote, rows)
+            parts.append((row, vote.index, b"".join(vote.path)))
+        proof, signed, body = _pack(parts), item.signed, item.object
         if type(body) is Entry:
-            account = self._account_id(body.account, rows)
-            rows[_ENTRY].append((account, body.seq, item.id, *tail))
+            account = self._accounts.get(body.account) or self._account_id(body.account, rows)
+            rows[_ENTRY].append(
+                (account, body.seq, item.id, signed.body, signed.signature, certificate.epoch, proof, record.seen_ms)
+            )
         else:
             assert isinstance(body, Claim)
-            rows[_CLAIM].append((body.voucher.channel, body.voucher.cumulative, *tail))
+            key, cumulative = body.voucher.channel, body.voucher.cumulative
+            rows[_CLAIM].append(
+                (key, cumulative, signed.body, signed.signature, certificate.epoch, proof, record.seen_ms)
+            )
 
     def _vote_row(self, item: Item, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         body, signed = item.object, item.signed

@@ -6,8 +6,9 @@ inner nodes that one proven path has shown are reused by its neighbours.
 
 from hashlib import sha256
 
+import msgspec
+
 from config.errors import IntegrityError
-from ledger.core import merkle
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
 from ledger.core.objects import (
@@ -26,6 +27,7 @@ from p2p.core import codec
 from p2p.core.identity import verify
 
 _HEADERS_MAX = 4096
+_decoder = msgspec.msgpack.Decoder(Certificate)
 
 
 class _Header:
@@ -98,19 +100,21 @@ class Verifier:
 def _leads_to(header: _Header, item_id: bytes, vote: Vote) -> bool:
     """Whether the path proves the id, stopping at the first node that an earlier path has proven."""
     depth = len(vote.path)
-    index = vote.index
+    # a heap's position, 1 for the root; paths of other depths start from positions of their own
+    position = (depth << 16) | (1 << depth) | vote.index
     known = header.nodes
     node = sha256(b"\0" + item_id).digest()
-    seen: list[tuple[int, bytes]] = []
+    seen: dict[int, bytes] = {}
+    index = vote.index
     for level, sibling in enumerate(vote.path):
-        # a heap-like position, unique per (depth, level, index)
-        position = (depth << 16) | (1 << (depth - level)) | index
         if known.get(position) == node:
             break
-        seen.append((position, node))
-        seen.append((position ^ 1, sibling))
-        node = merkle.node_hash(sibling, node) if index & 1 else merkle.node_hash(node, sibling)
+        seen[position] = node
+        seen[position ^ 1] = sibling
+        # inlined merkle.node_hash: this runs for every vote of every certificate
+        node = sha256(b"\1" + sibling + node if index & 1 else b"\1" + node + sibling).digest()
         index >>= 1
+        position = (depth << 16) | (1 << (depth - level - 1)) | index
     else:
         if node != header.root:
             return False
@@ -126,9 +130,15 @@ def encode(certificate: Certificate) -> bytes:
 def decode(data: bytes) -> Certificate:
     """A certificate somebody sent; nothing but its form is checked.
 
-    Raises :class:`config.errors.IntegrityError`.
+    The wrapper has no id and need not be canonical; the bodies in it do (``parse``, the batch header). Raises
+    :class:`config.errors.IntegrityError`.
     """
-    return codec.decode(Certificate, data, bytes_max=CERTIFICATE_BYTES_MAX)
+    if len(data) > CERTIFICATE_BYTES_MAX:
+        raise IntegrityError("too_large", f"certificate of {len(data)} bytes exceeds {CERTIFICATE_BYTES_MAX}")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise IntegrityError("integrity", f"malformed certificate: {error}") from error
 
 
 class Collector:
