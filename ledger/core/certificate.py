@@ -33,11 +33,12 @@ _decoder = msgspec.msgpack.Decoder(Certificate)
 class _Header:
     """A proven batch header: who signed it, its root, and the tree nodes shown so far by (level, index)."""
 
-    __slots__ = ("nodes", "root", "witness")
+    __slots__ = ("nodes", "root", "signature", "witness")
 
-    def __init__(self, witness: bytes, root: bytes) -> None:
+    def __init__(self, witness: bytes, root: bytes, signature: bytes) -> None:
         self.witness = witness
         self.root = root
+        self.signature = signature
         self.nodes: dict[int, bytes] = {}
 
 
@@ -77,7 +78,7 @@ class Verifier:
     def check_vote(self, item_id: bytes, vote: Vote) -> bytes:
         """The witness that voted for ``item_id`` by ``vote``."""
         header = self._headers.get(vote.header)
-        if header is None:
+        if header is None or header.signature != vote.signature:
             header = self._open_header(vote)
         if vote.index >> len(vote.path):
             raise RuleError("path", "a vote's index does not fit its path")
@@ -93,7 +94,7 @@ class Verifier:
             raise RuleError("signature", "a batch of votes is not signed by its witness")
         if len(self._headers) >= _HEADERS_MAX:
             self._headers.pop(next(iter(self._headers)))
-        header = self._headers[vote.header] = _Header(votes.witness, votes.root)
+        header = self._headers[vote.header] = _Header(votes.witness, votes.root, vote.signature)
         return header
 
 
