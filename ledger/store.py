@@ -10,7 +10,7 @@ network's or a newer file -> ConfigError.
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,13 +149,16 @@ class Store:
         self.path = str(path)
         if read_only and not Path(path).exists():
             raise LocalError("not_found", f"there is no ledger at {self.path}", "start the node once: rios run")
-        with _mapped(self.path):
-            self._writer = None if read_only else self._connect()
-            self._reader = self._connect(read_only=True)
-            self._check_net(net)
-        self._accounts: dict[bytes, int] = {}
-        self._headers: dict[bytes, int] = {}
-        self._load_ids()
+        self._writer: sqlite3.Connection | None = None
+        with _mapped(self.path), ExitStack() as opened:
+            if not read_only:
+                self._writer = opened.enter_context(closing(self._connect()))
+            self._reader = opened.enter_context(closing(self._connect(read_only=True)))
+            self._prepare(net)
+            self._accounts: dict[bytes, int] = {}
+            self._headers: dict[bytes, int] = {}
+            self._load_ids()
+            opened.pop_all()  # all is well: they stay open until close()
 
     def _connect(self, *, read_only: bool = False) -> sqlite3.Connection:
         if read_only:
@@ -163,20 +166,20 @@ class Store:
             connection = sqlite3.connect(
                 uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S
             )
-            connection.execute("PRAGMA query_only = 1")
             return connection
         connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S, cached_statements=64
         )
-        connection.execute("PRAGMA page_size = 8192")  # of a new file
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA wal_autocheckpoint = 4000")
-        connection.execute("PRAGMA synchronous = FULL")
-        migrate(connection, self.path)
         return connection
 
-    def _check_net(self, net: bytes) -> None:
+    def _prepare(self, net: bytes) -> None:
+        """Settings, schema version, network."""
         if self._writer is not None:
+            self._writer.execute("PRAGMA page_size = 8192")  # of a new file
+            self._writer.execute("PRAGMA journal_mode = WAL")
+            self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
+            self._writer.execute("PRAGMA synchronous = FULL")
+            migrate(self._writer, self.path)
             self._writer.execute("INSERT OR IGNORE INTO meta VALUES ('net', ?)", (net,))
         else:
             version = self._reader.execute("PRAGMA user_version").fetchone()[0]
