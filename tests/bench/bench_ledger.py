@@ -17,6 +17,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -77,9 +78,11 @@ class Pipeline:
     def __init__(self, genesis: Genesis, commit: int, folder: Path) -> None:
         self.store = Store(folder / f"{commit}-{time.perf_counter_ns()}.db", genesis.net)
         self.state, self.verifier, self.commit = State(genesis), Verifier(genesis), commit
+        self.writer = ThreadPoolExecutor(1)
 
     def feed(self, encoded: list[bytes]) -> None:
-        """Verify, apply, persist."""
+        """Verify, apply, persist. A thread commits while the next batch is verified, as in the daemon; one may wait."""
+        pending: Future[None] | None = None
         for position in range(0, len(encoded), self.commit):
             finals = []
             for data in encoded[position : position + self.commit]:
@@ -87,7 +90,16 @@ class Pipeline:
                 item = self.verifier.open(certificate)
                 self.state.add(item)
                 finals.append(Final(item, certificate, 0))
-            self.store.commit(finals)
+            if pending is not None:
+                pending.result()
+            pending = self.writer.submit(self.store.commit, finals)
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Check and close."""
+        self.writer.shutdown()
+        self.store.close()
 
 
 def verify_fresh(checks: list[tuple[bytes, bytes, bytes]]) -> None:
@@ -134,7 +146,7 @@ def measure(genesis: Genesis, encoded: list[bytes], folder: Path) -> dict[str, f
         seconds["verify_fresh"] += timed(partial(verify_fresh, checks))
     for pipeline in pipelines.values():
         assert pipeline.state.applied == len(encoded)
-        pipeline.store.close()
+        pipeline.close()
     return seconds
 
 
