@@ -19,8 +19,10 @@ from ledger.core import certificate as certificates
 from ledger.core.channel import NANO, STOP_BEFORE_EXPIRY_MS, PayerChannel, Price
 from ledger.core.objects import (
     SMALL_BYTES_MAX,
+    Freeze,
     Open,
     Receipt,
+    Reclaim,
     Signed,
     TopUp,
     Voucher,
@@ -29,6 +31,7 @@ from ledger.core.objects import (
     sign,
 )
 from ledger.core.rules import ChannelState
+from ledger.quorum import Quorum
 from ledger.store import ChannelRow
 from ledger.voting import read_signed
 from ledger.wallet import Wallet
@@ -46,10 +49,11 @@ TICK_S = 30.0
 class Buying:
     """Every channel on which this node pays."""
 
-    def __init__(self, network: Network, book: Book, wallet: Wallet, settings: LedgerSettings) -> None:
+    def __init__(self, network: Network, book: Book, wallet: Wallet, quorum: Quorum, settings: LedgerSettings) -> None:
         self._network = network
         self._book = book
         self._wallet = wallet
+        self._quorum = quorum
         self._settings = settings
         self._by_id: dict[bytes, PayerChannel] = {}
         self._open: dict[PeerId, PayerChannel] = {}
@@ -60,6 +64,7 @@ class Buying:
         self._low: set[PeerId] = set()
         self._wake = trio.Event()
         self.vouchers = 0
+        self.failed_reclaims = 0
         for row in book.store.channels("buy"):
             self._restore(row)
         network.serve("ledger.receipt", self._receipt)
@@ -267,12 +272,36 @@ class Buying:
             for worker, channel in list(self._open.items()):
                 if not self._usable(self._book.state.channels[channel.id]):
                     del self._open[worker]
+            try:
+                await self.reclaim_expired()
+            except RiosError:
+                self.failed_reclaims += 1  # tried again at the next tick
             low, self._low = self._low, set()
             for worker in low:
                 try:
                     await self.open_channel(worker)
                 except RiosError:
                     continue  # the next call that needs this worker gets the reason
+
+    async def reclaim_expired(self) -> int:
+        """Take back what is left in own channels that expired; microcredits returned.
+
+        The witnesses freeze each channel at the newest voucher that this node signed, so that the worker is paid.
+        """
+        me, state = self._wallet.account, self._book.state
+        returned = 0
+        for key, known in list(state.channels.items()):
+            if known.payer != me or known.closed_at is not None:
+                continue
+            if self._book.now_ms() < known.expiry_ms + EXPIRY_MARGIN_MS:
+                continue
+            channel = self._by_id.get(key)
+            voucher = sign(self._network.identity, channel.voucher) if channel and channel.voucher else None
+            freezes = await self._quorum.freezes(key, me, voucher)
+            total = max(codec.decode(Freeze, f.body, bytes_max=SMALL_BYTES_MAX).total for f in freezes)
+            await self._wallet.append([Reclaim(key, total, freezes)])
+            returned += known.lock - total
+        return returned
 
     # looking in
 

@@ -66,7 +66,7 @@ class Ledger:
         self.voting = self._make_voting(network, settings)
         heal = self.replicator.sync_with
         self.seller = Selling(network, self.book, quorum, heal, settings, payout or identity.public_key)
-        self.buyer = Buying(network, self.book, self.wallet, settings)
+        self.buyer = Buying(network, self.book, self.wallet, quorum, settings)
         self._meter = Meter(self.seller, self.buyer)
         self._scope = trio.CancelScope()
         self._ended = trio.Event()

@@ -4,7 +4,7 @@ Owns retries and the healing of gaps: a witness that lacks something first is br
 again. The same bytes are sent every time.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import trio
@@ -15,6 +15,7 @@ from ledger.book import Book
 from ledger.core import certificate as certificates
 from ledger.core.certificate import Collector
 from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Signed, Vote, parse
+from ledger.core.rules import check_freeze
 from p2p.core import codec
 from p2p.core.identity import peer_id_of
 from p2p.face import Network
@@ -53,6 +54,29 @@ class Quorum:
         assert run.final is not None
         await self._book.learn([run.final], announce=True)
         return run.final
+
+    async def freezes(self, channel: bytes, payer: bytes, voucher: Signed | None) -> tuple[Signed, ...]:
+        """A quorum's freezes of an expired channel, shown the payer's newest voucher.
+
+        Raises RemoteError ``unavailable`` when too few witnesses answer.
+        """
+        found: dict[PeerId, Signed] = {}
+        header: dict[str, Any] = {"channel": channel}
+        if voucher is not None:
+            header["voucher"] = codec.encode(voucher)
+        for witness in self.witnesses:
+            try:
+                reply = await self._network.call(witness, "ledger.freeze", header, deadline_ms=VOTE_DEADLINE_MS)
+                signed = codec.decode(Signed, _field(reply.header, "freeze"), bytes_max=VOTE_BYTES_MAX)
+                check_freeze(self._book.genesis, payer, signed, channel)
+            except RiosError:
+                continue  # the others may be enough
+            found[witness] = signed
+            if len(found) == self._book.genesis.quorum:
+                return tuple(found.values())
+        raise RemoteError(
+            "unavailable", f"{len(found)} of {self._book.genesis.quorum} witnesses froze channel {channel.hex()[:16]}"
+        )
 
     async def _ask(self, run: "_Run", witness: PeerId, done: trio.CancelScope) -> None:
         pause_s = RETRY_FIRST_S
@@ -103,6 +127,13 @@ class Quorum:
                 run.final = run.collector.certificate()
         else:
             raise RemoteError("protocol", f"{witness} answered neither with a vote nor a certificate", peer_id=witness)
+
+
+def _field(header: Mapping[str, Any], name: str) -> bytes:
+    value = header.get(name)
+    if not isinstance(value, bytes):
+        raise RemoteError("protocol", f"the answer lacks {name!r}")
+    return value
 
 
 class _Run:

@@ -10,7 +10,7 @@ network's or a newer file -> ConfigError.
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ _pack = msgspec.msgpack.Encoder().encode
 _unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
 
 
-class Final(msgspec.Struct, frozen=True):
+class Final(msgspec.Struct, frozen=True, gc=False):
     """A final object and its certificate."""
 
     item: Item
@@ -149,13 +149,16 @@ class Store:
         self.path = str(path)
         if read_only and not Path(path).exists():
             raise LocalError("not_found", f"there is no ledger at {self.path}", "start the node once: rios run")
-        with _mapped(self.path):
-            self._writer = None if read_only else self._connect()
-            self._reader = self._connect(read_only=True)
-            self._check_net(net)
-        self._accounts: dict[bytes, int] = {}
-        self._headers: dict[bytes, int] = {}
-        self._load_ids()
+        self._writer: sqlite3.Connection | None = None
+        with _mapped(self.path), ExitStack() as opened:
+            if not read_only:
+                self._writer = opened.enter_context(closing(self._connect()))
+            self._reader = opened.enter_context(closing(self._connect(read_only=True)))
+            self._prepare(net)
+            self._accounts: dict[bytes, int] = {}
+            self._headers: dict[bytes, int] = {}
+            self._load_ids()
+            opened.pop_all()  # all is well: they stay open until close()
 
     def _connect(self, *, read_only: bool = False) -> sqlite3.Connection:
         if read_only:
@@ -163,18 +166,20 @@ class Store:
             connection = sqlite3.connect(
                 uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S
             )
-            connection.execute("PRAGMA query_only = 1")
             return connection
         connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S, cached_statements=64
         )
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        migrate(connection, self.path)
         return connection
 
-    def _check_net(self, net: bytes) -> None:
+    def _prepare(self, net: bytes) -> None:
+        """Settings, schema version, network."""
         if self._writer is not None:
+            self._writer.execute("PRAGMA page_size = 8192")  # of a new file
+            self._writer.execute("PRAGMA journal_mode = WAL")
+            self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
+            self._writer.execute("PRAGMA synchronous = FULL")
+            migrate(self._writer, self.path)
             self._writer.execute("INSERT OR IGNORE INTO meta VALUES ('net', ?)", (net,))
         else:
             version = self._reader.execute("PRAGMA user_version").fetchone()[0]
@@ -213,7 +218,10 @@ class Store:
         rows: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
         try:
             for record in records:
-                self._rows(record, rows)
+                if type(record) is Final:
+                    self._final_row(record, rows)
+                else:
+                    self._other_row(record, rows)
             with _mapped(self.path):
                 self._execute(self._writer, rows)
         except BaseException:
@@ -231,10 +239,8 @@ class Store:
                 writer.execute("ROLLBACK")
             raise
 
-    def _rows(self, record: Record, rows: dict[str, list[tuple[Any, ...]]]) -> None:
-        if type(record) is Final:
-            self._final_row(record, rows)
-        elif type(record) is ChannelRow:
+    def _other_row(self, record: Record, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+        if type(record) is ChannelRow:
             r = record
             rows[_CHANNEL].append(
                 (
@@ -263,15 +269,23 @@ class Store:
 
     def _final_row(self, record: Final, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         item, certificate = record.item, record.certificate
-        proof = _pack([(self._header_id(vote, rows), vote.index, b"".join(vote.path)) for vote in certificate.votes])
-        signed, body = item.signed, item.object
-        tail = (signed.body, signed.signature, certificate.epoch, proof, record.seen_ms)
+        headers = self._headers
+        parts = []
+        for vote in certificate.votes:
+            row = headers.get(vote.header) or self._header_id(vote, rows)
+            parts.append((row, vote.index, b"".join(vote.path)))
+        proof, signed, body = _pack(parts), item.signed, item.object
         if type(body) is Entry:
-            account = self._account_id(body.account, rows)
-            rows[_ENTRY].append((account, body.seq, item.id, *tail))
+            account = self._accounts.get(body.account) or self._account_id(body.account, rows)
+            # bytearray: sqlite3 sends every bytes object through its slow adapter look-up (a fifth of the insert)
+            blobs = bytearray(item.id), bytearray(signed.body), bytearray(signed.signature)
+            rows[_ENTRY].append((account, body.seq, *blobs, certificate.epoch, bytearray(proof), record.seen_ms))
         else:
             assert isinstance(body, Claim)
-            rows[_CLAIM].append((body.voucher.channel, body.voucher.cumulative, *tail))
+            key, cumulative = body.voucher.channel, body.voucher.cumulative
+            rows[_CLAIM].append(
+                (key, cumulative, signed.body, signed.signature, certificate.epoch, proof, record.seen_ms)
+            )
 
     def _vote_row(self, item: Item, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         body, signed = item.object, item.signed

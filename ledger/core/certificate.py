@@ -6,8 +6,9 @@ inner nodes that one proven path has shown are reused by its neighbours.
 
 from hashlib import sha256
 
+import msgspec
+
 from config.errors import IntegrityError
-from ledger.core import merkle
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
 from ledger.core.objects import (
@@ -26,16 +27,18 @@ from p2p.core import codec
 from p2p.core.identity import verify
 
 _HEADERS_MAX = 4096
+_decoder = msgspec.msgpack.Decoder(Certificate)
 
 
 class _Header:
     """A proven batch header: who signed it, its root, and the tree nodes shown so far by (level, index)."""
 
-    __slots__ = ("nodes", "root", "witness")
+    __slots__ = ("nodes", "root", "signature", "witness")
 
-    def __init__(self, witness: bytes, root: bytes) -> None:
+    def __init__(self, witness: bytes, root: bytes, signature: bytes) -> None:
         self.witness = witness
         self.root = root
+        self.signature = signature
         self.nodes: dict[int, bytes] = {}
 
 
@@ -75,7 +78,7 @@ class Verifier:
     def check_vote(self, item_id: bytes, vote: Vote) -> bytes:
         """The witness that voted for ``item_id`` by ``vote``."""
         header = self._headers.get(vote.header)
-        if header is None:
+        if header is None or header.signature != vote.signature:
             header = self._open_header(vote)
         if vote.index >> len(vote.path):
             raise RuleError("path", "a vote's index does not fit its path")
@@ -91,26 +94,28 @@ class Verifier:
             raise RuleError("signature", "a batch of votes is not signed by its witness")
         if len(self._headers) >= _HEADERS_MAX:
             self._headers.pop(next(iter(self._headers)))
-        header = self._headers[vote.header] = _Header(votes.witness, votes.root)
+        header = self._headers[vote.header] = _Header(votes.witness, votes.root, vote.signature)
         return header
 
 
 def _leads_to(header: _Header, item_id: bytes, vote: Vote) -> bool:
     """Whether the path proves the id, stopping at the first node that an earlier path has proven."""
     depth = len(vote.path)
-    index = vote.index
+    # a heap's position, 1 for the root; paths of other depths start from positions of their own
+    position = (depth << 16) | (1 << depth) | vote.index
     known = header.nodes
     node = sha256(b"\0" + item_id).digest()
-    seen: list[tuple[int, bytes]] = []
+    seen: dict[int, bytes] = {}
+    index = vote.index
     for level, sibling in enumerate(vote.path):
-        # a heap-like position, unique per (depth, level, index)
-        position = (depth << 16) | (1 << (depth - level)) | index
         if known.get(position) == node:
             break
-        seen.append((position, node))
-        seen.append((position ^ 1, sibling))
-        node = merkle.node_hash(sibling, node) if index & 1 else merkle.node_hash(node, sibling)
+        seen[position] = node
+        seen[position ^ 1] = sibling
+        # inlined merkle.node_hash: this runs for every vote of every certificate
+        node = sha256(b"\1" + sibling + node if index & 1 else b"\1" + node + sibling).digest()
         index >>= 1
+        position = (depth << 16) | (1 << (depth - level - 1)) | index
     else:
         if node != header.root:
             return False
@@ -126,9 +131,15 @@ def encode(certificate: Certificate) -> bytes:
 def decode(data: bytes) -> Certificate:
     """A certificate somebody sent; nothing but its form is checked.
 
-    Raises :class:`config.errors.IntegrityError`.
+    The wrapper has no id and need not be canonical; the bodies in it do (``parse``, the batch header). Raises
+    :class:`config.errors.IntegrityError`.
     """
-    return codec.decode(Certificate, data, bytes_max=CERTIFICATE_BYTES_MAX)
+    if len(data) > CERTIFICATE_BYTES_MAX:
+        raise IntegrityError("too_large", f"certificate of {len(data)} bytes exceeds {CERTIFICATE_BYTES_MAX}")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise IntegrityError("integrity", f"malformed certificate: {error}") from error
 
 
 class Collector:

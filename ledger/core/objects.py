@@ -42,8 +42,8 @@ NO_HEAD = bytes(32)
 """``prev`` of an account's first entry."""
 
 
-class _Array(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """A canonical array struct."""
+class _Array(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
+    """A canonical array struct. ``gc=False``: it holds no cycles, so the collector need not look at it."""
 
 
 class Signed(_Array, frozen=True):
@@ -209,7 +209,7 @@ class Certificate(_Array, frozen=True):
 Body = TypeVar("Body", Entry, Receipt, Voucher, Claim, Votes, Freeze)
 
 
-class Item(msgspec.Struct, frozen=True):
+class Item(msgspec.Struct, frozen=True, gc=False):
     """A decoded entry or claim with its id and the bytes that prove it."""
 
     object: Entry | Claim

@@ -313,3 +313,23 @@ async def test_receipts_are_signed_and_cover_the_answers(tmp_path):
         assert receipts[-1].calls == 40
         assert receipts[-1].kflop == 40_000_000
         assert receipts[-1].cumulative == 40_000
+
+
+async def test_what_is_left_in_an_expired_channel_returns_and_the_worker_is_paid(tmp_path):
+    async with swarm(tmp_path, nodes=5, f=1) as s:
+        payer, worker = s.ledgers[4], s.ledgers[1]
+        await s.ledgers[0].grant(s.ids[4].public_key, 6 * CREDIT)
+        await s.converged()
+        channel = await work(payer, worker, 100)
+        await until(lambda: payer.channels()[0]["promised"] >= 100_000)
+        assert await payer.buyer.reclaim_expired() == 0
+        s.now_ms += 73 * 3600 * 1000
+        with pytest.raises(RiosError):
+            worker.seller.admit(s.ids[4].peer_id, bytes(32), QUOTE)
+        returned = await payer.buyer.reclaim_expired()
+        await s.converged()
+        assert worker.balance() >= 100_000
+        assert returned == 5 * CREDIT - worker.balance()
+        assert payer.balance() == 6 * CREDIT - worker.balance()
+        assert s.ledgers[2].book.state.channels[channel].closed_at == worker.balance()
+        assert payer.buyer.channel(s.ids[1].peer_id) != await payer.buyer.open_channel(s.ids[1].peer_id)

@@ -1,0 +1,170 @@
+"""Vouchers and receipts of one channel: what is counted, promised, refused."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from config.errors import RiosError
+from ledger.core import merkle
+from ledger.core.channel import RECEIPT_CALLS, PayerChannel, SellerChannel
+from ledger.core.objects import Voucher
+
+NET, KEY, PAYER = b"n" * 16, b"c" * 32, b"p" * 32
+
+
+@dataclass(frozen=True)
+class Quote:
+    microcredits_per_tflop: int
+    number: int = 1
+    microcredits_per_kv_unit: int = 0
+
+
+GFLOP = 1_000_000  # kFLOP
+ONE = Quote(1_000_000)  # 1,000 microcredits a GFLOP
+
+
+def pair(*, lock=1_000_000, credit=50_000, prepay=50_000):
+    seller = SellerChannel(NET, KEY, PAYER, lock, credit)
+    payer = PayerChannel(NET, KEY, lock, prepay)
+    seller.accept(payer.first_voucher(), b"s")
+    return seller, payer
+
+
+def call(seller, payer, kflop=GFLOP, quote=ONE):
+    seller.admit()
+    due = seller.served(quote, kflop, bytes(32))
+    payer.used(quote, kflop)
+    return due
+
+
+def exchange(seller, payer):
+    leaves = len(seller.leaves)
+    receipt = seller.receipt()
+    assert payer.excess(receipt) == 0
+    voucher = payer.pay(receipt)
+    seller.accept(voucher, b"s", leaves)
+    return receipt, voucher
+
+
+def test_money_is_rounded_down_once_on_the_cumulative():
+    seller, payer = pair()
+    odd = Quote(333_333_333)
+    for kflop in (1, 2, 7, 1000):
+        call(seller, payer, kflop, odd)
+    call(seller, payer, 999, Quote(1_000_001))
+    exact = (1010 * 333_333_333 + 999 * 1_000_001) // 10**9
+    assert seller.earned == payer.spent == exact
+
+
+def test_without_a_voucher_nothing_is_served():
+    seller = SellerChannel(NET, KEY, PAYER, 100, 100)
+    with pytest.raises(RiosError, match="no voucher") as caught:
+        seller.admit()
+    assert caught.value.code == "payment_required"
+
+
+def test_credit_grows_with_what_was_paid_up_to_w():
+    seller, payer = pair(lock=10_000_000)
+    for _ in range(2000):
+        if call(seller, payer):
+            exchange(seller, payer)
+    assert seller.promised >= seller.earned
+    before = seller.earned
+    served = 0
+    while served < 500 and seller.nano <= seller.limit_nano:
+        seller.served(ONE, GFLOP, bytes(32))
+        served += 1
+    assert (seller.promised - before) + 50_000 <= served * 1000 <= (seller.promised - before) + 51_000
+
+
+def test_receipts_are_due_after_32_calls_or_half_the_credit():
+    seller, payer = pair()
+    assert [call(seller, payer) for _ in range(27)] == [False] * 27
+    assert call(seller, payer), "27,500 of 55,000 are used"
+    exchange(seller, payer)
+    seller, payer = pair()
+    dues = [call(seller, payer, 1000) for _ in range(RECEIPT_CALLS)]
+    assert dues == [False] * (RECEIPT_CALLS - 1) + [True]
+
+
+def test_the_receipt_covers_the_answers_since_the_last_paid_one():
+    seller, payer = pair()
+    leaves = [bytes([n]) * 32 for n in range(5)]
+    for leaf in leaves[:3]:
+        seller.served(ONE, 1, leaf)
+        payer.used(ONE, 1)
+    receipt, voucher = exchange(seller, payer)
+    assert receipt.use_root == voucher.use_root == merkle.root_of(leaves[:3])
+    for leaf in leaves[3:]:
+        seller.served(ONE, 1, leaf)
+    assert seller.receipt().use_root == merkle.root_of(leaves[3:])
+
+
+def test_the_payer_accepts_one_doubtful_call_but_no_more():
+    seller, payer = pair()
+    for _ in range(10):
+        call(seller, payer)
+    seller.served(ONE, GFLOP, bytes(32))
+    assert payer.excess(seller.receipt()) == 0, "one answer may still be under way"
+    seller.served(ONE, GFLOP, bytes(32))
+    assert payer.excess(seller.receipt()) == 1000
+    payer.used(ONE, GFLOP)
+    assert payer.excess(seller.receipt()) == 0
+
+
+def test_one_percent_of_the_window_may_be_in_doubt():
+    payer = PayerChannel(NET, KEY, 10**9, 0)
+    seller = SellerChannel(NET, KEY, PAYER, 10**9, 10**9)
+    for _ in range(990):
+        payer.used(ONE, GFLOP)
+    for _ in range(1000):
+        seller.served(ONE, GFLOP, bytes(32))
+    assert payer.excess(seller.receipt()) == 0
+    for _ in range(2):
+        seller.served(ONE, GFLOP, bytes(32))
+    assert payer.excess(seller.receipt()) > 0
+
+
+def test_a_payer_never_signs_above_the_lock_nor_far_above_its_count():
+    seller, payer = pair(lock=60_000)
+    for _ in range(61):
+        if seller.nano > seller.limit_nano:
+            break
+        call(seller, payer)
+        exchange(seller, payer)
+        assert payer.promised <= 60_000
+        assert payer.promised <= max(50_000, payer.spent + 50_000)
+    with pytest.raises(RiosError, match="owes") as caught:
+        seller.admit()
+    assert "top the channel up" in caught.value.hint
+
+
+def test_vouchers_never_fall_and_stay_inside_the_lock():
+    seller, _ = pair()
+    seller.accept(Voucher(NET, KEY, 1, 70_000, bytes(32)), b"s")
+    for wrong in (
+        Voucher(NET, KEY, 2, 69_999, bytes(32)),
+        Voucher(NET, KEY, 2, 1_000_001, bytes(32)),
+        Voucher(bytes(16), KEY, 2, 80_000, bytes(32)),
+        Voucher(NET, bytes(32), 2, 80_000, bytes(32)),
+    ):
+        with pytest.raises(RiosError):
+            seller.accept(wrong, b"s")
+    assert seller.promised == 70_000
+
+
+def test_a_restored_payer_takes_up_its_newest_voucher_and_misses_some_counts_once():
+    seller, payer = pair()
+    for _ in range(20):
+        call(seller, payer)
+    exchange(seller, payer)
+    restored = PayerChannel(NET, KEY, 1_000_000, 50_000)
+    restored.first_voucher()
+    restored.adopt(seller.voucher)
+    restored.resume(50_000)
+    assert restored.promised == seller.promised
+    assert restored.excess(seller.receipt()) == 0
+    restored.pay(seller.receipt())
+    for _ in range(2):
+        seller.served(ONE, GFLOP, bytes(32))
+    assert restored.excess(seller.receipt()) > 0
