@@ -346,3 +346,21 @@ async def test_an_unreachable_peer_is_unavailable_at_once(pair):
     with pytest.raises(RemoteError) as error, trio.fail_after(3):
         await a.call(stranger, "echo", {}, deadline_ms=10_000)
     assert error.value.code == "unavailable"
+
+
+async def test_simultaneous_dials_end_in_one_link(nodes):
+    a, b = await nodes("a"), await nodes("b")
+    for node in (a, b):
+        node.serve("echo", echo)
+    a._host.learn(b.peer_id, b.addresses)
+    b._host.learn(a.peer_id, a.addresses)
+
+    async def call(source: PeerNetwork, target: PeerNetwork) -> None:
+        await source.call(target.peer_id, "echo", {}, deadline_ms=10_000)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call, a, b)
+        nursery.start_soon(call, b, a)
+    await until(lambda: all(len(links) == 1 for node in (a, b) for links in node.links._links.values()))
+    await call(a, b)
+    await call(b, a)
