@@ -18,10 +18,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import trio
 from libp2p import new_host
-from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, IRawConnection
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
@@ -36,6 +37,7 @@ from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.tools.anyio_service import background_trio_service
+from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
@@ -92,6 +94,25 @@ class _Rules(Validator):
         """The index of the value that wins."""
         rule, name = self._rule(key)
         return rule.select(name, values)
+
+
+class _Tcp(TCP):
+    """TCP that remembers what it dialled: a dial that is cancelled half-way would leave its socket open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dialled: WeakSet[trio.socket.SocketType] = WeakSet()
+
+    async def _dial_resolved(self, *arguments: Any, **more: Any) -> IRawConnection:  # noqa: ANN401 - passed on
+        connection: Any = await super()._dial_resolved(*arguments, **more)
+        self._dialled.add(connection.stream.stream.socket)
+        raw: IRawConnection = connection
+        return raw
+
+    def close_all(self) -> None:
+        """Close whatever is still open."""
+        for dialled in list(self._dialled):
+            dialled.close()
 
 
 class _Watcher(INotifee):
@@ -276,18 +297,20 @@ async def open_host(
     pair = create_new_key_pair(identity.seed)
     noise = Noise(pair, noise_privkey=create_noise_key_pair().private_key)
     noise.spawn = nursery.start_soon
+    tcp = _Tcp()
     host = new_host(
         key_pair=pair,
         sec_opt={NOISE_ID: noise},
         muxer_preference="YAMUX",
         connection_config=_limits(peers_max),
-        listen_addrs=addresses,
+        transports=[tcp],
         disable_identify_address_discovery=True,
     )
     assert str(host.get_id()) == identity.peer_id
     swarm: Any = host.get_network()
     swarm.upgrader.muxer_multistream = Muxer({TProtocol(YAMUX_ID): Connection})
     swarm.retry_config = RetryConfig(max_retries=0)
+    swarm.auto_connector.maybe_connect = _dial_nobody
     rules = _Rules()
     dht = KadDHT(
         host,
@@ -326,6 +349,11 @@ async def open_host(
         finally:
             with trio.move_on_after(1.0, shield=True):
                 await host.close()
+            tcp.close_all()
+
+
+async def _dial_nobody() -> None:
+    """In the place of the library's own dialling: which peers we want is decided above."""
 
 
 def tame_logging() -> None:
@@ -379,7 +407,7 @@ def _is_loopback(address: Multiaddr) -> bool:
 
 
 def _limits(peers_max: int) -> ConnectionConfig:
-    # two connections per peer (simultaneous dials), and no connections of the library's own choice
+    # two connections per peer (simultaneous dials)
     most = 2 * peers_max + 16
     return ConnectionConfig(
         max_connections=most, high_watermark=most, low_watermark=0, min_connections=0, auto_connect_interval=3600.0

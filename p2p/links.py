@@ -4,8 +4,8 @@ Invariants:
 1. At most one dial per peer is under way; a caller that gives up does not end it for the others.
 2. Of two links that both sides dialled at once, both ends prefer the one that the smaller peer id opened; the other is
    closed by its opener once nothing is in flight on it.
-3. A peer that answers no ping for :data:`PING_TIMEOUT_S` has no link any more. A peer whose link broke and that cannot
-   be dialled again within about 3 s is reported as down.
+3. A peer that answers no ping for :data:`PING_TIMEOUT_S` is reported as down and its links are closed. A peer whose
+   link broke is dialled again, and reported as down if that does not succeed within about 3 s.
 """
 
 import logging
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 10.0
 TICK_S = 2.0
-PING_TIMEOUT_S = 5.0
+PING_TIMEOUT_S = 3.0
 REDIAL_S = (0.05, 0.7, 1.8)
 
 
@@ -197,6 +197,7 @@ class Links:
     async def _probe(self, link: Connection) -> None:
         if not await link.ping(PING_TIMEOUT_S) and link.alive:
             log.info("peer %s does not answer", link.peer_id)
+            self._down(link.peer_id)
             await self.drop(link.peer_id)
 
     async def drop(self, peer_id: PeerId) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import trio
 
-from config.errors import IntegrityError, RemoteError, RiosError
+from config.errors import IntegrityError, RemoteError, RequestError, RiosError
 from config.vocabulary import PeerId
 from p2p.core.advert import LIFE_MS_MAX, Advert
 from p2p.core.failures import from_header, internal, to_header
@@ -268,7 +268,7 @@ class MemoryNetwork:
     async def publish(self, topic: str, payload: bytes) -> None:
         """Deliver to every other reachable subscriber, each in its own task."""
         if len(payload) > PAYLOAD_BYTES_MAX:
-            raise RiosError("too_large", f"a gossip message of {len(payload)} bytes exceeds {PAYLOAD_BYTES_MAX}")
+            raise RequestError("too_large", f"a gossip message of {len(payload)} bytes exceeds the 64 KiB limit")
         await trio.lowlevel.checkpoint()
         for peer, node in list(self._hub.nodes.items()):
             if peer == self.peer_id or not self._hub.reachable(self.peer_id, peer):

@@ -94,6 +94,7 @@ class Session(SecureSession):
         # receiving: ciphertext ring and the plaintext of the current message
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._start = self._end = self._reads = 0
+        self._empty = False  # whether the last read took all there was
         self._message = b""
         self._at = 0
         # sending: what the socket did not take at once
@@ -169,16 +170,15 @@ class Session(SecureSession):
             await trio.lowlevel.checkpoint()
         while True:
             try:
+                if self._empty:
+                    await trio.lowlevel.wait_readable(self._socket)
                 count = os.readv(self._socket.fileno(), room)
                 break
             except BlockingIOError:
-                self._reads = 0
-            except OSError as error:
-                raise ConnectionClosedError(f"connection lost: {error}") from error
-            try:
-                await trio.lowlevel.wait_readable(self._socket)
+                self._empty, self._reads = True, 0
             except (OSError, trio.ClosedResourceError) as error:
                 raise ConnectionClosedError(f"connection lost: {error}") from error
+        self._empty = count < len(room[0])
         if count == 0:
             raise ConnectionClosedError("connection closed by the peer")
         self._end += count
