@@ -1,0 +1,186 @@
+"""Tokens per second on this machine: the fused model beside llama.cpp, on the same file, threads and prompt.
+
+Run it as a program; the last line on stdout is one JSON object. The two take turns, so that what else the machine
+does hits both; ratios are medians over the rounds. llama.cpp comes from its Python wheel, in an environment of its
+own below ``.bench/``.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+from tokenizers import Tokenizer
+
+from dmoe.importer.build import import_gguf
+from dmoe.importer.bundled import fetch_bundled
+from dmoe.layers import ExpertShard, FusedModel, LocalExperts, Sequence, Trunk, forward
+from dmoe.runtime import RuntimeOptions
+from dmoe.store import ModelStore
+from p2p.core.identity import Identity
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BENCH = REPOSITORY / ".bench"
+PROMPT = "The history of computing begins " * 20
+NEW_TOKENS = 64
+PEER_PACKAGE = "xllamacpp"
+
+PEER_PROGRAM = f"""
+import json, sys, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, p.n_ctx, p.n_parallel, p.warmup = sys.argv[1], 1024, 1, False
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[2])
+server = xllamacpp.Server(p)
+for _ in sys.stdin:
+    answer = server.handle_completions(dict(
+        prompt={PROMPT!r}, n_predict={NEW_TOKENS}, temperature=0, ignore_eos=True, cache_prompt=False))
+    answer = answer if isinstance(answer, dict) else json.loads(answer)
+    print("TIMINGS " + json.dumps(answer["timings"]), flush=True)
+"""
+
+Round = dict[str, float]
+"""``decode`` and ``prefill``, tokens per second."""
+
+
+class LlamaCpp:
+    """llama.cpp in a process and an environment of its own."""
+
+    def __init__(self, gguf: Path, threads: int) -> None:
+        python = BENCH / PEER_PACKAGE / "bin" / "python"
+        if not python.exists():
+            venv.create(BENCH / PEER_PACKAGE, with_pip=True)
+        if subprocess.run([python, "-c", f"import {PEER_PACKAGE}"], capture_output=True, check=False).returncode:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", PEER_PACKAGE], check=True)
+        command = [str(python), "-c", PEER_PROGRAM, str(gguf), str(threads)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def run(self) -> Round:
+        """Answer the prompt once."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("TIMINGS "):
+                timings = json.loads(line.removeprefix("TIMINGS "))
+                return {"decode": timings["predicted_per_second"], "prefill": timings["prompt_per_second"]}
+        raise RuntimeError("llama.cpp ended early")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+class Local:
+    """This project's model in this process: route ``fused``, or ``local`` (the swarm's pieces, without a swarm)."""
+
+    def __init__(self, store: ModelStore, name: str, threads: int, route: str) -> None:
+        manifest = store.find(name)
+        options = RuntimeOptions(device="cpu", threads=threads)
+        self._ids = Tokenizer.from_str(store.read(manifest, manifest.tokenizer).decode()).encode(PROMPT).ids
+        self._new: Callable[[int], Sequence]
+        if route == "fused":
+            model = FusedModel(manifest, store, options)
+            self._new, self._forward = model.new_sequence, model.forward
+        else:
+            trunk = Trunk(manifest, store, options)
+            shards = [ExpertShard(manifest, shard, store, options) for shard in manifest.expert_shards()]
+            experts = LocalExperts(manifest, shards, threads)
+            self._new = trunk.new_sequence
+            self._forward = lambda sequence, ids: forward(trunk, sequence, ids, experts)
+
+    def run(self) -> Round:
+        """Answer the prompt once, greedily."""
+        return trio.run(self._run)
+
+    async def _run(self) -> Round:
+        sequence = self._new(len(self._ids) + NEW_TOKENS)
+        start = time.perf_counter()
+        logits = await self._forward(sequence, self._ids)
+        prefilled = time.perf_counter()
+        for _ in range(NEW_TOKENS):
+            logits = await self._forward(sequence, [int(logits.argmax())])
+        done = time.perf_counter()
+        return {"decode": NEW_TOKENS / (done - prefilled), "prefill": len(self._ids) / (prefilled - start)}
+
+
+def measure(runners: dict[str, Callable[[], Round]], rounds: int) -> dict[str, list[Round]]:
+    """Let all take turns; a first turn of each warms up and is not counted."""
+    results: dict[str, list[Round]] = {name: [] for name in runners}
+    for turn in range(rounds + 1):
+        for name, run in runners.items():
+            result = run()
+            if turn:
+                results[name].append(result)
+    return results
+
+
+def ratio(results: dict[str, list[Round]], ours: str, theirs: str, what: str) -> float:
+    """Median over the rounds of ours / theirs; above 1 we are faster."""
+    pairs = zip(results[ours], results[theirs], strict=True)
+    return round(statistics.median(a[what] / b[what] for a, b in pairs), 3)
+
+
+def prepare() -> tuple[ModelStore, Path, str]:
+    """The bundled model, imported once below ``.bench/``."""
+    gguf = fetch_bundled(BENCH / "download")
+    store = ModelStore(BENCH / "models")
+    name = "bench-source"
+    if not any(manifest.name == name for manifest in store.manifests().values()):
+        import_gguf(gguf, store, Identity.from_seed(bytes(32)), name=name)
+    return store, gguf, name
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    return {"system": platform.platform(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+
+
+def local_vs_llamacpp(threads: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures and ratios of the local routes beside llama.cpp."""
+    store, gguf, name = prepare()
+    peer = LlamaCpp(gguf, threads)
+    try:
+        fused, pieces = Local(store, name, threads, "fused"), Local(store, name, threads, "local")
+        results = measure({"llamacpp": peer.run, "fused": fused.run, "pieces": pieces.run}, rounds)
+    finally:
+        peer.close()
+    figures = {
+        f"{name}_{what}_tokens_per_second": round(statistics.median(r[what] for r in results[name]), 1)
+        for name in results
+        for what in ("decode", "prefill")
+    }
+    ratios = {
+        "local_vs_llamacpp_decode": ratio(results, "fused", "llamacpp", "decode"),
+        "local_vs_llamacpp_prefill": ratio(results, "fused", "llamacpp", "prefill"),
+        "pieces_vs_local_decode": ratio(results, "pieces", "fused", "decode"),
+        "pieces_vs_local_prefill": ratio(results, "pieces", "fused", "prefill"),
+    }
+    return figures, ratios
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    figures, ratios = local_vs_llamacpp(arguments.threads, arguments.rounds)
+    figures["threads"] = arguments.threads
+    print(json.dumps({"name": "generate", "machine": machine(), "figures": figures, "ratios": ratios}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
