@@ -257,8 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(_from_os(error), as_json=as_json)
     except KeyboardInterrupt:
         return 130
-    if isinstance(result, int):
-        return result
+    if not isinstance(result, Output):
+        return int(result)
     print(json.dumps(result.data, separators=(",", ":"), default=str) if as_json else result.text)
     return result.code
 

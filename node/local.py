@@ -224,10 +224,10 @@ def model_import(context: Context) -> Output:
     from dmoe.store import ModelStore  # noqa: PLC0415
 
     args = context.args
-    identity, paths = _identity(context)
     source, name = Path(args.source), args.name
     if args.source != "bundled" and not source.is_file():
         raise LocalError("not_found", f"there is no file {source}", "give a .gguf file, or `bundled`")
+    identity, paths = _identity(context)
     store = ModelStore(paths.models)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:

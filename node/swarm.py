@@ -98,6 +98,11 @@ class NodeProcess:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
 
     def stop(self) -> int:
         """Ask it to end; returns its exit code."""
@@ -110,8 +115,7 @@ class NodeProcess:
         except subprocess.TimeoutExpired:
             self.kill()
             code = -signal.SIGKILL
-        if self.process.stdin is not None:
-            self.process.stdin.close()
+        self._close_pipe()
         return code
 
     def log_tail(self, lines: int = 15) -> str:

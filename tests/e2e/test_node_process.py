@@ -102,9 +102,9 @@ def test_a_key_with_a_passphrase_needs_it(swarm, tmp_path):
     made = rios("init", "--keep-config", "--new-network", config=config, environ={"RIOS_PASSPHRASE_FILE": str(secret)})
     assert made.returncode == 0, made.stderr
     without = rios("id", config=config)
-    assert without.returncode == 1
+    assert without.returncode == 2
     assert "passphrase" in without.stderr
-    assert rios("id", config=config, environ={"RIOS_PASSPHRASE": "wrong"}).returncode == 1
+    assert rios("id", config=config, environ={"RIOS_PASSPHRASE": "wrong"}).returncode == 2
     right = rios("id", config=config, environ={"RIOS_PASSPHRASE": "correct horse"})
     assert right.returncode == 0, right.stderr
 
