@@ -33,7 +33,7 @@ class Paths:
     @property
     def accounts(self) -> Path:
         """The gateway's embedded accounts database."""
-        return self.data / "accounts.db"
+        return self.data / "gateway.db"
 
     @property
     def models(self) -> Path:
