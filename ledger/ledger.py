@@ -134,6 +134,7 @@ class Ledger:
         return verify_file(path, genesis)
 
     async def _in_worker(self, work: Callable[[], T]) -> T:
+        await self._writer.flush()  # what was seen in memory is then on disk as well
         return await trio.to_thread.run_sync(work) if self._in_thread else work()
 
     def statistics(self) -> dict[str, Any]:

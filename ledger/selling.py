@@ -29,6 +29,7 @@ from p2p.face import Call, Network, Reply
 
 RECEIPT_DEADLINE_MS = 10_000
 RETRY_S = 1.0
+RETRY_MAX_S = 60.0
 CHANNELS_MAX = 65536
 TICK_S = 30.0
 
@@ -55,6 +56,7 @@ class Selling:
         self._channels: dict[bytes, SellerChannel] = {}
         self._dirty: dict[bytes, SellerChannel] = {}
         self._busy: set[bytes] = set()
+        self._failures: dict[bytes, int] = {}
         self._taking: dict[bytes, trio.Lock] = {}
         self._wake = trio.Event()
         self._urgent = trio.Event()
@@ -132,6 +134,7 @@ class Selling:
         self._check_hello(call.peer_id, known)
         assert known is not None
         channel = self._channels.get(key)
+        self._failures.pop(key, None)
         if channel is None:
             if len(self._channels) >= CHANNELS_MAX:
                 raise RiosError("busy", "too many channels", "try another worker")
@@ -226,7 +229,8 @@ class Selling:
             if error.code == "payment_required":
                 await self._stop(channel, f"the payer disputes the receipt: {error.message}")
             else:
-                await trio.sleep(RETRY_S)
+                failures = self._failures[channel.id] = min(16, self._failures.get(channel.id, 0) + 1)
+                await trio.sleep(min(RETRY_MAX_S, RETRY_S * 2 ** (failures - 1)))
                 self._mark(channel)
         finally:
             self._busy.discard(channel.id)
@@ -247,6 +251,7 @@ class Selling:
             deadline_ms=RECEIPT_DEADLINE_MS,
         )
         self.receipts += 1
+        self._failures.pop(channel.id, None)
         signed = read_signed(reply.header.get("voucher"))
         voucher = codec.decode(Voucher, signed.body, bytes_max=SMALL_BYTES_MAX)
         await self._take(channel, voucher, signed.signature, leaves=leaves)

@@ -440,6 +440,11 @@ class Writer:
         if mine.error is not None:
             raise mine.error
 
+    async def flush(self) -> None:
+        """Return when everything handed in so far is durable (the lock is fair)."""
+        async with self._lock:
+            pass
+
     async def _commit_group(self) -> None:
         group: list[_Waiting] = []
         records: list[Record] = []

@@ -12,12 +12,10 @@ A transition checks everything on a scratch first and mutates last.
 from collections.abc import Iterator
 from hashlib import sha256
 
-import msgspec
-
 from config.errors import IntegrityError
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
-from ledger.core.objects import NO_HEAD, Claim, Entry, Item, channel_id
+from ledger.core.objects import Claim, Entry, Item, channel_id
 from ledger.core.rules import AccountState, ChannelState, Scratch, check_claim, check_claim_signatures, check_entry
 
 WAITING_MAX = 1 << 20
@@ -265,15 +263,3 @@ class State:
         total = sum(account.balance for account in self.accounts.values()) + locked
         if total != self.supply or self.supply > self.genesis.max_supply:
             raise IntegrityError("integrity", f"I2: balances and locks make {total}, granted were {self.supply}")
-
-
-def structs_equal(a: State, b: State) -> bool:
-    """Whether two states agree in every account and channel (for checks beside the digest)."""
-    return msgspec.to_builtins(a.channels, builtin_types=(bytes,)) == msgspec.to_builtins(
-        b.channels, builtin_types=(bytes,)
-    ) and all(
-        msgspec.structs.astuple(a.account(k)) == msgspec.structs.astuple(b.account(k)) for k in a.accounts | b.accounts
-    )
-
-
-__all__ = ["NO_HEAD", "State", "structs_equal"]

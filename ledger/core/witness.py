@@ -23,8 +23,6 @@ from ledger.core.objects import (
     Vote,
     Votes,
     Voucher,
-    channel_id,
-    id_of,
     sign,
 )
 from ledger.core.rules import check_claim, check_claim_signatures, check_entry, check_entry_signature, check_freezes
@@ -214,6 +212,3 @@ class Witness:
         for slot in final:
             if slot not in self.proofs:
                 del self._voted[slot]
-
-
-__all__ = ["Batch", "FrozenChannel", "Witness", "channel_id", "id_of"]

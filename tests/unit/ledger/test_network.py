@@ -11,9 +11,10 @@ from config.errors import RemoteError, RequestError, RiosError
 from config.settings import LedgerSettings
 from ledger.core.certificate import Verifier
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Entry, Receipt, Transfer, open_signed, parse, sign
+from ledger.core.objects import Entry, Receipt, Transfer, Voucher, open_signed, parse, sign
 from ledger.ledger import Ledger, open_ledger
 from ledger.voting import read_signed
+from p2p.core import codec
 from p2p.core.identity import Identity
 from p2p.memory import MemoryHub
 
@@ -44,7 +45,8 @@ async def until(condition) -> None:
 class Swarm:
     """Several ledgers on one hub. Node 0 is the issuer; the first ``3f+1`` are witnesses."""
 
-    def __init__(self, tmp_path, nursery, *, nodes=3, f=0, seed=1):
+    def __init__(self, tmp_path, nursery, *, nodes=3, f=0, seed=1, in_thread=False):
+        self.in_thread = in_thread
         self.hub = MemoryHub(seed)
         self.tmp_path = tmp_path
         self.nursery = nursery
@@ -65,7 +67,7 @@ class Swarm:
             self.tmp_path / f"{n}.db",
             settings,
             nursery=self.nursery,
-            in_thread=False,
+            in_thread=self.in_thread,
             now_ms=lambda: self.now_ms,
         )
         return self.ledgers[n]
@@ -131,8 +133,9 @@ async def test_grant_transfer_and_the_same_state_everywhere(tmp_path):
         assert [(line.kind, line.amount) for line in lines] == [("grant", 50 * CREDIT), ("transfer", -20 * CREDIT)]
 
 
-async def test_work_is_metered_paid_and_settled(tmp_path):
-    async with swarm(tmp_path) as s:
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_work_is_metered_paid_and_settled(tmp_path, in_thread):
+    async with swarm(tmp_path, in_thread=in_thread) as s:
         payer, worker = s.ledgers[0], s.ledgers[1]
         await payer.grant(s.ids[0].public_key, 20 * CREDIT)
         await work(payer, worker, 300)
@@ -333,3 +336,61 @@ async def test_what_is_left_in_an_expired_channel_returns_and_the_worker_is_paid
         assert payer.balance() == 6 * CREDIT - worker.balance()
         assert s.ledgers[2].book.state.channels[channel].closed_at == worker.balance()
         assert payer.buyer.channel(s.ids[1].peer_id) != await payer.buyer.open_channel(s.ids[1].peer_id)
+
+
+async def test_forged_replayed_and_foreign_vouchers_and_receipts_change_nothing(tmp_path):
+    async with swarm(tmp_path) as s:
+        payer, worker, thief = s.ledgers[0], s.ledgers[1], s.ledgers[2]
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+        channel = await work(payer, worker, 40)
+        await worker.settle_all()
+        await s.converged()
+        before = worker.channels(), payer.channels()
+        promised = worker.channels()[0]["promised"]
+        network = {n: s.hub.nodes[s.ids[n].peer_id] for n in range(3)}
+
+        def hello(who, cumulative, key=channel):
+            signed = sign(s.ids[who], Voucher(s.genesis.net, key, 9, cumulative, LEAF))
+            return {"channel": channel, "certificates": [], "voucher": codec.encode(signed)}
+
+        def receipt(who, cumulative, net=s.genesis.net):
+            body = Receipt(net, channel, 9, cumulative, 99, 99, 0, LEAF)
+            return {"receipt": codec.encode(sign(s.ids[who], body))}
+
+        to_worker, to_payer = s.ids[1].peer_id, s.ids[0].peer_id
+        for sender, target, method, header in (
+            (0, to_worker, "ledger.channel", hello(2, promised + 1)),
+            (2, to_worker, "ledger.channel", hello(2, promised + 1)),
+            (0, to_worker, "ledger.channel", hello(0, 6 * CREDIT)),
+            (0, to_worker, "ledger.channel", hello(0, promised + 1, key=LEAF)),
+            (0, to_worker, "ledger.channel", {"channel": channel, "certificates": [], "voucher": b"junk"}),
+            (2, to_payer, "ledger.receipt", receipt(2, 1)),
+            (1, to_payer, "ledger.receipt", receipt(2, 1)),
+            (1, to_payer, "ledger.receipt", receipt(1, 1, net=bytes(16))),
+        ):
+            with pytest.raises(RiosError):
+                await network[sender].call(target, method, header, deadline_ms=5000)
+        # an old voucher and an old receipt are answered with what is held, and nothing falls
+        await network[0].call(to_worker, "ledger.channel", hello(0, 1), deadline_ms=5000)
+        await network[1].call(to_payer, "ledger.receipt", receipt(1, 5), deadline_ms=5000)
+        assert (worker.channels(), payer.channels()) == before
+        with pytest.raises(RiosError, match="not known here"):
+            worker.seller.admit(thief._identity.peer_id, channel, QUOTE)
+
+
+async def test_a_payer_that_goes_silent_is_cut_off_and_its_last_voucher_is_claimed(tmp_path):
+    async with swarm(tmp_path, nodes=4) as s:
+        await s.ledgers[0].grant(s.ids[3].public_key, 20 * CREDIT)
+        await s.converged()
+        payer, worker = s.ledgers[3], s.ledgers[1]
+        channel = await work(payer, worker, 40)
+        await s.stop(3)
+        # what the last voucher prepaid and the credit on it; then no more
+        for _ in range(200):
+            if not admitted(worker.seller, s.ids[3].peer_id, channel):
+                break
+            worker.seller.served(s.ids[3].peer_id, channel, QUOTE, 1_000_000, LEAF)
+        assert not admitted(worker.seller, s.ids[3].peer_id, channel)
+        (sold,) = worker.channels()
+        assert sold["earned"] - sold["promised"] <= sold["promised"] // 10 + 1_000
+        assert await worker.settle_all() == sold["promised"] == worker.balance()
