@@ -1,4 +1,4 @@
-"""The libp2p host, tamed: identity, listening, dialling, DHT, gossip, streams. With ``secure`` the importer of libp2p.
+"""The libp2p host, tamed: identity, listening, dialling, DHT, gossip, streams.
 
 Owns: which parts of py-libp2p run and how, and that nothing they raise or a peer sends ends the process.
 Does not own: what travels over the streams, which peers we want.
@@ -43,7 +43,8 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
 from config.vocabulary import PeerId
 from p2p.core.identity import Identity
-from p2p.secure import Channel, Connection, Muxer, Noise
+from p2p.secure import Connection, Muxer, Noise
+from p2p.streams import Channel
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from p2p.face import Handler
 from p2p.host import Host
 from p2p.pool import Pool
 from p2p.rpc import Connection
-from p2p.secure import Channel
+from p2p.streams import Channel
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ DIAL_TIMEOUT_S = 10.0
 TICK_S = 2.0
 PING_TIMEOUT_S = 3.0
 REDIAL_S = (0.05, 0.7, 1.8)
+SHUTTING_DOWN = "shutting down"
 
 
 class _Dial:
@@ -158,7 +159,11 @@ class Links:
         if link in links:
             links.remove(link)
             self._choose(link.peer_id)
-            if link.peer_id not in self._best and not self.closing and link.peer_id not in self._reviving:
+            if link.peer_id in self._best or self.closing:
+                return
+            if link.farewell == SHUTTING_DOWN:
+                self._down(link.peer_id)
+            elif link.peer_id not in self._reviving:
                 self._reviving.add(link.peer_id)
                 self._nursery.start_soon(self._revive, link.peer_id)
 
@@ -211,7 +216,7 @@ class Links:
         self.closing = True
         for links in list(self._links.values()):
             for link in list(links):
-                link.say_goodbye("shutting down")
+                link.say_goodbye(SHUTTING_DOWN)
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> dict[str, object]:

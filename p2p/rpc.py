@@ -56,6 +56,7 @@ class Connection:
         self.heard_at = trio.current_time()
         self.round_trip_s = 0.0
         self.leaving = False
+        self.farewell = ""
         self.ended = trio.Event()
         self._handlers = handlers
         self._pool = pool
@@ -180,6 +181,7 @@ class Connection:
 
     def _on_goodbye(self, event: frames.Goodbye) -> None:
         self.leaving = True
+        self.farewell = event.reason
 
     def _on_cancelled(self, event: frames.Cancelled) -> None:
         scope = self._running.get(event.call_id)

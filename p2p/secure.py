@@ -12,7 +12,7 @@ Invariants:
    :data:`STALL_SECONDS` loses its connection.
 3. A claimed stream keeps yamux's flow control: windows are respected and granted.
 
-This file and ``host`` are the only importers of libp2p.
+This file, ``streams`` and ``host`` are the only importers of libp2p.
 """
 
 import os
@@ -24,31 +24,30 @@ from typing import Any, Protocol
 import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from libp2p.abc import IMuxedConn, INetStream, IRawConnection, ISecureConn
+from libp2p.abc import IMuxedConn, IRawConnection, ISecureConn
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux import yamux as yamux_module
-from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
+from libp2p.stream_muxer.yamux.yamux import Yamux
 
 BACKLOG_BYTES = 1 << 20
 STALL_SECONDS = 20.0
-WINDOW_BYTES = 4 << 20
 RECEIVE_BYTES = 256 << 10
 READS_PER_TURN = 16
 """Reads after which other tasks get a turn, however much data waits."""
 
-_NOISE_PLAIN_MAX = 65535 - 16
-_YAMUX_HEAD = Struct("!BBHII")
+NOISE_PLAIN_MAX = 65535 - 16
+YAMUX_HEAD = Struct("!BBHII")
 _NONCE = Struct("<4xQ")
-_PAYLOAD_MAX = _NOISE_PLAIN_MAX - _YAMUX_HEAD.size
-_DATA, _WINDOW_UPDATE, _FIN, _RST = 0, 1, 4, 8
+PAYLOAD_MAX = NOISE_PLAIN_MAX - YAMUX_HEAD.size
+DATA, WINDOW_UPDATE, _FIN, _RST = 0, 1, 4, 8
 _IOV_MAX = 512
 
 # one yamux frame then fits one Noise message
-yamux_module.MAX_MESSAGE_SIZE = _NOISE_PLAIN_MAX
+yamux_module.MAX_MESSAGE_SIZE = NOISE_PLAIN_MAX
 
 Buffer = bytes | bytearray | memoryview
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]
@@ -111,7 +110,7 @@ class Session(SecureSession):
         if n == 0:
             return b""
         await self._more()
-        return self._piece(n if n is not None else _NOISE_PLAIN_MAX)
+        return self._piece(n if n is not None else NOISE_PLAIN_MAX)
 
     async def read_exactly(self, n: int) -> bytes:
         """Exactly ``n`` bytes of the plaintext stream."""
@@ -191,18 +190,18 @@ class Session(SecureSession):
                 self._at += 12
             else:
                 header = await self.read_exactly(12)
-            _, kind, flags, stream_id, length = _YAMUX_HEAD.unpack(header)
+            _, kind, flags, stream_id, length = YAMUX_HEAD.unpack(header)
             sink = self._claims.get(stream_id)
-            if sink is None or kind > _WINDOW_UPDATE:
+            if sink is None or kind > WINDOW_UPDATE:
                 return header
-            if kind == _WINDOW_UPDATE:
+            if kind == WINDOW_UPDATE:
                 sink.on_window(length)
             else:
                 await self._deliver(sink, length)
             if flags:
                 if flags & (_FIN | _RST):
                     self.release(stream_id)
-                return _YAMUX_HEAD.pack(0, _WINDOW_UPDATE, flags, stream_id, 0)
+                return YAMUX_HEAD.pack(0, WINDOW_UPDATE, flags, stream_id, 0)
 
     async def _deliver(self, sink: Sink, length: int) -> None:
         while length:
@@ -226,7 +225,7 @@ class Session(SecureSession):
 
     async def write(self, data: bytes) -> None:
         """Queue ``data`` whole, then wait while the backlog is too long."""
-        self.push([data] if len(data) <= _NOISE_PLAIN_MAX else _cut(data, _NOISE_PLAIN_MAX))
+        self.push([data] if len(data) <= NOISE_PLAIN_MAX else _cut(data, NOISE_PLAIN_MAX))
         await trio.lowlevel.checkpoint()
         await self.drain()
 
@@ -370,160 +369,6 @@ class Muxer(MuxerMultistream):
         return self._annotate_connection(connection, conn, protocol)
 
 
-class Channel:
-    """A libp2p stream of ours, claimed from yamux: chunks out, data in, both without a task of its own.
-
-    ``receiver`` must be set before :meth:`open`. What is received counts against the window until :meth:`consumed`.
-    """
-
-    def __init__(self, stream: INetStream) -> None:
-        muxed: Any = stream.muxed_conn
-        inner: Any = stream
-        self._stream: YamuxStream = inner.muxed_stream
-        self._net_stream = stream
-        self._yamux: Connection = muxed
-        self._session: Session = muxed.secured_conn
-        self._window = 0
-        self._unreported = 0
-        self._waiting: deque[memoryview] = deque()
-        self._waiting_bytes = 0
-        self._room = trio.Event()
-        self._receive: Callable[[memoryview], None] = _nowhere
-        self._lost: Callable[[], None] = _nothing
-        self.closed = False
-
-    @property
-    def peer_id(self) -> str:
-        """Who is at the other end; proved by the Noise handshake."""
-        return str(self._yamux.peer_id)
-
-    @property
-    def outbound(self) -> bool:
-        """Whether this side opened the stream."""
-        return self._stream.is_initiator
-
-    def open(self, receive: Callable[[memoryview], None], lost: Callable[[], None]) -> None:
-        """Take the stream over from yamux; data that came already is delivered at once."""
-        self._receive, self._lost = receive, lost
-        stream_id = self._stream.stream_id
-        early = bytes(self._yamux.stream_buffers.get(stream_id, b""))
-        if stream_id not in self._yamux.stream_buffers or self._stream.closed or self._stream.recv_closed:
-            self.closed = True
-            lost()
-            return
-        self._yamux.stream_buffers[stream_id].clear()
-        self._window = self._stream.send_window
-        self._session.claim(stream_id, self)
-        # what was granted so far is used up or in flight; top it up to the full window
-        self._grant(WINDOW_BYTES - self._stream.recv_window)
-        if early:
-            self._receive(memoryview(early))
-
-    # -- Sink
-
-    def on_data(self, data: memoryview) -> None:
-        """Bytes for us."""
-        self._receive(data)
-
-    def on_window(self, increment: int) -> None:
-        """The peer takes more."""
-        self._window += increment
-        if self._waiting:
-            self._send_waiting()
-
-    def on_closed(self) -> None:
-        """The end."""
-        self.closed = True
-        self._waiting.clear()
-        self._waiting_bytes = 0
-        self._wake()
-        self._lost()
-
-    # -- sending
-
-    def send(self, chunks: list[Buffer]) -> None:
-        """Send now or queue; never blocks. Ask :attr:`congested` before sending much."""
-        if self.closed:
-            return
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        try:
-            if not self._waiting and len(data) <= self._window and len(data) <= _PAYLOAD_MAX:
-                self._window -= len(data)
-                self._session.push([_YAMUX_HEAD.pack(0, _DATA, 0, self._stream.stream_id, len(data)) + data])
-                return
-            self._waiting.append(memoryview(data))
-            self._waiting_bytes += len(data)
-            self._send_waiting()
-        except ConnectionClosedError:
-            return  # on_closed has run
-
-    def _send_waiting(self) -> None:
-        messages: list[Buffer] = []
-        while self._waiting and self._window > 0:
-            first = self._waiting[0]
-            count = min(len(first), self._window, _PAYLOAD_MAX)
-            head = _YAMUX_HEAD.pack(0, _DATA, 0, self._stream.stream_id, count)
-            messages.append(b"".join((head, first[:count])))
-            self._window -= count
-            self._waiting_bytes -= count
-            if count == len(first):
-                self._waiting.popleft()
-            else:
-                self._waiting[0] = first[count:]
-        if messages:
-            try:
-                self._session.push(messages)
-            except ConnectionClosedError:
-                return  # on_closed has run
-        if self._waiting_bytes <= BACKLOG_BYTES:
-            self._wake()
-
-    @property
-    def congested(self) -> bool:
-        """Whether senders should :meth:`drain` first."""
-        return self._waiting_bytes > BACKLOG_BYTES or self._session.congested
-
-    async def drain(self) -> None:
-        """Wait while too much waits to be sent."""
-        while self._waiting_bytes > BACKLOG_BYTES and not self.closed:
-            await self._room.wait()
-        await self._session.drain()
-
-    def _wake(self) -> None:
-        event, self._room = self._room, trio.Event()
-        event.set()
-
-    # -- window
-
-    def consumed(self, count: int) -> None:
-        """That many received bytes take no room any more; the peer is told in big steps."""
-        self._unreported += count
-        if self._unreported >= WINDOW_BYTES // 2:
-            self._grant(self._unreported)
-            self._unreported = 0
-
-    def _grant(self, increment: int) -> None:
-        if increment > 0 and not self.closed:
-            try:
-                self._session.push([_YAMUX_HEAD.pack(0, _WINDOW_UPDATE, 0, self._stream.stream_id, increment)])
-            except ConnectionClosedError:
-                return  # on_closed has run
-
-    async def close(self) -> None:
-        """End the stream; its connection stays."""
-        self._session.release(self._stream.stream_id)
-        with trio.move_on_after(1, shield=True):
-            await self._net_stream.reset()
-
-
 def _cut(data: Buffer, size: int) -> list[Buffer]:
     view = memoryview(data)
     return [view[at : at + size] for at in range(0, len(view), size)]
-
-
-def _nowhere(_data: memoryview) -> None:
-    return
-
-
-def _nothing() -> None:
-    return

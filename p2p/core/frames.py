@@ -137,7 +137,8 @@ class Machine:
         self.frame_bytes_max = frame_bytes_max
         self._last_made = 0
         self._last_taken = 0
-        self._made: dict[int, int] = {}  # own open call -> items that may still arrive; -1: no item came yet
+        self._made: dict[int, int] = {}  # own open call -> items that may still arrive
+        self._streaming: set[int] = set()  # own open calls of which an item came
         self._taken: dict[int, int] = {}  # the peer's open call -> items that may still be sent
         self._head = bytearray()
         self._body: bytearray | None = None
@@ -159,21 +160,21 @@ class Machine:
         assert self._last_made < CALL_ID_MAX, "a connection is replaced long before its call ids run out"
         chunks = self._frame(REQUEST, self._last_made + 1, deadline_ms, header, buffers, name)
         self._last_made += 1
-        self._made[self._last_made] = -1
+        self._made[self._last_made] = STREAM_CREDIT
         return self._last_made, chunks
 
     def cancel(self, call_id: int) -> Chunks:
         """Give a call of ours up."""
         if self._made.pop(call_id, None) is None:
             return []
+        self._streaming.discard(call_id)
         return [HEAD.pack(0, CANCEL, 0, 0, call_id, 0, 0)]
 
     def grant(self, call_id: int, items: int = 1) -> Chunks:
         """Let the peer send more items of our call."""
-        left = self._made.get(call_id)
-        if left is None:
+        if call_id not in self._made:
             return []
-        self._made[call_id] = (STREAM_CREDIT if left < 0 else left) + items
+        self._made[call_id] += items
         return [HEAD.pack(0, CREDIT, 0, 0, call_id, items, 0)]
 
     def respond(self, call_id: int, header: Mapping[str, Any], buffers: Sequence[Buffer]) -> Chunks:
@@ -374,15 +375,16 @@ class Machine:
         if left is None:
             return
         if kind == ITEM:
-            left = STREAM_CREDIT if left < 0 else left
             if left == 0:
                 raise _broken(f"more items of call {call_id} than it has credit for")
             self._made[call_id] = left - 1
+            self._streaming.add(call_id)
             events.append(Item(call_id, header, buffers))
             return
-        if kind == RESPONSE and left >= 0:
+        if kind == RESPONSE and call_id in self._streaming:
             raise _broken(f"call {call_id} is answered by a stream and by a response")
         del self._made[call_id]
+        self._streaming.discard(call_id)
         if kind == RESPONSE:
             events.append(Response(call_id, header, buffers))
         elif kind == END:

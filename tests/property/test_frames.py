@@ -180,3 +180,11 @@ def test_answers_to_cancelled_calls_are_ignored_and_unknown_ones_are_not():
     assert caller.feed(answer) == []
     with pytest.raises(IntegrityError):
         machine().feed(answer)
+
+
+def test_credit_granted_before_the_first_item_does_no_harm():
+    caller, callee = machine(), machine()
+    call_id, chunks = caller.request("m", {}, (), 1000)
+    callee.feed(join(chunks) + join(caller.grant(call_id)))
+    assert callee.credit(call_id) == STREAM_CREDIT + 1
+    assert len(caller.feed(join(callee.respond(call_id, {}, ())))) == 1
