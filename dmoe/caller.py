@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 CHUNK_ROWS = 128
 CHUNK_BYTES_MAX = 4 << 20
 CHUNKS_AT_ONCE = 4
-PLAN_US = 50_000
-"""How long the plan of a layer with few rows is kept: about one token."""
+PLAN_US = 200_000
+"""How long the plan of a layer with few rows is kept: a few tokens."""
 PLAN_ROWS_MAX = 8
 PATIENCE_MS = 2_000
 """How long a call may take before another replica is asked, where there is one and nothing better is known."""
@@ -108,6 +108,7 @@ class Caller:
         local = self.worker.indices(model.model_id) if self.worker else frozenset()
         own_price = self.worker.quote.microcredits_per_tflop if self.worker else 0
         table = table_of(model, adverts, self.network.peer_id, local, own_price)
+        self.dispatcher.forget(adverts)
         for peer in table.quotes:
             row_us = row_us_of(model.layers[0], adverts[peer].hardware.expert_kflop_per_s)
             if row_us is not None:

@@ -87,7 +87,7 @@ def plan_of(manifest: Manifest, shard: ManifestShard) -> ShardPlan:
     )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     layer: int
     rows: FloatRows

@@ -19,8 +19,8 @@ from zlib import crc32
 
 from config.vocabulary import PeerId
 
-CALL_US = 150.0
-"""What one more remote call costs the caller itself."""
+CALL_US = 300.0
+"""What one more remote call costs the caller itself (framing, encryption, a system call, two task switches)."""
 ROUND_TRIP_PRIOR_US = 2_000.0
 ROW_PRIOR_US = 150.0
 EWMA = 0.2
@@ -32,6 +32,7 @@ HOLD_MAX_US = 30_000_000
 RETRIES_MAX = 32
 ANSWERS_PER_RETRY = 10
 """So many answers earn one retry."""
+PEERS_MAX = 1024
 PEER_WIDE = -1
 """The "shard" of a hold that covers a whole peer (unreachable, deadline)."""
 
@@ -91,6 +92,12 @@ class Dispatcher:
         if known is None:
             known = self.peers[peer] = PeerEstimate(0.0 if peer == self.me else ROUND_TRIP_PRIOR_US)
         return known
+
+    def forget(self, here: Collection[PeerId]) -> None:
+        """Drop what is known about peers that have left, once they are many."""
+        if len(self.peers) > PEERS_MAX:
+            self.peers = {p: known for p, known in self.peers.items() if p in here or p == self.me or known.in_flight}
+            self._holds = {key: hold for key, hold in self._holds.items() if key[0] in here}
 
     def prior(self, peer: PeerId, row_us: float) -> None:
         """What an advert claims about a peer that was never called."""

@@ -35,7 +35,7 @@ def decode(kind: type[T], data: bytes, *, bytes_max: int) -> T:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
     try:
         value = decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError("integrity", f"malformed {kind.__name__}: {error}") from error
     if _encoder.encode(value) != data:
         raise IntegrityError("integrity", f"{kind.__name__} is not in canonical encoding")

@@ -151,3 +151,15 @@ def test_the_retry_budget_ends_and_refills_with_answers():
     warm(dispatcher, "a", 1, 1, calls=10)
     assert dispatcher.may_retry()
     assert not dispatcher.may_retry()
+
+
+def test_peers_that_left_are_forgotten_once_they_are_many():
+    dispatcher = Dispatcher("me")
+    for n in range(3000):
+        warm(dispatcher, f"peer-{n}", 1, 1, calls=1)
+        dispatcher.failed(f"peer-{n}", (0,), 0)
+    dispatcher.started("peer-7", 1)
+    dispatcher.forget({"peer-5"})
+    assert set(dispatcher.peers) == {"peer-5", "peer-7"}
+    assert dispatcher.held("peer-5", 0, 1)
+    assert not dispatcher.held("peer-9", 0, 1)

@@ -150,12 +150,17 @@ async def test_a_peer_that_fails_rests_and_the_call_is_repeated_elsewhere():
         await s.node(())
         await s.node((*FIRST, *SECOND))
         await s.node((*FIRST, *SECOND))
-        for shard in s.shards[1].values():
+        caller = await s.caller()
+        probe = caller.session(manifest)
+        await probe.run(0, rows(1), ALL)
+        (taken, *_) = probe.report().rows
+        (broken,) = [n for n, node in enumerate(s.nodes) if node.peer_id == taken]
+        for shard in s.shards[broken].values():
             shard.fault = RemoteError("internal", "out of order")
-        session = (await s.caller()).session(manifest)
+        session = caller.session(manifest)
         for turn in range(5):
             await answer(session, manifest, rows(1, turn))
-        assert set(session.report().rows) == {s.nodes[2].peer_id}
+        assert set(session.report().rows) == {s.nodes[3 - broken].peer_id}
         assert 0 < session.report().retries <= LAYERS, "each shard fails once, then its replica is left alone"
 
 
@@ -401,3 +406,60 @@ async def test_an_old_price_is_refused():
         with pytest.raises(RemoteError, match="quote 3 is not valid"):
             await node.call(node.peer_id, "expert.run", header, [buffer], deadline_ms=1000)
         assert not seller.leaves
+
+
+async def test_draining_finishes_what_is_in_flight_and_refuses_the_rest():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        await s.node((*FIRST, *SECOND))
+        worker = s.workers[1]
+        for group in range(GROUPS):
+            worker.local(manifest.model_id, 0, group).row_seconds = 1.0  # believed slow: runs in a thread
+        session = (await s.caller()).session(manifest)
+        got = []
+
+        async def ask():
+            got.append(await session.run(0, rows(3), ALL))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            while not worker.statistics()["active"]:
+                await trio.lowlevel.checkpoint()
+            await worker.drain()
+            assert not worker.statistics()["active"]
+        assert got[0].tobytes() == expected(manifest, 0, rows(3)).tobytes()
+        with pytest.raises(RemoteError, match="shutting down"):
+            await session.run(2, rows(1), ALL)
+
+
+async def test_a_caller_that_leaves_takes_its_waiting_rows_with_it():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node((*FIRST,))
+        loaded = s.workers[0].local(manifest.model_id, 0, 0)
+        loaded.row_seconds = 1.0
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(s.workers[0].compute, [loaded], 0, rows(2), None, None, trio.current_time() + 60)
+            while not loaded.rows_waiting:
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        assert loaded.rows_waiting == 0
+        assert not loaded.waiting
+
+
+async def test_a_shard_that_breaks_fails_its_callers_and_serves_the_next(caplog):
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        await s.node((*FIRST, *SECOND))
+        for shard in s.shards[1].values():
+            shard.fault = ZeroDivisionError("a bug")
+        session = (await s.caller()).session(manifest)
+        with pytest.raises(RemoteError, match="handler failed") as e:
+            await session.run(0, rows(1), ALL)
+        assert e.value.code == "no_replica"
+        for shard in s.shards[1].values():
+            shard.fault = None
+        assert (await session.run(0, rows(1), ALL)).tobytes() == expected(manifest, 0, rows(1)).tobytes()

@@ -1,0 +1,238 @@
+"""One shard's way into this node: wanted -> fetching -> verifying -> loading -> serving.
+
+Owns: the steps, their progress, the limits of disk and memory, what happens after a failure. Does not own: which shards
+are wanted and when they go (``hosting``), how files travel (``fetching``). The trunk's way ends at ``stored``: it is
+kept on disk for nodes that answer requests.
+
+Invariants:
+1. Never more than ``disk_bytes_max`` on disk nor ``ram_bytes_max`` in memory, what is on its way included.
+2. A failure is kept under the shard's name and tried again later, ever less often; it never ends the node.
+3. One task at a time works on a shard.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import trio
+
+from config.errors import IntegrityError, LocalError, RiosError
+from config.vocabulary import PeerId
+from dmoe.core.manifest import Manifest, ModelFile, Shard
+from dmoe.fetching import Fetcher, Models
+from dmoe.worker import Shard as LoadedShard
+from dmoe.worker import Worker, plan_of
+
+log = logging.getLogger(__name__)
+
+State = Literal["wanted", "fetching", "verifying", "loading", "serving", "stored", "no_room", "failed"]
+Loader = Callable[[Manifest, Shard], LoadedShard]
+
+RETRY_FIRST_SECONDS = 2.0
+RETRY_MAX_SECONDS = 300.0
+FETCHES_AT_ONCE = 2
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one shard is here."""
+
+    state: State = "wanted"
+    bytes_done: int = 0
+    bytes_total: int = 0
+    error: str = ""
+    failures: int = 0
+    retry_at: float = 0.0
+    ended: trio.Event | None = None
+    """There while somebody works on it."""
+
+    def begin(self) -> None:
+        """Somebody works on it now."""
+        self.ended = trio.Event()
+
+    def end(self) -> None:
+        """Nobody does any more."""
+        if self.ended is not None:
+            self.ended.set()
+        self.ended = None
+
+
+class Taker:
+    """Brings shards here and keeps count of them. ``on_change`` is called after every end of an attempt;
+    ``deployers`` tells whom to ask for a model's files besides its publisher."""
+
+    def __init__(
+        self,
+        store: Models,
+        worker: Worker,
+        fetcher: Fetcher,
+        *,
+        load: Loader,
+        disk_bytes_max: int,
+        ram_bytes_max: int,
+        deployers: Callable[[str], list[PeerId]],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.progress: dict[tuple[str, int], Progress] = {}
+        """(model id, shard index) -> how far it is; shards that were never wanted here are missing."""
+        self.disk_bytes = 0
+        self._store = store
+        self._worker = worker
+        self._fetcher = fetcher
+        self._load = load
+        self._disk_bytes_max = disk_bytes_max
+        self._ram_bytes_max = ram_bytes_max
+        self._deployers = deployers
+        self._on_change = on_change
+        self._fetch_limit = trio.CapacityLimiter(FETCHES_AT_ONCE)
+        self._load_limit = trio.CapacityLimiter(1)
+        self._ram_reserved = 0
+        self._disk_reserved = 0
+
+    def has_room(self, ram_bytes: int) -> bool:
+        """Whether a shard of this size still fits into memory."""
+        return self._worker.ram_bytes() + self._ram_reserved + ram_bytes <= self._ram_bytes_max
+
+    def ready(self, manifest: Manifest) -> frozenset[int]:
+        """Shards ready here: loaded experts, and a trunk on disk."""
+        index = manifest.shard_index(manifest.trunk.id)
+        progress = self.progress.get((manifest.model_id, index))
+        stored = {index} if progress is not None and progress.state == "stored" else set()
+        return self._worker.indices(manifest.model_id) | stored
+
+    def start(self, nursery: trio.Nursery, manifest: Manifest, index: int) -> None:
+        """Begin to take a shard, unless it is on its way or rests after a failure."""
+        shard = manifest.shards[index]
+        progress = self.progress.setdefault((manifest.model_id, index), Progress(bytes_total=shard.size_bytes))
+        if (
+            progress.ended is not None
+            or trio.current_time() < progress.retry_at
+            or progress.state in ("serving", "stored")
+        ):
+            return
+        progress.begin()
+        name = f"{manifest.name}, shard {shard.id}"
+        nursery.start_soon(self.attempt, progress, name, self._take, manifest, index, progress)
+
+    async def attempt(self, progress: Progress, name: str, work: Callable[..., Any], *arguments: object) -> None:
+        """Do ``work``; a failure is reported in ``progress`` and tried again later, ever less often."""
+        try:
+            await work(*arguments)
+            progress.error, progress.failures = "", 0
+        except Exception as error:
+            progress.failures += 1
+            pause = min(RETRY_MAX_SECONDS, RETRY_FIRST_SECONDS * 2 ** min(progress.failures - 1, 10))
+            progress.retry_at = trio.current_time() + pause
+            progress.error = str(error) or type(error).__name__
+            if progress.state != "no_room":
+                progress.state = "failed"
+            if isinstance(error, RiosError):
+                log.warning("%s: %s; next try in %d s", name, error, pause)
+            else:
+                log.exception("%s failed; next try in %d s", name, pause)
+        finally:
+            progress.end()
+            self._on_change()
+
+    async def _take(self, manifest: Manifest, index: int, progress: Progress) -> None:
+        """One shard's way from wherever it is to being served (the trunk: to the disk)."""
+        shard = manifest.shards[index]
+        ram = shard.ram_bytes if shard.kind == "expert" else 0
+        self._check_ram(shard, ram, progress)
+        self._ram_reserved += ram
+        try:
+            async with self._fetch_limit:
+                await self._bring(manifest, shard, progress)
+            if shard.kind == "trunk":
+                progress.state = "stored"
+            else:
+                async with self._load_limit:
+                    progress.state = "loading"
+                    loaded = await trio.to_thread.run_sync(self._load, manifest, shard)
+                self._worker.load(plan_of(manifest, shard), loaded)
+                progress.state = "serving"
+        finally:
+            self._ram_reserved -= ram
+        log.info("%s: shard %s is %s", manifest.name, shard.id, progress.state)
+
+    async def _bring(self, manifest: Manifest, shard: Shard, progress: Progress) -> None:
+        """Make the shard's files whole on disk; the trunk's with the tokenizer."""
+        model_id = manifest.model_id
+        files = (*shard.files, manifest.tokenizer) if shard.kind == "trunk" else shard.files
+        progress.bytes_total = sum(file.size_bytes for file in files)
+        progress.state = "verifying"
+        missing = []
+        for file in files:
+            if not await trio.to_thread.run_sync(self._is_whole, model_id, file):
+                missing.append(file)
+        size = sum(file.size_bytes for file in missing)
+        progress.bytes_done = progress.bytes_total - size
+        if not missing:
+            return
+        if self.disk_bytes + self._disk_reserved + size > self._disk_bytes_max:
+            progress.state = "no_room"
+            message = f"shard {shard.id} needs {size} bytes; models here take {self.disk_bytes} already"
+            raise LocalError("disk_full", message, f"raise dmoe.disk_bytes_max ({self._disk_bytes_max})")
+        progress.state = "fetching"
+        self._disk_reserved += size
+
+        def count(done: int) -> None:
+            progress.bytes_done = min(progress.bytes_total, progress.bytes_done + done)
+
+        try:
+            likely = [manifest.publisher, *self._deployers(model_id)]
+            await self._fetcher.files(manifest, missing, shard, likely, count)
+        finally:
+            self._disk_reserved -= size
+            await self.measure_disk()
+        progress.state = "verifying"
+        for file in missing:
+            await trio.to_thread.run_sync(self._store.verify_file, model_id, file)
+
+    def _is_whole(self, model_id: str, file: ModelFile) -> bool:
+        """Whether a file is here and unaltered; a damaged one is named in the log and removed, to be fetched again."""
+        path = self._store.path(model_id, file)
+        if not path.exists():
+            return False
+        try:
+            self._store.verify_file(model_id, file)
+        except IntegrityError as error:
+            log.warning("%s; it is fetched again", error)
+            path.unlink(missing_ok=True)
+            return False
+        return True
+
+    def _check_ram(self, shard: Shard, ram: int, progress: Progress) -> None:
+        if ram and not self.has_room(ram):
+            used = self._worker.ram_bytes() + self._ram_reserved
+            progress.state = "no_room"
+            message = f"shard {shard.id} needs {ram} bytes of memory; {used} of {self._ram_bytes_max} are taken"
+            raise LocalError("local", message, "raise dmoe.ram_bytes_max")
+
+    async def store_only(self, manifest: Manifest, index: int) -> None:
+        """Bring a shard's files here without serving it. Raises what went wrong."""
+        shard = manifest.shards[index]
+        progress = self.progress.setdefault((manifest.model_id, index), Progress(bytes_total=shard.size_bytes))
+        while progress.ended is not None:
+            await progress.ended.wait()
+        if progress.state in ("serving", "stored"):
+            return
+        progress.begin()
+        try:
+            await self._bring(manifest, shard, progress)
+            progress.state, progress.error = "stored", ""
+        except RiosError as error:
+            progress.state, progress.error = "failed", str(error)
+            raise
+        finally:
+            progress.end()
+        if shard.kind == "expert":
+            del self.progress[manifest.model_id, index]  # on disk, not served: placement decides about that
+        self._on_change()
+
+    async def measure_disk(self) -> None:
+        try:
+            self.disk_bytes = await trio.to_thread.run_sync(self._store.disk_bytes)
+        except OSError as error:  # a file vanished while it was counted
+            log.debug("counting the models' bytes: %s", error)
