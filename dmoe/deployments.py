@@ -24,7 +24,7 @@ from config.vocabulary import PeerId
 from dmoe.core import deployment
 from dmoe.core.deployment import Book, Deployment, SignedDeployment
 from dmoe.core.manifest import Manifest
-from p2p.face import Call, Network, Reply
+from p2p.face import Call, Network, RecordRule, Reply
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Deployments:
         self._dirty = False
         network.serve(METHOD, self._list)
         network.subscribe(TOPIC, self._heard)
+        network.directory.accept_records(NAMESPACE, RecordRule(deployment.check_record, deployment.newest))
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Ask peers in turn until cancelled."""

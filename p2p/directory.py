@@ -25,8 +25,8 @@ from config.errors import IntegrityError, RiosError
 from config.vocabulary import PeerId
 from p2p.core.advert import Advert, SignedAdvert, newer, open_advert, peer_of, sign
 from p2p.core.identity import Identity
-from p2p.face import Buffer, Call, Header, Reply
-from p2p.host import Host, RecordRule
+from p2p.face import Buffer, Call, Header, RecordRule, Reply
+from p2p.host import Host
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,10 @@ class PeerDirectory:
                 data = await self._host.get_record(NAMESPACE, peer_id)
                 if data is not None:
                     self.offer(data)
+
+    def accept_records(self, namespace: str, rule: RecordRule) -> None:
+        """See :meth:`p2p.face.Directory.accept_records`."""
+        self._host.accept_records(namespace, rule)
 
     async def put_record(self, namespace: str, key: str, value: bytes) -> None:
         """See :meth:`p2p.face.Directory.put_record`."""

@@ -83,6 +83,14 @@ class Blobs(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class RecordRule:
+    """What makes a DHT record of one namespace valid (raises RiosError if not), and which of several wins (index)."""
+
+    check: Callable[[str, bytes], None]
+    select: Callable[[str, Sequence[bytes]], int]
+
+
 class Directory(Protocol):
     """Verified adverts: a local view that answers at once and is kept fresh in the background."""
 
@@ -100,6 +108,9 @@ class Directory(Protocol):
 
     async def find_providers(self, model_id: str) -> None:
         """Look a model's providers up in the DHT and add their adverts to the view (slow: never on the hot path)."""
+
+    def accept_records(self, namespace: str, rule: RecordRule) -> None:
+        """Take part in storing records of a namespace; without a rule its records are neither put nor kept."""
 
     async def put_record(self, namespace: str, key: str, value: bytes) -> None:
         """Store a small value in the DHT under ``/rios/<namespace>/<key>`` (verified by the caller's own rules)."""
@@ -167,6 +178,7 @@ __all__ = [
     "Handler",
     "Header",
     "Network",
+    "RecordRule",
     "Reply",
     "SignedAdvert",
 ]

@@ -16,7 +16,6 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -43,6 +42,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
 from config.vocabulary import PeerId
 from p2p.core.identity import Identity
+from p2p.face import RecordRule
 from p2p.secure import Connection, Muxer, Noise
 from p2p.streams import Channel
 
@@ -57,14 +57,6 @@ NAMESPACE = "rios"
 
 Accept = Callable[[Channel], Awaitable[None]]
 Received = Callable[[PeerId, bytes], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class RecordRule:
-    """What makes a DHT record of one namespace valid (raises RiosError if not), and which of several wins (index)."""
-
-    check: Callable[[str, bytes], None]
-    select: Callable[[str, Sequence[bytes]], int]
 
 
 class _Rules(Validator):
@@ -439,4 +431,4 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:200]
 
 
-__all__ = ["Channel", "Host", "PeerInfo", "RecordRule", "open_host", "parse_address"]
+__all__ = ["Channel", "Host", "PeerInfo", "open_host", "parse_address"]

@@ -26,7 +26,17 @@ from p2p.core.advert import LIFE_MS_MAX, Advert
 from p2p.core.failures import from_header, internal, to_header
 from p2p.core.headers import pack, unpack
 from p2p.core.identity import Identity
-from p2p.face import BlobSource, Buffer, Call, ContentFile, GossipHandler, Handler, Header, Reply
+from p2p.face import (
+    BlobSource,
+    Buffer,
+    Call,
+    ContentFile,
+    GossipHandler,
+    Handler,
+    Header,
+    RecordRule,
+    Reply,
+)
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +105,7 @@ class MemoryDirectory:
 
     def __init__(self, hub: MemoryHub, peer_id: PeerId, fields: Mapping[str, Any]) -> None:
         self._hub = hub
+        self._rules: dict[str, RecordRule] = {}
         self._peer_id = peer_id
         self._changed = trio.Event()
         self._own = Advert(peer_id=peer_id, seq=0, expires_ms=0)
@@ -133,9 +144,15 @@ class MemoryDirectory:
         """Nothing to look up: every advert is in the view already."""
         await trio.lowlevel.checkpoint()
 
+    def accept_records(self, namespace: str, rule: RecordRule) -> None:
+        """Check what this node puts."""
+        self._rules[namespace] = rule
+
     async def put_record(self, namespace: str, key: str, value: bytes) -> None:
-        """Store a record for everybody."""
+        """Store a record for everybody. Raises what the namespace's rule raises."""
         await trio.lowlevel.checkpoint()
+        if namespace in self._rules:
+            self._rules[namespace].check(key, value)
         self._hub.records[namespace, key] = bytes(value)
 
     async def get_record(self, namespace: str, key: str) -> bytes | None:
@@ -149,6 +166,7 @@ class MemoryBlobs:
 
     def __init__(self, hub: MemoryHub, peer_id: PeerId) -> None:
         self._hub = hub
+        self._rules: dict[str, RecordRule] = {}
         self._peer_id = peer_id
         self.sources: list[BlobSource] = []
 
@@ -194,6 +212,7 @@ class MemoryNetwork:
         self.directory = MemoryDirectory(hub, identity.peer_id, advert)
         self.blobs = MemoryBlobs(hub, identity.peer_id)
         self._hub = hub
+        self._rules: dict[str, RecordRule] = {}
         self._handlers: dict[str, Handler] = {}
         self._topics: dict[str, list[GossipHandler]] = {}
         self._serving: set[trio.CancelScope] = set()

@@ -27,7 +27,7 @@ from p2p.core.identity import Identity
 from p2p.directory import TOPIC, PeerDirectory
 from p2p.face import Buffer, Call, GossipHandler, Handler, Header, Reply
 from p2p.gossip import Gossip
-from p2p.host import Host, RecordRule, open_host, parse_address
+from p2p.host import Host, open_host, parse_address
 from p2p.links import Links
 from p2p.mesh import Mesh, read_seeds
 from p2p.peerbook import Peerbook
@@ -132,10 +132,6 @@ class PeerNetwork:
     def subscribe(self, topic: str, handler: GossipHandler) -> None:
         """Receive a topic's messages of others (one's own do not come back)."""
         self._gossip.subscribe(topic, handler)
-
-    def accept_records(self, namespace: str, rule: RecordRule) -> None:
-        """Take part in storing DHT records ``/rios/<namespace>/...`` that pass ``rule``."""
-        self._host.accept_records(namespace, rule)
 
     def peers(self) -> Sequence[PeerId]:
         """Peers with a live link right now."""

@@ -9,7 +9,7 @@ Invariants:
 4. The book is bounded: at most ``RECORDS_MAX`` records, at most ``PER_DEPLOYER_MAX`` of one deployer.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -67,6 +67,17 @@ def open_record(data: bytes) -> SignedDeployment:
     if not verify(public_key_of(record.deployer), TAG, envelope.body, envelope.signature):
         raise IntegrityError("integrity", f"deployment of {record.model_id[:12]} has a wrong signature")
     return SignedDeployment(record, data)
+
+
+def check_record(key: str, data: bytes) -> None:
+    """Raise IntegrityError unless ``data`` is a deployment of the model ``key`` (the DHT's rule)."""
+    if open_record(data).record.model_id != key:
+        raise IntegrityError("integrity", f"a deployment of another model under {key[:12]}")
+
+
+def newest(_key: str, records: Sequence[bytes]) -> int:
+    """Which of several valid records the DHT keeps: the last one signed."""
+    return max(range(len(records)), key=lambda index: open_record(records[index]).record.seq)
 
 
 def is_allowed(peer_id: str, me: str, allowed: Collection[str]) -> bool:

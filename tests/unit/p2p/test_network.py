@@ -14,8 +14,7 @@ from config.settings import P2pSettings
 from p2p.core.advert import Advert, ModelOffer
 from p2p.core.chunks import CHUNK_BYTES
 from p2p.core.identity import Identity
-from p2p.face import Call, ContentFile, Network, Reply
-from p2p.host import RecordRule
+from p2p.face import Call, ContentFile, Network, RecordRule, Reply
 from p2p.network import PeerNetwork, open_network
 
 ANY = ("/ip4/127.0.0.1/tcp/0",)
@@ -200,7 +199,7 @@ async def test_adverts_change_and_records_are_stored(nodes):
     # a record whose namespace has a rule goes through the DHT, others are refused
     rule = RecordRule(lambda name, value: _must_start(value), lambda name, values: 0)
     for node in (a, b, c):
-        node.accept_records("test", rule)
+        node.directory.accept_records("test", rule)
     await b.directory.put_record("test", "k", b"v1")
     assert await c.directory.get_record("test", "k") == b"v1"
     for namespace, value in (("test", b"x"), ("strange", b"v")):
