@@ -22,7 +22,7 @@ import onnxruntime as ort
 import trio
 from numpy.typing import NDArray
 
-from config.errors import RequestError
+from config.errors import LocalError, RequestError
 from dmoe.core import wire
 from dmoe.core.manifest import Architecture, Manifest, Router
 from dmoe.runtime import Binding, ExpertShard, FusedSession, RuntimeOptions, ShardFiles, TrunkSessions
@@ -226,10 +226,13 @@ class LocalExperts:
     """All experts in this process, with the roundings of the wire (route ``local``)."""
 
     def __init__(self, manifest: Manifest, shards: Items[ExpertShard], threads: int = 1) -> None:
-        """``shards`` must hold every sum group of every layer. ``threads``: sum groups of a large batch run so many
-        at a time."""
+        """``shards`` must hold every sum group of every layer, or LocalError is raised. ``threads``: sum groups of a
+        large batch run so many at a time."""
         arch = manifest.architecture
         by_id = {shard.shard.id: shard for shard in shards}
+        for shard in manifest.expert_shards():
+            if shard.id not in by_id:
+                raise LocalError("not_found", f"this node lacks shard {shard.id} of {manifest.name}")
         groups = range(len(manifest.sum_groups))
         self._layers = [
             [by_id[manifest.expert_shard(layer, group).id] for group in groups] for layer in range(arch.layers)
