@@ -233,9 +233,7 @@ def _block_sums(builder: _Builder, x: str, columns: int) -> str:
     if x not in builder.block_sums:
         shape = builder.constant(_i64(0, columns // BLOCK, BLOCK))
         blocks = builder.op("Reshape", [x, shape], [f"{x}.blocks"])
-        builder.block_sums[x] = builder.op(
-            "ReduceSum", [blocks, builder.constant(_i64(-1))], [f"{x}.sums"], keepdims=0
-        )
+        builder.block_sums[x] = builder.op("ReduceSum", [blocks, builder.constant(_i64(-1))], [f"{x}.sums"], keepdims=0)
     return builder.block_sums[x]
 
 
@@ -264,7 +262,7 @@ def _attention(
 ) -> None:
     """From the residual stream to the stream behind attention and its norm (``out``)."""
     p = prefix
-    cache_shape = [1, arch.kv_heads, "C", arch.head_dim]
+    cache_shape: list[int | str] = [1, arch.kv_heads, "C", arch.head_dim]
     for part in "kv":
         builder.input(f"{p}past_{part}", TensorProto.FLOAT, cache_shape)
         builder.output(f"{p}present_{part}", cache_shape)

@@ -18,14 +18,13 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 import trio
 from numpy.typing import NDArray
 
 from config.errors import LocalError, RequestError
 from dmoe.core import wire
 from dmoe.core.manifest import Architecture, Manifest, Router
-from dmoe.runtime import Binding, ExpertShard, FusedSession, RuntimeOptions, ShardFiles, TrunkSessions
+from dmoe.runtime import Binding, ExpertShard, FusedSession, RuntimeOptions, Session, ShardFiles, TrunkSessions
 
 Array = NDArray[Any]
 FloatRows = NDArray[np.float32]
@@ -118,7 +117,7 @@ class _Step:
         ]
         self.last_stream = self.streams[arch.layers % 2]
 
-    def _bind(self, session: ort.InferenceSession, sequence: Sequence, layer: int, arch: Architecture) -> Binding:
+    def _bind(self, session: Session, sequence: Sequence, layer: int, arch: Architecture) -> Binding:
         inputs, outputs = sequence.bindings(layer, "")
         inputs |= {"x": self.streams[layer % 2], "y": self.y}
         outputs |= {"x2": self.streams[(layer + 1) % 2], "h": self.h}
@@ -157,7 +156,8 @@ class Trunk:
         """``f32[V]`` of the last row of ``x + y``."""
         self._row[0][:], self._row[1][:] = x[-1], y[-1]
         self._row_head.run()
-        return self._row_logits[0].copy()
+        logits: FloatRows = self._row_logits[0].copy()
+        return logits
 
     def all_logits(self, x: FloatRows, y: FloatRows) -> FloatRows:
         """``f32[N, V]`` of every row."""

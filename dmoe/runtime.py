@@ -31,7 +31,7 @@ from dmoe.shardfile import ShardFile
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
-import onnxruntime as ort  # noqa: E402 - after its environment
+import onnxruntime as ort  # type: ignore[import-untyped]
 
 Array = NDArray[Any]
 FloatRows = NDArray[np.float32]
@@ -57,7 +57,9 @@ class RuntimeOptions:
         """Execution providers for experts, best first. Raises LocalError if a GPU is demanded and there is none."""
         available = _CUDA in ort.get_available_providers()
         if self.device == "cuda" and not available:
-            raise LocalError("local", "device = cuda, but no CUDA runtime was found", 'install rios[gpu], or use "auto"')
+            raise LocalError(
+                "local", "device = cuda, but no CUDA runtime was found", 'install rios[gpu], or use "auto"'
+            )
         return [_CUDA, _CPU] if available and self.device != "cpu" else [_CPU]
 
 
@@ -68,29 +70,35 @@ class ShardFiles(Protocol):
         """A shard's files, mapped."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Session:
+    """A loaded graph. ONNX Runtime borrows the weights that it did not pack: they stay alive with it."""
+
+    raw: Any
+    weights: Mapping[str, Array]
+
+
 class Binding:
     """A session with fixed memory for every input and output: running it allocates nothing of ours."""
 
     __slots__ = ("_arrays", "_binding", "_run")
 
-    def __init__(self, session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        binding = session.io_binding()
+    def __init__(self, session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        binding = session.raw.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._arrays = (*inputs.values(), *outputs.values())  # the session writes there: keep them alive
         self._binding = binding
-        self._run = session.run_with_iobinding
+        self._run = session.raw.run_with_iobinding
 
     def run(self) -> None:
         """Read the inputs, write the outputs."""
         self._run(self._binding)
 
 
-def open_session(
-    graph: Graph, *, threads: int, providers: Sequence[str] = (_CPU,), spinning: bool = False
-) -> ort.InferenceSession:
+def open_session(graph: Graph, *, threads: int, providers: Sequence[str] = (_CPU,), spinning: bool = False) -> Session:
     """A session over a graph of our own. Raises LocalError if this machine cannot make one."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -101,11 +109,10 @@ def open_session(
     values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in graph.weights.values()]
     options.add_external_initializers(list(graph.weights), values)
     try:
-        session = ort.InferenceSession(graph.model, options, providers=list(providers))
-    except Exception as error:  # its exceptions share no base class
+        raw = ort.InferenceSession(graph.model, options, providers=list(providers))
+    except Exception as error:
         raise LocalError("local", f"ONNX Runtime cannot load a graph: {str(error)[:300]}") from error
-    session.rios_weights = graph.weights  # ONNX Runtime borrows what it did not pack
-    return session
+    return Session(raw, graph.weights)
 
 
 class ExpertShard:
@@ -144,7 +151,8 @@ class ExpertShard:
             for expert in self._experts[1:]:
                 total += self._sessions[layer, expert].run(h)
             return total
-        assert experts is not None and weights is not None
+        assert experts is not None
+        assert weights is not None
         total = np.zeros(h.shape, np.float32)
         for expert in self._experts:
             rows, choices = np.nonzero(experts == expert)
@@ -168,7 +176,7 @@ class _Expert:
 
     __slots__ = ("_free", "_hidden", "_session")
 
-    def __init__(self, session: ort.InferenceSession, hidden: int) -> None:
+    def __init__(self, session: Session, hidden: int) -> None:
         self._session = session
         self._hidden = hidden
         self._free: list[tuple[FloatRows, FloatRows, Binding]] = []
@@ -243,9 +251,7 @@ def release(files: Sequence[ShardFile]) -> None:
         file.release_pages()
 
 
-def expert_weights(
-    arch: Architecture, tensors: Mapping[str, Array], layer: int, expert: int
-) -> tuple[Linear, Linear]:
+def expert_weights(arch: Architecture, tensors: Mapping[str, Array], layer: int, expert: int) -> tuple[Linear, Linear]:
     """gate|up ``[2 * intermediate, hidden]`` and down ``[hidden, intermediate]`` of an expert."""
     name = f"layer.{layer}.expert.{expert}"
     return (

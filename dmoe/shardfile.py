@@ -9,7 +9,7 @@ mapped. Fails with IntegrityError naming the file and the tensor.
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 HEADER_BYTES_MAX = 8 * MIB
 _ALIGNMENT = 64
-_DTYPES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -40,7 +40,7 @@ def to_bytes(tensors: Mapping[str, Array]) -> list[bytes | memoryview]:
             "shape": list(data.shape),
             "data_offsets": [offset, offset + data.nbytes],
         }
-        pieces.append(memoryview(data).cast("B"))
+        pieces.append(data.data.cast("B"))
         offset += data.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
@@ -93,9 +93,14 @@ def _parse(data: mmap.mmap, path: Path) -> dict[str, Array]:
     return tensors
 
 
-def _entry(entry: Any, fail: Any, name: str) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:  # noqa: ANN401
+def _entry(
+    entry: Any,  # noqa: ANN401 - any JSON
+    fail: Callable[[str], IntegrityError],
+    name: str,
+) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
     try:
-        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise fail(f"tensor {name[:80]} is described wrongly") from error
     numbers = (*shape, begin, end)

@@ -22,7 +22,6 @@ from config.vocabulary import ShardId
 from dmoe.core.linear import Linear, join_rows
 from dmoe.core.manifest import (
     CHUNK_BYTES,
-    Architecture,
     Golden,
     Manifest,
     ModelFile,
