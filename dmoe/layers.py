@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from config.errors import LocalError, RequestError
 from dmoe.core import wire
 from dmoe.core.manifest import Architecture, Manifest, Router
+from dmoe.graphs import rope_tables
 from dmoe.runtime import Binding, ExpertShard, FusedSession, RuntimeOptions, Session, ShardFiles, TrunkSessions
 
 Array = NDArray[Any]
@@ -70,6 +71,13 @@ class Sequence:
         self.cache = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(arch.layers)]
         self.seqlens_k = np.zeros(1, np.int32)
         self.total_length = np.zeros((), np.int32)
+        cos, sin = rope_tables(arch, capacity + 1)
+        self._shared = {
+            "seqlens_k": self.seqlens_k,
+            "total_length": self.total_length,
+            "rope_cos": cos,
+            "rope_sin": sin,
+        }
         self.steps: dict[int, Any] = {}
         """Bound memory by row count: of single rows, and of the last other count."""
 
@@ -94,10 +102,9 @@ class Sequence:
         self.steps[rows] = step
 
     def bindings(self, layer: int, prefix: str) -> tuple[dict[str, Array], dict[str, Array]]:
-        """A layer's cache and the lengths, as a session's inputs and outputs."""
+        """A layer's cache, the lengths and the rope tables, as a session's inputs and outputs."""
         keys, values = self.cache[layer]
-        lengths = {"seqlens_k": self.seqlens_k, "total_length": self.total_length}
-        inputs = {f"{prefix}past_k": keys, f"{prefix}past_v": values, **lengths}
+        inputs = {f"{prefix}past_k": keys, f"{prefix}past_v": values, **self._shared}
         return inputs, {f"{prefix}present_k": keys, f"{prefix}present_v": values}
 
 
@@ -245,11 +252,10 @@ class LocalExperts:
         if len(h) * self._flops_per_row <= INLINE_FLOPS_MAX:
             await trio.lowlevel.checkpoint()
             seen = wire.rounded(h)
-            parts = [
-                wire.rounded(shard.partial(layer, seen, routing.experts, routing.weights))
-                for shard in self._layers[layer]
-            ]
-            return wire.total(parts, h.shape)
+            partials = [shard.partial(layer, seen, routing.experts, routing.weights) for shard in self._layers[layer]]
+            # rows are rounded one by one, so all groups can be rounded in one call
+            rows = wire.rounded(np.concatenate(partials))
+            return wire.total(list(rows.reshape(len(partials), *h.shape)), h.shape)
         return await trio.to_thread.run_sync(self._run_parallel, layer, h, routing)
 
     def _run_parallel(self, layer: int, h: FloatRows, routing: Routing) -> FloatRows:

@@ -23,8 +23,8 @@ from config.errors import IntegrityError, LocalError
 from dmoe.core import linear
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Architecture, Manifest, Shard
-from dmoe.graphs import Graph, LayerWeights, attention_graph, expert_graph, fused_graph, head_graph, rope_tables
-from dmoe.shardfile import ShardFile
+from dmoe.graphs import Graph, LayerWeights, attention_graph, expert_graph, fused_graph, head_graph
+from dmoe.shardfile import ShardFile, Spool
 
 # both are read by ONNX Runtime itself: the first when it is imported, the second when an attention operator is made.
 # The tiled attention of the CPU provider is slower here at every length (one row of 300 keys: 205 instead of 82 us).
@@ -206,11 +206,10 @@ class TrunkSessions:
         arch = self.architecture = manifest.architecture
         self._files = store.open_shard(manifest, manifest.trunk)
         tensors = merged(self._files)
-        rope = rope_tables(arch)
         self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
         threads = options.thread_count
         self.attention = [
-            open_session(attention_graph(arch, layer_weights(arch, tensors, layer), rope), threads=threads)
+            open_session(attention_graph(arch, layer_weights(arch, tensors, layer)), threads=threads)
             for layer in range(arch.layers)
         ]
         norm, head = head_weights(arch, tensors)
@@ -230,14 +229,23 @@ class FusedSession:
         self._files = [file for shard in manifest.shards for file in store.open_shard(manifest, shard)]
         tensors = merged(self._files)
         self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
-        layers = [
-            (layer_weights(arch, tensors, layer), *_joined_experts(arch, tensors, layer))
-            for layer in range(arch.layers)
-        ]
+        self._joined = Spool(self._files[0].path.parent)
+        layers = [(layer_weights(arch, tensors, layer), *self._join(tensors, layer)) for layer in range(arch.layers)]
         norm, head = head_weights(arch, tensors)
-        graph = fused_graph(arch, layers, norm, head, rope_tables(arch))
+        graph = fused_graph(arch, layers, norm, head)
         self.session = open_session(graph, threads=options.thread_count, spinning=True)
         release(self._files)
+        self._joined.release_pages()
+
+    def _join(self, tensors: Mapping[str, Array], layer: int) -> tuple[Linear, Linear]:
+        arch = self.architecture
+        width = arch.intermediate
+        blocks = [expert_weights(arch, tensors, layer, expert) for expert in range(arch.router.experts)]
+        gates = [gate_up.take_rows(slice(0, width)) for gate_up, _ in blocks]
+        ups = [gate_up.take_rows(slice(width, 2 * width)) for gate_up, _ in blocks]
+        joined = linear.join_rows([*gates, *ups]), linear.join_columns([down for _, down in blocks])
+        gate_up, down = (Linear({k: self._joined.keep(part) for k, part in both.parts.items()}) for both in joined)
+        return gate_up, down
 
 
 def merged(files: Sequence[ShardFile]) -> dict[str, Array]:
@@ -281,11 +289,3 @@ def head_weights(arch: Architecture, tensors: Mapping[str, Array]) -> tuple[Arra
     """The last norm and the head; a tied head is the embedding."""
     head = linear.find(tensors, "embed" if arch.tie_embeddings else "head", arch.vocab, arch.hidden)
     return linear.vector(tensors, "norm", arch.hidden), head
-
-
-def _joined_experts(arch: Architecture, tensors: Mapping[str, Array], layer: int) -> tuple[Linear, Linear]:
-    width = arch.intermediate
-    blocks = [expert_weights(arch, tensors, layer, expert) for expert in range(arch.router.experts)]
-    gates = [gate_up.take_rows(slice(0, width)) for gate_up, _ in blocks]
-    ups = [gate_up.take_rows(slice(width, 2 * width)) for gate_up, _ in blocks]
-    return linear.join_rows([*gates, *ups]), linear.join_columns([down for _, down in blocks])

@@ -6,9 +6,11 @@ The header of a stranger's file is untrusted: its size, dtypes, shapes and offse
 mapped. Fails with IntegrityError naming the file and the tensor.
 """
 
+import errno
 import json
 import math
 import mmap
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,32 @@ class ShardFile:
     def release_pages(self) -> None:
         """Give the pages read so far back to the system; they are read again when touched."""
         self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class Spool:
+    """Arrays in nameless files: like a shard file's, their pages can be given back and are read again when touched."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._maps: list[mmap.mmap] = []
+
+    def keep(self, array: Array) -> Array:
+        """A read-only copy of ``array``. Raises LocalError if the disk is full."""
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                file.write(np.ascontiguousarray(array).data)
+                file.flush()
+                kept = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            raise LocalError("disk_full" if full else "local", f"cannot write in {self._folder}: {error}") from error
+        self._maps.append(kept)
+        return np.frombuffer(kept, array.dtype).reshape(array.shape)
+
+    def release_pages(self) -> None:
+        """As :meth:`ShardFile.release_pages`."""
+        for kept in self._maps:
+            kept.madvise(mmap.MADV_DONTNEED)
 
 
 def _parse(data: mmap.mmap, path: Path) -> dict[str, Array]:
