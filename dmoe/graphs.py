@@ -116,14 +116,14 @@ def _expert_model(gate_up: tuple[str, ...], rows: int, hidden: int, down: tuple[
     return builder.graph().model
 
 
-def attention_graph(arch: Architecture, layer: LayerWeights, rope: tuple[Array, Array]) -> Graph:
+def attention_graph(arch: Architecture, layer: LayerWeights) -> Graph:
     """``x, y f32[S, H] -> x2, h f32[S, H]`` (and ``scores f32[S, experts]``): ``x + y`` is the residual stream, ``y``
     the last layer's experts; ``x2`` the stream behind attention and ``h`` what this layer's experts get."""
     builder = _Builder()
     for name in ("x", "y"):
         builder.input(name, TensorProto.FLOAT, ["S", arch.hidden])
-    _declare_lengths(builder)
-    _attention(builder, arch, "", layer, rope, ("x", "y"), ("x2", "h"))
+    _declare_shared(builder, arch)
+    _attention(builder, arch, "", layer, ("x", "y"), ("x2", "h"))
     for name in ("x2", "h"):
         builder.output(name, ["S", arch.hidden])
     if layer.router is not None:
@@ -147,7 +147,6 @@ def fused_graph(
     layers: Sequence[tuple[LayerWeights, Linear, Linear]],
     norm: Array,
     head: Linear,
-    rope: tuple[Array, Array],
 ) -> Graph:
     """The whole model: ``x f32[S, H]`` (embeddings), ``first i64[1] -> logits f32[.., V]`` of the rows from ``first``.
 
@@ -156,12 +155,12 @@ def fused_graph(
     builder = _Builder()
     builder.input("x", TensorProto.FLOAT, ["S", arch.hidden])
     builder.input("first", TensorProto.INT64, [1])
-    _declare_lengths(builder)
+    _declare_shared(builder, arch)
     stream, pending = "x", ""
     for index, (layer, gate_up, down) in enumerate(layers):
         prefix = f"{index}."
         names = (f"{prefix}x2", f"{prefix}h")
-        _attention(builder, arch, prefix, layer, rope, (stream, pending), names)
+        _attention(builder, arch, prefix, layer, (stream, pending), names)
         stream = names[0]
         pending = _feed_forward(builder, prefix, names[1], gate_up, down, f"{prefix}y")
     rows = [
@@ -172,10 +171,10 @@ def fused_graph(
     return builder.graph()
 
 
-def rope_tables(arch: Architecture) -> tuple[Array, Array]:
-    """cos and sin, ``f32[context, head_dim / 2]`` (RoFormer, arXiv:2104.09864)."""
+def rope_tables(arch: Architecture, positions: int) -> tuple[Array, Array]:
+    """cos and sin, ``f32[positions, head_dim / 2]`` (RoFormer, arXiv:2104.09864)."""
     half = np.arange(0, arch.head_dim, 2, dtype=np.float64) / arch.head_dim
-    angles = np.outer(np.arange(arch.context, dtype=np.float64), arch.rope_theta**-half)
+    angles = np.outer(np.arange(positions, dtype=np.float64), arch.rope_theta**-half)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -200,7 +199,10 @@ def _blank(form: tuple[str, ...], rows: int, columns: int) -> Linear:
     return Linear({suffix: np.broadcast_to(dtype(0), shape) for suffix in form for dtype, shape in [shapes[suffix]]})
 
 
-def _declare_lengths(builder: _Builder) -> None:
+def _declare_shared(builder: _Builder, arch: Architecture) -> None:
+    """Inputs that all layers share. Rope tables are inputs because a session would copy them as initialisers."""
+    for name in ("rope_cos", "rope_sin"):
+        builder.input(name, TensorProto.FLOAT, ["R", arch.head_dim // 2])
     builder.input("seqlens_k", TensorProto.INT32, [1])
     builder.input("total_length", TensorProto.INT32, [])
 
@@ -233,9 +235,7 @@ def _block_sums(builder: _Builder, x: str, columns: int) -> str:
     if x not in builder.block_sums:
         shape = builder.constant(_i64(0, columns // BLOCK, BLOCK))
         blocks = builder.op("Reshape", [x, shape], [f"{x}.blocks"])
-        builder.block_sums[x] = builder.op(
-            "ReduceSum", [blocks, builder.constant(_i64(-1))], [f"{x}.sums"], keepdims=0
-        )
+        builder.block_sums[x] = builder.op("ReduceSum", [blocks, builder.constant(_i64(-1))], [f"{x}.sums"], keepdims=0)
     return builder.block_sums[x]
 
 
@@ -258,13 +258,12 @@ def _attention(
     arch: Architecture,
     prefix: str,
     layer: LayerWeights,
-    rope: tuple[Array, Array],
     stream: tuple[str, str],
     out: tuple[str, str],
 ) -> None:
     """From the residual stream to the stream behind attention and its norm (``out``)."""
     p = prefix
-    cache_shape = [1, arch.kv_heads, "C", arch.head_dim]
+    cache_shape: list[int | str] = [1, arch.kv_heads, "C", arch.head_dim]
     for part in "kv":
         builder.input(f"{p}past_{part}", TensorProto.FLOAT, cache_shape)
         builder.output(f"{p}present_{part}", cache_shape)
@@ -274,10 +273,9 @@ def _attention(
     dummy = builder.weight("dummy_row", np.zeros((1, arch.qkv_width), np.float32))
     padded = builder.op("Concat", [qkv, dummy], [f"{p}qkv.padded"], axis=0)
     batch = builder.op("Reshape", [padded, builder.constant(_i64(1, -1, arch.qkv_width))], [f"{p}qkv.batch"])
-    cos, sin = builder.weight("rope_cos", rope[0]), builder.weight("rope_sin", rope[1])
     builder.op(
         "GroupQueryAttention",
-        [batch, "", "", f"{p}past_k", f"{p}past_v", "seqlens_k", "total_length", cos, sin],
+        [batch, "", "", f"{p}past_k", f"{p}past_v", "seqlens_k", "total_length", "rope_cos", "rope_sin"],
         [f"{p}heads", f"{p}present_k", f"{p}present_v"],
         domain=_CONTRIB,
         num_heads=arch.heads,

@@ -18,14 +18,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 import trio
 from numpy.typing import NDArray
 
-from config.errors import RequestError
+from config.errors import LocalError, RequestError
 from dmoe.core import wire
 from dmoe.core.manifest import Architecture, Manifest, Router
-from dmoe.runtime import Binding, ExpertShard, FusedSession, RuntimeOptions, ShardFiles, TrunkSessions
+from dmoe.graphs import rope_tables
+from dmoe.runtime import Binding, ExpertShard, FusedSession, RuntimeOptions, Session, ShardFiles, TrunkSessions
 
 Array = NDArray[Any]
 FloatRows = NDArray[np.float32]
@@ -71,6 +71,13 @@ class Sequence:
         self.cache = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(arch.layers)]
         self.seqlens_k = np.zeros(1, np.int32)
         self.total_length = np.zeros((), np.int32)
+        cos, sin = rope_tables(arch, capacity + 1)
+        self._shared = {
+            "seqlens_k": self.seqlens_k,
+            "total_length": self.total_length,
+            "rope_cos": cos,
+            "rope_sin": sin,
+        }
         self.steps: dict[int, Any] = {}
         """Bound memory by row count: of single rows, and of the last other count."""
 
@@ -95,10 +102,9 @@ class Sequence:
         self.steps[rows] = step
 
     def bindings(self, layer: int, prefix: str) -> tuple[dict[str, Array], dict[str, Array]]:
-        """A layer's cache and the lengths, as a session's inputs and outputs."""
+        """A layer's cache, the lengths and the rope tables, as a session's inputs and outputs."""
         keys, values = self.cache[layer]
-        lengths = {"seqlens_k": self.seqlens_k, "total_length": self.total_length}
-        inputs = {f"{prefix}past_k": keys, f"{prefix}past_v": values, **lengths}
+        inputs = {f"{prefix}past_k": keys, f"{prefix}past_v": values, **self._shared}
         return inputs, {f"{prefix}present_k": keys, f"{prefix}present_v": values}
 
 
@@ -118,7 +124,7 @@ class _Step:
         ]
         self.last_stream = self.streams[arch.layers % 2]
 
-    def _bind(self, session: ort.InferenceSession, sequence: Sequence, layer: int, arch: Architecture) -> Binding:
+    def _bind(self, session: Session, sequence: Sequence, layer: int, arch: Architecture) -> Binding:
         inputs, outputs = sequence.bindings(layer, "")
         inputs |= {"x": self.streams[layer % 2], "y": self.y}
         outputs |= {"x2": self.streams[(layer + 1) % 2], "h": self.h}
@@ -157,7 +163,8 @@ class Trunk:
         """``f32[V]`` of the last row of ``x + y``."""
         self._row[0][:], self._row[1][:] = x[-1], y[-1]
         self._row_head.run()
-        return self._row_logits[0].copy()
+        logits: FloatRows = self._row_logits[0].copy()
+        return logits
 
     def all_logits(self, x: FloatRows, y: FloatRows) -> FloatRows:
         """``f32[N, V]`` of every row."""
@@ -226,10 +233,13 @@ class LocalExperts:
     """All experts in this process, with the roundings of the wire (route ``local``)."""
 
     def __init__(self, manifest: Manifest, shards: Items[ExpertShard], threads: int = 1) -> None:
-        """``shards`` must hold every sum group of every layer. ``threads``: sum groups of a large batch run so many
-        at a time."""
+        """``shards`` must hold every sum group of every layer, or LocalError is raised. ``threads``: sum groups of a
+        large batch run so many at a time."""
         arch = manifest.architecture
         by_id = {shard.shard.id: shard for shard in shards}
+        for shard in manifest.expert_shards():
+            if shard.id not in by_id:
+                raise LocalError("not_found", f"this node lacks shard {shard.id} of {manifest.name}")
         groups = range(len(manifest.sum_groups))
         self._layers = [
             [by_id[manifest.expert_shard(layer, group).id] for group in groups] for layer in range(arch.layers)
@@ -242,11 +252,10 @@ class LocalExperts:
         if len(h) * self._flops_per_row <= INLINE_FLOPS_MAX:
             await trio.lowlevel.checkpoint()
             seen = wire.rounded(h)
-            parts = [
-                wire.rounded(shard.partial(layer, seen, routing.experts, routing.weights))
-                for shard in self._layers[layer]
-            ]
-            return wire.total(parts, h.shape)
+            partials = [shard.partial(layer, seen, routing.experts, routing.weights) for shard in self._layers[layer]]
+            # rows are rounded one by one, so all groups can be rounded in one call
+            rows = wire.rounded(np.concatenate(partials))
+            return wire.total(list(rows.reshape(len(partials), *h.shape)), h.shape)
         return await trio.to_thread.run_sync(self._run_parallel, layer, h, routing)
 
     def _run_parallel(self, layer: int, h: FloatRows, routing: Routing) -> FloatRows:

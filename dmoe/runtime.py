@@ -23,15 +23,15 @@ from config.errors import IntegrityError, LocalError
 from dmoe.core import linear
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Architecture, Manifest, Shard
-from dmoe.graphs import Graph, LayerWeights, attention_graph, expert_graph, fused_graph, head_graph, rope_tables
-from dmoe.shardfile import ShardFile
+from dmoe.graphs import Graph, LayerWeights, attention_graph, expert_graph, fused_graph, head_graph
+from dmoe.shardfile import ShardFile, Spool
 
 # both are read by ONNX Runtime itself: the first when it is imported, the second when an attention operator is made.
 # The tiled attention of the CPU provider is slower here at every length (one row of 300 keys: 205 instead of 82 us).
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
-import onnxruntime as ort  # noqa: E402 - after its environment
+import onnxruntime as ort  # type: ignore[import-untyped]
 
 Array = NDArray[Any]
 FloatRows = NDArray[np.float32]
@@ -57,7 +57,9 @@ class RuntimeOptions:
         """Execution providers for experts, best first. Raises LocalError if a GPU is demanded and there is none."""
         available = _CUDA in ort.get_available_providers()
         if self.device == "cuda" and not available:
-            raise LocalError("local", "device = cuda, but no CUDA runtime was found", 'install rios[gpu], or use "auto"')
+            raise LocalError(
+                "local", "device = cuda, but no CUDA runtime was found", 'install rios[gpu], or use "auto"'
+            )
         return [_CUDA, _CPU] if available and self.device != "cpu" else [_CPU]
 
 
@@ -68,29 +70,35 @@ class ShardFiles(Protocol):
         """A shard's files, mapped."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Session:
+    """A loaded graph. ONNX Runtime borrows the weights that it did not pack: they stay alive with it."""
+
+    raw: Any
+    weights: Mapping[str, Array]
+
+
 class Binding:
     """A session with fixed memory for every input and output: running it allocates nothing of ours."""
 
     __slots__ = ("_arrays", "_binding", "_run")
 
-    def __init__(self, session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        binding = session.io_binding()
+    def __init__(self, session: Session, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        binding = session.raw.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._arrays = (*inputs.values(), *outputs.values())  # the session writes there: keep them alive
         self._binding = binding
-        self._run = session.run_with_iobinding
+        self._run = session.raw.run_with_iobinding
 
     def run(self) -> None:
         """Read the inputs, write the outputs."""
         self._run(self._binding)
 
 
-def open_session(
-    graph: Graph, *, threads: int, providers: Sequence[str] = (_CPU,), spinning: bool = False
-) -> ort.InferenceSession:
+def open_session(graph: Graph, *, threads: int, providers: Sequence[str] = (_CPU,), spinning: bool = False) -> Session:
     """A session over a graph of our own. Raises LocalError if this machine cannot make one."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -101,11 +109,10 @@ def open_session(
     values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in graph.weights.values()]
     options.add_external_initializers(list(graph.weights), values)
     try:
-        session = ort.InferenceSession(graph.model, options, providers=list(providers))
-    except Exception as error:  # its exceptions share no base class
+        raw = ort.InferenceSession(graph.model, options, providers=list(providers))
+    except Exception as error:
         raise LocalError("local", f"ONNX Runtime cannot load a graph: {str(error)[:300]}") from error
-    session.rios_weights = graph.weights  # ONNX Runtime borrows what it did not pack
-    return session
+    return Session(raw, graph.weights)
 
 
 class ExpertShard:
@@ -144,7 +151,8 @@ class ExpertShard:
             for expert in self._experts[1:]:
                 total += self._sessions[layer, expert].run(h)
             return total
-        assert experts is not None and weights is not None
+        assert experts is not None
+        assert weights is not None
         total = np.zeros(h.shape, np.float32)
         for expert in self._experts:
             rows, choices = np.nonzero(experts == expert)
@@ -168,7 +176,7 @@ class _Expert:
 
     __slots__ = ("_free", "_hidden", "_session")
 
-    def __init__(self, session: ort.InferenceSession, hidden: int) -> None:
+    def __init__(self, session: Session, hidden: int) -> None:
         self._session = session
         self._hidden = hidden
         self._free: list[tuple[FloatRows, FloatRows, Binding]] = []
@@ -198,11 +206,10 @@ class TrunkSessions:
         arch = self.architecture = manifest.architecture
         self._files = store.open_shard(manifest, manifest.trunk)
         tensors = merged(self._files)
-        rope = rope_tables(arch)
         self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
         threads = options.thread_count
         self.attention = [
-            open_session(attention_graph(arch, layer_weights(arch, tensors, layer), rope), threads=threads)
+            open_session(attention_graph(arch, layer_weights(arch, tensors, layer)), threads=threads)
             for layer in range(arch.layers)
         ]
         norm, head = head_weights(arch, tensors)
@@ -222,14 +229,23 @@ class FusedSession:
         self._files = [file for shard in manifest.shards for file in store.open_shard(manifest, shard)]
         tensors = merged(self._files)
         self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
-        layers = [
-            (layer_weights(arch, tensors, layer), *_joined_experts(arch, tensors, layer))
-            for layer in range(arch.layers)
-        ]
+        self._joined = Spool(self._files[0].path.parent)
+        layers = [(layer_weights(arch, tensors, layer), *self._join(tensors, layer)) for layer in range(arch.layers)]
         norm, head = head_weights(arch, tensors)
-        graph = fused_graph(arch, layers, norm, head, rope_tables(arch))
+        graph = fused_graph(arch, layers, norm, head)
         self.session = open_session(graph, threads=options.thread_count, spinning=True)
         release(self._files)
+        self._joined.release_pages()
+
+    def _join(self, tensors: Mapping[str, Array], layer: int) -> tuple[Linear, Linear]:
+        arch = self.architecture
+        width = arch.intermediate
+        blocks = [expert_weights(arch, tensors, layer, expert) for expert in range(arch.router.experts)]
+        gates = [gate_up.take_rows(slice(0, width)) for gate_up, _ in blocks]
+        ups = [gate_up.take_rows(slice(width, 2 * width)) for gate_up, _ in blocks]
+        joined = linear.join_rows([*gates, *ups]), linear.join_columns([down for _, down in blocks])
+        gate_up, down = (Linear({k: self._joined.keep(part) for k, part in both.parts.items()}) for both in joined)
+        return gate_up, down
 
 
 def merged(files: Sequence[ShardFile]) -> dict[str, Array]:
@@ -243,9 +259,7 @@ def release(files: Sequence[ShardFile]) -> None:
         file.release_pages()
 
 
-def expert_weights(
-    arch: Architecture, tensors: Mapping[str, Array], layer: int, expert: int
-) -> tuple[Linear, Linear]:
+def expert_weights(arch: Architecture, tensors: Mapping[str, Array], layer: int, expert: int) -> tuple[Linear, Linear]:
     """gate|up ``[2 * intermediate, hidden]`` and down ``[hidden, intermediate]`` of an expert."""
     name = f"layer.{layer}.expert.{expert}"
     return (
@@ -275,14 +289,6 @@ def head_weights(arch: Architecture, tensors: Mapping[str, Array]) -> tuple[Arra
     """The last norm and the head; a tied head is the embedding."""
     head = linear.find(tensors, "embed" if arch.tie_embeddings else "head", arch.vocab, arch.hidden)
     return linear.vector(tensors, "norm", arch.hidden), head
-
-
-def _joined_experts(arch: Architecture, tensors: Mapping[str, Array], layer: int) -> tuple[Linear, Linear]:
-    width = arch.intermediate
-    blocks = [expert_weights(arch, tensors, layer, expert) for expert in range(arch.router.experts)]
-    gates = [gate_up.take_rows(slice(0, width)) for gate_up, _ in blocks]
-    ups = [gate_up.take_rows(slice(width, 2 * width)) for gate_up, _ in blocks]
-    return linear.join_rows([*gates, *ups]), linear.join_columns([down for _, down in blocks])
 
 
 def smoke(options: RuntimeOptions) -> None:

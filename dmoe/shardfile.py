@@ -6,10 +6,12 @@ The header of a stranger's file is untrusted: its size, dtypes, shapes and offse
 mapped. Fails with IntegrityError naming the file and the tensor.
 """
 
+import errno
 import json
 import math
 import mmap
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ Array = NDArray[Any]
 
 HEADER_BYTES_MAX = 8 * MIB
 _ALIGNMENT = 64
-_DTYPES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -40,7 +42,7 @@ def to_bytes(tensors: Mapping[str, Array]) -> list[bytes | memoryview]:
             "shape": list(data.shape),
             "data_offsets": [offset, offset + data.nbytes],
         }
-        pieces.append(memoryview(data).cast("B"))
+        pieces.append(data.data.cast("B"))
         offset += data.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
@@ -65,6 +67,32 @@ class ShardFile:
     def release_pages(self) -> None:
         """Give the pages read so far back to the system; they are read again when touched."""
         self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class Spool:
+    """Arrays in nameless files: like a shard file's, their pages can be given back and are read again when touched."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._maps: list[mmap.mmap] = []
+
+    def keep(self, array: Array) -> Array:
+        """A read-only copy of ``array``. Raises LocalError if the disk is full."""
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                file.write(np.ascontiguousarray(array).data)
+                file.flush()
+                kept = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            raise LocalError("disk_full" if full else "local", f"cannot write in {self._folder}: {error}") from error
+        self._maps.append(kept)
+        return np.frombuffer(kept, array.dtype).reshape(array.shape)
+
+    def release_pages(self) -> None:
+        """As :meth:`ShardFile.release_pages`."""
+        for kept in self._maps:
+            kept.madvise(mmap.MADV_DONTNEED)
 
 
 def _parse(data: mmap.mmap, path: Path) -> dict[str, Array]:
@@ -93,9 +121,14 @@ def _parse(data: mmap.mmap, path: Path) -> dict[str, Array]:
     return tensors
 
 
-def _entry(entry: Any, fail: Any, name: str) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:  # noqa: ANN401
+def _entry(
+    entry: Any,  # noqa: ANN401 - any JSON
+    fail: Callable[[str], IntegrityError],
+    name: str,
+) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
     try:
-        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise fail(f"tensor {name[:80]} is described wrongly") from error
     numbers = (*shape, begin, end)

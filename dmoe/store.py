@@ -10,11 +10,13 @@ Invariants:
 3. Methods are safe to call from several threads.
 """
 
+import errno
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -200,20 +202,15 @@ class ModelStore:
         self._register(manifest)
 
 
-class disk_errors:  # noqa: N801 - reads as a statement
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
     """Maps what a disk can say to LocalError: ``disk_full``, or ``local`` for anything else."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            full = error.errno in (28, 122)  # ENOSPC, EDQUOT
-            code, hint = ("disk_full", "free some space, or set dmoe.disk_bytes_max") if full else ("local", "")
-            raise LocalError(code, f"cannot write {self._path}: {error.strerror}", hint) from error
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        code, hint = ("disk_full", "free some space, or set dmoe.disk_bytes_max") if full else ("local", "")
+        raise LocalError(code, f"cannot write {path}: {error.strerror}", hint) from error
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -166,7 +166,6 @@ class MemoryBlobs:
 
     def __init__(self, hub: MemoryHub, peer_id: PeerId) -> None:
         self._hub = hub
-        self._rules: dict[str, RecordRule] = {}
         self._peer_id = peer_id
         self.sources: list[BlobSource] = []
 
@@ -212,7 +211,6 @@ class MemoryNetwork:
         self.directory = MemoryDirectory(hub, identity.peer_id, advert)
         self.blobs = MemoryBlobs(hub, identity.peer_id)
         self._hub = hub
-        self._rules: dict[str, RecordRule] = {}
         self._handlers: dict[str, Handler] = {}
         self._topics: dict[str, list[GossipHandler]] = {}
         self._serving: set[trio.CancelScope] = set()

@@ -65,7 +65,7 @@ class Linear:
     def take_columns(self, columns: slice) -> Self:
         """Some inputs: whole blocks only."""
         step = 1 if "w" in self.parts else BLOCK
-        assert columns.start % step == 0 and columns.stop % step == 0, "a block of weights cannot be cut"
+        assert columns.start % step == columns.stop % step == 0, "a block of weights cannot be cut"
         blocks = slice(columns.start // step, columns.stop // step)
         return type(self)({k: part[blocks] if k == "c" else part[:, blocks] for k, part in self.parts.items()})
 

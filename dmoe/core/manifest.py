@@ -162,9 +162,7 @@ class Golden(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tolerance: float
 
 
-class Manifest(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True, eq=True
-):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True, eq=True):
     """A model. ``sum_groups``: expert indices per group, ascending, the same for every layer."""
 
     format: str = FORMAT
@@ -288,7 +286,9 @@ class Manifest(
         golden = self.golden
         ids = (*self.stop_tokens, *golden.prompt, *golden.tokens)
         _check(all(0 <= token < vocab for token in ids), "a token id is outside the vocabulary")
-        _check(len(golden.tokens) == len(golden.logits) and 0 < len(golden.prompt) <= 256, "golden logits are malformed")
+        _check(
+            len(golden.tokens) == len(golden.logits) and 0 < len(golden.prompt) <= 256, "golden logits are malformed"
+        )
 
     def _check_shards(self) -> None:
         layers, experts = self.architecture.layers, self.experts_per_layer
@@ -300,7 +300,9 @@ class Manifest(
             first, last = shard.layers
             _check(0 <= first <= last < layers, f"shard {shard.id[:80]} holds layers {first}..{last} of {layers}")
             _check(bool(shard.files), f"shard {shard.id[:80]} has no file")
-            _check(min(shard.params, shard.flops_per_row, shard.ram_bytes) >= 0, f"shard {shard.id[:80]} counts below 0")
+            _check(
+                min(shard.params, shard.flops_per_row, shard.ram_bytes) >= 0, f"shard {shard.id[:80]} counts below 0"
+            )
             if shard.kind == "expert":
                 _check(0 <= shard.group < len(self.sum_groups), f"shard {shard.id[:80]} names an unknown sum group")
                 _check(shard.experts == self.sum_groups[shard.group], f"shard {shard.id[:80]} lists the wrong experts")

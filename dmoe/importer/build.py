@@ -22,7 +22,6 @@ from config.vocabulary import ShardId
 from dmoe.core.linear import Linear, join_rows
 from dmoe.core.manifest import (
     CHUNK_BYTES,
-    Architecture,
     Golden,
     Manifest,
     ModelFile,
@@ -33,7 +32,7 @@ from dmoe.core.manifest import (
 from dmoe.golden import compute_golden
 from dmoe.importer.architectures import Family, architecture_of, family_of
 from dmoe.importer.sources import GgufSource
-from dmoe.importer.tokenizer import tokenizer_json
+from dmoe.importer.tokenizer import chat_template, stop_tokens, tokenizer_json
 from dmoe.runtime import RuntimeOptions
 from dmoe.shardfile import ShardFile, to_bytes
 from dmoe.store import IMPORTING_PREFIX, ModelStore, disk_errors
@@ -124,7 +123,6 @@ class _Import:
 
     def _manifest(self, identity: Identity, shards: tuple[Shard, ...], tokenizer: ModelFile) -> Manifest:
         metadata = self.source.metadata
-        stops = {metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
         return Manifest(
             name=self.name,
             licence=str(metadata.get("general.license", "unknown"))[:200],
@@ -134,8 +132,8 @@ class _Import:
             sum_groups=self.groups,
             shards=shards,
             tokenizer=tokenizer,
-            chat_template=str(metadata.get("tokenizer.chat_template", "")),
-            stop_tokens=tuple(sorted(stop for stop in stops if isinstance(stop, int))),
+            chat_template=chat_template(metadata),
+            stop_tokens=stop_tokens(metadata),
             golden=Golden(prompt=(0,), tokens=(), logits=(), tolerance=0.0),
             publisher=identity.peer_id,
         )

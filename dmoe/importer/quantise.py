@@ -59,8 +59,8 @@ def convert(layer: Linear, quantisation: Quantisation) -> Linear:
 
 
 def _halves(blocks: Array, offset: int) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0].astype(
-        np.float32
+    values: NDArray[np.float32] = (
+        np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0].astype(np.float32)
     )
     return values
 

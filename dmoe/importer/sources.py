@@ -5,7 +5,6 @@ Owns: opening, bounds and types of a GGUF's tensors. Does not own: what they mea
 """
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ _AGAIN = "the file is truncated, altered or of another kind; download it again"
 
 
 class GgufSource:
-    """An open GGUF file."""
+    """An open GGUF file. ``metadata``: all keys with their values."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,15 +34,11 @@ class GgufSource:
             raise LocalError("not_found", f"{path} is not a file", "give the path of a .gguf file")
         try:
             reader = gguf.GGUFReader(path)
+            own = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+            self.metadata: Mapping[str, Any] = {key: field.contents() for key, field in own.items()}
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
             raise IntegrityError("integrity", f"{path} is not a whole GGUF file: {error}", _AGAIN) from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._fields = reader.fields
-
-    @cached_property
-    def metadata(self) -> Mapping[str, Any]:
-        """All metadata keys with their values."""
-        return {key: field.contents() for key, field in self._fields.items() if not key.startswith("GGUF.")}
 
     def sha256(self) -> str:
         """The whole file's hash, hex."""
