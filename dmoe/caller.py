@@ -44,7 +44,9 @@ PLAN_US = 200_000
 PLAN_ROWS_MAX = 8
 PATIENCE_MS = 2_000
 """How long a call may take before another replica is asked, where there is one and nothing better is known."""
-BUSY_ROUNDS_MAX = 50
+ROUNDS_MAX = 1000
+GRACE_SECONDS = 1.0
+"""How long a layer without a replica waits for an advert of a new one: shards move while they are called."""
 _FREE = Quote(0, 0, 0)
 
 
@@ -75,6 +77,8 @@ class Caller:
         self.call_timeout_ms = call_timeout_ms
         self.dispatcher = Dispatcher(network.peer_id)
         self.dice = (random or Random()).random
+        self.changed = trio.Event()
+        """Set at the next change of the directory."""
         self.last_seen: dict[tuple[str, int], float] = {}
         self._version = 0
         self._maps: dict[str, ModelMap] = {}
@@ -87,6 +91,8 @@ class Caller:
         while True:
             await self.network.directory.wait_change()
             self._version += 1
+            self.changed.set()
+            self.changed = trio.Event()
 
     def session(self, manifest: Manifest) -> "CallerSession":
         """The experts of one model for one generation."""
@@ -168,6 +174,7 @@ class _Layer:
     busy_ms: dict[int, int] = field(default_factory=dict)
     error: RiosError | None = None
     calls_failed: int = 0
+    grace_until: float = 0.0
 
 
 class CallerSession:
@@ -261,7 +268,7 @@ class CallerSession:
 
     def _check_going_on(self, work: _Layer, rounds: int) -> None:
         """After a round with failures: is there time and budget for another?"""
-        if trio.current_time() >= work.deadline or rounds > BUSY_ROUNDS_MAX:
+        if trio.current_time() >= work.deadline or rounds > ROUNDS_MAX:
             cause = f"; last: {work.error}" if work.error else ""
             message = f"layer {work.layer} of {self._model.name} took longer than {self._caller.call_timeout_ms} ms"
             raise RemoteError("deadline", message + cause)
@@ -316,9 +323,11 @@ class CallerSession:
         is gone."""
         planned = {position for positions in plan.values() for position in positions}
         lost = [need.group for position, need in enumerate(needs) if position not in planned]
-        for group in lost:
-            if group not in work.busy_ms:
-                raise self._no_replica(work, group)
+        gone = [group for group in lost if group not in work.busy_ms]
+        if gone and not await self._wait_change(work):
+            raise self._no_replica(work, gone[0])
+        if gone:
+            return False
         if plan:
             return True
         pause = min(work.busy_ms[group] for group in lost) / 1000
@@ -326,6 +335,17 @@ class CallerSession:
             work.tried.pop(group, None)
             del work.busy_ms[group]
         await trio.sleep(max(0.0, min(pause, work.deadline - trio.current_time())))
+        return False
+
+    async def _wait_change(self, work: _Layer) -> bool:
+        """Wait for the directory to change; False once the grace is over, or if money is what is missing."""
+        if work.error is not None and work.error.code == "payment_required":
+            return False
+        now = trio.current_time()
+        work.grace_until = work.grace_until or min(work.deadline, now + GRACE_SECONDS)
+        with trio.move_on_at(work.grace_until):
+            await self._caller.changed.wait()
+            return True
         return False
 
     def _no_replica(self, work: _Layer, group: int) -> RiosError:

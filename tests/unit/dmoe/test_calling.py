@@ -164,7 +164,7 @@ async def test_a_peer_that_fails_rests_and_the_call_is_repeated_elsewhere():
         assert 0 < session.report().retries <= LAYERS, "each shard fails once, then its replica is left alone"
 
 
-async def test_no_replica_left_names_the_layer_the_experts_and_when_it_was_seen():
+async def test_no_replica_left_names_the_layer_the_experts_and_when_it_was_seen(autojump_clock):
     manifest = make_manifest()
     async with swarm(manifest) as s:
         await s.node((*FIRST,))
@@ -181,7 +181,21 @@ async def test_no_replica_left_names_the_layer_the_experts_and_when_it_was_seen(
         assert e.value.code == "no_replica"
 
 
-async def test_a_shard_nobody_ever_had_is_said_to_be_so():
+async def test_a_replica_that_comes_up_meanwhile_is_waited_for_briefly():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        session = (await s.caller()).session(manifest)
+
+        async def come():
+            await trio.testing.wait_all_tasks_blocked()
+            await s.node((*FIRST, *SECOND))
+
+        s.nursery.start_soon(come)
+        await answer(session, manifest, rows(1))
+
+
+async def test_a_shard_nobody_ever_had_is_said_to_be_so(autojump_clock):
     manifest = make_manifest()
     async with swarm(manifest) as s:
         await s.node(())
@@ -293,7 +307,7 @@ async def test_alone_and_hung_ends_with_the_deadline(autojump_clock):
         assert e.value.code == "deadline"
 
 
-async def test_an_answer_of_the_wrong_shape_or_not_finite_is_a_failed_replica():
+async def test_an_answer_of_the_wrong_shape_or_not_finite_is_a_failed_replica(autojump_clock):
     manifest = make_manifest()
     async with swarm(manifest) as s:
         await s.node(())
@@ -388,7 +402,8 @@ async def test_unloading_waits_for_the_calls_on_the_shard():
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
-            await trio.lowlevel.checkpoint()
+            while not loaded.rows_waiting:
+                await trio.lowlevel.checkpoint()
             await worker.unload(manifest.model_id, manifest.shards[0].id)
             assert shard.closed
         assert len(got) == 1
