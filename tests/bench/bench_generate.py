@@ -171,14 +171,25 @@ def local_vs_llamacpp(threads: int, rounds: int) -> tuple[dict[str, float], dict
     return figures, ratios
 
 
+Section = Callable[[int, int], tuple[dict[str, float], dict[str, float]]]
+"""``(threads, rounds) -> (figures, ratios)``."""
+
+SECTIONS: tuple[Section, ...] = (local_vs_llamacpp,)
+"""What is measured, one after the other; each adds its figures and ratios to the answer."""
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    figures, ratios = local_vs_llamacpp(arguments.threads, arguments.rounds)
-    figures["threads"] = arguments.threads
+    figures: dict[str, float] = {"threads": arguments.threads}
+    ratios: dict[str, float] = {}
+    for section in SECTIONS:
+        more_figures, more_ratios = section(arguments.threads, arguments.rounds)
+        figures |= more_figures
+        ratios |= more_ratios
     print(json.dumps({"name": "generate", "machine": machine(), "figures": figures, "ratios": ratios}))
 
 
