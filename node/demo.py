@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TextIO
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -77,10 +77,9 @@ class Outcome:
 class Demo:
     """The steps, in order."""
 
-    def __init__(self, swarm: Swarm, console: Console, out: TextIO) -> None:
+    def __init__(self, swarm: Swarm, console: Console) -> None:
         self.swarm = swarm
         self.console = console
-        self.out = out
         self.outcome = Outcome()
         self.orchestrator: NodeProcess
         self.workers: list[NodeProcess] = []
@@ -389,7 +388,7 @@ def run(*, once: bool, as_json: bool) -> int:
     stay = not once and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
     try:
         with Swarm() as swarm:
-            demo = Demo(swarm, console, sys.stdout)
+            demo = Demo(swarm, console)
             outcome = demo.run()
             faults = outcome.faults()
             for fault in faults:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import trio
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from dmoe.importer.build import import_gguf
@@ -25,6 +26,8 @@ from dmoe.importer.bundled import fetch_bundled
 from dmoe.layers import ExpertShard, FusedModel, LocalExperts, Sequence, Trunk, forward
 from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
+from node.demo import Demo
+from node.swarm import Swarm
 from p2p.core.identity import Identity
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -171,10 +174,71 @@ def local_vs_llamacpp(threads: int, rounds: int) -> tuple[dict[str, float], dict
     return figures, ratios
 
 
+class SwarmOfThree:
+    """The demo's swarm: three node processes on loopback, experts spread with two replicas, answered by route experts.
+    Metering, receipts and the ledger are on."""
+
+    def __init__(self) -> None:
+        self._swarm = Swarm()
+        try:
+            self._demo = Demo(self._swarm, Console(quiet=True))
+            self._demo.start_nodes()
+            self._demo.place_model()
+        except BaseException:
+            self._swarm.close()
+            raise
+
+    def run(self) -> Round:
+        """Answer the prompt once, greedily."""
+        answer = self._demo.orchestrator.ask(
+            "chat",
+            model=self._demo.model,
+            messages=[{"role": "user", "content": PROMPT}],
+            temperature=0,
+            min_tokens=NEW_TOKENS,
+            max_tokens=NEW_TOKENS,
+            route="experts",
+        )
+        self.rows = answer["expert_rows"]
+        prefill = answer["prompt_tokens"] / answer["prefill_seconds"]
+        return {"decode": answer["tokens_per_s"], "prefill": prefill}
+
+    def remote_share(self) -> float:
+        """Share of the expert rows that other processes than the orchestrator computed."""
+        own = self.rows.get(self._demo.orchestrator.peer_id, 0)
+        return round(1 - own / sum(self.rows.values()), 3)
+
+    def close(self) -> None:
+        """End the nodes."""
+        self._swarm.close()
+
+
+def swarm_vs_local(threads: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """The swarm beside the fused model in this process, on the same machine, taking turns."""
+    store, _, name = prepare()
+    swarm = SwarmOfThree()
+    try:
+        fused = Local(store, name, threads, "fused")
+        results = measure({"swarm": swarm.run, "fused": fused.run}, rounds)
+        share = swarm.remote_share()
+    finally:
+        swarm.close()
+    figures = {
+        "swarm_decode_tokens_per_second": round(statistics.median(r["decode"] for r in results["swarm"]), 1),
+        "swarm_prefill_tokens_per_second": round(statistics.median(r["prefill"] for r in results["swarm"]), 1),
+        "swarm_remote_row_share": share,
+    }
+    ratios = {
+        "swarm_vs_local_decode": ratio(results, "swarm", "fused", "decode"),
+        "swarm_vs_local_prefill": ratio(results, "swarm", "fused", "prefill"),
+    }
+    return figures, ratios
+
+
 Section = Callable[[int, int], tuple[dict[str, float], dict[str, float]]]
 """``(threads, rounds) -> (figures, ratios)``."""
 
-SECTIONS: tuple[Section, ...] = (local_vs_llamacpp,)
+SECTIONS: tuple[Section, ...] = (local_vs_llamacpp, swarm_vs_local)
 """What is measured, one after the other; each adds its figures and ratios to the answer."""
 
 
