@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config.errors import ConfigError
 
-_SEED = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/tcp/\d{1,5}/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}$|^/dnsaddr/[^/\s]+")
+_SEED = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/tcp/\d{1,5}/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}$")
 
 
 def check(seed: str, where: str) -> str:

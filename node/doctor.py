@@ -171,8 +171,6 @@ def _seeds(patient: Patient) -> Iterator[Finding]:
         return
     alive = 0
     for seed in listed:
-        if seed.startswith("/dnsaddr/"):
-            continue
         host, port = _host_port(seed)
         try:
             with socket.create_connection((host, port), DIAL_SECONDS_MAX):

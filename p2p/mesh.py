@@ -8,7 +8,6 @@ Invariants:
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import trio
 
@@ -42,19 +41,11 @@ def parse_seed(text: str) -> tuple[PeerId, str]:
     return PeerId(peer), address
 
 
-def read_seeds(seeds: Sequence[str], seeds_file: str) -> dict[PeerId, list[str]]:
-    """Seeds of the setting and of the file, addresses by peer. Raises ConfigError."""
-    lines = list(seeds)
-    if seeds_file:
-        try:
-            text = Path(seeds_file).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            hint = "correct p2p.seeds_file in the configuration"
-            raise ConfigError("config", f"cannot read the seed list {seeds_file}: {error}", hint) from error
-        lines += [line for raw in text.splitlines() if (line := raw.partition("#")[0].strip())]
+def by_peer(seeds: Sequence[str]) -> dict[PeerId, list[str]]:
+    """Seed addresses by peer. Raises ConfigError."""
     found: dict[PeerId, list[str]] = {}
-    for line in lines:
-        peer_id, address = parse_seed(line)
+    for seed in seeds:
+        peer_id, address = parse_seed(seed)
         found.setdefault(peer_id, []).append(address)
     return found
 

@@ -17,6 +17,7 @@ import msgspec
 import psutil
 import trio
 
+from config import seeds
 from config.errors import ConfigError, LocalError, RemoteError, RiosError
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
@@ -29,7 +30,7 @@ from p2p.face import Buffer, Call, GossipHandler, Handler, Header, Reply
 from p2p.gossip import Gossip
 from p2p.host import Host, open_host, parse_address
 from p2p.links import Links
-from p2p.mesh import Mesh, read_seeds
+from p2p.mesh import Mesh, by_peer
 from p2p.peerbook import Peerbook
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class PeerNetwork:
         host: Host,
         nursery: trio.Nursery,
         book: Peerbook,
-        seeds: Mapping[PeerId, Sequence[str]],
+        seed_addresses: Mapping[PeerId, Sequence[str]],
         advert: Advert,
     ) -> None:
         self.identity = identity
@@ -70,7 +71,7 @@ class PeerNetwork:
             down=self.directory.link_down,
         )
         self._book = book
-        self._mesh = Mesh(host, self.links, self.directory, book, seeds)
+        self._mesh = Mesh(host, self.links, self.directory, book, seed_addresses)
         self._gossip = Gossip(host, nursery)
         self.serve("advert.exchange", self.directory.serve_exchange)
         self.serve("advert.push", self.directory.serve_push)
@@ -186,7 +187,7 @@ async def open_network(
     Raises ConfigError for a bad address or seed, LocalError ``port_taken`` or ``local``. What the body raises comes out
     as it is, not inside an exception group.
     """
-    seeds = read_seeds(settings.seeds, settings.seeds_file)
+    seed_addresses = by_peer(seeds.collect(settings.seeds, settings.seeds_file, Path()))
     for text in settings.announce:
         if parse_address(text) is None:
             raise ConfigError("config", f"p2p.announce: {text!r} is not a TCP multiaddr")
@@ -202,7 +203,7 @@ async def open_network(
             host_context = open_host(identity, listen=settings.listen, peers_max=settings.peers_max, nursery=outer)
             async with host_context as host, trio.open_nursery() as nursery:
                 book = Peerbook(data_dir / "peers.json")
-                network = PeerNetwork(identity, settings, host, nursery, book, seeds, first)
+                network = PeerNetwork(identity, settings, host, nursery, book, seed_addresses, first)
                 network.run()
                 try:
                     yield network

@@ -8,7 +8,7 @@ from config.errors import BusyError, ConfigError, IntegrityError, RemoteError
 from p2p.core import failures, headers
 from p2p.core.chunks import Plan, chunk_count, chunk_span
 from p2p.core.identity import Identity
-from p2p.mesh import read_seeds
+from p2p.mesh import by_peer
 from p2p.peerbook import Peerbook
 
 PEER = Identity.from_seed(b"p" * 32).peer_id
@@ -75,15 +75,12 @@ def test_the_peer_book_survives_a_restart_and_damage(tmp_path):
         assert not Peerbook(path).peers()
 
 
-def test_seed_lists(tmp_path):
-    path = tmp_path / "seeds"
-    path.write_text(f"# ours\n/ip4/127.0.0.1/tcp/1/p2p/{PEER}  # one\n\n")
-    assert read_seeds([f"/ip4/127.0.0.1/tcp/2/p2p/{PEER}"], str(path)) == {
-        PEER: ["/ip4/127.0.0.1/tcp/2", "/ip4/127.0.0.1/tcp/1"]
-    }
+def test_seeds_by_peer():
+    seeds = [f"/ip4/127.0.0.1/tcp/2/p2p/{PEER}", f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}"]
+    assert by_peer(seeds) == {PEER: ["/ip4/127.0.0.1/tcp/2", "/ip4/127.0.0.1/tcp/1"]}
     for bad in ("x", "/ip4/127.0.0.1/tcp/1", f"/ip4/127.0.0.1/udp/1/p2p/{PEER}", "/ip4/127.0.0.1/tcp/1/p2p/Qm"):
         with pytest.raises(ConfigError) as error:
-            read_seeds([bad], "")
+            by_peer([bad])
         assert bad in error.value.message
         assert error.value.hint
 
