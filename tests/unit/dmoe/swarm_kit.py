@@ -4,6 +4,7 @@ that only counts (a fake of both sides of the billing)."""
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import sha256
+from threading import Event
 
 import numpy as np
 
@@ -121,6 +122,9 @@ class FakeShard:
         self.closed = False
         self.batches: list[int] = []
         self.fault: Exception | None = None
+        self.gate = Event()
+        """Closed (cleared), it holds up what runs in a thread."""
+        self.gate.set()
         layers = range(shard.layers[0], shard.layers[1] + 1)
         self.weights = {
             (layer, expert): np.random.default_rng(1000 * layer + expert).normal(size=HIDDEN).astype(np.float32)
@@ -133,6 +137,7 @@ class FakeShard:
         assert h.dtype == np.float32
         if self.fault:
             raise self.fault
+        assert self.gate.wait(20)
         self.batches.append(len(h))
         out = np.zeros_like(h)
         for expert in self.shard.experts:

@@ -76,6 +76,20 @@ def expected(manifest, layer, h, routing=ALL):
     return wire.total(partials, seen.shape)
 
 
+def slow(worker, manifest, shard):
+    """The loaded first shard, believed slow (so it runs in a thread) and held up by its closed gate."""
+    loaded = worker.local(manifest.model_id, 0, 0)
+    loaded.row_seconds = 1.0
+    shard.gate.clear()
+    return loaded
+
+
+async def running(loaded):
+    """Return once the shard runs in its thread."""
+    while not loaded.running:
+        await trio.lowlevel.checkpoint()
+
+
 async def answer(session, manifest, h, routing=ALL):
     """Every layer's answer, compared bit for bit with the local one."""
     for layer in range(LAYERS):
@@ -393,19 +407,23 @@ async def test_unloading_waits_for_the_calls_on_the_shard():
     async with swarm(manifest) as s:
         await s.node((*FIRST,))
         worker, shard = s.workers[0], s.shards[0][0]
-        loaded = worker.local(manifest.model_id, 0, 0)
-        loaded.row_seconds = 1.0
+        loaded = slow(worker, manifest, shard)
         got = []
 
         async def ask():
             got.extend(await worker.compute([loaded], 0, rows(2), None, None, trio.current_time() + 60))
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask)
-            while not loaded.rows_waiting:
-                await trio.lowlevel.checkpoint()
+        async def unload():
             await worker.unload(manifest.model_id, manifest.shards[0].id)
             assert shard.closed
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await running(loaded)
+            nursery.start_soon(unload)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not shard.closed
+            shard.gate.set()
         assert len(got) == 1
         assert worker.local(manifest.model_id, 0, 0) is None
         assert worker.indices(manifest.model_id) == {1, 2, 3}
@@ -428,21 +446,25 @@ async def test_draining_finishes_what_is_in_flight_and_refuses_the_rest():
     async with swarm(manifest) as s:
         await s.node(())
         await s.node((*FIRST, *SECOND))
-        worker = s.workers[1]
-        for group in range(GROUPS):
-            worker.local(manifest.model_id, 0, group).row_seconds = 1.0  # believed slow: runs in a thread
+        worker, shard = s.workers[1], s.shards[1][0]
+        loaded = slow(worker, manifest, shard)
         session = (await s.caller()).session(manifest)
         got = []
 
         async def ask():
             got.append(await session.run(0, rows(3), ALL))
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask)
-            while not worker.statistics()["active"]:
-                await trio.lowlevel.checkpoint()
+        async def drain():
             await worker.drain()
             assert not worker.statistics()["active"]
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await running(loaded)
+            nursery.start_soon(drain)
+            await trio.testing.wait_all_tasks_blocked()
+            assert worker.statistics()["active"] == 1
+            shard.gate.set()
         assert got[0].tobytes() == expected(manifest, 0, rows(3)).tobytes()
         with pytest.raises(RemoteError, match="shutting down"):
             await session.run(2, rows(1), ALL)
@@ -452,16 +474,19 @@ async def test_a_caller_that_leaves_takes_its_waiting_rows_with_it():
     manifest = make_manifest()
     async with swarm(manifest) as s:
         await s.node((*FIRST,))
-        loaded = s.workers[0].local(manifest.model_id, 0, 0)
-        loaded.row_seconds = 1.0
+        worker, shard = s.workers[0], s.shards[0][0]
+        loaded = slow(worker, manifest, shard)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.compute, [loaded], 0, rows(2), None, None, trio.current_time() + 60)
+            await running(loaded)
             for _ in range(3):
-                nursery.start_soon(s.workers[0].compute, [loaded], 0, rows(2), None, None, trio.current_time() + 60)
-            while not loaded.rows_waiting:
-                await trio.lowlevel.checkpoint()
+                nursery.start_soon(worker.compute, [loaded], 0, rows(2), None, None, trio.current_time() + 60)
+            await trio.testing.wait_all_tasks_blocked()
+            assert loaded.rows_waiting == 6
             nursery.cancel_scope.cancel()
         assert loaded.rows_waiting == 0
         assert not loaded.waiting
+        shard.gate.set()
 
 
 async def test_a_shard_that_breaks_fails_its_callers_and_serves_the_next(caplog):
