@@ -19,5 +19,5 @@ VOLUME /data
 EXPOSE 4701 8080
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["rios", "health"]
 # a fresh volume gets a config and a key first; an existing one is used as it is
-ENTRYPOINT ["/bin/sh", "-c", "[ -f /data/rios.toml ] || rios init; exec rios \"$@\"", "rios"]
+ENTRYPOINT ["/bin/sh", "-c", "[ -f /data/rios.toml ] || rios init >&2 || exit; exec rios \"$@\"", "rios"]
 CMD ["run"]

@@ -9,6 +9,7 @@ Invariants:
 2. Nothing that looks like a secret is accepted in the TOML file.
 """
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
@@ -20,7 +21,9 @@ from config.errors import ConfigError
 from config.settings import Settings, sections
 
 _ENV_PREFIX = "RIOS_"
-_ENV_OTHER = frozenset({"RIOS_CONFIG", "RIOS_PASSPHRASE", "RIOS_PASSPHRASE_FILE", "RIOS_API_KEY", "RIOS_BASE_URL"})
+_ENV_OTHER = frozenset(
+    {"RIOS_CONFIG", "RIOS_PASSPHRASE", "RIOS_PASSPHRASE_FILE", "RIOS_TRACEBACK", "RIOS_API_KEY", "RIOS_BASE_URL"}
+)
 _TYPE_NAMES = {str: "a text", int: "a whole number", bool: "true or false", tuple[str, ...]: "a list of texts"}
 
 
@@ -32,15 +35,16 @@ class Loaded:
     origin: Mapping[str, str]
 
 
-def load(file: Path | None, environ: Mapping[str, str], flags: Iterable[str] = ()) -> Loaded:
+def load(file: Path | None, environ: Mapping[str, str], flags: Iterable[str] = (), *, required: bool = False) -> Loaded:
     """Read all four places.
 
-    ``file`` may not exist (defaults then). Raises :class:`ConfigError` for anything that is not right.
+    ``file`` may not exist unless it is ``required`` (defaults then). Raises :class:`ConfigError` for anything that is
+    not right.
     """
     values: dict[str, dict[str, Any]] = {name: {} for name in sections()}
     origin: dict[str, str] = {}
-    if file is not None and file.exists():
-        for section, key, value in _from_toml(file):
+    if file is not None:
+        for section, key, value in _from_toml(file, required):
             values[section][key] = _checked(section, key, value, str(file))
             origin[f"{section}.{key}"] = str(file)
     for name in sorted(environ):
@@ -59,13 +63,17 @@ def load(file: Path | None, environ: Mapping[str, str], flags: Iterable[str] = (
     return Loaded(Settings(**built), origin)
 
 
-def _from_toml(file: Path) -> Iterable[tuple[str, str, Any]]:
+def _from_toml(file: Path, required: bool) -> Iterable[tuple[str, str, Any]]:
     try:
         with file.open("rb") as handle:
             table = tomllib.load(handle)
+    except FileNotFoundError as error:
+        if required:
+            raise ConfigError("config", f"there is no config file {file}", "make one: rios init") from error
+        return
     except OSError as error:
         raise ConfigError("config", f"cannot read {file}: {error.strerror}", "check its owner and mode") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # wrong syntax, no UTF-8, numbers or nesting without end
         raise ConfigError("config", f"{file} is not valid TOML: {error}", "correct that line") from error
     for section, content in table.items():
         _known_section(section, str(file))
@@ -183,8 +191,7 @@ def to_toml(value: Any) -> str:  # noqa: ANN401
         return str(value)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # else the same rules as TOML's
 
 
 def example(spec: Field[Any]) -> str:
@@ -209,7 +216,7 @@ def render_file(changes: Mapping[str, Any] | None = None) -> str:
     lines = [
         "# RiOS node configuration. Commented lines show the default.",
         "# The environment (RIOS_<SECTION>_<KEY>) and flags (--set section.key=value) override this file.",
-        "# Secrets never stand here: see `rios config --help`.",
+        "# Secrets never stand here: RIOS_PASSPHRASE_FILE names the file with the key's passphrase.",
     ]
     for name, kind in sections().items():
         lines += ["", f"[{name}]"]

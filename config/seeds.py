@@ -1,20 +1,43 @@
-"""Seed lists: bootstrap multiaddrs, one a line.
+"""Multiaddrs in the configuration, and seed lists: bootstrap multiaddrs, one a line.
 
 Checks their shape only (standard library); dialling and resolving belong to ``p2p``.
 """
 
 import re
 from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from config.errors import ConfigError
 
-_SEED = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/tcp/\d{1,5}/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}$")
+_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]+)/tcp/(\d{1,5})(/p2p/[1-9A-HJ-NP-Za-km-z]{20,80})?", re.ASCII)
+
+
+def _parsed(address: str) -> tuple[str, int, str] | None:
+    """Host, port and ``/p2p/...`` of a TCP multiaddr, or None for anything else."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match[3]) > 65535:
+        return None
+    try:
+        if match[1] in ("ip4", "ip6"):
+            (IPv4Address if match[1] == "ip4" else IPv6Address)(match[2])
+    except ValueError:
+        return None
+    return match[2], int(match[3]), match[4] or ""
+
+
+def host_port(address: str, where: str) -> tuple[str, int]:
+    """Host and port of a TCP multiaddr, or :class:`ConfigError`."""
+    parsed = _parsed(address)
+    if parsed is None:
+        raise ConfigError("config", f"{where}: {address!r} is not a TCP multiaddr", "e.g. /ip4/0.0.0.0/tcp/4701")
+    return parsed[:2]
 
 
 def check(seed: str, where: str) -> str:
     """The seed, or :class:`ConfigError` saying what a seed looks like."""
-    if not _SEED.match(seed):
+    parsed = _parsed(seed)
+    if parsed is None or not parsed[2]:
         raise ConfigError(
             "config",
             f"{where}: {seed!r} is not a seed address",

@@ -2,24 +2,31 @@
 ``online`` (asks the running daemon).
 
 Data goes to stdout, everything else to stderr. ``--json`` prints one JSON value. Exit codes: 0 ok, 1 failed, 2 usage
-or configuration, 3 not running.
+or configuration, 3 not running; 130 after Ctrl-C. No traceback is shown unless ``RIOS_TRACEBACK`` is set.
 """
 
 import argparse
+import contextlib
+import errno
+import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from config import paths as places
-from config.errors import EXIT_OK, ConfigError, LocalError, RiosError, exit_code
+from config.errors import EXIT_FAILED, EXIT_OK, ConfigError, LocalError, RiosError, exit_code
 from config.load import Loaded, load
 from config.paths import Paths
 
 VERSION = "0.1.0"
+EXIT_INTERRUPTED = 130
+"""What shells expect after Ctrl-C."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +42,19 @@ class Context:
         return Path(given).absolute() if given else places.config_file(os.environ, Path.home())
 
     def settings(self) -> Loaded:
-        """The settings in force."""
-        if getattr(self.args, "config", None) and not self.config_file.exists():
-            raise ConfigError("config", f"there is no config file {self.config_file}", "make one: rios init")
-        return load(self.config_file, os.environ, getattr(self.args, "set", None) or ())
+        """The settings in force. A config file that was named must exist."""
+        named = bool(getattr(self.args, "config", None) or os.environ.get("RIOS_CONFIG"))
+        return load(self.config_file, os.environ, self.flags, required=named)
+
+    @property
+    def flags(self) -> Sequence[str]:
+        """Every ``--set``."""
+        return getattr(self.args, "set", None) or ()
+
+    @property
+    def as_json(self) -> bool:
+        """Whether one JSON value is wanted on stdout."""
+        return getattr(self.args, "json", False)
 
     def paths(self, loaded: Loaded | None = None) -> Paths:
         """The node's paths."""
@@ -68,29 +84,42 @@ class Output:
 Run = Callable[[Context], Output | int]
 
 
-def _local(name: str) -> Run:
-    def run(context: Context) -> Output | int:
-        from node import local
+def _command(module: str, name: str) -> Run:
+    """A command that loads its module only when it runs."""
 
-        command: Run = getattr(local, name)
+    def run(context: Context) -> Output | int:
+        command: Run = getattr(import_module(f"node.{module}"), name)
         return command(context)
 
     return run
+
+
+def _local(name: str) -> Run:
+    return _command("local", name)
 
 
 def _online(name: str) -> Run:
-    def run(context: Context) -> Output | int:
-        from node import online
-
-        command: Run = getattr(online, name)
-        return command(context)
-
-    return run
+    return _command("online", name)
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - argparse's own
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> Any:  # noqa: ANN401 - never returns
         raise ConfigError("usage", message, f"see {self.prog} --help")
+
+
+def _collecting() -> type[argparse.Action]:
+    """Like ``append``, also across subcommands, where argparse would forget what stood before the subcommand."""
+    collected: list[str] = []
+
+    class Collect(argparse.Action):
+        def __call__(self, _parser: Any, namespace: argparse.Namespace, value: Any, _option: Any = None) -> None:  # noqa: ANN401
+            collected.append(value)
+            setattr(namespace, self.dest, collected)
+
+    return Collect
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,7 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON value")
     common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="the node's config file")
     common.add_argument(
-        "--set", metavar="SECTION.KEY=VALUE", action="append", default=argparse.SUPPRESS, help="override one setting"
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action=_collecting(),
+        default=argparse.SUPPRESS,
+        help="override one setting",
     )
     parser = _Parser(
         prog="rios",
@@ -126,13 +159,22 @@ Command = Callable[..., argparse.ArgumentParser]
 
 
 def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
-    init = command(top, "init", _local("init"), "Write a config file with comments, make the node's key, measure it.")
+    init = command(
+        top,
+        "init",
+        _command("init", "init"),
+        "Write a config file with comments, make the node's key, find the hardware.",
+    )
     init.add_argument("--seed", action="append", default=[], metavar="MULTIADDR", help="a node to join through")
-    init.add_argument("--genesis", metavar="FILE", help="the genesis file of the network to join")
-    init.add_argument("--new-network", action="store_true", help="start a network of one's own (this node is issuer)")
+    network = init.add_mutually_exclusive_group()
+    network.add_argument("--genesis", metavar="FILE", help="the genesis file of the network to join")
+    network.add_argument(
+        "--new-network", action="store_true", help="start a network of one's own (this node is issuer and witness)"
+    )
     init.add_argument("--gateway", action="store_true", help="switch the HTTP gateway on")
-    init.add_argument("--keep-config", action="store_true", help="use the config file that is there")
-    init.add_argument("--force", action="store_true", help="replace the config file (never the key)")
+    file = init.add_mutually_exclusive_group()
+    file.add_argument("--keep-config", action="store_true", help="use the config file that is there")
+    file.add_argument("--force", action="store_true", help="replace config and genesis file (never the key)")
     run = command(top, "run", _local("run"), "Run the node until Ctrl-C or SIGTERM.")
     run.add_argument("--until-stdin-closes", action="store_true", help="also end when standard input closes")
     demo = command(top, "demo", _local("demo"), "A swarm of three processes answers a question and survives a death.")
@@ -144,13 +186,13 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     chat.add_argument("--model", default="", help="model name or id (default: the only one)")
     chat.add_argument("--local", action="store_true", help="no daemon, no network: load the model into this process")
     chat.add_argument("--route", choices=("experts", "local", "fused"), help="where the experts run")
-    chat.add_argument("--max-tokens", type=int, default=None)
-    chat.add_argument("--min-tokens", type=int, default=0)
-    chat.add_argument("--temperature", type=float, default=0.7)
-    chat.add_argument("--top-k", type=int, default=0)
-    chat.add_argument("--top-p", type=float, default=1.0)
-    chat.add_argument("--seed", type=int, default=None)
-    chat.add_argument("--stop", action="append", default=[])
+    chat.add_argument("--max-tokens", type=int, default=None, help="longest answer (default: what the context leaves)")
+    chat.add_argument("--min-tokens", type=int, default=0, help="shortest answer (default: 0)")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    chat.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest tokens; 0: all")
+    chat.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest tokens of this probability")
+    chat.add_argument("--seed", type=int, default=None, help="the same seed gives the same answer")
+    chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     config = command(top, "config", None, "Check, show and explain the settings.").add_subparsers(
         metavar="COMMAND", required=True, parser_class=_Parser
     )
@@ -237,7 +279,13 @@ def _gateway_commands(command: Command, top: Any) -> None:  # noqa: ANN401
 def parse_credits(text: str) -> int:
     """``12.5`` credits as microcredits. Raises :class:`ConfigError` for anything else."""
     whole, _, part = text.partition(".")
-    if not whole.isdigit() or (part and not part.isdigit()) or len(part) > 6 or len(whole) > 12:
+    if (
+        not whole.isdecimal()
+        or not text.isascii()
+        or (part and not part.isdecimal())
+        or len(part) > 6
+        or len(whole) > 12
+    ):
         raise ConfigError("usage", f"{text!r} is not an amount of credits", "digits with at most 6 decimals, e.g. 12.5")
     return int(whole) * 1_000_000 + int(part.ljust(6, "0") or 0)
 
@@ -246,35 +294,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal still gets the rest of the answer
     try:
         args = build_parser().parse_args(argv)
         result = args.run(Context(args))
-    except RiosError as error:
+        if not isinstance(result, Output):
+            return int(result)
+        print(json.dumps(result.data, separators=(",", ":"), default=str) if as_json else result.text, flush=True)
+    except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:  # noqa: BLE001 - the operator gets a message
         return _complain(error, as_json=as_json)
-    except BrokenPipeError:
-        return 1
-    except OSError as error:
-        return _complain(_from_os(error), as_json=as_json)
-    except KeyboardInterrupt:
-        return 130
-    if not isinstance(result, Output):
-        return int(result)
-    print(json.dumps(result.data, separators=(",", ":"), default=str) if as_json else result.text)
     return result.code
 
 
-def _from_os(error: OSError) -> RiosError:
-    import errno
-
-    if error.errno == errno.ENOSPC:
-        return LocalError("disk_full", f"the disk is full: {error.filename or error}", "free some space and try again")
-    return LocalError("local", f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
-
-
-def _complain(error: RiosError, *, as_json: bool) -> int:
+def _complain(raised: BaseException, *, as_json: bool) -> int:
+    """Say what went wrong: on stderr for people, with ``as_json`` as one value on stdout too."""
+    cause = root_cause(raised)
+    if os.environ.get("RIOS_TRACEBACK"):
+        traceback.print_exception(raised)
+    if isinstance(cause, BrokenPipeError):
+        _drop_stdout()
+        return EXIT_FAILED
+    error = _explained(cause)
     if as_json:
-        print(json.dumps({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
+        with contextlib.suppress(OSError):
+            value = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
+            print(json.dumps(value), flush=True)
     print(f"rios: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"  {error.hint}", file=sys.stderr)
-    return exit_code(error.code)
+    if isinstance(cause, OSError):
+        _drop_stdout()
+    return EXIT_INTERRUPTED if isinstance(cause, KeyboardInterrupt) else exit_code(error.code)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What to blame inside nested exception groups: Ctrl-C, else an error with a code, else the first one."""
+    causes = list(_leaves(error))
+    for kind in (KeyboardInterrupt, RiosError, OSError):
+        for cause in causes:
+            if isinstance(cause, kind):
+                return cause
+    return causes[0]
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error
+
+
+def _explained(cause: BaseException) -> RiosError:
+    if isinstance(cause, RiosError):
+        return cause
+    if isinstance(cause, KeyboardInterrupt):
+        return RiosError("cancelled", "interrupted")
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f": {cause.filename}" if cause.filename else ""
+        return LocalError("disk_full", f"the disk is full{where}", "free some space and try again")
+    if isinstance(cause, OSError):
+        where = f": {cause.filename}" if cause.filename else ""
+        return LocalError("local", f"{cause.strerror or cause}{where}")
+    text = f"a fault in rios itself: {type(cause).__name__}: {cause}"
+    return RiosError("internal", text, "please report it with what RIOS_TRACEBACK=1 shows in addition")
+
+
+def _drop_stdout() -> None:
+    """Nothing can be written there any more: keep the interpreter from trying again, loudly, when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

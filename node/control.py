@@ -13,14 +13,14 @@ import json
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from config.errors import LocalError, RiosError
+from config.errors import CODES, LocalError, RequestError, RiosError
 
 log = logging.getLogger("rios.control")
 
@@ -33,11 +33,14 @@ Command = Callable[[Mapping[str, Any], Send], Awaitable[Any]]
 
 
 def socket_path(path: Path) -> Path:
-    """``path``, or a short stand-in in the temporary folder when a socket could not be bound there."""
+    """``path``, or a short stand-in when a socket could not be bound there.
+
+    It stands below ``/tmp`` whatever ``TMPDIR`` says: the daemon and the command line must agree.
+    """
     if len(os.fsencode(path)) <= _SUN_PATH_MAX:
         return path
     name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"rios-{os.getuid()}-{name}.sock"
+    return Path("/tmp") / f"rios-{os.getuid()}-{name}.sock"
 
 
 async def serve(
@@ -107,7 +110,9 @@ async def _answer(request: bytes, commands: Mapping[str, Command], event: Send) 
     try:
         message = json.loads(request)
         name, args = message["command"], message.get("args", {})
-    except (ValueError, KeyError, TypeError):
+        if not isinstance(name, str) or not isinstance(args, dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
         return _error("usage", "not a control request", "")
     command = commands.get(name)
     if command is None:
@@ -144,38 +149,59 @@ async def _lines(stream: trio.SocketStream) -> AsyncIterator[bytes]:
         buffer += data
 
 
-def request(path: Path, command: str, args: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Any]]:
+def request(
+    path: Path, command: str, args: Mapping[str, Any] | None = None, *, seconds: float | None = None
+) -> Iterator[tuple[str, Any]]:
     """Ask the running daemon; yields ``("event", value)`` any number of times, then ``("result", value)``.
 
-    Blocking. Raises :class:`RiosError` with the daemon's code, or ``not_running`` if nobody listens.
+    Blocking; ``seconds`` is the longest silence. Raises :class:`RiosError` with the daemon's code, ``not_running`` if
+    nobody listens or the daemon dies, ``deadline`` if it is silent, ``too_large`` for a request it would not read.
     """
-    path = socket_path(path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+    line = json.dumps({"command": command, "args": dict(args or {})}).encode() + b"\n"
+    if len(line) > LINE_BYTES_MAX:
+        message = f"{command}: the request has {len(line)} bytes, a node takes {LINE_BYTES_MAX}"
+        raise RequestError("too_large", message, "shorten it")
+    with _connected(socket_path(path), path.parent, seconds) as connection:
         try:
-            connection.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            message = f"no RiOS node is running with the data folder {path.parent}"
-            raise LocalError("not_running", message, "start it: rios run") from error
-        except OSError as error:
-            raise LocalError("local", f"cannot open the control socket {path}: {error.strerror}") from error
-        connection.sendall(json.dumps({"command": command, "args": dict(args or {})}).encode() + b"\n")
-        with connection.makefile("rb") as lines:
-            for line in lines:
-                message = json.loads(line)
-                if "event" in message:
-                    yield "event", message["event"]
-                elif "error" in message:
-                    raise RiosError(message["error"]["code"], message["error"]["message"], message["error"]["hint"])
-                else:
-                    yield "result", message["result"]
-                    return
+            connection.sendall(line)
+            with connection.makefile("rb") as lines:
+                for answer in lines:
+                    kind, value = _parsed(answer)
+                    yield kind, value
+                    if kind == "result":
+                        return
+        except TimeoutError as error:
+            message = f"the node did not answer {command} within {seconds:.0f} s"
+            raise LocalError("deadline", message, "see its log; restart it if this lasts") from error
+        except (ConnectionError, json.JSONDecodeError):
+            pass  # it died, maybe in the middle of a line
     raise LocalError("not_running", "the node stopped while it was answering", "see its log")
 
 
-def ask(path: Path, command: str, args: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
+@contextmanager
+def _connected(path: Path, data_dir: Path, seconds: float | None) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(seconds)
+        try:
+            connection.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            message = f"no RiOS node is running with the data folder {data_dir}"
+            raise LocalError("not_running", message, "start it: rios run") from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise LocalError("local", f"cannot open the control socket {path}: {reason}") from error
+        yield connection
+
+
+def _parsed(line: bytes) -> tuple[str, Any]:
+    message = json.loads(line)
+    if error := message.get("error"):
+        code = error["code"] if error["code"] in CODES else "internal"  # a newer daemon may know more codes
+        raise RiosError(code, error["message"], error["hint"])
+    kind = "event" if "event" in message else "result"
+    return kind, message[kind]
+
+
+def ask(path: Path, command: str, args: Mapping[str, Any] | None = None, *, seconds: float | None = None) -> Any:  # noqa: ANN401 - JSON
     """The result of a command that sends no events."""
-    result = None
-    for kind, value in request(path, command, args):
-        if kind == "result":
-            result = value
-    return result
+    return [value for _, value in request(path, command, args, seconds=seconds)][-1]

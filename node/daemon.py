@@ -26,7 +26,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from config import seeds
-from config.errors import EXIT_OK, ConfigError, LocalError, RiosError
+from config.errors import EXIT_OK, LocalError, RiosError
 from config.paths import Paths
 from config.settings import Settings
 from config.vocabulary import KFLOP_PER_TFLOP
@@ -40,10 +40,9 @@ from dmoe.ports import Quote
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.store import ModelStore
 from dmoe.worker import Worker
-from ledger.core import genesis as genesis_file
 from ledger.core.genesis import Genesis
 from ledger.ledger import Ledger, open_ledger
-from node import control, metrics, operator
+from node import control, founding, metrics, operator
 from node.cli import VERSION
 from p2p import keyfile
 from p2p.core.advert import Advert
@@ -64,7 +63,6 @@ class Node:
         self.paths = paths
         self.identity = identity
         self.started_at = time.monotonic()
-        self.stop = trio.Event()
         self.store = ModelStore(paths.models)
         self.options = RuntimeOptions(device=settings.dmoe.device, threads=settings.dmoe.threads)  # type: ignore[arg-type]
         self.ledger: Ledger | None = None
@@ -123,20 +121,6 @@ def _only_daemon(lock: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def load_genesis(settings: Settings, paths: Paths) -> Genesis | None:
-    """The network's genesis, or None if this node has no file (it then neither pays nor is paid)."""
-    configured = settings.ledger.genesis_file
-    file = (paths.config_file.parent / Path(configured).expanduser()) if configured else paths.genesis
-    if not file.exists():
-        if configured:
-            raise ConfigError("config", f"ledger.genesis_file: there is no file {file}", "get it from the network")
-        return None
-    try:
-        return genesis_file.from_json(file.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config", f"cannot read the genesis file {file}: {error}") from error
-
-
 def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes: bool = False) -> int:
     """Run a node until it is told to stop; returns the exit code. Raises RiosError if it cannot start."""
     with _only_daemon(paths.lock):
@@ -146,37 +130,58 @@ def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes
 
 
 async def _main(settings: Settings, paths: Paths, identity: Identity, until_stdin_closes: bool) -> None:
-    async with open_node(settings, paths, identity) as node:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_watch_signals, node)
-            if until_stdin_closes:
-                nursery.start_soon(_watch_stdin, node)
-            log.info("node %s is up (RiOS %s)", identity.peer_id, VERSION)
-            for address in node.network.addresses:
-                log.info("listening on %s", address)
-            if node.gateway_url:
-                log.info("gateway on %s", node.gateway_url)
-            await node.stop.wait()
-            nursery.cancel_scope.cancel()
-        log.info("stopping")
-        _exit_at_the_latest(STOP_SECONDS_MAX)
-        with trio.move_on_after(DRAIN_SECONDS_MAX):
-            await node.worker.drain()
-    log.info("stopped")
+    up = False
+    stop = trio.Event()
+
+    def end() -> None:
+        """In order once the node is up, at once while it still starts."""
+        if not stop.is_set():
+            stop.set()
+            _exit_at_the_latest(STOP_SECONDS_MAX)
+            if not up:
+                nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_watch_signals, end)
+        if until_stdin_closes:
+            nursery.start_soon(_watch_stdin, end)
+        async with open_node(settings, paths, identity) as node:
+            up = True
+            _announce(node)
+            await stop.wait()
+            log.info("stopping")
+            with trio.move_on_after(DRAIN_SECONDS_MAX):
+                await node.worker.drain()
+        nursery.cancel_scope.cancel()
+    log.info("stopped" if up else "stopped before it was up")
 
 
-async def _watch_signals(node: Node) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+def _announce(node: Node) -> None:
+    log.info("node %s is up (RiOS %s)", node.identity.peer_id, VERSION)
+    for address in node.network.addresses:
+        log.info("listening on %s", address)
+    if node.gateway_url:
+        log.info("gateway on %s", node.gateway_url)
+
+
+async def _watch_signals(
+    end: Callable[[], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    wanted = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means: outlive the terminal
+        wanted.append(signal.SIGHUP)
+    with trio.open_signal_receiver(*wanted) as signals:
+        task_status.started()
         async for _ in signals:
-            node.stop.set()
+            end()
 
 
-async def _watch_stdin(node: Node) -> None:
+async def _watch_stdin(end: Callable[[], None]) -> None:
     """For a parent that wants its nodes to end with it, however it ends."""
     reader = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
     while await reader.receive_some(4096):
         pass
-    node.stop.set()
+    end()
 
 
 def _exit_at_the_latest(seconds: float) -> None:
@@ -195,7 +200,7 @@ def _exit_at_the_latest(seconds: float) -> None:
 async def open_node(settings: Settings, paths: Paths, identity: Identity) -> AsyncIterator[Node]:
     """A running node with all its parts."""
     node = Node(settings, paths, identity)
-    genesis = load_genesis(settings, paths)
+    genesis = founding.in_force(settings, paths)
     measured = await trio.to_thread.run_sync(hardware.measure)
     advert = Advert(
         peer_id=identity.peer_id,
@@ -352,8 +357,3 @@ def _serve_metrics(port: int, registry: CollectorRegistry) -> Callable[[], None]
         thread.join()
 
     return close
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return psutil.Process().memory_info().rss

@@ -4,6 +4,7 @@ Drives everything from outside, as an operator and an API client would: config f
 HTTP. Owns what is shown and what is checked; every check that fails is named and ends the demo with exit code 1.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -16,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from config.errors import LocalError, RiosError
+from config.errors import EXIT_FAILED, EXIT_OK, LocalError, RiosError
 from config.vocabulary import format_credits
-from node.swarm import NodeProcess, Swarm, rios, wait_for
+from node.swarm import NodeProcess, Swarm, all_ends_are_ctrl_c, rios, wait_for
 
 QUESTION = "What is the capital of France? Answer, then describe the city in five sentences."
 EXPECTED = "Paris"
@@ -212,28 +213,41 @@ class Demo:
         answer = Answer()
         times: list[float] = []
         self.console.print("   ", end="")
-        with httpx.stream(
-            "POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=HTTP_SECONDS_MAX
-        ) as response:
-            if response.status_code != 200:
-                raise LocalError("local", f"the gateway answered {response.status_code}: {response.read().decode()}")
-            for event in _events(response):
-                if "error" in event:
-                    raise LocalError("local", f"\nthe answer broke off: {event['error']['message']}")
-                answer.details = event.get("rios") or answer.details
-                if usage := event.get("usage"):
-                    answer.tokens = usage["completion_tokens"]
-                text = event["choices"][0]["delta"].get("content") if event["choices"] else None
-                if text:
-                    answer.text += text
-                    times.append(time.monotonic())
-                    self.console.print(text, end="", highlight=False, markup=False)
-                    if on_token is not None:
-                        on_token(len(times))
+        try:
+            with httpx.stream(
+                "POST",
+                f"{url}/v1/chat/completions",
+                json=body,
+                headers=headers,
+                timeout=HTTP_SECONDS_MAX,
+                trust_env=False,  # a proxy for the internet must not see loopback traffic
+            ) as response:
+                self._read(response, answer, times, on_token)
+        except httpx.HTTPError as error:
+            raise LocalError("local", f"the gateway at {url}: {error or type(error).__name__}") from error
         self.console.print()
         if answer.tokens > 1 and len(times) > 1:
             answer.tokens_per_s = round((answer.tokens - 1) / (times[-1] - times[0]), 2)
         return answer
+
+    def _read(
+        self, response: httpx.Response, answer: Answer, times: list[float], on_token: Callable[[int], None] | None
+    ) -> None:
+        if response.status_code != 200:
+            raise LocalError("local", f"the gateway answered {response.status_code}: {response.read().decode()}")
+        for event in _events(response):
+            if "error" in event:
+                raise LocalError("local", f"the answer broke off: {event['error']['message']}")
+            answer.details = event.get("rios") or answer.details
+            if usage := event.get("usage"):
+                answer.tokens = usage["completion_tokens"]
+            text = event["choices"][0]["delta"].get("content") if event["choices"] else None
+            if text:
+                answer.text += text
+                times.append(time.monotonic())
+                self.console.print(text, end="", highlight=False, markup=False)
+                if on_token is not None:
+                    on_token(len(times))
 
     def first_answer(self) -> None:
         """The question, with tokens per second and who served what."""
@@ -360,8 +374,13 @@ class Demo:
                 question = input("> ").strip()
             except EOFError:
                 return
-            if question:
+            if not question:
+                continue
+            try:
                 answer = self.ask(question, greedy=False)
+            except RiosError as error:
+                self.console.print(str(error), style="red", markup=False, highlight=False)
+            else:
                 self.say(f"   [green]{answer.tokens} tokens, {answer.tokens_per_s:.1f} tokens/s[/]")
 
 
@@ -386,26 +405,18 @@ def run(*, once: bool, as_json: bool) -> int:
     """The ``rios demo`` command; returns the exit code. With ``as_json`` only the result goes to stdout."""
     console = Console(file=sys.stderr if as_json else sys.stdout, soft_wrap=True)
     stay = not once and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
-    try:
-        with Swarm() as swarm:
-            demo = Demo(swarm, console)
-            outcome = demo.run()
-            faults = outcome.faults()
-            for fault in faults:
-                console.print(f"[bold red]MISMATCH[/] {fault}")
-            if not faults:
-                console.print(f"[bold green]All checks passed[/] in {outcome.seconds:.0f} s.")
-            if stay and not faults:
-                try:
-                    demo.converse()
-                except KeyboardInterrupt:
-                    console.print("\nstopping the swarm")
-    except KeyboardInterrupt:
-        console.print("\nstopped early; nothing is left behind")
-        return 130
-    except RiosError as error:
-        console.print(f"[bold red]the demo failed:[/] {error}")
-        return 1
+    with all_ends_are_ctrl_c(), Swarm() as swarm:
+        demo = Demo(swarm, console)
+        outcome = demo.run()
+        faults = outcome.faults()
+        for fault in faults:
+            console.print(f"[bold red]MISMATCH[/] {fault}")
+        if not faults:
+            console.print(f"[bold green]All checks passed[/] in {outcome.seconds:.0f} s.")
+        if stay and not faults:
+            with contextlib.suppress(KeyboardInterrupt):
+                demo.converse()
+            console.print("\nstopping the swarm")
     if as_json:
         print(json.dumps(asdict(outcome), separators=(",", ":")))  # noqa: T201 - the command's output
-    return 1 if faults else 0
+    return EXIT_FAILED if faults else EXIT_OK

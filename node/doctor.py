@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,11 +19,12 @@ from config.errors import EXIT_FAILED, EXIT_OK, RiosError
 from config.load import Loaded
 from config.paths import Paths
 from config.vocabulary import GIB
-from node import control
+from node import control, founding, local
 from node.cli import Context, Output
 
 DISK_FREE_BYTES_MIN = 2 * GIB
 DIAL_SECONDS_MAX = 3.0
+ANSWER_SECONDS_MAX = 5.0
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -80,11 +82,13 @@ def _guarded(check: Callable[[Patient], Iterator[Finding]], patient: Patient) ->
         yield from check(patient)
     except RiosError as error:
         yield Finding("fail", error.message, (check.__doc__ or "").strip(), error.hint)
+    except OSError as error:
+        yield Finding("fail", str(error), (check.__doc__ or "").strip(), "check the owner and mode of that file")
 
 
 def _running(paths: Paths) -> bool:
     try:
-        control.ask(paths.control, "health")
+        control.ask(paths.control, "health", seconds=ANSWER_SECONDS_MAX)
     except RiosError as error:
         return error.code != "not_running"
     return True
@@ -102,7 +106,7 @@ def _daemon(patient: Patient) -> Iterator[Finding]:
     if not patient.running:
         yield Finding("warn", "the daemon is not running", "nothing is served", "rios run")
         return
-    health = control.ask(patient.paths.control, "health")
+    health = control.ask(patient.paths.control, "health", seconds=ANSWER_SECONDS_MAX)
     if health["ok"]:
         yield Finding("ok", "the daemon is running and well")
     for reason in health["reasons"]:
@@ -138,7 +142,7 @@ def _ports(patient: Patient) -> Iterator[Finding]:
     if patient.running:
         return
     settings = patient.loaded.settings
-    wanted = [_host_port(address) for address in settings.p2p.listen]
+    wanted = [seeds.host_port(address, "p2p.listen") for address in settings.p2p.listen]
     if settings.gateway.enabled:
         wanted.append((settings.gateway.host, settings.gateway.port))
     for host, port in wanted:
@@ -157,11 +161,6 @@ def _ports(patient: Patient) -> Iterator[Finding]:
                 yield Finding("ok", f"port {host}:{port or 'any'} is free")
 
 
-def _host_port(multiaddr: str) -> tuple[str, int]:
-    parts = multiaddr.strip("/").split("/")
-    return parts[1], int(parts[3])
-
-
 def _seeds(patient: Patient) -> Iterator[Finding]:
     """without a living seed a new node finds nobody"""
     settings = patient.loaded.settings.p2p
@@ -171,7 +170,7 @@ def _seeds(patient: Patient) -> Iterator[Finding]:
         return
     alive = 0
     for seed in listed:
-        host, port = _host_port(seed)
+        host, port = seeds.host_port(seed, "p2p.seeds")
         try:
             with socket.create_connection((host, port), DIAL_SECONDS_MAX):
                 alive += 1
@@ -201,10 +200,12 @@ def _models(patient: Patient) -> Iterator[Finding]:
         return
     store = ModelStore(patient.paths.models)
     for manifest in store.manifests().values():
-        held = [shard for shard in manifest.shards if store.has_shard(manifest.model_id, shard.id)]
-        for shard in held:
-            store.verify_shard(manifest.model_id, shard.id)
-        yield Finding("ok", f"{manifest.name}: {len(held)} of {len(manifest.shards)} shards here, hashes right")
+        try:
+            held = local.verified_shards(store, manifest)
+        except RiosError as error:
+            yield Finding("fail", error.message, (_models.__doc__ or ""), error.hint)
+        else:
+            yield Finding("ok", f"{manifest.name}: {held} of {len(manifest.shards)} shards here, hashes right")
 
 
 def _databases(patient: Patient) -> Iterator[Finding]:
@@ -213,7 +214,7 @@ def _databases(patient: Patient) -> Iterator[Finding]:
         if not path.exists():
             continue
         try:
-            with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
                 verdict = database.execute("PRAGMA quick_check").fetchone()[0]
         except sqlite3.Error as error:
             verdict = str(error)
@@ -225,6 +226,25 @@ def _databases(patient: Patient) -> Iterator[Finding]:
             )
 
 
+def _ledger(patient: Patient) -> Iterator[Finding]:
+    """without its network's genesis and a right ledger a node neither pays nor is paid"""
+    from ledger.verify import verify_file  # noqa: PLC0415 - only this check needs it
+
+    genesis = founding.in_force(patient.loaded.settings, patient.paths)
+    if genesis is None:
+        fix = "rios init --keep-config --genesis FILE joins a network, --new-network starts one"
+        yield Finding("warn", f"no genesis file {patient.paths.genesis}", "this node neither pays nor is paid", fix)
+    elif not patient.paths.ledger.exists():
+        yield Finding("ok", f"network {genesis.net.hex()}, no ledger yet")
+    else:
+        report = verify_file(patient.paths.ledger, genesis)
+        if report.verified and report.sum_ok:
+            yield Finding("ok", f"network {genesis.net.hex()}, {report.entries} ledger entries verified")
+        else:
+            why, fix = "balances here are not what the network says", "move the file away; peers send the ledger again"
+            yield Finding("fail", f"{patient.paths.ledger}: {'; '.join(report.problems)}", why, fix)
+
+
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     _versions,
     _key,
@@ -234,5 +254,6 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     _runtime,
     _models,
     _databases,
+    _ledger,
     _daemon,
 )

@@ -8,85 +8,30 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from config import seeds
 from config.errors import EXIT_OK, ConfigError, LocalError, RequestError, RiosError
-from config.load import Loaded, render_file, render_reference, to_toml
+from config.load import Loaded, render_reference, to_toml
 from config.paths import Paths, cache_dir
 from config.settings import sections
 from config.vocabulary import format_credits
 from node.cli import VERSION, Context, Output, parse_credits
 from p2p.core.identity import Identity
 
-GENESIS_NOTE = "one witness (this node), no Byzantine tolerance: fit for a swarm of your own"
+if TYPE_CHECKING:
+    from dmoe.core.manifest import Manifest
+    from dmoe.store import ModelStore
 
+ANSWER_SECONDS_MAX = 5.0
+"""How long a running daemon may take for a word."""
 
 # --- node
 
 
-def init(context: Context) -> Output:
-    """``rios init``"""
-    from ledger.core import genesis as genesis_file  # noqa: PLC0415 - only commands that need a package load it
-    from p2p import keyfile  # noqa: PLC0415
-
-    args = context.args
-    file = context.config_file
-    for seed in args.seed:
-        seeds.check(seed, "--seed")
-    if file.exists() and not (args.force or args.keep_config):
-        raise ConfigError(
-            "usage", f"there is a config file already: {file}", "--keep-config uses it, --force replaces it"
-        )
-    if not (file.exists() and args.keep_config):
-        _write_config(context, file)
-    paths = context.paths()
-    paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if paths.key.exists():
-        identity = keyfile.load(paths.key, passphrase=context.passphrase())
-        key_note = "kept the key that was there"
-    else:
-        identity = keyfile.create(paths.key, passphrase=context.passphrase())
-        key_note = "made a key; back it up: rios id export FILE"
-    notes = [f"config   {file}", f"data     {paths.data}", f"key      {identity.peer_id} ({key_note})"]
-    if args.genesis:
-        genesis = genesis_file.from_json(_read(Path(args.genesis)))
-        paths.genesis.write_text(genesis.to_json())
-        notes.append(f"network  {genesis.net.hex()} (joined; {genesis.tolerance})")
-    elif args.new_network and not paths.genesis.exists():
-        key = identity.public_key
-        genesis = genesis_file.Genesis(issuer=key, root=key, witnesses=(key,))
-        paths.genesis.write_text(genesis.to_json())
-        notes.append(f"network  {genesis.net.hex()} (new; {GENESIS_NOTE})")
-    elif not paths.genesis.exists():
-        notes.append("network  none yet: --genesis FILE joins one, --new-network starts one")
-    notes.append("next     rios run, then rios status")
-    data = {"config": str(file), "data_dir": str(paths.data), "peer_id": identity.peer_id}
-    return Output(data, "\n".join(notes))
-
-
-def _write_config(context: Context, file: Path) -> None:
-    changes: dict[str, Any] = {}
-    if context.args.seed:
-        changes["p2p.seeds"] = tuple(context.args.seed)
-    if context.args.gateway:
-        changes["gateway.enabled"] = True
-    if context.args.new_network:
-        changes["ledger.witness"] = True
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file.write_text(render_file(changes))
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config", f"cannot read {file}: {error}") from error
-
-
-def run(context: Context) -> int:
+def run(context: Context) -> Output | int:
     """``rios run``"""
     from node import daemon, log  # noqa: PLC0415 - loads everything
 
@@ -95,14 +40,15 @@ def run(context: Context) -> int:
     if not paths.key.exists():
         raise ConfigError("config", f"there is no key {paths.key}", "make one: rios init")
     log.setup(settings.node.log_level, settings.node.log_format, node=settings.node.name)
-    return daemon.run(settings, paths, context.passphrase(), until_stdin_closes=context.args.until_stdin_closes)
+    code = daemon.run(settings, paths, context.passphrase(), until_stdin_closes=context.args.until_stdin_closes)
+    return Output({"stopped": True}, "", code) if context.as_json else code
 
 
 def demo(context: Context) -> int:
     """``rios demo``"""
     from node import demo as steps  # noqa: PLC0415
 
-    return steps.run(once=context.args.once, as_json=getattr(context.args, "json", False))
+    return steps.run(once=context.args.once, as_json=context.as_json)
 
 
 def doctor(context: Context) -> Output:
@@ -135,6 +81,9 @@ def config_check(context: Context) -> Output:
     loaded = context.settings()
     settings = loaded.settings
     listed = seeds.collect(settings.p2p.seeds, settings.p2p.seeds_file, context.config_file.parent)
+    for name in ("listen", "announce"):
+        for address in getattr(settings.p2p, name):
+            seeds.host_port(address, f"p2p.{name}")
     where = str(context.config_file) if context.config_file.exists() else "no config file; defaults"
     return Output({"ok": True, "config": where, "seeds": list(listed)}, f"ok: {where}, {len(listed)} seeds")
 
@@ -179,7 +128,7 @@ def id_show(context: Context) -> Output:
 
     identity, paths = _identity(context)
     try:
-        addresses = control.ask(paths.control, "status")["network"]["addresses"]
+        addresses = control.ask(paths.control, "status", seconds=ANSWER_SECONDS_MAX)["network"]["addresses"]
     except RiosError:
         addresses = []
     data = {"peer_id": identity.peer_id, "addresses": addresses}
@@ -203,12 +152,15 @@ def id_import(context: Context) -> Output:
 
     paths = context.paths()
     identity = keyfile.load(Path(context.args.file), passphrase=context.passphrase())
-    if paths.key.exists():
-        if not context.args.force:
-            raise ConfigError("usage", f"there is a key already: {paths.key}", "--force keeps it as a backup beside it")
-        paths.key.rename(paths.key.with_suffix(f".replaced-{int(time.time())}"))
+    if paths.key.exists() and not context.args.force:
+        raise ConfigError("usage", f"there is a key already: {paths.key}", "--force keeps it as a backup beside it")
+    _require_stopped(paths, "works with its old key")
     paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    keyfile.save(paths.key, identity, passphrase=context.passphrase())
+    new = paths.key.with_suffix(f".new-{os.getpid()}")
+    keyfile.save(new, identity, passphrase=context.passphrase())
+    if paths.key.exists():
+        paths.key.rename(paths.key.with_suffix(f".replaced-{int(time.time())}"))
+    new.rename(paths.key)
     return Output({"peer_id": identity.peer_id}, f"this node is now {identity.peer_id}")
 
 
@@ -252,7 +204,18 @@ def model_import(context: Context) -> Output:
     return Output(data, text + "\n  next    rios model deploy " + manifest.name)
 
 
-def _store(context: Context) -> Any:  # noqa: ANN401 - a ModelStore
+def _require_stopped(paths: Paths, doing: str) -> None:
+    from node import control  # noqa: PLC0415
+
+    try:
+        control.ask(paths.control, "health", seconds=ANSWER_SECONDS_MAX)
+    except RiosError as error:
+        if error.code == "not_running":
+            return
+    raise LocalError("conflict", f"the daemon is running and {doing}", "stop it first")
+
+
+def _store(context: Context) -> "ModelStore":
     from dmoe.store import ModelStore  # noqa: PLC0415
 
     return ModelStore(context.paths().models)
@@ -261,13 +224,25 @@ def _store(context: Context) -> Any:  # noqa: ANN401 - a ModelStore
 def model_ls(context: Context) -> Output:
     """``rios model ls`` with the daemon stopped."""
     store = _store(context)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model_id, manifest in store.manifests().items():
         held = sum(store.has_shard(model_id, shard.id) for shard in manifest.shards)
         rows.append({"id": model_id, "name": manifest.name, "shards": len(manifest.shards), "shards_held": held})
     lines = [f"{row['name']}  {row['id'][:16]}  {row['shards_held']}/{row['shards']} shards here" for row in rows]
     note = "(the daemon is not running: replicas elsewhere are unknown)"
     return Output(rows, "\n".join([*lines, note]) if lines else "no models; try: rios model import bundled")
+
+
+def verified_shards(store: "ModelStore", manifest: "Manifest") -> int:
+    """How many of a model's shards are here. Raises IntegrityError for a file that is truncated or altered."""
+    held = 0
+    for shard in manifest.shards:
+        if any(store.path(manifest.model_id, file).exists() for file in shard.files):
+            store.verify_shard(manifest.model_id, shard.id)
+            held += 1
+    if store.path(manifest.model_id, manifest.tokenizer).exists():
+        store.verify_file(manifest.model_id, manifest.tokenizer)
+    return held
 
 
 def model_verify(context: Context) -> Output:
@@ -277,13 +252,10 @@ def model_verify(context: Context) -> Output:
 
     store = _store(context)
     manifest = store.find(context.args.model)
-    held = [shard for shard in manifest.shards if store.has_shard(manifest.model_id, shard.id)]
-    for shard in manifest.shards:
-        if any(store.path(manifest.model_id, file).exists() for file in shard.files):
-            store.verify_shard(manifest.model_id, shard.id)
-    data: dict[str, Any] = {"name": manifest.name, "shards": len(manifest.shards), "shards_verified": len(held)}
-    text = f"{manifest.name}: {len(held)} of {len(manifest.shards)} shards here, all hashes right"
-    if len(held) == len(manifest.shards):
+    held = verified_shards(store, manifest)
+    data: dict[str, Any] = {"name": manifest.name, "shards": len(manifest.shards), "shards_verified": held}
+    text = f"{manifest.name}: {held} of {len(manifest.shards)} shards here, all hashes right"
+    if held == len(manifest.shards):
         options = RuntimeOptions(device="cpu")
         data["golden_difference"] = trio.run(golden.verify, manifest, store, options)
         text += f"\n  golden logits: largest difference {data['golden_difference']:.2e}"
@@ -293,39 +265,23 @@ def model_verify(context: Context) -> Output:
 
 def model_rm(context: Context) -> Output:
     """``rios model rm``"""
-    from node import control  # noqa: PLC0415
-
     store = _store(context)
     manifest = store.find(context.args.model)
-    try:
-        control.ask(context.paths().control, "health")
-    except RiosError as error:
-        if error.code != "not_running":
-            raise
-    else:
-        raise LocalError("conflict", "the daemon is running and may serve this model", "stop it first")
+    _require_stopped(context.paths(), "may serve this model")
     store.remove(manifest.model_id)
     return Output({"model_id": manifest.model_id}, f"removed {manifest.name}")
 
 
-def chat(context: Context) -> Output | int:
+def chat(context: Context, question: str) -> Output | int:
     """``rios chat --local``"""
     from node import online  # noqa: PLC0415
 
-    if not context.args.question:
-        raise ConfigError(
-            "usage", "--local needs a question", 'e.g. rios chat --local "What is the capital of France?"'
-        )
-    asked = {
-        "messages": [{"role": "user", "content": " ".join(context.args.question)}],
-        **online.chat_options(context),
-    }
+    asked = {"messages": [{"role": "user", "content": question}], **online.chat_options(context)}
     asked["route"] = asked["route"] or "fused"
     if asked["route"] == "experts":
         raise ConfigError("usage", "--local has no peers to call", "--route local or --route fused")
-    as_json = getattr(context.args, "json", False)
-    answer = trio.run(_chat_here, context, asked, not as_json)
-    return Output(answer, "") if as_json else EXIT_OK
+    answer = trio.run(_chat_here, context, asked, not context.as_json)
+    return Output(answer, "") if context.as_json else EXIT_OK
 
 
 async def _chat_here(context: Context, asked: dict[str, Any], echo: bool) -> Any:  # noqa: ANN401 - JSON
@@ -356,11 +312,11 @@ async def _chat_here(context: Context, asked: dict[str, Any], echo: bool) -> Any
 def ledger_verify(context: Context) -> Any:  # noqa: ANN401 - JSON
     """``rios ledger verify`` with the daemon stopped."""
     from ledger.verify import verify_file  # noqa: PLC0415
-    from node import daemon  # noqa: PLC0415
+    from node import founding  # noqa: PLC0415
 
     loaded = context.settings()
     paths = context.paths(loaded)
-    genesis = daemon.load_genesis(loaded.settings, paths)
+    genesis = founding.in_force(loaded.settings, paths)
     if genesis is None or not paths.ledger.exists():
         raise LocalError("not_found", f"there is no ledger {paths.ledger}", "rios init, then rios run")
     return verify_file(paths.ledger, genesis).as_dict()

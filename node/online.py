@@ -9,9 +9,12 @@ from config.vocabulary import GIB, MIB, format_credits
 from node import control
 from node.cli import Context, Output, parse_credits
 
+HEALTH_SECONDS_MAX = 4.0
+"""A node that says nothing for so long is not healthy (less than the patience of whoever asks regularly)."""
 
-def _ask(context: Context, command: str, **args: Any) -> Any:  # noqa: ANN401 - JSON
-    return control.ask(context.paths().control, command, args)
+
+def _ask(context: Context, command: str, *, seconds: float | None = None, **args: Any) -> Any:  # noqa: ANN401 - JSON
+    return control.ask(context.paths().control, command, args, seconds=seconds)
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -79,40 +82,54 @@ def peers(context: Context) -> Output:
 
 def health(context: Context) -> Output:
     """``rios health``"""
-    data = _ask(context, "health")
+    data = _ask(context, "health", seconds=HEALTH_SECONDS_MAX)
     text = "ok" if data["ok"] else "impaired: " + "; ".join(data["reasons"])
     return Output(data, text, EXIT_OK if data["ok"] else EXIT_FAILED)
 
 
 def chat(context: Context) -> Output | int:
     """``rios chat``"""
-    args = context.args
-    if args.local:
-        from node import local  # noqa: PLC0415 - loads the runtime
+    question = _question(context)
+    if question is not None:
+        if context.args.local:
+            from node import local  # noqa: PLC0415 - loads the runtime
 
-        return local.chat(context)
-    if args.question:
-        return _chat_once(context, " ".join(args.question))
-    if not sys.stdin.isatty():
-        return _chat_once(context, sys.stdin.read().strip())
+            return local.chat(context, question)
+        answer = _stream(context, [{"role": "user", "content": question}], echo=not context.as_json)
+        return Output(answer, "") if context.as_json else EXIT_OK
     history: list[dict[str, str]] = []
     while True:
         try:
             question = input("> ").strip()
         except EOFError:
+            print(file=sys.stderr)  # noqa: T201 - leave the prompt's line
             return EXIT_OK
         if question:
-            history.append({"role": "user", "content": question})
-            answer = _stream(context, history, echo=True)
-            history.append({"role": "assistant", "content": answer["text"]})
+            asked = {"role": "user", "content": question}
+            try:
+                answer = _stream(context, [*history, asked], echo=True)
+            except RiosError as error:
+                if error.code == "not_running":
+                    raise
+                print(f"rios: {error}", file=sys.stderr)  # noqa: T201 - one failed question does not end a conversation
+                continue
+            history += [asked, {"role": "assistant", "content": answer["text"]}]
 
 
-def _chat_once(context: Context, question: str) -> Output | int:
-    if not question:
+def _question(context: Context) -> str | None:
+    """From the command line or a pipe; None where a conversation is wanted."""
+    given = " ".join(context.args.question)
+    try:
+        if not given and not sys.stdin.isatty():
+            given = sys.stdin.read()
+        given.encode()
+    except UnicodeError as error:
+        raise ConfigError("usage", f"the question is not UTF-8: {error}", "rios chat takes text") from error
+    if given.strip():
+        return given.strip()
+    if context.args.question or not sys.stdin.isatty() or context.as_json or context.args.local:
         raise ConfigError("usage", "no question", 'e.g. rios chat "What is the capital of France?"')
-    as_json = getattr(context.args, "json", False)
-    answer = _stream(context, [{"role": "user", "content": question}], echo=not as_json)
-    return Output(answer, "") if as_json else EXIT_OK
+    return None
 
 
 def _stream(context: Context, messages: list[dict[str, str]], *, echo: bool) -> Any:  # noqa: ANN401 - JSON

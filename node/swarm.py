@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,11 @@ class NodeProcess:
         return self.folder / "data"
 
     @property
+    def control(self) -> Path:
+        """Its control socket."""
+        return self.data / "control.sock"
+
+    @property
     def log_file(self) -> Path:
         """Where the process's stderr goes."""
         return self.folder / "node.log"
@@ -62,11 +68,11 @@ class NodeProcess:
 
     def ask(self, command: str, **args: Any) -> Any:  # noqa: ANN401 - JSON
         """A control command's result."""
-        return control.ask(self.data / "control.sock", command, args)
+        return control.ask(self.control, command, args)
 
     def request(self, command: str, **args: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - JSON
         """A control command with events."""
-        return control.request(self.data / "control.sock", command, args)
+        return control.request(self.control, command, args)
 
     def start(self, environ: Mapping[str, str] | None = None) -> None:
         """Start the daemon; :meth:`wait_started` tells when it answers."""
@@ -76,7 +82,7 @@ class NodeProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                env={**os.environ, **(environ or {})},
+                env={**_environ(), **(environ or {})},
                 start_new_session=True,  # Ctrl-C in the terminal reaches the parent only, which stops its nodes
             )
 
@@ -139,17 +145,43 @@ def wait_for(ready: Callable[[], bool], what: str, seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def _environ() -> dict[str, str]:
+    """The environment without settings of RiOS: those of the machine's own node must not reach a throw-away one."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RIOS_")}
+
+
 def rios(folder: NodeProcess, *args: str) -> str:
     """Run a one-shot `rios` command against a node's config; returns its stdout.
 
-    Raises :class:`LocalError` with its stderr if it fails.
+    Raises :class:`LocalError` with its stderr if it fails. Where this process is interrupted, the command and what it
+    started get the same chance to clean up before they are killed.
     """
-    result = subprocess.run(
-        [*rios_command(), "--config", str(folder.config_file), *args], capture_output=True, text=True, check=False
-    )
-    if result.returncode:
-        raise LocalError("local", f"rios {' '.join(args)} failed:\n{result.stderr.strip()}")
-    return result.stdout
+    command = [*rios_command(), "--config", str(folder.config_file), *args]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environ(),
+        start_new_session=True,  # Ctrl-C reaches this process only, which passes it on
+    ) as process:
+        try:
+            stdout, stderr = process.communicate()
+        except BaseException:
+            _end_group(process)
+            raise
+    if process.returncode:
+        raise LocalError("local", f"rios {' '.join(args)} failed:\n{stderr.strip()}")
+    return stdout
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS_MAX)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class Swarm:
@@ -189,11 +221,44 @@ class Swarm:
             node.wait_started()
 
     def close(self) -> None:
-        """Stop every node and remove the folder."""
-        for node in self.nodes:
-            if node.alive and node.process is not None:
-                node.process.send_signal(signal.SIGTERM)
-        for node in self.nodes:
-            node.stop()
-        if not self.keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Stop every node and remove the folder; impatient signals wait until that is done."""
+        with _deaf():
+            for node in self.nodes:
+                if node.alive and node.process is not None:
+                    node.process.send_signal(signal.SIGTERM)
+            for node in self.nodes:
+                node.stop()
+                control.socket_path(node.control).unlink(missing_ok=True)  # a killed node leaves it
+            if not self.keep:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def all_ends_are_ctrl_c() -> Iterator[None]:
+    """SIGTERM and a closed terminal unwind like Ctrl-C, so that whatever ends this process, it tidies up first."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
