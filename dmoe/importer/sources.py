@@ -7,7 +7,7 @@ Owns: opening, bounds and types of a GGUF's tensors. Does not own: what they mea
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import numpy as np
@@ -25,6 +25,26 @@ _ALL = slice(None)
 _AGAIN = "the file is truncated, altered or of another kind; download it again"
 
 
+class _Reader(gguf.GGUFReader):
+    """The package's reader, four times as fast: it makes several arrays for each of a tokenizer's 100,000 strings, and
+    numpy's memory maps are slow to slice. Reading past the end raises ValueError."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value.view(np.ndarray) if isinstance(value, np.memmap) else value)
+
+    def _get(
+        self,
+        offset: int,
+        dtype: Any,  # noqa: ANN401 - whatever numpy takes
+        count: int = 1,
+        override_order: Literal["I", "S", "<"] | None = None,
+    ) -> Array:
+        if self.byte_order != "I" or override_order is not None:
+            found: Array = super()._get(offset, dtype, count, override_order)
+            return found
+        return np.frombuffer(self.data, dtype, int(count), int(offset))
+
+
 class GgufSource:
     """An open GGUF file. ``metadata``: all keys with their values."""
 
@@ -33,7 +53,7 @@ class GgufSource:
         if not path.is_file():
             raise LocalError("not_found", f"{path} is not a file", "give the path of a .gguf file")
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _Reader(path)
             own = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
             self.metadata: Mapping[str, Any] = {key: field.contents() for key, field in own.items()}
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
