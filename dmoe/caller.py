@@ -45,8 +45,12 @@ PLAN_ROWS_MAX = 8
 PATIENCE_MS = 2_000
 """How long a call may take before another replica is asked, where there is one and nothing better is known."""
 ROUNDS_MAX = 1000
+OPEN_SECONDS_MAX = 5.0
+"""How long a generation waits for channels to be opened before it starts; what is late opens at first use."""
 GRACE_SECONDS = 1.0
 """How long a layer without a replica waits for an advert of a new one: shards move while they are called."""
+_PEER_FAULTS = frozenset(("unavailable", "deadline", "payment_required", "protocol", "integrity"))
+"""Failures that say something about the peer, not about one of its shards."""
 _FREE = Quote(0, 0, 0)
 
 
@@ -197,9 +201,10 @@ class CallerSession:
         likely: set[PeerId] = set()
         for needs in table.needs:
             likely.update(self._dispatcher.plan(needs, 1, _now_us(), 1.0))
-        async with trio.open_nursery() as nursery:
-            for peer in likely & set(table.quotes):
-                nursery.start_soon(self._open_channel, peer, table.quotes[peer])
+        with trio.move_on_after(OPEN_SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                for peer in likely & set(table.quotes):
+                    nursery.start_soon(self._open_channel, peer, table.quotes[peer])
 
     async def _open_channel(self, peer: PeerId, quote: Quote) -> None:
         try:
@@ -402,7 +407,7 @@ class CallerSession:
             for place in places:
                 work.busy_ms[place.group] = min(pause_ms, work.busy_ms.get(place.group, pause_ms))
         else:
-            wide = error.code in ("unavailable", "deadline", "payment_required")
+            wide = error.code in _PEER_FAULTS
             self._dispatcher.failed(peer, (PEER_WIDE,) if wide else shards, _now_us())
         for place in places:
             work.tried.setdefault(place.group, set()).add(peer)
@@ -423,7 +428,7 @@ class CallerSession:
     async def _call(self, work: _Layer, job: _Job, places: Sequence[Place], quote: Quote) -> float:
         peer, groups = job.peer, job.groups
         chosen, shape, buffers = _request(work, self._model, places)
-        channel = await self._caller.channel(peer, quote)
+        channel = await self._channel(work, job, quote)
         model, top_k = self._model, self._model.top_k
         header = calls.build(model.model_id, work.layer, groups, quote.number, channel, shape, top_k)
         try:
@@ -431,7 +436,7 @@ class CallerSession:
         except RemoteError as error:
             if error.code != "payment_required" or self._caller.buyer is None:
                 raise
-            channel = header["channel"] = await self._caller.channel(peer, quote, reopen=True)
+            channel = header["channel"] = await self._channel(work, job, quote, reopen=True)
             reply = await self._send(work, job, header, buffers)
         answer, service_us = _answer(reply, peer, len(groups), shape["shape"])
         if self._caller.buyer is not None and channel:
@@ -449,14 +454,26 @@ class CallerSession:
             work.partials[group] = partial
         return service_us
 
+    async def _channel(self, work: _Layer, job: _Job, quote: Quote, *, reopen: bool = False) -> bytes:
+        """The channel to the job's peer; a peer that lets one wait for it is left like one that does not answer."""
+        left_ms = self._left_ms(work, job)
+        with trio.move_on_after(left_ms / 1000):
+            return await self._caller.channel(job.peer, quote, reopen=reopen)
+        message = f"no payment channel to {job.peer} came about in {left_ms} ms"
+        raise RemoteError("deadline", message, peer_id=job.peer)
+
     async def _send(self, work: _Layer, job: _Job, header: dict[str, Any], buffers: Sequence[calls.Buffer]) -> Reply:
+        return await self._caller.network.call(
+            job.peer, calls.METHOD, header, buffers, deadline_ms=self._left_ms(work, job)
+        )
+
+    def _left_ms(self, work: _Layer, job: _Job) -> int:
+        """How long this peer may keep the layer waiting."""
         left_ms = (work.deadline - trio.current_time()) * 1000
         if job.replaceable and not work.tried:  # a second try may wait as long as there is time
             expected_us = self._dispatcher.estimate(job.peer).finish_us(len(work.rows) * len(job.groups))
             left_ms = min(left_ms, max(PATIENCE_MS, 20 * expected_us / 1000))
-        return await self._caller.network.call(
-            job.peer, calls.METHOD, header, buffers, deadline_ms=max(1, int(left_ms))
-        )
+        return max(1, int(left_ms))
 
 
 def _request(work: _Layer, model: ModelMap, places: Sequence[Place]) -> tuple[Any, dict[str, Any], list[calls.Buffer]]:

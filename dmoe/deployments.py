@@ -34,6 +34,8 @@ NAMESPACE = "deploy"
 ASK_DEADLINE_MS = 5_000
 ASK_FIRST_SECONDS = 1.0
 STATE_BYTES_MAX = 16 << 20
+ANSWER_RECORDS_MAX = 200
+"""Records in one answer: a frame holds no more than 256 buffers."""
 
 
 class Deployments:
@@ -127,7 +129,10 @@ class Deployments:
             self._on_change()
 
     async def _list(self, call: Call) -> Reply:
-        return Reply({}, [signed.data for signed in self.book])
+        records = [signed.data for signed in self.book]
+        if len(records) > ANSWER_RECORDS_MAX:  # whoever asks often enough hears all
+            records = self._random.sample(records, ANSWER_RECORDS_MAX)
+        return Reply({}, records)
 
     async def _best_effort(self, sending: object) -> None:
         try:

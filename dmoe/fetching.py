@@ -76,8 +76,8 @@ class Fetcher:
                 reply = await self._network.call(peer, MANIFEST_METHOD, header, deadline_ms=MANIFEST_DEADLINE_MS)
                 manifest = self._checked(model_id, peer, reply)
             except RiosError as error:
-                if error.code == "forbidden":
-                    raise
+                if error.code == "forbidden" and not isinstance(error, RemoteError):
+                    raise  # this node's own verdict; a peer that says so only does not give it
                 reason = error.message
                 continue
             await trio.to_thread.run_sync(self._store.add_manifest, manifest)

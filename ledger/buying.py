@@ -36,7 +36,7 @@ from ledger.store import ChannelRow
 from ledger.voting import read_signed
 from ledger.wallet import Wallet
 from p2p.core import codec
-from p2p.core.identity import public_key_of
+from p2p.core.identity import is_valid_key, public_key_of
 from p2p.face import Call, Network, Reply
 
 HELLO_DEADLINE_MS = 15_000
@@ -153,10 +153,12 @@ class Buying:
     async def _create(self, worker: PeerId) -> PayerChannel:
         terms = (await self._network.call(worker, "ledger.terms", {}, deadline_ms=HELLO_DEADLINE_MS)).header
         payout = terms.get("payout")
-        if terms.get("net") != self._book.genesis.net or not isinstance(payout, bytes):
+        if terms.get("net") != self._book.genesis.net:
             raise RemoteError(
                 "conflict", f"{worker} belongs to another ledger network", "compare the genesis files", peer_id=worker
             )
+        if not isinstance(payout, bytes) or not is_valid_key(payout):
+            raise RemoteError("protocol", f"{worker} wants to be paid to something that is no account", peer_id=worker)
         amount = self._affordable(self._settings.channel_lock, self._book.genesis.min_lock)
         expiry_ms = self._book.now_ms() + self._settings.channel_hours * 3600 * 1000
         item = await self._wallet.append([Open(public_key_of(worker), payout, amount, expiry_ms)])

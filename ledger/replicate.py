@@ -30,6 +30,8 @@ ASK_MAX = 1024
 HEADS_BYTES_MAX = 32 << 20
 PASSES_MAX = 64
 DEADLINE_MS = 10_000
+ROUND_SECONDS_MAX = 60.0
+"""A round is given up after that, so that a slow peer does not keep the others' news away."""
 
 _T = TypeVar("_T")
 
@@ -106,7 +108,8 @@ class Replicator:
             peers = list(self._network.peers())
             if peers:
                 try:
-                    await self.sync_with(self._random.choice(peers))
+                    with trio.move_on_after(ROUND_SECONDS_MAX):
+                        await self.sync_with(self._random.choice(peers))
                 except RiosError:
                     self.failed_rounds += 1
             await trio.sleep(self._sync_seconds * self._random.uniform(0.5, 1.5))
@@ -161,10 +164,16 @@ class Replicator:
 
     def _collect(self, ranges: Sequence[tuple[bytes, int, int]], channels: Sequence[bytes]) -> Iterator[bytes]:
         """Encoded certificates, as many as one answer may hold."""
-        store, left, count = self._book.store, ANSWER_BYTES_MAX, ANSWER_OBJECTS_MAX
+        store, state, left, count = self._book.store, self._book.state, ANSWER_BYTES_MAX, ANSWER_OBJECTS_MAX
+        # only what is known to be there is looked up: a stranger's ranges may name anything, at no cost to itself
         wanted = chain(
-            (store.entry_certificate(account, seq) for account, first, last in ranges for seq in _span(first, last)),
-            map(store.claim_certificate, channels),
+            (
+                store.entry_certificate(account, seq)
+                for account, first, last in ranges
+                if (known := state.accounts.get(account)) is not None
+                for seq in _span(first, min(last, known.seq))
+            ),
+            (store.claim_certificate(channel) for channel in channels if channel in state.channels),
         )
         for certificate in wanted:
             if certificate is None:
@@ -210,7 +219,8 @@ class Replicator:
 
 
 def _span(first: int, last: int) -> range:
-    return range(max(1, first), max(1, min(last, first + ANSWER_OBJECTS_MAX - 1)) + 1)
+    first = max(1, first)
+    return range(first, min(last, first + ANSWER_OBJECTS_MAX - 1) + 1)
 
 
 def _decoded(decoder: "msgspec.msgpack.Decoder[list[_T]]", data: object) -> "list[_T]":

@@ -15,14 +15,13 @@ from config.errors import RemoteError, RiosError
 from config.settings import LedgerSettings
 from config.vocabulary import PeerId
 from ledger.book import Book
-from ledger.core import certificate as certificates
 from ledger.core.channel import NANO, RECEIPT_MS, STOP_BEFORE_EXPIRY_MS, Price, SellerChannel
 from ledger.core.errors import RuleError
 from ledger.core.objects import SMALL_BYTES_MAX, Claim, Signed, Voucher, open_signed, sign
 from ledger.core.rules import ChannelState
 from ledger.quorum import Heal, Quorum
 from ledger.store import ChannelRow
-from ledger.voting import BEFORE_MAX, read_signed
+from ledger.voting import read_certificates, read_signed
 from p2p.core import codec
 from p2p.core.identity import peer_id_of
 from p2p.face import Call, Network, Reply
@@ -121,11 +120,10 @@ class Selling:
         return Reply({"net": self._book.genesis.net, "signer": self._me, "payout": self._payout})
 
     async def _hello(self, call: Call) -> Reply:
-        certificate_list = call.header.get("certificates")
         key = call.header.get("channel")
-        if not isinstance(certificate_list, list) or len(certificate_list) > BEFORE_MAX or not isinstance(key, bytes):
-            raise RiosError("invalid_request", "'certificates' and 'channel' are needed")
-        await self._book.learn([certificates.decode(bytes(data)) for data in certificate_list])
+        if not isinstance(key, bytes):
+            raise RiosError("invalid_request", "'channel' is needed")
+        await self._book.learn(read_certificates(call.header.get("certificates")))
         known = self._book.state.channels.get(key)
         voucher, signature = self._read_voucher(call, key)
         if known is None or voucher.cumulative > known.lock:

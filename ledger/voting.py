@@ -70,10 +70,8 @@ class Voting:
 
     async def _submit(self, call: Call) -> Reply:
         before = call.header.get("before", [])
-        if not isinstance(before, list) or len(before) > BEFORE_MAX:
-            raise RiosError("invalid_request", f"'before' must be a list of at most {BEFORE_MAX} certificates")
         if before:
-            await self._book.learn([certificates.decode(bytes(data)) for data in before])
+            await self._book.learn(read_certificates(before))
         item = parse(read_signed(call.header.get("object")))
         final = self._final(item)
         if final is not None:
@@ -167,3 +165,13 @@ def read_signed(data: object) -> Signed:
     if not isinstance(data, bytes):
         raise IntegrityError("integrity", "a signed object is missing from the message")
     return codec.decode(Signed, data, bytes_max=CERTIFICATE_BYTES_MAX)
+
+
+def read_certificates(parts: object) -> list[Certificate]:
+    """Certificates out of a header's list.
+
+    Raises :class:`RiosError` ``invalid_request`` or :class:`IntegrityError`.
+    """
+    if not isinstance(parts, list) or len(parts) > BEFORE_MAX or not all(isinstance(part, bytes) for part in parts):
+        raise RiosError("invalid_request", f"a list of at most {BEFORE_MAX} certificates is needed")
+    return [certificates.decode(part) for part in parts]

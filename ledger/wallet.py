@@ -2,14 +2,14 @@
 
 Invariants: an entry is durable before it is first sent; until it is final the same bytes are sent again, also after a
 restart, and nothing else is signed for its slot. What is spent is in the own state already (final credits), so no
-honest witness can refuse an entry for ever.
+honest witness can refuse an entry for ever; what a witness could not even read is refused before it is kept.
 """
 
 from collections.abc import Sequence
 
 import trio
 
-from config.errors import RequestError, RiosError
+from config.errors import IntegrityError, RequestError, RiosError
 from ledger.book import Book
 from ledger.core.errors import RuleError
 from ledger.core.objects import Certificate, Entry, Item, Op, Open, Signed, TopUp, Transfer, parse, sign
@@ -72,6 +72,7 @@ class Wallet:
                 await self._finish(timeout_s)
             entry = self._next(ops)
             signed = sign(self._identity, entry)
+            _check_form(signed)
             await self._book.writer.commit([Own(entry.seq, signed)])
             self._pending = signed
             await self._finish(timeout_s)
@@ -106,3 +107,11 @@ class Wallet:
                 except RiosError:
                     await trio.sleep(RESEND_S)  # no quorum now: the same bytes go out again
             await trio.sleep(1.0)
+
+
+def _check_form(signed: Signed) -> None:
+    """Refuse, before it is signed for good, what no witness could read: it would block the chain for ever."""
+    try:
+        parse(signed)
+    except IntegrityError as error:
+        raise RequestError("invalid_request", f"this entry cannot be written: {error.message}") from error

@@ -30,6 +30,8 @@ PEERS_MAX = 8
 READS_MAX = 4
 CHUNK_DEADLINE_MS = 20_000
 FAILURES_MAX = 2
+BUSY_MAX = 30
+"""Times in a row a peer may say busy before it is left for a round."""
 ROUNDS_S = (0.3, 1.0, 2.0)
 """Pauses after which providers are asked again while none of them gives anything."""
 
@@ -127,6 +129,11 @@ class _Fetch:
         self._progress = progress
         self._liars: set[PeerId] = set()
         self._failures: dict[PeerId, int] = {}
+        self._in_vain: dict[PeerId, int] = {}
+        """Rounds in which a peer was asked and gave nothing."""
+        self._asked: set[PeerId] = set()
+        self._gave: set[PeerId] = set()
+        self._freed = trio.Event()
         self._last_error = "no provider is known"
 
     async def run(self) -> None:
@@ -134,7 +141,9 @@ class _Fetch:
         fruitless = 0
         while not self._plan.done:
             before = len(self._plan.missing)
-            peers = [p for p in self._providers() if p not in self._liars and not self._blobs.is_own(p)][:PEERS_MAX]
+            peers = self._next_peers()
+            self._asked.clear()
+            self._gave.clear()
             async with trio.open_nursery() as nursery:
                 for peer_id in peers:
                     self._plan.add(peer_id)
@@ -146,6 +155,10 @@ class _Fetch:
             for peer_id in self._plan.peers():
                 self._plan.drop(peer_id)
             self._plan.forget_lacks()
+            for peer_id in self._asked - self._gave:
+                self._in_vain[peer_id] = self._in_vain.get(peer_id, 0) + 1
+            if any(peer_id not in self._in_vain for peer_id in self._next_peers()):
+                continue  # somebody was not asked yet
             fruitless = fruitless + 1 if len(self._plan.missing) == before else 0
             if fruitless > len(ROUNDS_S):
                 count = len(self._plan.missing)
@@ -153,24 +166,39 @@ class _Fetch:
                 raise RemoteError("unavailable", message, "it goes on where it stopped once a provider is back")
             await trio.sleep(ROUNDS_S[max(0, fruitless - 1)])
 
+    def _next_peers(self) -> list[PeerId]:
+        """Whom to ask in a round: those who gave nothing so far stand behind, so that they do not crowd others out."""
+        peers = [p for p in self._providers() if p not in self._liars and not self._blobs.is_own(p)]
+        return sorted(peers, key=lambda peer: self._in_vain.get(peer, 0))[:PEERS_MAX]
+
     async def _work(self, peer_id: PeerId) -> None:
         """Ask one peer for chunk after chunk until it has no more for us or fails."""
+        busy = 0
         while self._failures[peer_id] < FAILURES_MAX:
             index = self._plan.take(peer_id)
             if index is None:
-                return
+                if not self._plan.may_get(peer_id):
+                    return
+                await self._freed.wait()  # what another peer does not give falls to this one
+                continue
+            self._asked.add(peer_id)
             try:
                 await self._bring(peer_id, index)
-                self._failures[peer_id] = 0
+                self._failures[peer_id] = busy = 0
+                self._gave.add(peer_id)
             except BusyError as error:
                 self._plan.again(index)
+                self._last_error = error.message
+                busy += 1
+                if busy >= BUSY_MAX:
+                    break
+                self._wake()
                 await trio.sleep(min(max(error.retry_after_ms, 20), 2000) / 1000)
             except IntegrityError as error:
                 log.warning("peer %s sends wrong chunks: %s", peer_id, error)
                 self._last_error = error.message
                 self._liars.add(peer_id)
-                self._plan.drop(peer_id)
-                return
+                break
             except LocalError:
                 raise
             except RiosError as error:
@@ -180,7 +208,14 @@ class _Fetch:
                 else:
                     self._plan.again(index)
                     self._failures[peer_id] += 1
+            finally:
+                self._wake()
         self._plan.drop(peer_id)
+        self._wake()
+
+    def _wake(self) -> None:
+        event, self._freed = self._freed, trio.Event()
+        event.set()
 
     async def _bring(self, peer_id: PeerId, index: int) -> None:
         digest = self._file.chunks[index]

@@ -9,6 +9,7 @@ Invariants:
 1. Only verified, unexpired adverts stand in the view; a higher ``seq`` wins.
 2. A peer reported down leaves the view, and comes back only with a newer advert or a live link.
 3. The view never depends on the DHT answering.
+4. The view is bounded in number and bytes. When it is full, linked peers push out strangers, never the other way.
 """
 
 import logging
@@ -40,6 +41,7 @@ LIVES = 5
 """Heartbeats an advert lives."""
 DHT_HEARTBEATS = 5
 VIEW_MAX = 10_000
+VIEW_BYTES_MAX = 32 << 20
 EXCHANGE_BYTES_MAX = 1 << 20
 BUFFERS_MAX = 200
 
@@ -71,6 +73,7 @@ class PeerDirectory:
         self._heartbeat_s = float(advert_seconds)
         self._life_ms = max(LIVES * advert_seconds, 30) * 1000
         self._view: dict[PeerId, SignedAdvert] = {}
+        self._view_bytes = 0
         self._adverts: dict[PeerId, Advert] = {}
         self._gone: dict[PeerId, int] = {}
         self._changed = trio.Event()
@@ -129,21 +132,42 @@ class PeerDirectory:
         if peer_id == self._identity.peer_id or signed.advert.seq <= self._gone.get(peer_id, -1):
             return False
         known = self._view.get(peer_id)
-        if newer(known, signed) is known or (known is None and len(self._view) >= VIEW_MAX):
+        if newer(known, signed) is known or not self._make_room(peer_id, known, len(data)):
             return False
         self._gone.pop(peer_id, None)
         self._host.learn(peer_id, signed.advert.addresses)
         self._store(peer_id, signed)
         return True
 
+    def _make_room(self, peer_id: PeerId, known: SignedAdvert | None, size: int) -> bool:
+        """Whether the advert may come in; strangers leave for a linked peer's."""
+        more = size - (len(known.data) if known else 0)
+
+        def fits() -> bool:
+            return len(self._view) + (known is None) <= VIEW_MAX and self._view_bytes + more <= VIEW_BYTES_MAX
+
+        if fits():
+            return True
+        linked = {*self._caller.peers(), self._identity.peer_id}
+        if peer_id in linked:
+            for stranger in [peer for peer in self._view if peer not in linked]:
+                self._remove(stranger)
+                if fits():
+                    return True
+        return False
+
     def _store(self, peer_id: PeerId, signed: SignedAdvert) -> None:
+        known = self._view.get(peer_id)
+        self._view_bytes += len(signed.data) - (len(known.data) if known else 0)
         self._view[peer_id] = signed
         # a new dict each time: whoever looked at the old view keeps it
         self._adverts = {**self._adverts, peer_id: signed.advert}
         self._wake()
 
     def _remove(self, peer_id: PeerId) -> None:
-        if self._view.pop(peer_id, None) is not None:
+        gone = self._view.pop(peer_id, None)
+        if gone is not None:
+            self._view_bytes -= len(gone.data)
             self._adverts = {peer: advert for peer, advert in self._adverts.items() if peer != peer_id}
             self._wake()
 

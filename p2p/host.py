@@ -7,7 +7,8 @@ Invariants:
 1. Only Noise is offered; nothing travels in plain text. Only TCP, only yamux.
 2. A handler's exception ends its stream, never the host.
 3. DHT values are accepted only under ``/rios/<namespace>/`` with a registered rule, at most
-   :data:`RECORD_BYTES_MAX` long.
+   :data:`RECORD_BYTES_MAX` long and :data:`RECORDS_MAX` of them; provider records for at most :data:`PROVIDED_MAX`
+   keys. The oldest make room.
 4. Third-party exceptions leave this file as RiosErrors.
 """
 
@@ -25,7 +26,9 @@ from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, IRawConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
+from libp2p.kad_dht import value_store as value_store_module
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
@@ -51,9 +54,16 @@ log = logging.getLogger(__name__)
 RPC_PROTOCOL = TProtocol("/rios/rpc/1.0.0")
 GOSSIP_PROTOCOL = TProtocol("/meshsub/1.1.0")
 RECORD_BYTES_MAX = 64 << 10
+RECORDS_MAX = 1024
+PROVIDED_MAX = 4096
+"""Keys of which this node keeps provider records for others."""
+PROVIDED_KEY_BYTES_MAX = 256
 GOSSIP_HEARTBEAT_SECONDS = 3
 ADDRESS_SECONDS = 24 * 3600
 NAMESPACE = "rios"
+
+# the library's own bound is 50,000 values
+value_store_module.MAX_VALUE_STORE_SIZE = RECORDS_MAX  # type: ignore[attr-defined]
 
 Accept = Callable[[Channel], Awaitable[None]]
 Received = Callable[[PeerId, bytes], Awaitable[None]]
@@ -87,6 +97,20 @@ class _Rules(Validator):
         """The index of the value that wins."""
         rule, name = self._rule(key)
         return rule.select(name, values)
+
+
+def bound_providers(store: ProviderStore) -> None:
+    """Keep the records of so many keys at most: anybody may say that he has something of any key."""
+    add, kept = store.add_provider, store.providers
+
+    def bounded(key: bytes, provider: PeerInfo) -> None:
+        if len(key) > PROVIDED_KEY_BYTES_MAX:
+            return
+        while key not in kept and len(kept) >= PROVIDED_MAX:
+            del kept[next(iter(kept))]
+        add(key, provider)
+
+    store.add_provider = bounded  # type: ignore[method-assign]
 
 
 class _Tcp(TCP):
@@ -313,6 +337,7 @@ async def open_host(
         strict_validation=True,
         max_peers_per_subnet=0 if all(_is_loopback(a) for a in addresses) else None,
     )
+    bound_providers(dht.provider_store)
     router = GossipSub(
         protocols=[GOSSIP_PROTOCOL],
         degree=6,

@@ -9,8 +9,9 @@ Invariants:
 1. Bytes reach the socket in the order in which they were encrypted; nobody but the session writes to it after the
    handshake. A cancelled writer leaves nothing half-written: data is queued whole before anybody waits.
 2. What waits to be sent is bounded: writers wait above :data:`BACKLOG_BYTES`; a peer that reads nothing for
-   :data:`STALL_SECONDS` loses its connection.
-3. A claimed stream keeps yamux's flow control: windows are respected and granted.
+   :data:`STALL_SECONDS`, or lets :data:`OVERFLOW_BYTES` pile up, loses its connection.
+3. A claimed stream keeps yamux's flow control: windows are respected and granted. A peer that sends past the window it
+   was granted, on any stream, loses its connection.
 
 This file, ``streams`` and ``host`` are the only importers of libp2p.
 """
@@ -31,9 +32,10 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux import yamux as yamux_module
-from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux
 
 BACKLOG_BYTES = 1 << 20
+OVERFLOW_BYTES = 256 << 20
 STALL_SECONDS = 20.0
 RECEIVE_BYTES = 256 << 10
 READS_PER_TURN = 16
@@ -89,6 +91,8 @@ class Session(SecureSession):
         self._spawn = spawn
         self._claims: dict[int, Sink] = {}
         self.framed = False
+        self.window_of: Callable[[int], int] = lambda stream_id: DEFAULT_WINDOW_SIZE
+        """What the peer may still send on a stream that yamux handles."""
         self._closed = False
         # receiving: ciphertext ring and the plaintext of the current message
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
@@ -193,6 +197,8 @@ class Session(SecureSession):
             _, kind, flags, stream_id, length = YAMUX_HEAD.unpack(header)
             sink = self._claims.get(stream_id)
             if sink is None or kind > WINDOW_UPDATE:
+                if kind == DATA and length > self.window_of(stream_id):
+                    raise ConnectionClosedError("the peer sends more than its window allows")
                 return header
             if kind == WINDOW_UPDATE:
                 sink.on_window(length)
@@ -236,6 +242,9 @@ class Session(SecureSession):
         """
         if self._closed:
             raise ConnectionClosedError("the connection is closed")
+        if self._backlog > OVERFLOW_BYTES:
+            self.fail()
+            raise ConnectionClosedError("the peer does not read what it asks for")
         for message in messages:
             sealed = self._encrypt(_NONCE.pack(self._sent), message, None)
             self._sent += 1
@@ -260,7 +269,7 @@ class Session(SecureSession):
         except BlockingIOError:
             return 0
         except OSError as error:
-            self._fail()
+            self.fail()
             raise ConnectionClosedError(f"connection lost: {error}") from error
 
     async def _flush(self) -> None:
@@ -270,10 +279,10 @@ class Session(SecureSession):
                 try:
                     await trio.lowlevel.wait_writable(self._socket)
                 except (OSError, trio.ClosedResourceError):
-                    self._fail()
+                    self.fail()
                     return
             if stalled.cancelled_caught:
-                self._fail()
+                self.fail()
                 return
             try:
                 count = self._write_some(list(self._outbox)[:_IOV_MAX])
@@ -304,7 +313,7 @@ class Session(SecureSession):
         event, self._drained = self._drained, trio.Event()
         event.set()
 
-    def _fail(self) -> None:
+    def fail(self) -> None:
         """The connection is broken: nothing more is sent, everybody who waits learns it. yamux tidies up."""
         if not self._closed:
             self._closed = True
@@ -317,7 +326,7 @@ class Session(SecureSession):
 
     async def close(self) -> None:
         """Close the connection."""
-        self._fail()
+        self.fail()
         await self.conn.close()
 
 
@@ -347,7 +356,12 @@ class Connection(Yamux):
         """Run the connection."""
         session: Any = self.secured_conn
         session.framed = True
+        session.window_of = self._window_of
         await super().start()
+
+    def _window_of(self, stream_id: int) -> int:
+        stream = self.streams.get(stream_id)
+        return DEFAULT_WINDOW_SIZE if stream is None else max(0, int(stream.recv_window))
 
     async def _write_frame(self, data: bytes) -> None:
         await self.secured_conn.write(data)

@@ -2,6 +2,8 @@
 
 Owns: yamux's flow control for its stream (windows respected and granted), the queue of what the window does not allow
 yet. Does not own: the connection (``secure.Session``), what the bytes mean.
+
+A peer that sends past its window, or asks for more and more answers and takes none, loses its connection.
 """
 
 from collections import deque
@@ -14,9 +16,11 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.stream_muxer.yamux.yamux import YamuxStream
 
 from p2p.carrier import Buffer
-from p2p.secure import BACKLOG_BYTES, DATA, PAYLOAD_MAX, WINDOW_UPDATE, YAMUX_HEAD, Connection, Session
+from p2p.secure import BACKLOG_BYTES, DATA, OVERFLOW_BYTES, PAYLOAD_MAX, WINDOW_UPDATE, YAMUX_HEAD, Connection, Session
 
 WINDOW_BYTES = 4 << 20
+WAITING_MAX = 1 << 14
+"""Messages that may wait for the peer's window: far more than the calls that it may have in flight."""
 
 
 class Channel:
@@ -33,6 +37,7 @@ class Channel:
         self._yamux: Connection = muxed
         self._session: Session = muxed.secured_conn
         self._window = 0
+        self._allowed = 0
         self._unreported = 0
         self._waiting: deque[memoryview] = deque()
         self._waiting_bytes = 0
@@ -64,6 +69,7 @@ class Channel:
         self._window = self._stream.send_window
         self._session.claim(stream_id, self)
         # what was granted so far is used up or in flight; top it up to the full window
+        self._allowed = self._stream.recv_window
         self._grant(WINDOW_BYTES - self._stream.recv_window)
         if early:
             self._receive(memoryview(early))
@@ -72,7 +78,11 @@ class Channel:
 
     def on_data(self, data: memoryview) -> None:
         """Bytes for us."""
-        self._receive(data)
+        self._allowed -= len(data)
+        if self._allowed < 0:
+            self._session.fail()
+        elif not self.closed:
+            self._receive(data)
 
     def on_window(self, increment: int) -> None:
         """The peer takes more."""
@@ -99,6 +109,9 @@ class Channel:
             if not self._waiting and len(data) <= self._window and len(data) <= PAYLOAD_MAX:
                 self._window -= len(data)
                 self._session.push([YAMUX_HEAD.pack(0, DATA, 0, self._stream.stream_id, len(data)) + data])
+                return
+            if len(self._waiting) >= WAITING_MAX or self._waiting_bytes > OVERFLOW_BYTES:
+                self._session.fail()
                 return
             self._waiting.append(memoryview(data))
             self._waiting_bytes += len(data)
@@ -153,6 +166,7 @@ class Channel:
 
     def _grant(self, increment: int) -> None:
         if increment > 0 and not self.closed:
+            self._allowed += increment
             try:
                 self._session.push([YAMUX_HEAD.pack(0, WINDOW_UPDATE, 0, self._stream.stream_id, increment)])
             except ConnectionClosedError:
@@ -160,6 +174,7 @@ class Channel:
 
     async def close(self) -> None:
         """End the stream; its connection stays."""
+        self._stream.recv_window = max(0, self._allowed)  # what is still under way was granted by us
         self._session.release(self._stream.stream_id)
         with trio.move_on_after(1, shield=True):
             await self._net_stream.reset()

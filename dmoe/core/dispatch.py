@@ -29,6 +29,9 @@ PRICE_WEIGHT = 0.25
 PRICE_RATIO_MAX = 8.0
 HOLD_FIRST_US = 500_000
 HOLD_MAX_US = 30_000_000
+REST_MAX_US = 5_000_000
+STRIKES_MAX = 3
+"""After so many calls in a row without an answer a peer rests with all its shards."""
 RETRIES_MAX = 32
 ANSWERS_PER_RETRY = 10
 """So many answers earn one retry."""
@@ -62,6 +65,8 @@ class PeerEstimate:
     row_us: float = ROW_PRIOR_US
     in_flight: int = 0
     calls: int = 0
+    strikes: int = 0
+    """Calls in a row that were not answered."""
 
     def finish_us(self, group_rows: int) -> float:
         """Expected time until ``group_rows`` more rows are answered."""
@@ -124,6 +129,7 @@ class Dispatcher:
             known.round_trip_us += weight * (total_us - service_us - known.round_trip_us)
         known.row_us += weight * (service_us / group_rows - known.row_us)
         known.calls += 1
+        known.strikes = 0
         self._credit = min(RETRIES_MAX * ANSWERS_PER_RETRY, self._credit + 1)
         if self._holds:
             for shard in (*shards, PEER_WIDE):
@@ -132,7 +138,7 @@ class Dispatcher:
 
     def failed(self, peer: PeerId, shards: Collection[int], now_us: int) -> None:
         """A call failed: its shards (``(PEER_WIDE,)`` for the whole peer) rest, twice as long as the last time."""
-        for shard in shards:
+        for shard in self._struck(peer, shards):
             old = self._holds.get((peer, shard))
             if old is not None and not old.probing and now_us < old.until_us:
                 continue  # a call that left before the hold: the same fault, counted already
@@ -141,12 +147,24 @@ class Dispatcher:
         self.changes += 1
 
     def rest(self, peer: PeerId, shards: Collection[int], now_us: int, length_us: int) -> None:
-        """A peer asked for patience (busy): no failure, but others come first for ``length_us``."""
-        for shard in shards:
+        """A peer asked for patience (busy): no failure, but others come first for ``length_us``, and for twice as long
+        as the last time if it asks again and again (a peer must not use up the retries of its callers)."""
+        length_us = min(length_us, REST_MAX_US)
+        for shard in self._struck(peer, shards):
             old = self._holds.get((peer, shard))
-            until = now_us + min(length_us, HOLD_MAX_US)
-            self._holds[peer, shard] = _Hold(until, old.length_us if old else HOLD_FIRST_US // 2)
+            rest_us = length_us
+            if old is not None and (old.probing or now_us >= old.until_us):
+                rest_us = max(length_us, min(2 * old.length_us, REST_MAX_US))
+            elif old is not None:
+                rest_us = max(length_us, old.until_us - now_us)
+            self._holds[peer, shard] = _Hold(now_us + rest_us, max(rest_us, HOLD_FIRST_US // 2))
         self.changes += 1
+
+    def _struck(self, peer: PeerId, shards: Collection[int]) -> Collection[int]:
+        """What a failed call says something about: its shards, and the whole peer if it answers nothing any more."""
+        known = self.estimate(peer)
+        known.strikes += 1
+        return (*shards, PEER_WIDE) if known.strikes >= STRIKES_MAX else shards
 
     def may_retry(self) -> bool:
         """Take one retry from the budget; False if it is used up."""
@@ -211,9 +229,15 @@ class Dispatcher:
         gone = tried.get(need.group) if tried else None
         if gone:
             options = [replica for replica in options if replica.peer_id not in gone]
+            # a retry is no time for experiments: peers that answered before come first
+            options = [replica for replica in options if self._is_proven(replica.peer_id)] or options
         if self._holds:
             options = [r for r in options if not self.held(r.peer_id, need.shard, now_us)] or options
         return options
+
+    def _is_proven(self, peer: PeerId) -> bool:
+        known = self.peers.get(peer)
+        return peer == self.me or (known is not None and known.calls > 0 and not known.strikes)
 
     def _best(
         self, need: Need, options: Sequence[Replica], chosen: Mapping[PeerId, list[int]], rows: int, span_us: float

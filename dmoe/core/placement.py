@@ -22,7 +22,7 @@ from math import log
 
 from config.vocabulary import PeerId
 
-_SCALE = float(1 << 64)
+_SCALE = float(1 << 52)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ class Decision:
 def score(model_id: str, shard_id: str, peer_id: str, weight: int) -> float:
     """A node's rendezvous score for a shard; higher ranks first."""
     digest = sha256(f"{model_id}\0{shard_id}\0{peer_id}".encode()).digest()
-    uniform = (int.from_bytes(digest[:8], "big") + 0.5) / _SCALE
+    # 52 bits and a half: exact in a double and never 1.0, whatever peer id somebody has searched for
+    uniform = ((int.from_bytes(digest[:8], "big") >> 12) + 0.5) / _SCALE
     return -weight / log(uniform)
 
 

@@ -69,6 +69,11 @@ class Plan(Generic[Peer]):
         self._flying[best] = peer
         return best
 
+    def may_get(self, peer: Peer) -> bool:
+        """Whether something in flight with others may still fall to this peer."""
+        lacks = self._lacks.get(peer, set())
+        return peer in self._peers and any(index in self.missing and index not in lacks for index in self._flying)
+
     def _holders(self, index: int) -> int:
         return sum(index not in self._lacks.get(peer, ()) for peer in self._peers)
 

@@ -1,10 +1,12 @@
 """Placement: deterministic, stable, balanced, and nobody is left out."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmoe.core import placement
 from dmoe.core.placement import Candidate, Holding, Patience, Wanted, assign, decide, quantised
 
 MODEL = "m" * 64
@@ -133,3 +135,10 @@ def test_the_next_in_rank_steps_in_for_a_node_that_never_brings_a_shard_up():
     ready = [Candidate(c.peer_id, c.offered_bytes, False, frozenset(range(4))) for c in view]
     patience.observe(MODEL, second, ready, waits, 150)
     assert assign(MODEL, wanted, ready, patience.late(MODEL)) == first, "whoever comes late takes its place again"
+
+
+def test_no_peer_id_can_break_the_ranking(monkeypatch):
+    """A hash of all ones (or zeros) can be searched for; it ranks first (or last) like any other."""
+    for digest in (b"\xff" * 32, b"\0" * 32):
+        monkeypatch.setattr(placement, "sha256", lambda data, digest=digest: SimpleNamespace(digest=lambda: digest))
+        assert 0 < placement.score("m", "s", "p", 1 << 62) < float("inf")

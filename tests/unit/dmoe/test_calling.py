@@ -12,6 +12,7 @@ from dmoe.caller import Caller
 from dmoe.core import wire
 from dmoe.ports import Quote
 from dmoe.worker import Worker
+from p2p.face import Reply
 from p2p.memory import MemoryHub
 from tests.unit.dmoe.swarm_kit import (
     ALL,
@@ -503,3 +504,63 @@ async def test_a_shard_that_breaks_fails_its_callers_and_serves_the_next(caplog)
         for shard in s.shards[1].values():
             shard.fault = None
         assert (await session.run(0, rows(1), ALL)).tobytes() == expected(manifest, 0, rows(1)).tobytes()
+
+
+async def test_a_worker_that_never_names_its_terms_holds_nobody_up(autojump_clock):
+    """Its replica is preferred (it claims to be free of load), the other one would do."""
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        sellers = {}
+        for _ in range(2):
+            seller = CountingSeller()
+            node = await s.node((*FIRST, *SECOND), quote=QUOTE, seller=seller)
+            sellers[node.peer_id] = seller
+        buyer = CountingBuyer(sellers=sellers)
+        hung, good = s.nodes[1].peer_id, s.nodes[2].peer_id
+        really = buyer.open_channel
+
+        async def open_channel(worker):
+            if worker == hung:
+                await trio.sleep_forever()
+            return await really(worker)
+
+        buyer.open_channel = open_channel
+        caller = await s.caller(buyer=buyer)
+        caller.dispatcher.estimate(hung).round_trip_us = 0.0
+        session = caller.session(manifest)
+        before = trio.current_time()
+        await session.open()
+        await answer(session, manifest, rows(1))
+        assert set(session.report().rows) == {good}
+        assert trio.current_time() - before < 10
+
+
+@pytest.mark.parametrize("lie", ["busy", "garbage", "not_found"])
+@pytest.mark.parametrize("liars", [1, 4])
+async def test_peers_that_offer_everything_and_answer_nothing_do_not_use_up_the_retries(autojump_clock, lie, liars):
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        await s.node((*FIRST, *SECOND))
+        for _ in range(liars):
+            liar = await s.node((*FIRST, *SECOND))
+
+            async def answers(call):
+                if lie == "busy":
+                    raise BusyError("no", retry_after_ms=1)
+                if lie == "not_found":
+                    raise RequestError("not_found", "no")
+                return Reply({"shape": [1, 1]}, [b"xx"])
+
+            liar._handlers["expert.run"] = answers
+        caller = await s.caller()
+        for node in s.nodes[2:]:
+            caller.dispatcher.estimate(node.peer_id).round_trip_us = 0.0
+            caller.dispatcher.estimate(node.peer_id).row_us = 0.001
+        session = caller.session(manifest)
+        for token in range(100):
+            await answer(session, manifest, rows(1, seed=token))
+            await trio.sleep(0.05)
+        assert set(session.report().rows) == {s.nodes[1].peer_id}
+        assert session.report().retries < 60

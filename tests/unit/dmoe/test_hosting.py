@@ -9,11 +9,13 @@ import trio.testing
 
 from config.errors import RequestError
 from dmoe.caller import Caller
-from dmoe.core import wire
+from dmoe.core import deployment, wire
+from dmoe.core.deployment import Deployment
 from dmoe.hosting import Hosting
 from dmoe.ports import Quote
 from dmoe.store import ModelStore
 from dmoe.worker import Worker
+from p2p.core.identity import Identity
 from p2p.memory import MemoryHub
 from tests.unit.dmoe.swarm_kit import ALL, GROUPS, LAYERS, PUBLISHER, FakeShard, content, make_manifest
 from tests.unit.dmoe.test_calling import expected, rows
@@ -233,6 +235,39 @@ async def test_models_of_strangers_are_refused(tmp_path):
         assert not careful.store.manifests()
         with pytest.raises(RequestError, match="published by"):
             await careful.hosting.ensure_trunk(manifest.model_id)
+
+
+async def test_one_peer_cannot_forbid_a_model_that_another_one_gives(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        liar = await net.node()
+        await net.publisher(manifest)
+        node = await net.node()
+
+        async def forbid(call):
+            raise RequestError("forbidden", "you must not have it")
+
+        liar.network._handlers["model.manifest"] = forbid
+        found = await node.hosting.fetcher.manifest(manifest.model_id, [liar.network.peer_id])
+        assert found.model_id == manifest.model_id
+
+
+async def test_more_deployments_than_fit_in_one_answer_spread_all_the_same(tmp_path):
+    async with network(tmp_path) as net:
+        one, other = [await net.node(publishers=frozenset({"*"})) for _ in range(2)]
+        for n in range(5):
+            deployer = Identity.from_seed(bytes([n]) * 32)
+            for m in range(60):
+                record = Deployment(f"{n:032x}{m:032x}", bytes(32), 0, deployer.peer_id, 1)
+                one.hosting.deployments.book.add(deployment.sign(deployer, record))
+
+        def known():
+            return len(list(other.hosting.deployments.book))
+
+        await other.hosting.deployments.ask(one.network.peer_id)
+        assert known() >= 200
+        while known() < 300:
+            await other.hosting.deployments.ask(one.network.peer_id)
 
 
 async def test_trunk_and_tokenizer_come_here_by_name_or_id(tmp_path):

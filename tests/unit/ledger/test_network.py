@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
+import msgspec
 import pytest
 import trio
 
@@ -16,6 +17,7 @@ from ledger.ledger import Ledger, open_ledger
 from ledger.voting import read_signed
 from p2p.core import codec
 from p2p.core.identity import Identity
+from p2p.face import Reply
 from p2p.memory import MemoryHub
 
 CREDIT = 1_000_000
@@ -394,3 +396,59 @@ async def test_a_payer_that_goes_silent_is_cut_off_and_its_last_voucher_is_claim
         (sold,) = worker.channels()
         assert sold["earned"] - sold["promised"] <= sold["promised"] // 10 + 1_000
         assert await worker.settle_all() == sold["promised"] == worker.balance()
+
+
+@pytest.mark.parametrize("payout", [b"x", b"", bytes(31), bytes(33), bytes(32), 7, None])
+async def test_a_worker_with_an_impossible_payout_does_not_block_the_payer_s_chain(tmp_path, payout):
+    async with swarm(tmp_path) as s:
+        payer = s.ledgers[0]
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+
+        async def terms(call):
+            return Reply({"net": s.genesis.net, "signer": s.ids[1].public_key, "payout": payout})
+
+        s.hub.nodes[s.ids[1].peer_id]._handlers["ledger.terms"] = terms
+        with pytest.raises(RemoteError, match="no account"):
+            await payer.buyer.open_channel(s.ids[1].peer_id)
+        await payer.transfer(s.ids[2].public_key, 5)
+        assert payer.balance() == 20 * CREDIT - 5
+
+
+async def test_an_entry_that_no_witness_could_read_is_not_kept(tmp_path):
+    async with swarm(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[0].public_key, CREDIT)
+        with pytest.raises(RequestError, match="cannot be written"):
+            await s.ledgers[0].transfer(b"short", 5)
+        await s.ledgers[0].transfer(s.ids[2].public_key, 5)
+
+
+async def test_ranges_of_strangers_are_not_looked_up(tmp_path):
+    async with swarm(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[1].public_key, CREDIT)
+        looked_up = []
+        store = s.ledgers[0].book.store
+        for name in ("entry_certificate", "claim_certificate"):
+            real = getattr(store, name)
+            setattr(store, name, lambda *key, real=real: looked_up.append(key) or real(*key))
+        unknown = [(bytes([n % 256, n // 256]) * 16, 1, 1 << 60) for n in range(1000)]
+        mine = (s.ids[0].public_key, 1, 1 << 60)
+        header = {
+            "net": s.genesis.net,
+            "ranges": msgspec.msgpack.encode([*unknown, mine, mine]),
+            "channels": [account for account, *_ in unknown],
+        }
+        stranger = s.hub.nodes[s.ids[2].peer_id]
+        reply = await stranger.call(s.ids[0].peer_id, "ledger.fetch", header, deadline_ms=5000)
+        assert len(reply.buffers) == 2
+        assert len(looked_up) == 2, "one per object that is there"
+
+
+@pytest.mark.parametrize("parts", [[1 << 60], [-1], ["x"], [None], 3, [b"x"] * 65])
+@pytest.mark.parametrize(("method", "field"), [("ledger.channel", "certificates"), ("ledger.submit", "before")])
+async def test_lists_of_no_certificates_are_refused(tmp_path, method, field, parts, caplog):
+    async with swarm(tmp_path, nodes=2) as s:
+        stranger = s.hub.nodes[s.ids[1].peer_id]
+        with pytest.raises(RiosError) as refused:
+            await stranger.call(s.ids[0].peer_id, method, {field: parts, "channel": bytes(32)}, deadline_ms=5000)
+        assert refused.value.code == "invalid_request"
+        assert not caplog.records
