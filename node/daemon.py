@@ -45,7 +45,7 @@ from dmoe.worker import Worker
 from ledger.core.genesis import Genesis
 from ledger.ledger import Ledger, open_ledger
 from node import control, founding, metrics, operator
-from node.cli import VERSION
+from node.cli import VERSION, root_cause
 from p2p import keyfile
 from p2p.core.advert import Advert
 from p2p.core.identity import Identity, peer_id_of
@@ -133,7 +133,12 @@ def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes
     """Run a node until it is told to stop; returns the exit code. Raises RiosError if it cannot start."""
     with _only_daemon(paths.lock):
         identity = keyfile.load(paths.key, passphrase=passphrase)
-        trio.run(_main, settings, paths, identity, until_stdin_closes)
+        try:
+            trio.run(_main, settings, paths, identity, until_stdin_closes)
+        except Exception as error:
+            if not isinstance(root_cause(error), RiosError | OSError):
+                log.exception("the node ends: a fault in it")
+            raise
     return EXIT_OK
 
 

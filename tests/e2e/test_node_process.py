@@ -1,5 +1,6 @@
 """One node as a real process: what an operator sees when it starts, stops, dies and is wrongly configured."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from config.errors import RiosError
 from node.cli import main
 from node.swarm import NodeProcess, Swarm, wait_for
 
@@ -140,6 +142,48 @@ def test_settings_of_the_machines_own_node_do_not_reach_a_throw_away_swarm(swarm
     swarm.start(one)
     assert one.status["node"]["data_dir"] == str(one.data)
     assert not (tmp_path / "own").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def test_a_full_disk_is_named_loses_nothing_and_passes(small_disk):
+    with Swarm(small_disk / "swarm") as swarm:
+        node = swarm.add("one", {"ledger.witness": True}, ("--new-network",))
+        swarm.start(node)
+        me = node.peer_id
+        node.ask("ledger.grant", to=me, microcredits=5_000_000)
+        filler = small_disk / "filler"
+        fill(filler)
+        with pytest.raises(RiosError) as caught:
+            node.ask("ledger.grant", to=me, microcredits=1_000_000)
+        assert caught.value.code == "disk_full"
+        assert "disk" in node.ask("health")["reasons"][0]
+        refused = rios("init", "--json", config=small_disk / "other.toml")
+        assert (refused.returncode, json.loads(refused.stdout)["error"]["code"]) == (1, "disk_full")
+        assert not (small_disk / "other.toml").exists()
+        filler.unlink()
+        node.ask("ledger.grant", to=me, microcredits=1_000_000)
+        assert node.ask("ledger.balance", account="")["balance"] == 6_000_000
+        assert node.ask("ledger.verify")["verified"] is True
+        assert node.ask("health")["ok"] is True
 
 
 def test_an_unreachable_seed_is_only_a_warning(swarm, node):

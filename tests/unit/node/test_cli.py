@@ -250,3 +250,10 @@ def test_importing_a_key_keeps_the_old_one_and_survives_a_wrong_file(home, capsy
     assert main(["id", "import", str(home / "copy.key"), "--force"]) == 0
     assert [old.read_bytes() for old in key.parent.glob("identity.replaced-*")] == [before]
     assert not list(key.parent.glob("*.new-*"))
+
+
+def test_closed_standard_streams_are_no_fault(home):
+    command = [sys.executable, "-P", "-m", "node", "chat", "--local"]
+    with subprocess.Popen(["sh", "-c", '"$@" <&- >&-', "sh", *command], stderr=subprocess.PIPE, text=True) as process:
+        assert "no question" in process.communicate()[1]
+    assert process.returncode == 2
