@@ -54,7 +54,7 @@ class ModelStore:
         with self._lock:
             found = self._manifests.get(ModelId(model_id))
         if found is None:
-            raise LocalError("not_found", f"model {model_id[:80]!r} is not here", "see: rios model list")
+            raise LocalError("not_found", f"model {model_id[:80]!r} is not here", "see: rios model ls")
         return found
 
     def find(self, name_or_id: str) -> Manifest:
@@ -196,7 +196,11 @@ class ModelStore:
         path = folder / _MANIFEST
         if not path.is_file() or path.stat().st_size > MANIFEST_BYTES_MAX:
             return
-        manifest = Manifest.parse(path.read_bytes())
+        try:
+            manifest = Manifest.parse(path.read_bytes())
+        except IntegrityError as error:
+            hint = f"remove {folder}, then import or fetch the model again"
+            raise IntegrityError("integrity", f"{path}: {error.message}", hint) from error
         if manifest.model_id != folder.name:
             raise IntegrityError("integrity", f"{path} belongs to model {manifest.model_id}", f"remove {folder}")
         self._register(manifest)

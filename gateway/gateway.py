@@ -124,10 +124,14 @@ def _instance(data_dir: Path) -> str:
             if not text:
                 raise LocalError("local", f"{path} is empty", "delete it and start again") from None
             return text[:64]
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            name = secrets.token_hex(16)
-            file.write(f"{name}\n")
-            return name
+        name = secrets.token_hex(16)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(f"{name}\n")
+        except OSError:
+            path.unlink()  # a full disk would leave an empty file behind
+            raise
+        return name
     except OSError as error:
         raise LocalError("local", f"cannot use {path}: {error.strerror}") from error
 

@@ -182,7 +182,7 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     command(top, "status", _online("status"), "Node, Network, Work, Ledger at a glance.")
     command(top, "peers", _online("peers"), "The peers this node knows: hardware, shards, prices, links.")
     chat = command(top, "chat", _online("chat"), "Ask a model; without a question: a conversation.")
-    chat.add_argument("question", nargs="*", help="the question (else read from the terminal)")
+    chat.add_argument("question", nargs="*", help="the question (else read from a pipe or the terminal)")
     chat.add_argument("--model", default="", help="model name or id (default: the only one)")
     chat.add_argument("--local", action="store_true", help="no daemon, no network: load the model into this process")
     chat.add_argument("--route", choices=("experts", "local", "fused"), help="where the experts run")
@@ -294,6 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - stays open
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal still gets the rest of the answer
     try:

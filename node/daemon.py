@@ -12,6 +12,7 @@ Invariants:
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -27,9 +28,10 @@ from prometheus_client import CollectorRegistry
 
 from config import seeds
 from config.errors import EXIT_OK, LocalError, RiosError
+from config.files import naming
 from config.paths import Paths
 from config.settings import Settings
-from config.vocabulary import KFLOP_PER_TFLOP
+from config.vocabulary import KFLOP_PER_TFLOP, MIB
 from dmoe import hardware
 from dmoe.caller import Caller
 from dmoe.core.manifest import Manifest
@@ -43,7 +45,7 @@ from dmoe.worker import Worker
 from ledger.core.genesis import Genesis
 from ledger.ledger import Ledger, open_ledger
 from node import control, founding, metrics, operator
-from node.cli import VERSION
+from node.cli import VERSION, root_cause
 from p2p import keyfile
 from p2p.core.advert import Advert
 from p2p.core.identity import Identity, peer_id_of
@@ -53,6 +55,7 @@ log = logging.getLogger("rios.node")
 
 STOP_SECONDS_MAX = 4.5
 DRAIN_SECONDS_MAX = 1.5
+DISK_FREE_BYTES_MIN = 16 * MIB
 
 
 class Node:
@@ -84,11 +87,15 @@ class Node:
 
     def ready(self) -> tuple[bool, list[str]]:
         """Whether the node can do its work, and why not (also the gateway's readiness)."""
-        reasons = [f"model {m.name}: {m.reason}" for m in self.engine.models() if not m.ready]
+        reasons = [
+            f"model {m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in self.engine.models() if not m.ready
+        ]
         if self.ledger is not None and self.ledger.balance() == 0 and self.settings.gateway.enabled:
             paying = any(channel["payer"] == self.identity.peer_id for channel in self.ledger.channels())
             if not paying and len(self.network.directory.adverts()) > 1:
                 reasons.append("this node's ledger account is empty: paid experts will refuse its calls")
+        if shutil.disk_usage(self.paths.data).free < DISK_FREE_BYTES_MIN:
+            reasons.append(f"the disk of {self.paths.data} is full: nothing can be paid or kept")
         return not reasons, reasons
 
     def idle_reasons(self) -> list[str]:
@@ -114,8 +121,9 @@ def _only_daemon(lock: Path) -> Iterator[None]:
             pid = os.read(descriptor, 32).decode(errors="replace").strip()
             message = f"a node is already running with the data folder {lock.parent} (pid {pid or 'unknown'})"
             raise LocalError("local", message, "stop it, or use another node.data_dir") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        with naming(lock):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(descriptor)
@@ -125,7 +133,12 @@ def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes
     """Run a node until it is told to stop; returns the exit code. Raises RiosError if it cannot start."""
     with _only_daemon(paths.lock):
         identity = keyfile.load(paths.key, passphrase=passphrase)
-        trio.run(_main, settings, paths, identity, until_stdin_closes)
+        try:
+            trio.run(_main, settings, paths, identity, until_stdin_closes)
+        except Exception as error:
+            if not isinstance(root_cause(error), RiosError | OSError):
+                log.exception("the node ends: a fault in it")
+            raise
     return EXIT_OK
 
 

@@ -18,11 +18,12 @@ from config import seeds
 from config.errors import EXIT_FAILED, EXIT_OK, RiosError
 from config.load import Loaded
 from config.paths import Paths
-from config.vocabulary import GIB
+from config.vocabulary import GIB, MIB
 from node import control, founding, local
 from node.cli import Context, Output
 
-DISK_FREE_BYTES_MIN = 2 * GIB
+DISK_COMFORTABLE_BYTES = 2 * GIB
+DISK_FREE_BYTES_MIN = 16 * MIB
 DIAL_SECONDS_MAX = 3.0
 ANSWER_SECONDS_MAX = 5.0
 
@@ -131,10 +132,11 @@ def _disk(patient: Patient) -> Iterator[Finding]:
     folder = patient.paths.data if patient.paths.data.exists() else Path.home()
     free = shutil.disk_usage(folder).free
     text = f"{free / GIB:.1f} GiB free at {folder}"
-    if free < DISK_FREE_BYTES_MIN:
-        yield Finding("warn", text, "shards and the ledger need room", "free some space or move node.data_dir")
-    else:
+    if free >= DISK_COMFORTABLE_BYTES:
         yield Finding("ok", text)
+    else:
+        level: Level = "fail" if free < DISK_FREE_BYTES_MIN else "warn"
+        yield Finding(level, text, "shards and the ledger need room", "free some space or move node.data_dir")
 
 
 def _ports(patient: Patient) -> Iterator[Finding]:
@@ -210,7 +212,7 @@ def _models(patient: Patient) -> Iterator[Finding]:
 
 def _databases(patient: Patient) -> Iterator[Finding]:
     """a damaged database loses money"""
-    for path in (patient.paths.ledger, patient.paths.accounts):
+    for path, source in ((patient.paths.ledger, "a backup, or peers"), (patient.paths.accounts, "a backup")):
         if not path.exists():
             continue
         try:
@@ -221,9 +223,7 @@ def _databases(patient: Patient) -> Iterator[Finding]:
         if verdict == "ok":
             yield Finding("ok", f"{path.name}: database intact")
         else:
-            yield Finding(
-                "fail", f"{path}: {verdict}", "rows may be lost", "restore it from a backup; peers hold the ledger"
-            )
+            yield Finding("fail", f"{path}: {verdict}", "rows may be lost", f"move it away; restore it from {source}")
 
 
 def _ledger(patient: Patient) -> Iterator[Finding]:

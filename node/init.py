@@ -13,6 +13,7 @@ from config.files import write_whole
 from config.load import load, render_file
 from config.paths import Paths
 from config.vocabulary import GIB
+from ledger.core.genesis import Genesis
 from node import founding
 from node.cli import Context, Output
 from p2p import keyfile
@@ -40,7 +41,7 @@ def init(context: Context) -> Output:
     identity, key_note = _key(context, paths)
     if joined is not None:
         founding.join(paths, joined, force=args.force)
-    net, network_note = _network(context, paths, identity)
+    network, network_note = _network(context, paths, identity)
     notes = [
         f"config    {file}",
         f"data      {paths.data}",
@@ -49,9 +50,14 @@ def init(context: Context) -> Output:
         f"hardware  {_hardware()}",
         "next      rios run, then rios status",
     ]
-    if args.new_network and not loaded.settings.ledger.witness:
-        notes.append(f"beware    nothing becomes final until ledger.witness = true stands in {file}")
-    data = {"config": str(file), "data_dir": str(paths.data), "peer_id": identity.peer_id, "network": net}
+    if network is not None and identity.public_key in network.witnesses and not loaded.settings.ledger.witness:
+        notes.append(f"beware    this node is a witness of its network: set ledger.witness = true in {file}")
+    data = {
+        "config": str(file),
+        "data_dir": str(paths.data),
+        "peer_id": identity.peer_id,
+        "network": network.net.hex() if network else None,
+    }
     return Output(data, "\n".join(notes))
 
 
@@ -77,17 +83,17 @@ def _key(context: Context, paths: Paths) -> tuple[Identity, str]:
     return made, "made a key; back it up: rios id export FILE"
 
 
-def _network(context: Context, paths: Paths, identity: Identity) -> tuple[str | None, str]:
-    """The id of the network this node is in, and a line about it."""
+def _network(context: Context, paths: Paths, identity: Identity) -> tuple[Genesis | None, str]:
+    """The network this node is in, and a line about it."""
     if not paths.genesis.exists():
         if not context.args.new_network:
             return None, "none yet: --genesis FILE joins one, --new-network starts one"
         genesis = founding.found(paths, identity)
         fit = "one witness (this node), no Byzantine tolerance: fit for a swarm of your own"
-        return genesis.net.hex(), f"{genesis.net.hex()} (new; {fit})"
+        return genesis, f"{genesis.net.hex()} (new; {fit})"
     genesis = founding.read(paths.genesis)
     word = "joined" if context.args.genesis else "kept the genesis that was there"
-    return genesis.net.hex(), f"{genesis.net.hex()} ({word}; {genesis.tolerance})"
+    return genesis, f"{genesis.net.hex()} ({word}; {genesis.tolerance})"
 
 
 def _hardware() -> str:

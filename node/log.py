@@ -1,7 +1,7 @@
 """Logs: five kinds (application, access, error, audit, security), as text for people or JSON for machines.
 
-Every package logs through the standard library under ``rios.*``; the kind is the logger's second name where it is
-one of the five (``rios.access``, ``rios.audit``, ``rios.security``), else ``error`` from level error up, else
+Every package logs through the standard library under ``rios.*``; the kind is a part of the logger's name where
+there is one (``rios.gateway.access``, ``rios.audit``, ``rios.security``), else ``error`` from level error up, else
 ``application``. Everything goes to stderr: stdout is for data.
 """
 
@@ -17,11 +17,9 @@ _KINDS = frozenset({"access", "audit", "security"})
 
 
 def _kind(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    parts = str(event.get("logger", "")).split(".")
-    if len(parts) > 1 and parts[1] in _KINDS:
-        event["kind"] = parts[1]
-    else:
-        event["kind"] = "error" if event.get("level") in ("error", "critical") else "application"
+    named = _KINDS.intersection(str(event.get("logger", "")).split("."))
+    otherwise = "error" if event.get("level") in ("error", "critical") else "application"
+    event["kind"] = min(named, default=otherwise)
     return event
 
 

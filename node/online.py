@@ -38,7 +38,7 @@ def status(context: Context) -> Output:
     """``rios status``"""
     data = _ask(context, "status")
     node, network, work, ledger = data["node"], data["network"], data["work"], data["ledger"]
-    models = ", ".join(f"{m['name']} ({'ready' if m['ready'] else m['reason']})" for m in work["models"]) or "none"
+    models = ", ".join(f"{m['name']} ({_state(m)})" for m in work["models"]) or "none"
     rows = [
         ["Node", f"{node['name'] or node['peer_id'][:16]}  {node['peer_id']}"],
         ["", f"RiOS {node['version']}, up {_duration(node['uptime_s'])}, {_size(node['rss_bytes'])} resident"],
@@ -51,6 +51,10 @@ def status(context: Context) -> Output:
         ["Gateway", data["gateway"]["url"] if data["gateway"] else "off"],
     ]
     return Output(data, _table(rows))
+
+
+def _state(model: Mapping[str, Any]) -> str:
+    return "ready" if model["ready"] else model["reason"].removeprefix(f"{model['name']}: ")
 
 
 def _ledger_line(ledger: Mapping[str, Any] | None) -> str:
@@ -185,7 +189,7 @@ def model_ls(context: Context) -> Output:
                 f"{model['shards_held']}/{model['shards']}",
                 replicas,
                 "yes" if model["deployed"] else "no",
-                "ready" if model["ready"] else model["reason"],
+                _state(model),
             ]
         )
     return Output(data, _table(rows) if data else "no models; try: rios model import bundled")
@@ -220,7 +224,7 @@ def ledger_statement(context: Context) -> Output:
     for line in data:
         amount = format_credits(line["amount"])
         rows.append(
-            [line["kind"], amount if amount.startswith("-") else f"+{amount}", line["party"], line["reference"]]
+            [line["kind"], amount if amount.startswith("-") else f"+{amount}", line["peer_id"], line["reference"]]
         )
     return Output(data, _table(rows) if data else "nothing yet")
 

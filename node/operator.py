@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from config.errors import ConfigError, LocalError, RequestError
+from config.errors import ConfigError, IntegrityError, LocalError, RequestError
 from config.generation import Delta, Finished, GenerationRequest, Message, Sampling
 from dmoe.core.manifest import Manifest
 from ledger.ledger import Ledger
@@ -245,7 +245,7 @@ def _replicas(node: "Node", manifest: Manifest) -> tuple[int, int]:
 
 async def _model_deploy(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
     manifest = _manifest(node, args)
-    replicas = args.get("replicas") or node.settings.dmoe.replicas
+    replicas = node.settings.dmoe.replicas if args.get("replicas") is None else args["replicas"]
     await node.hosting.deploy(manifest.model_id, int(replicas))
     return {"model_id": manifest.model_id, "name": manifest.name, "replicas": int(replicas)}
 
@@ -306,7 +306,10 @@ def _ledger(node: "Node") -> Ledger:
 
 def _account(args: Args, name: str, default: str) -> str:
     peer_id = str(args.get(name) or default)
-    public_key_of(peer_id)  # IntegrityError for what is no peer id
+    try:
+        public_key_of(peer_id)
+    except IntegrityError as error:
+        raise ConfigError("usage", f"{name}: {error.message}", "e.g. 12D3KooW..., as printed by rios id") from error
     return peer_id
 
 

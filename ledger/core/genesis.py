@@ -121,7 +121,7 @@ def from_json(text: str) -> Genesis:
         raise _wrong(f"longer than {GENESIS_BYTES_MAX} bytes", "is this the right file?")
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _wrong(f"not JSON: {error}", "get the file from whoever founded the network") from error
     wanted = {"format", "issuer", "root", "witnesses", "f", *_AMOUNTS}
     if not isinstance(record, dict) or set(record) != wanted:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
+
+from node.swarm import wait_for
 
 RIOS = [sys.executable, "-P", "-m", "node"]
 
@@ -79,3 +82,21 @@ def test_nothing_is_left_behind(demo):
     _, scratch, processes = demo
     assert not processes
     assert not list(Path(scratch).glob("rios-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_whatever_ends_it_early_it_tidies_up(tmp_path, number):
+    environ = {**os.environ, "TMPDIR": str(tmp_path), "NO_COLOR": "1"}
+    with subprocess.Popen(
+        [*RIOS, "demo", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+    ) as demo:
+        wait_for(lambda: list(tmp_path.glob("rios-*/orchestrator/data/models")), "the import to begin", 60)
+        started = psutil.Process(demo.pid).children(recursive=True)
+        demo.send_signal(number)
+        stdout, stderr = demo.communicate()
+    assert started
+    assert demo.returncode == 130
+    assert json.loads(stdout)["error"]["code"] == "cancelled"
+    assert "Traceback" not in stderr
+    assert not any(process.is_running() for process in started)
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """One node as a real process: what an operator sees when it starts, stops, dies and is wrongly configured."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from config.errors import RiosError
+from node.cli import main
 from node.swarm import NodeProcess, Swarm, wait_for
 
 RIOS = [sys.executable, "-P", "-m", "node"]
@@ -73,6 +76,114 @@ def test_a_taken_port_is_named(swarm):
     assert result.returncode == 1
     assert str(port) in result.stderr
     assert "p2p.listen" in result.stderr
+
+
+@pytest.mark.parametrize("setting", ["gateway.port", "node.metrics_port"])
+def test_a_taken_port_of_the_gateway_or_the_metrics_is_named_without_a_traceback(swarm, setting):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        node = swarm.add("taken", {"gateway.enabled": True, "gateway.port": 0}, ("--new-network",))
+        result = rios("run", "--json", "--set", f"{setting}={port}", config=node.config_file)
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["error"]["code"] == "port_taken"
+    assert str(port) in result.stderr
+    assert setting in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_node_in_order_even_while_it_starts(swarm, node, number):
+    node.start()
+    wait_for(lambda: (node.data / "ledger.db").exists(), "the node to be half up", 20)
+    assert node.process is not None
+    node.process.send_signal(number)
+    assert node.process.wait(5) == 0
+    log = node.log_file.read_text()
+    assert "stopped" in log
+    assert "Traceback" not in log
+    assert not (node.data / "control.sock").exists()
+
+
+ONLINE = (
+    "status", "health", "peers", "id", "paths", "doctor", "model ls", "ledger balance", "ledger statement",
+    "ledger verify", "ledger channels", "ledger settle", "gateway user ls", "gateway key ls", "config show --origin",
+)  # fmt: skip
+
+
+def test_every_command_answers_a_running_node_in_text_and_json(swarm, node, capsys):
+    swarm.start(node)
+    me = node.peer_id
+    for command in (f"ledger grant {me} 2.5", f"ledger transfer {me} 0.5", *ONLINE):
+        words = ["--config", str(node.config_file), *command.split()]
+        assert main(words) == 0, command
+        assert capsys.readouterr().out.strip(), command
+        assert main([*words, "--json"]) == 0, command
+        json.loads(capsys.readouterr().out)
+    for command, code in (("ledger balance junk", 2), ("ledger grant junk 1", 2), ("chat hi", 1), ("run", 1)):
+        assert main(["--config", str(node.config_file), *command.split(), "--json"]) == code, command
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["error"]["message"] in captured.err
+
+
+def test_a_key_is_not_replaced_under_a_running_node(swarm, node, tmp_path, capsys):
+    swarm.start(node)
+    config = ["--config", str(node.config_file)]
+    assert main([*config, "id", "export", str(tmp_path / "copy")]) == 0
+    assert main([*config, "id", "import", "--force", str(tmp_path / "copy")]) == 1
+    assert "stop it first" in capsys.readouterr().err
+
+
+def test_settings_of_the_machines_own_node_do_not_reach_a_throw_away_swarm(swarm, tmp_path, monkeypatch):
+    monkeypatch.setenv("RIOS_NODE_DATA_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("RIOS_PASSPHRASE", "secret")
+    one = swarm.add("one", {}, ("--new-network",))
+    swarm.start(one)
+    assert one.status["node"]["data_dir"] == str(one.data)
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def test_a_full_disk_is_named_loses_nothing_and_passes(small_disk):
+    with Swarm(small_disk / "swarm") as swarm:
+        node = swarm.add("one", {"ledger.witness": True}, ("--new-network",))
+        swarm.start(node)
+        me = node.peer_id
+        node.ask("ledger.grant", to=me, microcredits=5_000_000)
+        filler = small_disk / "filler"
+        fill(filler)
+        with pytest.raises(RiosError) as caught:
+            node.ask("ledger.grant", to=me, microcredits=1_000_000)
+        assert caught.value.code == "disk_full"
+        assert "disk" in node.ask("health")["reasons"][0]
+        refused = rios("init", "--json", config=small_disk / "other.toml")
+        assert (refused.returncode, json.loads(refused.stdout)["error"]["code"]) == (1, "disk_full")
+        assert not (small_disk / "other.toml").exists()
+        filler.unlink()
+        node.ask("ledger.grant", to=me, microcredits=1_000_000)
+        assert node.ask("ledger.balance", account="")["balance"] == 6_000_000
+        assert node.ask("ledger.verify")["verified"] is True
+        assert node.ask("health")["ok"] is True
 
 
 def test_an_unreachable_seed_is_only_a_warning(swarm, node):

@@ -55,6 +55,7 @@ def test_lists_and_switches_from_the_environment():
         ('[node]\npassword = "x"', "secrets do not belong"),
         ("node = 1", "must be a section"),
         ("[node", "not valid TOML"),
+        ("[node]\nmetrics_port = " + "9" * 5000, "not valid TOML"),
     ],
 )
 def test_a_wrong_file_names_the_fault(tmp_path, text, says):
@@ -77,7 +78,7 @@ def test_an_unknown_environment_name_is_refused():
 
 
 def test_the_written_file_loads_to_what_was_asked(tmp_path):
-    changes = {"p2p.listen": ("/ip4/127.0.0.1/tcp/0",), "gateway.enabled": True, "node.name": 'a "quoted" name\\'}
+    changes = {"p2p.listen": ("/ip4/127.0.0.1/tcp/0",), "gateway.enabled": True, "node.name": 'a "quoted"\nname\x7f°\\'}
     settings = load(write(tmp_path, render_file(changes)), {}).settings
     assert settings.p2p.listen == changes["p2p.listen"]
     assert settings.gateway.enabled is True
@@ -94,3 +95,12 @@ def test_the_written_file_shows_every_setting_with_its_help():
 
 def test_the_reference_page_is_the_one_in_the_docs():
     assert (ROOT / "docs" / "settings.md").read_text() == render_reference()
+
+
+def test_a_required_file_must_exist_and_be_readable(tmp_path):
+    missing = tmp_path / "rios.toml"
+    assert load(missing, {}).origin["node.name"] == "default"
+    with pytest.raises(ConfigError, match="there is no config file"):
+        load(missing, {}, required=True)
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path, {})

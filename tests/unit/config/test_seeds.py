@@ -21,7 +21,17 @@ def test_config_and_file_are_joined(tmp_path):
     assert collect([DNS], "seeds.txt", tmp_path) == (DNS, SEED)
 
 
-@pytest.mark.parametrize("line", ["127.0.0.1:4701", "/ip4/127.0.0.1/tcp/4701", f"/ip4/127.0.0.1/udp/1/p2p/{PEER}"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "127.0.0.1:4701",
+        "/ip4/127.0.0.1/tcp/4701",
+        f"/ip4/127.0.0.1/udp/1/p2p/{PEER}",
+        f"/ip4/127.0.0.1/tcp/99999/p2p/{PEER}",
+        f"/ip4/127.0.0.256/tcp/1/p2p/{PEER}",
+        f"/ip6/localhost/tcp/1/p2p/{PEER}",
+    ],
+)
 def test_a_wrong_line_is_named(tmp_path, line):
     file = tmp_path / "seeds.txt"
     file.write_text(f"{SEED}\n{line}\n")

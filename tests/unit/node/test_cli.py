@@ -1,12 +1,21 @@
 """The command line: amounts, exit codes, JSON."""
 
+import errno
+import io
 import json
+import os
+import subprocess
+import sys
+import tomllib
 
 import pytest
 
-from config.errors import ConfigError
-from node.cli import main, parse_credits
+from config.errors import ConfigError, LocalError
+from node import local
+from node.cli import Output, main, parse_credits
 from node.demo import Outcome, spans
+
+SEED = "/ip4/127.0.0.1/tcp/4701/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
 
 
 @pytest.mark.parametrize(("text", "amount"), [("1", 1_000_000), ("0.000001", 1), ("12.5", 12_500_000)])
@@ -14,7 +23,7 @@ def test_credits_become_microcredits(text, amount):
     assert parse_credits(text) == amount
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1.0000001", "1e3", "one", "1.2.3", ".5"])
+@pytest.mark.parametrize("text", ["", "-1", "1.0000001", "1e3", "one", "1.2.3", ".5", "²", "1.²", "٣"])
 def test_other_amounts_are_refused(text):
     with pytest.raises(ConfigError):
         parse_credits(text)
@@ -101,3 +110,150 @@ def test_the_demo_names_every_mismatch():
     ledger = {"verified": {"p": False}, "sum_ok": False, "certificates": 0}
     outcome = Outcome(answer="Lyon", reference_answer="Paris", answer_after_kill="", nodes=[node], ledger=ledger)
     assert len(outcome.faults()) == 7
+
+
+def written(home):
+    return tomllib.loads((home / "config" / "rios" / "rios.toml").read_text())
+
+
+def failure(capsys):
+    """The one JSON value on stdout; stderr says the same to people and never shows a traceback."""
+    captured = capsys.readouterr()
+    error = json.loads(captured.out)["error"]
+    assert error["message"] in captured.err
+    assert "Traceback" not in captured.err
+    return error
+
+
+def test_init_writes_what_was_set_wherever_the_flag_stands(home, capsys):
+    assert main(["--set", "node.name=a", "init", "--set", "node.region=b", "--seed", SEED]) == 0
+    assert written(home) == {
+        "node": {"name": "a", "region": "b"}, "p2p": {"seeds": [SEED]}, "dmoe": {}, "ledger": {}, "gateway": {},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--seed", "127.0.0.1:4701"],
+        ["--seed", SEED.replace("4701", "70000")],
+        ["--set", "node.nome=x"],
+        ["--genesis", "/nonexistent/genesis.json"],
+        ["--genesis", os.devnull],
+        ["--genesis", "x", "--new-network"],
+        ["--force", "--keep-config"],
+    ],
+)
+def test_init_checks_everything_before_it_writes_anything(home, wrong, capsys):
+    assert main(["init", "--json", *wrong]) == 2
+    failure(capsys)
+    assert not (home / "config").exists()
+    assert not (home / "data").exists()
+
+
+def test_a_node_does_not_change_its_network_by_accident(home, capsys):
+    assert main(["init", "--new-network"]) == 0
+    mine = home / "data" / "rios" / "genesis.json"
+    other = home / "other.json"
+    other.write_text(mine.read_text().replace('"min_amount": 1', '"min_amount": 2'))
+    before = mine.read_text()
+    capsys.readouterr()
+    assert main(["init", "--keep-config", "--genesis", str(other), "--json"]) == 2
+    assert "another network" in failure(capsys)["message"]
+    assert mine.read_text() == before
+    assert main(["init", "--force", "--genesis", str(other)]) == 0
+    assert mine.read_text() == other.read_text()
+
+
+def test_keeping_the_config_and_changing_it_exclude_each_other(home, capsys):
+    assert main(["init"]) == 0
+    capsys.readouterr()
+    assert main(["init", "--keep-config", "--gateway", "--json"]) == 2
+    assert "--keep-config" in failure(capsys)["message"]
+
+
+def test_a_config_file_that_was_named_must_exist(home, monkeypatch, capsys):
+    monkeypatch.setenv("RIOS_CONFIG", str(home / "nowhere.toml"))
+    assert main(["paths", "--json"]) == 2
+    assert "nowhere.toml" in failure(capsys)["message"]
+
+
+@pytest.mark.parametrize("setting", ["p2p.listen=0.0.0.0:4701", "p2p.announce=/ip4/1.2.3.4/tcp/99999"])
+def test_wrong_addresses_are_found_by_config_check_and_doctor(home, setting, capsys):
+    assert main(["init"]) == 0
+    capsys.readouterr()
+    assert main(["config", "check", "--set", setting, "--json"]) == 2
+    assert "TCP multiaddr" in failure(capsys)["message"]
+    if "listen" in setting:
+        assert main(["doctor", "--set", setting, "--json"]) == 1
+        findings = json.loads(capsys.readouterr().out)
+        assert any("TCP multiaddr" in each["what"] for each in findings if each["level"] == "fail")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (ExceptionGroup("g", [ExceptionGroup("h", [LocalError("port_taken", "taken", "free it")])]), 1, "taken"),
+        (BaseExceptionGroup("g", [ValueError("x"), KeyboardInterrupt()]), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("a bug"), 1, "a bug"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "the disk is full: /data/x"),
+        (ExceptionGroup("g", [PermissionError(errno.EACCES, "Permission denied", "/data/x")]), 1, "denied: /data/x"),
+    ],
+)
+def test_whatever_happens_is_a_message_and_one_json_value(home, monkeypatch, capsys, raised, code, says):
+    def command(_context):
+        raise raised
+
+    monkeypatch.setattr(local, "version", command)
+    assert main(["version", "--json"]) == code
+    assert says in failure(capsys)["message"]
+
+
+def test_a_closed_or_full_stdout_ends_a_command_quietly(home):
+    command = [sys.executable, "-P", "-m", "node", "config", "show"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr.splitlines()[0]) == (1, "rios: the disk is full")
+
+
+def test_text_that_stdout_cannot_encode_is_still_printed(home, monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    monkeypatch.setattr(local, "version", lambda _context: Output({}, "42 °C"))
+    assert main(["version"]) == 0
+    assert ascii_only.buffer.getvalue() == b"42 \\xb0C\n"
+
+
+@pytest.mark.parametrize("piped", [b"", b" \n", b"\xff\xfe"])
+def test_chat_needs_a_question_in_text(home, piped, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+    assert main(["chat", "--local", "--json"]) == 2
+    assert "question" in failure(capsys)["message"]
+
+
+def test_importing_a_key_keeps_the_old_one_and_survives_a_wrong_file(home, capsys):
+    assert main(["init"]) == 0
+    key = home / "data" / "rios" / "identity.key"
+    before = key.read_bytes()
+    wrong = home / "wrong.key"
+    wrong.write_bytes(before[:30])
+    wrong.chmod(0o600)
+    assert main(["id", "import", str(wrong), "--force"]) == 1
+    assert key.read_bytes() == before
+    assert main(["id", "export", str(home / "copy.key")]) == 0
+    assert main(["id", "import", str(home / "copy.key")]) == 2
+    assert main(["id", "import", str(home / "copy.key"), "--force"]) == 0
+    assert [old.read_bytes() for old in key.parent.glob("identity.replaced-*")] == [before]
+    assert not list(key.parent.glob("*.new-*"))
+
+
+def test_closed_standard_streams_are_no_fault(home):
+    command = [sys.executable, "-P", "-m", "node", "chat", "--local"]
+    with subprocess.Popen(["sh", "-c", '"$@" <&- >&-', "sh", *command], stderr=subprocess.PIPE, text=True) as process:
+        assert "no question" in process.communicate()[1]
+    assert process.returncode == 2

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from functools import partial
 
 import pytest
@@ -76,7 +77,10 @@ async def test_an_unknown_command_is_named(path):
         await _ask(path[0], "frobnicate")
 
 
-@pytest.mark.parametrize("line", [b"no json\n", b"[]\n", b"{}\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "line",
+    [b"no json\n", b"[]\n", b"{}\n", b"\xff\xfe\n", b'{"command": []}\n', b'{"command": "echo", "args": 1}\n'],
+)
 async def test_nonsense_is_answered_with_an_error(path, line):
     async with await trio.open_unix_socket(str(path[0])) as stream:
         await stream.send_all(line)
@@ -117,3 +121,48 @@ def test_a_long_path_gets_a_short_stand_in(tmp_path):
     deep = tmp_path / ("x" * 120) / "control.sock"
     assert len(str(control.socket_path(deep))) <= 100
     assert control.socket_path(deep) == control.socket_path(deep)
+
+
+def _dying_daemon(where, answer):
+    """A fake: takes one connection, says ``answer`` and is gone, or is silent if there is none."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(control.socket_path(where)))
+    listener.listen()
+
+    def serve():
+        connection, _ = listener.accept()
+        with listener, connection:
+            connection.recv(10)  # not all of it: the client sees a reset
+            if answer is None:
+                over.wait(10)
+            else:
+                connection.sendall(answer)
+
+    over = threading.Event()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread, over
+
+
+@pytest.mark.parametrize("answer", [b"", b'{"event": {"te', b'{"event": 1}\n'])
+def test_a_daemon_that_dies_while_it_answers_is_named(tmp_path, answer):
+    thread, _ = _dying_daemon(tmp_path / "control.sock", answer)
+    with pytest.raises(RiosError, match="stopped while it was answering") as caught:
+        list(control.request(tmp_path / "control.sock", "chat"))
+    thread.join()
+    assert caught.value.code == "not_running"
+
+
+def test_a_silent_daemon_is_not_waited_for_for_ever(tmp_path):
+    thread, over = _dying_daemon(tmp_path / "control.sock", None)
+    with pytest.raises(RiosError) as caught:
+        control.ask(tmp_path / "control.sock", "health", seconds=0.2)
+    over.set()
+    thread.join()
+    assert caught.value.code == "deadline"
+
+
+async def test_a_request_that_is_too_long_is_refused_before_it_is_sent(path):
+    with pytest.raises(RiosError) as caught:
+        await _ask(path[0], "echo", value="x" * control.LINE_BYTES_MAX)
+    assert caught.value.code == "too_large"
