@@ -11,12 +11,15 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from config import paths as places
@@ -301,13 +304,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal still gets the rest of the answer
     try:
         args = build_parser().parse_args(argv)
-        result = args.run(Context(args))
+        with _all_ends_are_ctrl_c():
+            result = args.run(Context(args))
         if not isinstance(result, Output):
             return int(result)
         print(json.dumps(result.data, separators=(",", ":"), default=str) if as_json else result.text, flush=True)
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:  # noqa: BLE001 - the operator gets a message
         return _complain(error, as_json=as_json)
     return result.code
+
+
+@contextlib.contextmanager
+def _all_ends_are_ctrl_c() -> Iterator[None]:
+    """SIGTERM and a closed terminal unwind like Ctrl-C, so that whatever ends a command, it tidies up first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, frame: FrameType | None) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # started in the background: SIGINT is ignored
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, interrupt) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _complain(raised: BaseException, *, as_json: bool) -> int:

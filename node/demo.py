@@ -20,7 +20,7 @@ from rich.table import Table
 
 from config.errors import EXIT_FAILED, EXIT_OK, LocalError, RiosError
 from config.vocabulary import format_credits
-from node.swarm import NodeProcess, Swarm, all_ends_are_ctrl_c, rios, wait_for
+from node.swarm import NodeProcess, Swarm, rios, wait_for
 from p2p.core.identity import Identity
 
 QUESTION = "What is the capital of France? Answer, then describe the city in five sentences."
@@ -426,7 +426,7 @@ def run(*, once: bool, as_json: bool) -> int:
     """The ``rios demo`` command; returns the exit code. With ``as_json`` only the result goes to stdout."""
     console = Console(file=sys.stderr if as_json else sys.stdout, soft_wrap=True)
     stay = not once and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
-    with all_ends_are_ctrl_c(), Swarm() as swarm:
+    with Swarm() as swarm:
         demo = Demo(swarm, console)
         outcome = demo.run()
         faults = outcome.faults()

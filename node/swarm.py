@@ -247,18 +247,3 @@ def _deaf() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def all_ends_are_ctrl_c() -> Iterator[None]:
-    """SIGTERM and a closed terminal unwind like Ctrl-C, so that whatever ends this process, it tidies up first."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
