@@ -403,7 +403,7 @@ async def test_unloading_waits_for_the_calls_on_the_shard():
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
-            while not loaded.rows_waiting:
+            while not (loaded.rows_waiting or loaded.running or loaded.batches):
                 await trio.lowlevel.checkpoint()
             await worker.unload(manifest.model_id, manifest.shards[0].id)
             assert shard.closed
@@ -455,6 +455,7 @@ async def test_a_caller_that_leaves_takes_its_waiting_rows_with_it():
         await s.node((*FIRST,))
         loaded = s.workers[0].local(manifest.model_id, 0, 0)
         loaded.row_seconds = 1.0
+        loaded.draining = True  # as if somebody ran the queue: what waits, waits
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(s.workers[0].compute, [loaded], 0, rows(2), None, None, trio.current_time() + 60)
