@@ -319,9 +319,9 @@ def _check_money(rig: Rig) -> None:
 class Hostile:
     """Peers with keys of their own and no scruples, in a thread beside the real nodes.
 
-    The first answers every call for experts, free of charge, with nonsense (not with plausible wrong numbers, which only
-    an audit could tell); the second wants money and names
-    impossible terms; the third wants money and never says on what terms.
+    The first answers every call for experts, free of charge, with nonsense (not with plausible wrong numbers: only an
+    audit could tell those); the second wants money and names impossible terms; the third wants money and never says
+    on what terms.
     """
 
     def __init__(self, rig: Rig, folder: Path) -> None:
