@@ -45,7 +45,7 @@ PLAN_ROWS_MAX = 8
 PATIENCE_MS = 2_000
 """How long a call may take before another replica is asked, where there is one and nothing better is known."""
 ROUNDS_MAX = 1000
-OPEN_SECONDS_MAX = 5.0
+OPEN_SECONDS_MAX = 3.0
 """How long a generation waits for channels to be opened before it starts; what is late opens at first use."""
 GRACE_SECONDS = 1.0
 """How long a layer without a replica waits for an advert of a new one: shards move while they are called."""
@@ -201,16 +201,20 @@ class CallerSession:
         likely: set[PeerId] = set()
         for needs in table.needs:
             likely.update(self._dispatcher.plan(needs, 1, _now_us(), 1.0))
-        with trio.move_on_after(OPEN_SECONDS_MAX):
-            async with trio.open_nursery() as nursery:
-                for peer in likely & set(table.quotes):
-                    nursery.start_soon(self._open_channel, peer, table.quotes[peer])
+        async with trio.open_nursery() as nursery:
+            for peer in likely & set(table.quotes):
+                nursery.start_soon(self._open_channel, peer, table.quotes[peer])
 
     async def _open_channel(self, peer: PeerId, quote: Quote) -> None:
-        try:
-            await self._caller.channel(peer, quote)
-        except RiosError as error:
-            log.info("no channel to %s: %s", peer, error)
+        reason = f"nothing came about in {OPEN_SECONDS_MAX} s"
+        with trio.move_on_after(OPEN_SECONDS_MAX):
+            try:
+                await self._caller.channel(peer, quote)
+                return
+            except RiosError as error:
+                reason = str(error)
+        log.info("no channel to %s: %s", peer, reason)
+        self._dispatcher.failed(peer, (PEER_WIDE,), _now_us())  # others come first, here and in the next generation
 
     def report(self) -> CallerReport:
         """Who computed what so far."""

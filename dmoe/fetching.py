@@ -1,18 +1,22 @@
 """Brings manifests and files of models here from peers that hold them.
 
-Owns: RPCs ``model.manifest`` and ``model.have``, the search for providers. Does not own: which shards are wanted
-(``hosting``), chunks on their way (``p2p.face.Blobs``), files on disk (``store``).
+Owns: RPCs ``model.manifest``, ``model.have`` and ``model.prove``, the search for providers. Does not own: which shards
+are wanted (``hosting``), chunks on their way (``p2p.face.Blobs``), files on disk (``store``).
 
 Who holds a file is asked, not guessed: a publisher has all files of its model though it serves few of them.
 
 Invariants:
 1. A manifest is taken only if its id, its signature and its publisher are right.
 2. A file gets its name only after its hash was verified; a shard counts only when all of its files are here.
+3. Adverts are claims. Whether a peer has a shard's bytes can be proved to anybody who has them too: it hashes a chunk
+   of his choice together with his nonce and its own peer id, so that nobody can pass the question on.
 """
 
 import logging
+import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +33,12 @@ log = logging.getLogger(__name__)
 
 MANIFEST_METHOD = "model.manifest"
 HAVE_METHOD = "model.have"
+PROVE_METHOD = "model.prove"
 ASK_DEADLINE_MS = 5_000
+PROVE_DEADLINE_MS = 2_000
 MANIFEST_DEADLINE_MS = 30_000
+NONCE_BYTES = 16
+_PROOF_TAG = b"rios/possession/1\0"
 ASKED_MAX = 64
 """Most peers asked for one model."""
 
@@ -59,8 +67,10 @@ class Fetcher:
         self._store = store
         self._allowed = allowed
         self._holders: dict[str, dict[PeerId, bytes]] = {}
+        self._proving = trio.CapacityLimiter(1)
         network.serve(MANIFEST_METHOD, self._manifest)
         network.serve(HAVE_METHOD, self._have)
+        network.serve(PROVE_METHOD, self._prove)
         network.blobs.offer(store)
 
     async def manifest(self, model_id: str, likely: Sequence[PeerId]) -> Manifest:
@@ -153,7 +163,32 @@ class Fetcher:
         order.pop(self._network.peer_id, None)
         return list(order)[:ASKED_MAX]
 
+    async def proves(self, peer: PeerId, shard: Shard) -> bool:
+        """Whether a peer has a shard that is here too, as far as one random chunk of it shows."""
+        chunks = [chunk for file in shard.files for chunk in file.chunks]
+        digest, nonce = bytes.fromhex(secrets.choice(chunks)), secrets.token_bytes(NONCE_BYTES)
+        chunk = await trio.to_thread.run_sync(self._store.read_chunk, digest)
+        if chunk is None:
+            return False
+        header = {"digest": digest, "nonce": nonce}
+        try:
+            reply = await self._network.call(peer, PROVE_METHOD, header, deadline_ms=PROVE_DEADLINE_MS)
+        except RiosError as error:
+            log.debug("%s does not prove that it has shard %s: %s", peer, shard.id, error)
+            return False
+        return reply.header.get("proof") == _proof(nonce, peer, chunk)
+
     # --- answers to others
+
+    async def _prove(self, call: Call) -> Reply:
+        digest, nonce = call.header.get("digest"), call.header.get("nonce")
+        if not isinstance(digest, bytes) or not isinstance(nonce, bytes) or len(nonce) != NONCE_BYTES:
+            raise RequestError("invalid_request", f"{PROVE_METHOD}: a digest and a nonce are needed")
+        async with self._proving:
+            chunk = await trio.to_thread.run_sync(self._store.read_chunk, digest)
+        if chunk is None:
+            raise RequestError("not_found", "this node does not have the chunk")
+        return Reply({"proof": _proof(nonce, self._network.peer_id, chunk)})
 
     async def _manifest(self, call: Call) -> Reply:
         manifest = self._store.manifests().get(_model_of(call))
@@ -174,6 +209,10 @@ class Fetcher:
             if all(path.is_file() and path.stat().st_size == size for path, size in paths):
                 whole.add(index)
         return bitmap(whole)
+
+
+def _proof(nonce: bytes, peer: PeerId, chunk: bytes) -> bytes:
+    return sha256(_PROOF_TAG + nonce + peer.encode() + chunk).digest()
 
 
 def _model_of(call: Call) -> ModelId:

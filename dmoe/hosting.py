@@ -5,11 +5,13 @@ own: the choice (``core.placement``), a shard's way here (``taking``), how deplo
 
 Invariants:
 1. A shard is advertised only while it can be called (the trunk: while it is on disk).
-2. A surplus shard is dropped only after the hold time; its files stay with its publisher and with pinned models.
+2. A surplus shard is dropped only after the hold time, and only when enough others proved that they have it; its files
+   stay with its publisher and with pinned models.
 3. After a restart, what was served before is served again without asking anybody.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +22,7 @@ import trio
 from config.errors import RequestError, RiosError
 from config.vocabulary import PeerId
 from dmoe.core.deployment import REPLICAS_MAX
-from dmoe.core.manifest import Manifest
+from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.placement import Candidate, Holding, Patience, Wanted, assign, decide, quantised
 from dmoe.deployments import Deployments
 from dmoe.fetching import Fetcher, Models
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE_BYTES_PER_MS = 4096
 """A node is given so much longer for a larger shard before another one steps in (4 MB/s)."""
+DROPS_AT_ONCE = 8
+HOLDERS_ASKED_MAX = 64
 MODELS_MAX = 64
 """Models in one advert."""
 
@@ -236,12 +240,31 @@ class Hosting:
         assert self._nursery is not None
         for index in decision.fetch if settled else ():
             self._taker.start(self._nursery, manifest, index)
-        for index in self._holding.ripe(model_id, decision.surplus, now_ms):
-            await self._drop(manifest, index)
+        for index in self._holding.ripe(model_id, decision.surplus, now_ms)[:DROPS_AT_ONCE]:
+            holders = [c.peer_id for c in candidates if index in c.ready and c.peer_id != self._network.peer_id]
+            if await self._is_proved(manifest.shards[index], holders, min(replicas, len(assigned[index]))):
+                await self._drop(manifest, index)
+            else:
+                self._holding.postpone(model_id, index, now_ms)
         # what was wanted, failed, and fell to somebody else meanwhile
         for key in [k for k, p in self._taker.progress.items() if k[0] == model_id and p.ended is None]:
             if key[1] not in mine and key[1] not in decision.fetch and model_id not in self._pinned:
                 del self._taker.progress[key]
+
+    async def _is_proved(self, shard: Shard, holders: Sequence[PeerId], needed: int) -> bool:
+        """Whether so many of those who say that they have a shard do have it. A dropped shard may be the last one."""
+        proved: list[PeerId] = []
+
+        async def ask(peer: PeerId) -> None:
+            if await self.fetcher.proves(peer, shard):
+                proved.append(peer)
+
+        async with trio.open_nursery() as nursery:
+            for peer in holders[:HOLDERS_ASKED_MAX] if needed else ():
+                nursery.start_soon(ask, peer)
+        if len(proved) < needed:
+            log.warning("shard %s is kept: %d of %d holders proved that they have it", shard.id, len(proved), needed)
+        return len(proved) >= needed
 
     def _start_manifest(self, model_id: str) -> None:
         progress = self._manifests.setdefault(model_id, Progress())

@@ -135,6 +135,10 @@ class Holding:
     hold_ms: int
     _since_ms: dict[tuple[str, int], int] = field(default_factory=dict)
 
+    def postpone(self, model_id: str, index: int, now_ms: int) -> None:
+        """Hold a ripe one once more."""
+        self._since_ms[model_id, index] = now_ms
+
     def ripe(self, model_id: str, surplus: Collection[int], now_ms: int) -> list[int]:
         """Which of the surplus shards may be dropped now; forgets shards that are needed again."""
         for key in [key for key in self._since_ms if key[0] == model_id and key[1] not in surplus]:

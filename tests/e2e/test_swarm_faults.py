@@ -319,8 +319,9 @@ def _check_money(rig: Rig) -> None:
 class Hostile:
     """Peers with keys of their own and no scruples, in a thread beside the real nodes.
 
-    The first answers every call for experts, free of charge, with nonsense; the second wants money and names
-    impossible terms; the third wants money and never says on what terms.
+    The first answers every call for experts, free of charge, with nonsense (not with plausible wrong numbers: only an
+    audit could tell those); the second wants money and names impossible terms; the third wants money and never says
+    on what terms.
     """
 
     def __init__(self, rig: Rig, folder: Path) -> None:
@@ -381,7 +382,7 @@ class Hostile:
         lies: list[Reply | RiosError] = [
             Reply({"shape": shape}, [b"\x00\x7e" * (size // 2)]),  # NaN
             Reply({"shape": [1 << 40, 1 << 40]}, [b""]),
-            Reply({"shape": [1, width]}, [bytes(2 * width)]),
+            Reply({"shape": [groups * count + 1, width]}, [bytes(size + 2 * width)]),
             Reply({"shape": shape, "service_us": -1}, [bytes(size)] * 200),
             Reply({"shape": shape, "bf16": 7}, [bytes(size)]),
             Reply({}, []),

@@ -3,6 +3,7 @@
 from contextlib import asynccontextmanager
 from random import Random
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -15,6 +16,7 @@ from dmoe.hosting import Hosting
 from dmoe.ports import Quote
 from dmoe.store import ModelStore
 from dmoe.worker import Worker
+from p2p.core.advert import ModelOffer, bitmap
 from p2p.core.identity import Identity
 from p2p.memory import MemoryHub
 from tests.unit.dmoe.swarm_kit import ALL, GROUPS, LAYERS, PUBLISHER, FakeShard, content, make_manifest
@@ -149,6 +151,31 @@ async def test_surplus_replicas_go_after_the_hold_time_and_their_files_too(tmp_p
         assert not any(offer.holds(index) for index in range(total)), "only the trunk on its disk is still offered"
         with pytest.raises(RequestError, match="did not deploy"):
             await publisher.hosting.undeploy(manifest.model_id)
+
+
+async def test_nobody_drops_a_shard_on_the_word_of_peers_that_do_not_have_it(tmp_path, caplog):
+    """Three liars claim every shard and endless room; one of them passes questions on to the honest node."""
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        await publisher.hosting.deploy(manifest.model_id, 1)
+        await until(lambda: everywhere([publisher], manifest, 1), "alone, the publisher serves all")
+        everything = bitmap(set(range(len(manifest.shards))))
+        liars = [net.hub.add(models=(ModelOffer(manifest.model_id, everything, 0, 0, 0),)) for _ in range(3)]
+        for liar in liars:
+            liar.directory.update(lambda advert: msgspec.structs.replace(advert, offered_bytes=1 << 62))
+        relaying = liars[0]
+
+        async def relay(call):
+            return await relaying.call(publisher.network.peer_id, call.method, call.header, deadline_ms=1000)
+
+        relaying.serve("model.prove", relay)
+        await until(
+            lambda: caplog.text.count("is kept: 0 of 1 holders") >= 3, "the publisher asks and is not convinced"
+        )
+        assert everywhere([publisher], manifest, 1)
+        honest = await net.node()
+        await until(lambda: honest.store.manifests(), "an honest node comes")
 
 
 async def test_a_restarted_node_serves_what_it_had_without_asking_anybody(tmp_path):
