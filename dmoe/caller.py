@@ -9,7 +9,7 @@ Invariants:
    order; every replica, the local one too, computes with the rows as the wire rounds them.
 2. One call per peer and layer (and chunk of rows), all peers at the same time.
 3. A failed call is tried at another replica within the deadline and the retry budget; which peer failed is remembered.
-4. Every answer that arrives is counted for payment, once.
+4. Every answer that arrives is counted for payment, once, at the latest when its token is done or its run fails.
 """
 
 import logging
@@ -162,6 +162,21 @@ class _Job:
     replaceable: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Owed:
+    """An answer that arrived and is not counted for payment yet."""
+
+    peer: PeerId
+    channel: bytes
+    quote: Quote
+    layer: int
+    places: Sequence[Place]
+    rows: int
+    experts: Indices | None
+    request: Sequence[calls.Buffer]
+    answer: calls.Buffer
+
+
 @dataclass(slots=True)
 class _Layer:
     """One chunk of rows of one layer on its way."""
@@ -189,6 +204,7 @@ class CallerSession:
         self._model = model
         self._dispatcher = caller.dispatcher
         self._plans: dict[int, tuple[object, int, dict[PeerId, list[int]]]] = {}
+        self._owed: list[_Owed] = []
         self._rows: dict[PeerId, int] = {}
         self._served: dict[PeerId, set[tuple[int, int]]] = {}
         self._retries = 0
@@ -230,10 +246,19 @@ class CallerSession:
 
         Raises RemoteError ``no_replica``, ``deadline`` or ``payment_required`` if the layer cannot be computed.
         """
-        experts, weights = routing.experts, routing.weights
+        try:
+            return await self._run(layer, h, routing.experts, routing.weights)
+        except BaseException:
+            self._settle_owed()
+            raise
+
+    async def _run(self, layer: int, h: FloatRows, experts: Indices | None, weights: Weights | None) -> FloatRows:
         count, size = len(h), self._chunk_rows
         if count <= size:
-            return await self._run_chunk(layer, h, experts, weights)
+            out = await self._run_chunk(layer, h, experts, weights)
+            if layer == len(self._model.layers) - 1:
+                self._settle_owed()
+            return out
         out = np.empty_like(h)
         failures: list[RiosError] = []
         limiter = trio.CapacityLimiter(CHUNKS_AT_ONCE)
@@ -253,6 +278,7 @@ class CallerSession:
                 nursery.start_soon(part, slice(start, start + size))
         if failures:
             raise failures[0]
+        self._settle_owed()
         return out
 
     async def _run_chunk(self, layer: int, h: FloatRows, experts: Indices | None, weights: Weights | None) -> FloatRows:
@@ -314,6 +340,7 @@ class CallerSession:
             if local:
                 await _let_others_send()
             await self._ask(work, local[0] if local else remote[0], table)
+            self._settle_owed()  # of the layer before: this one's other answers are still on their way
 
     def _plan(self, work: _Layer, needs: Sequence[Need], version: object, *, keep: bool) -> dict[PeerId, list[int]]:
         now_us, rows = _now_us(), len(work.rows)
@@ -432,7 +459,8 @@ class CallerSession:
     async def _call(self, work: _Layer, job: _Job, places: Sequence[Place], quote: Quote) -> float:
         peer, groups = job.peer, job.groups
         chosen, shape, buffers = _request(work, self._model, places)
-        channel = await self._channel(work, job, quote)
+        ready = self._caller.buyer.channel(peer) if self._caller.buyer is not None else b""
+        channel = ready if ready is not None else await self._channel(work, job, quote)
         model, top_k = self._model, self._model.top_k
         header = calls.build(model.model_id, work.layer, groups, quote.number, channel, shape, top_k)
         try:
@@ -444,12 +472,11 @@ class CallerSession:
             reply = await self._send(work, job, header, buffers)
         answer, service_us = _answer(reply, peer, len(groups), shape["shape"])
         if self._caller.buyer is not None and channel:
-            count = shape["shape"][0]
             experts = None if work.experts is None else work.experts if chosen is None else work.experts[chosen]
-            members, costs = [place.experts for place in places], [place.flops_per_row for place in places]
-            kflop = calls.kflop(members, costs, count, experts)
-            leaf = calls.leaf(model.model_id, work.layer, groups, buffers, reply.buffers[0])
-            self._caller.buyer.used(peer, channel, quote, kflop, leaf)
+            owed = _Owed(
+                peer, channel, quote, work.layer, places, shape["shape"][0], experts, buffers, reply.buffers[0]
+            )
+            self._owed.append(owed)
         for group, partial in zip(groups, answer, strict=True):
             if chosen is not None:
                 spread = np.zeros_like(work.rows)
@@ -457,6 +484,19 @@ class CallerSession:
                 partial = spread
             work.partials[group] = partial
         return service_us
+
+    def _settle_owed(self) -> None:
+        """Count the answers that arrived, for payment: hashing them can wait while others are waited for."""
+        buyer = self._caller.buyer
+        while self._owed:
+            owed = self._owed.pop()
+            assert buyer is not None
+            members = [place.experts for place in owed.places]
+            costs = [place.flops_per_row for place in owed.places]
+            kflop = calls.kflop(members, costs, owed.rows, owed.experts)
+            groups = [place.group for place in owed.places]
+            leaf = calls.leaf(self._model.model_id, owed.layer, groups, owed.request, owed.answer)
+            buyer.used(owed.peer, owed.channel, owed.quote, kflop, leaf)
 
     async def _channel(self, work: _Layer, job: _Job, quote: Quote, *, reopen: bool = False) -> bytes:
         """The channel to the job's peer; a peer that lets one wait for it is left like one that does not answer."""

@@ -181,16 +181,20 @@ class Worker:
         self._last_end = 0.0
         self._nursery: trio.Nursery | None = None
         self._stopping = False
+        self._uncounted: deque[tuple[Call, ExpertCall, list[LoadedShard], memoryview]] = deque()
+        self._to_count = trio.Event()
         network.serve(calls.METHOD, self._serve)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled (call :meth:`drain` first to finish what is in flight), then free every shard."""
         try:
             async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._count_behind)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
             self._nursery = None
+            self._count_all()
             for loaded in self._shards.values():
                 loaded.shard.close()
             self._shards.clear()
@@ -263,7 +267,10 @@ class Worker:
             partials = await self.compute(shards, asked.layer, asked.rows, asked.experts, asked.weights, call.deadline)
             header, buffer = wire.encode(np.concatenate(partials) if len(partials) > 1 else partials[0])
             if paid:
-                self._count(call, asked, shards, buffer)
+                self._uncounted.append((call, asked, shards, buffer))
+                self._to_count.set()
+                if self._nursery is None:
+                    self._count_all()
         finally:
             self._active -= 1
             self._last_end = perf_counter()
@@ -303,6 +310,17 @@ class Worker:
             raise RequestError("conflict", message, "read this node's advert again")
         self._seller.admit(payer, asked.channel, self.quote)
         return True
+
+    def _count_all(self) -> None:
+        """Meter what was answered. A call is counted right after its answer left, not on its way."""
+        while self._uncounted:
+            self._count(*self._uncounted.popleft())
+
+    async def _count_behind(self) -> None:
+        while True:
+            await self._to_count.wait()
+            self._to_count = trio.Event()
+            self._count_all()
 
     def _count(self, call: Call, asked: ExpertCall, shards: Sequence[LoadedShard], answer: memoryview) -> None:
         assert self._seller is not None

@@ -10,6 +10,7 @@ Invariants:
 """
 
 import fcntl
+import gc
 import logging
 import os
 import shutil
@@ -242,6 +243,8 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
             log.warning("no genesis file %s: this node neither pays nor is paid", paths.genesis)
         await _start_work(node, nursery, genesis)
         await _start_edges(node, stack, nursery)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: collections need not walk it again in the middle of an answer
         yield node
 
 
