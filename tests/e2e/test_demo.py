@@ -84,11 +84,21 @@ def test_nothing_is_left_behind(demo):
     assert not list(Path(scratch).glob("rios-*"))
 
 
+def _hear_ctrl_c() -> None:
+    """A shell starts what it puts in the background deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_whatever_ends_it_early_it_tidies_up(tmp_path, number):
     environ = {**os.environ, "TMPDIR": str(tmp_path), "NO_COLOR": "1"}
     with subprocess.Popen(
-        [*RIOS, "demo", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+        [*RIOS, "demo", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environ,
+        preexec_fn=_hear_ctrl_c,
     ) as demo:
         wait_for(lambda: list(tmp_path.glob("rios-*/orchestrator/data/models")), "the import to begin", 60)
         started = psutil.Process(demo.pid).children(recursive=True)

@@ -493,7 +493,7 @@ def test_a_worker_with_a_full_disk_says_so_and_the_others_answer(rig: Rig, text:
         try:
             wait_for(lambda: bool(node.ask("model.progress")["errors"]), "a word about the disk", 30)
             (error, *_) = node.ask("model.progress")["errors"]
-            assert "expert" in error
+            assert "shard" in error
             assert str(node.data / "models") in error
             assert "free some space" in error
             assert rig.ask()[0] == text
