@@ -260,7 +260,6 @@ async def _background() -> AsyncIterator[trio.Nursery]:
 
 async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None) -> None:
     settings, network, identity = node.settings, node.network, node.identity
-    network.blobs.offer(node.store)
     quote = Quote(
         _quote_number(settings), settings.ledger.microcredits_per_tflop, settings.ledger.microcredits_per_kv_unit
     )
