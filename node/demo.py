@@ -20,7 +20,7 @@ from rich.table import Table
 
 from config.errors import EXIT_FAILED, EXIT_OK, LocalError, RiosError
 from config.vocabulary import format_credits
-from node.swarm import NodeProcess, Swarm, rios, wait_for
+from node.rig import NodeProcess, Swarm, rios, wait_for
 from p2p.core.identity import Identity
 
 QUESTION = "What is the capital of France? Answer, then describe the city in five sentences."

@@ -27,7 +27,7 @@ from dmoe.layers import ExpertShard, FusedModel, LocalExperts, Sequence, Trunk, 
 from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
 from node.demo import Demo
-from node.swarm import Swarm
+from node.rig import Swarm
 from p2p.core.identity import Identity
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from node.swarm import wait_for
+from node.rig import wait_for
 
 RIOS = [sys.executable, "-P", "-m", "node"]
 

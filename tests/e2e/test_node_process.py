@@ -13,7 +13,7 @@ import pytest
 
 from config.errors import RiosError
 from node.cli import main
-from node.swarm import NodeProcess, Swarm, wait_for
+from node.rig import NodeProcess, Swarm, wait_for
 
 RIOS = [sys.executable, "-P", "-m", "node"]
 

@@ -25,7 +25,7 @@ import trio
 from config.errors import BusyError, RemoteError, RiosError
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
-from node.swarm import NodeProcess, Swarm, rios, wait_for
+from node.rig import NodeProcess, Swarm, rios, wait_for
 from p2p.core.advert import Hardware, ModelOffer, bitmap
 from p2p.core.identity import Identity
 from p2p.face import Call, Reply
