@@ -36,6 +36,7 @@ from p2p.peerbook import Peerbook
 log = logging.getLogger(__name__)
 
 ADDRESSES_MAX = 8
+REGION_MAX = 256
 
 
 class PeerNetwork:
@@ -193,6 +194,8 @@ async def open_network(
             raise ConfigError("config", f"p2p.announce: {text!r} is not a TCP multiaddr")
     first = advert or Advert(peer_id=identity.peer_id, seq=0, expires_ms=0)
     first = msgspec.structs.replace(first, version=version)
+    if not first.region.isprintable() or len(first.region) > REGION_MAX:
+        raise ConfigError("config", f"node.region: {first.region[:80]!r} is no name", "e.g. eu-west")
     try:
         await trio.Path(data_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

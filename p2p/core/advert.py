@@ -1,14 +1,18 @@
 """Signed adverts: what a node says about itself.
 
-Owns the record, its canonical bytes, its signature and the rule which of two adverts wins.
+Owns the record, its bytes, its signature and the rule which of two adverts wins.
 
 Invariants:
-1. An advert is accepted only with a valid signature of the peer it names, inside its bounds, and unexpired.
+1. An advert is accepted only with a valid signature of the peer it names over the raw body, inside its bounds, and
+   unexpired.
 2. Of two adverts of one peer the higher ``seq`` wins; ``seq`` is the unix time in ms at which it was made, so a
    restarted node continues above its old adverts.
 3. Hardware figures are measured by the node that signs, never typed in; others treat them as claims all the same.
+4. Versions understand each other: a later version only appends fields (with defaults), here and in the records inside;
+   what is appended is skipped, what is missing takes its default. Adverts are passed on as the bytes that were signed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,6 +20,7 @@ import msgspec
 
 from config.errors import IntegrityError
 from config.vocabulary import PeerId
+from p2p.core import addresses as multiaddrs
 from p2p.core import codec
 from p2p.core.identity import Identity, public_key_of, verify
 
@@ -23,23 +28,41 @@ TAG = b"rios/advert/1\0"
 ADVERT_BYTES_MAX = 64 << 10
 LIFE_MS_MAX = 24 * 3600 * 1000
 CLOCK_SKEW_MS_MAX = 10 * 60 * 1000
+PRICE_MAX = 1 << 40
+"""Microcredits; the settings have the same bound."""
+COORDINATE_US_MAX = 60_000_000
 
 Text = Annotated[str, msgspec.Meta(max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Price = Annotated[int, msgspec.Meta(ge=0, le=PRICE_MAX)]
+Microseconds = Annotated[int, msgspec.Meta(ge=-COORDINATE_US_MAX, le=COORDINATE_US_MAX)]
+
+
+class BadAdvert(IntegrityError):
+    """An advert that is not taken. ``kind`` says why: ``malformed``, ``too_large``, ``signature``, ``absurd``,
+    ``future`` or ``expired``."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__("integrity", message)
+        self.kind = kind
 
 
 class _Array(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """A canonical array struct."""
 
 
-class Gpu(_Array, frozen=True):
+class _Open(msgspec.Struct, array_like=True, frozen=True):
+    """An array struct that later versions may lengthen."""
+
+
+class Gpu(_Open, frozen=True):
     """One GPU: its name and its memory in bytes."""
 
     name: Text
     memory_bytes: Count
 
 
-class Hardware(_Array, frozen=True):
+class Hardware(_Open, frozen=True):
     """What the node measured on itself.
 
     ``expert_kflop_per_s`` and ``memory_bytes_per_s`` come from a short benchmark at start.
@@ -53,7 +76,7 @@ class Hardware(_Array, frozen=True):
     memory_bytes_per_s: Count = 0
 
 
-class ModelOffer(_Array, frozen=True):
+class ModelOffer(_Open, frozen=True):
     """What a node serves of one model, and for how much.
 
     ``shards`` is a bitmap over the manifest's shard list (bit i of byte i // 8, least significant first);
@@ -63,8 +86,8 @@ class ModelOffer(_Array, frozen=True):
     model_id: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
     shards: Annotated[bytes, msgspec.Meta(max_length=8192)]
     quote: Count
-    microcredits_per_tflop: Count
-    microcredits_per_kv_unit: Count
+    microcredits_per_tflop: Price
+    microcredits_per_kv_unit: Price
 
     def holds(self, index: int) -> bool:
         """Whether the shard at ``index`` of the manifest's list is ready to be called here."""
@@ -72,11 +95,15 @@ class ModelOffer(_Array, frozen=True):
         return byte < len(self.shards) and bool(self.shards[byte] >> bit & 1)
 
 
-class Advert(_Array, frozen=True):
-    """The record itself. ``lane`` is the address of the direct carrier, empty if there is none.
+class Advert(_Open, frozen=True):
+    """The record itself. New fields are appended, never inserted.
 
+    ``lane`` is the protocol id of the direct carrier, spoken at every one of ``addresses``, empty if there is none;
     ``offered_bytes`` is the capacity this node offers for shards (already quantised); ``full`` means that it takes no
-    more; ``load`` is the number of expert rows waiting in its queues.
+    more; ``load`` is the number of expert rows waiting in its queues; ``paused``: it takes no work for now. ``reach``
+    is ``public``, ``relayed``, ``private`` or empty (unknown); ``relay``: it passes on what it cannot read for others;
+    ``capabilities`` are protocol ids it speaks; ``coordinate`` is where it stands in the swarm's map of round trips
+    (``core.coordinates``), in microseconds, empty if it does not know yet.
     """
 
     peer_id: Text
@@ -93,7 +120,12 @@ class Advert(_Array, frozen=True):
     load: Count = 0
     roles: Annotated[tuple[Text, ...], msgspec.Meta(max_length=16)] = ()
     models: Annotated[tuple[ModelOffer, ...], msgspec.Meta(max_length=64)] = ()
-    net: bytes = b""
+    net: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    paused: bool = False
+    reach: Annotated[str, msgspec.Meta(max_length=16)] = ""
+    relay: bool = False
+    capabilities: Annotated[tuple[Text, ...], msgspec.Meta(max_length=32)] = ()
+    coordinate: Annotated[tuple[Microseconds, ...], msgspec.Meta(max_length=8)] = ()
 
     def offer(self, model_id: str) -> ModelOffer | None:
         """The offer for one model, if any."""
@@ -133,18 +165,40 @@ def sign(identity: Identity, advert: Advert) -> SignedAdvert:
 def open_advert(data: bytes, *, now_ms: int) -> SignedAdvert:
     """Decode and check an advert somebody sent.
 
-    Raises :class:`IntegrityError` naming the rule it broke.
+    Raises :class:`BadAdvert` naming the rule it broke.
     """
-    envelope = codec.decode(_Envelope, data, bytes_max=ADVERT_BYTES_MAX)
-    advert = codec.decode(Advert, envelope.body, bytes_max=ADVERT_BYTES_MAX)
-    key = public_key_of(advert.peer_id)
+    try:
+        envelope = codec.decode(_Envelope, data, bytes_max=ADVERT_BYTES_MAX)
+        advert = codec.decode_open(Advert, envelope.body, bytes_max=ADVERT_BYTES_MAX)
+        key = public_key_of(advert.peer_id)
+    except IntegrityError as error:
+        raise BadAdvert("too_large" if error.code == "too_large" else "malformed", error.message) from error
     if not verify(key, TAG, envelope.body, envelope.signature):
-        raise IntegrityError("integrity", f"advert of {advert.peer_id} has a wrong signature")
+        raise BadAdvert("signature", f"advert of {advert.peer_id} has a wrong signature")
+    for oddity in oddities(advert):
+        raise BadAdvert("absurd", f"advert of {advert.peer_id}: {oddity}")
     if advert.expires_ms <= now_ms:
-        raise IntegrityError("integrity", f"advert of {advert.peer_id} has expired")
+        raise BadAdvert("expired", f"advert of {advert.peer_id} has expired")
     if advert.expires_ms - now_ms > LIFE_MS_MAX + CLOCK_SKEW_MS_MAX or advert.seq > now_ms + CLOCK_SKEW_MS_MAX:
-        raise IntegrityError("integrity", f"advert of {advert.peer_id} lies too far in the future")
+        raise BadAdvert("future", f"advert of {advert.peer_id} lies too far in the future")
     return SignedAdvert(advert, data)
+
+
+def oddities(advert: Advert) -> Iterator[str]:
+    """What no honest node says about itself, beyond what the fields' own bounds refuse."""
+    for text in advert.addresses:
+        address = multiaddrs.parse(text)
+        if address is None:
+            yield f"{text[:80]!r} is not a TCP multiaddr"
+        elif address.peer_id not in ("", advert.peer_id):
+            yield f"{text[:120]!r} is another peer's address"
+    models = [offer.model_id for offer in advert.models]
+    if len(set(models)) < len(models):
+        yield "it offers one model twice"
+    words = (advert.lane, advert.version, advert.region, advert.reach, advert.hardware.cpu)
+    for text in (*words, *advert.roles, *advert.capabilities, *(gpu.name for gpu in advert.hardware.gpus)):
+        if not text.isprintable():
+            yield f"{text[:80]!r} is not printable"
 
 
 def newer(a: SignedAdvert | None, b: SignedAdvert) -> SignedAdvert:
