@@ -26,6 +26,7 @@ from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, IRawConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
+from libp2p.kad_dht import kad_dht as kad_dht_module
 from libp2p.kad_dht import value_store as value_store_module
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.provider_store import ProviderStore
@@ -58,12 +59,29 @@ RECORDS_MAX = 1024
 PROVIDED_MAX = 4096
 """Keys of which this node keeps provider records for others."""
 PROVIDED_KEY_BYTES_MAX = 256
+LOOKUP_KEY_BYTES_MAX = 128
 GOSSIP_HEARTBEAT_SECONDS = 3
 ADDRESS_SECONDS = 24 * 3600
 NAMESPACE = "rios"
+_MULTIHASH_SHA256 = "1220"
+"""Provider keys are multihashes: other libp2p implementations know no others."""
 
 # the library's own bound is 50,000 values
 value_store_module.MAX_VALUE_STORE_SIZE = RECORDS_MAX  # type: ignore[attr-defined]
+
+
+class _AnyKey:
+    """Which keys a look-up may be for. The library answers FIND_NODE for peer ids and resets the stream for others,
+    so nobody's put would find the nodes around its record's key."""
+
+    @staticmethod
+    def decode(key: bytes) -> None:
+        """Raises ValueError for a key that is too long."""
+        if len(key) > LOOKUP_KEY_BYTES_MAX:
+            raise ValueError(f"a look-up key of {len(key)} bytes")
+
+
+kad_dht_module.multihash = _AnyKey  # type: ignore[attr-defined]
 
 Accept = Callable[[Channel], Awaitable[None]]
 Received = Callable[[PeerId, bytes], Awaitable[None]]
@@ -259,16 +277,16 @@ class Host:
             return None
 
     async def provide(self, key: str) -> None:
-        """Say in the DHT that this node has something of ``key`` (hex)."""
+        """Say in the DHT that this node has something of ``key`` (the hex of a sha256)."""
         try:
-            await self._dht.provide(key)
+            await self._dht.provide(_MULTIHASH_SHA256 + key)
         except Exception as error:
             raise RemoteError("unavailable", f"DHT provider record {key[:100]}: {_short(error)}") from error
 
     async def find_providers(self, key: str) -> tuple[PeerId, ...]:
         """Who said so; their addresses are remembered."""
         try:
-            found = await self._dht.find_providers(key)
+            found = await self._dht.find_providers(_MULTIHASH_SHA256 + key)
         except Exception as error:
             log.debug("DHT providers of %s: %s", key, _short(error), exc_info=True)
             return ()

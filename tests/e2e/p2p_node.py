@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import trio
 
 from config.errors import RiosError
 from config.settings import P2pSettings
+from config.vocabulary import PeerId
 from p2p import keyfile
+from p2p.core.advert import ModelOffer
 from p2p.face import Call, Reply
 from p2p.network import PeerNetwork, open_network
 
@@ -49,8 +52,24 @@ async def do(network: PeerNetwork, command: dict) -> dict:
             while set(network.directory.adverts()) != {network.peer_id, *command["peers"]}:
                 await network.directory.wait_change()
         return {"view": sorted(network.directory.adverts())}
+    if command["op"] == "offer":  # serve shard 0 of a model, as far as the advert says
+        offer = ModelOffer(command["model"], b"\x01", 1, 7, 9)
+        network.directory.update(lambda own: msgspec.structs.replace(own, models=(offer,)))
+        return {"seq": network.directory.own().seq}
+    if command["op"] == "region":  # wait for a peer's advert that names this region
+        with trio.move_on_after(command["seconds"]):
+            while _region(network, command["peer"]) != command["region"]:
+                await network.directory.wait_change()
+        return {"region": _region(network, command["peer"])}
+    if command["op"] == "find":
+        return {"providers": list(await network._host.find_providers(command["digest"]))}
     assert command["op"] == "peers"
     return {"peers": list(network.peers())}
+
+
+def _region(network: PeerNetwork, peer_id: str) -> str | None:
+    advert = network.directory.adverts().get(PeerId(peer_id))
+    return advert.region if advert else None
 
 
 async def main() -> None:
