@@ -26,6 +26,11 @@ class Paths:
         return self.data / "genesis.json"
 
     @property
+    def swarm(self) -> Path:
+        """The private swarm's key and seeds, mode 0600; missing in a public swarm."""
+        return self.data / "swarm.json"
+
+    @property
     def ledger(self) -> Path:
         """The ledger's database."""
         return self.data / "ledger.db"

@@ -35,6 +35,9 @@ class P2pSettings:
     announce: tuple[str, ...] = _setting((), "Multiaddrs to tell others instead of the ones found, e.g. behind a NAT.")
     seeds: tuple[str, ...] = _setting((), "Bootstrap multiaddrs with /p2p/<peer id>; dead ones are tolerated.")
     seeds_file: str = _setting("", "A seed-list file: one multiaddr a line, # starts a comment.")
+    allow: tuple[str, ...] = _setting(
+        (), "Peer ids that may connect, besides this node's own seeds; empty: everybody (who has the swarm's key)."
+    )
     peers_max: int = _setting(256, "Most connected peers.", minimum=1, maximum=100_000)
     frame_bytes_max: int = _setting(64 << 20, "Largest RPC frame accepted.", minimum=1 << 16, maximum=1 << 30)
     calls_per_peer_max: int = _setting(256, "Most calls of one peer in flight.", minimum=1, maximum=65536)

@@ -152,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     _node_commands(command, top)
+    _swarm_commands(command, top)
     _model_commands(command, top)
     _ledger_commands(command, top)
     _gateway_commands(command, top)
@@ -215,6 +216,25 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     command(top, "health", _online("health"), "Exit 0 if the node works, 1 if it is impaired, 3 if not running.")
     command(top, "paths", _local("paths_show"), "Where this node keeps its files.")
     command(top, "version", _local("version"), "Versions of RiOS and of what it stands on.")
+
+
+def _swarm_commands(command: Command, top: Any) -> None:  # noqa: ANN401
+    swarm = command(top, "swarm", None, "Private swarms: only who has the key can connect.").add_subparsers(
+        metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    as_init: dict[str, Any] = {"seed": [], "genesis": None, "new_network": False, "gateway": False, "keep_config": True}
+    new = command(swarm, "new", _command("swarm", "new"), "Start a private swarm: make its key, and what init makes.")
+    new.add_argument("--name", default="", help="a name for people")
+    invite = command(swarm, "invite", _command("swarm", "invite"), "Print an invite for a new member. Keep it secret.")
+    invite.add_argument(
+        "--seed", action="append", default=[], metavar="MULTIADDR", help="one more node to join through"
+    )
+    join = command(swarm, "join", _command("swarm", "join"), "Join the private swarm of an invite.")
+    join.add_argument("invite", help="the invite, or - to read it from standard input (out of the shell's history)")
+    for made in (new, join):
+        made.add_argument("--force", action="store_true", help="leave the swarm (and network) this node is in")
+        made.set_defaults(**as_init)
+    command(swarm, "show", _command("swarm", "show"), "The swarm this node is in; never its key.")
 
 
 def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401

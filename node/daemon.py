@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ import psutil
 import trio
 from prometheus_client import CollectorRegistry
 
-from config import seeds
 from config.errors import EXIT_OK, LocalError, RiosError
 from config.files import naming
 from config.paths import Paths
@@ -45,9 +44,9 @@ from dmoe.store import ModelStore
 from dmoe.worker import Worker
 from ledger.core.genesis import Genesis
 from ledger.ledger import Ledger, open_ledger
-from node import control, founding, metrics, operator
+from node import control, founding, membership, metrics, operator
 from node.cli import VERSION, root_cause
-from p2p import keyfile
+from p2p import keyfile, swarmfile
 from p2p.core.advert import Advert
 from p2p.core.identity import Identity, peer_id_of
 from p2p.network import PeerNetwork, open_network
@@ -71,6 +70,8 @@ class Node:
         self.options = RuntimeOptions(device=settings.dmoe.device, threads=settings.dmoe.threads)  # type: ignore[arg-type]
         self.ledger: Ledger | None = None
         self.gateway_url = ""
+        self.swarm: Mapping[str, str] | None = None
+        """The private swarm's name and id."""
         self.network: PeerNetwork
         self.worker: Worker
         self.caller: Caller
@@ -227,11 +228,21 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
         roles=("witness",) if settings.ledger.witness else (),
         net=genesis.net if genesis else b"",
     )
-    listed = seeds.collect(settings.p2p.seeds, settings.p2p.seeds_file, paths.config_file.parent)
+    swarm = swarmfile.load(paths.swarm)
+    if swarm is not None:
+        node.swarm = {"name": swarm.name, "id": swarm.id}
+    listed = membership.seeds_of(settings.p2p, paths.config_file.parent, swarm)
     p2p_settings = replace(settings.p2p, seeds=listed, seeds_file="")
     async with AsyncExitStack() as stack:
         node.network = await stack.enter_async_context(
-            open_network(identity, p2p_settings, data_dir=paths.network, version=VERSION, advert=advert)
+            open_network(
+                identity,
+                p2p_settings,
+                data_dir=paths.network,
+                version=VERSION,
+                advert=advert,
+                swarm_key=swarm.key if swarm else None,
+            )
         )
         nursery = await stack.enter_async_context(_background())
         if genesis is not None:

@@ -19,8 +19,9 @@ from config.errors import EXIT_FAILED, EXIT_OK, RiosError
 from config.load import Loaded
 from config.paths import Paths
 from config.vocabulary import GIB, MIB
-from node import control, founding, local
+from node import control, founding, local, membership
 from node.cli import Context, Output
+from p2p import swarmfile
 
 DISK_COMFORTABLE_BYTES = 2 * GIB
 DISK_FREE_BYTES_MIN = 16 * MIB
@@ -165,8 +166,9 @@ def _ports(patient: Patient) -> Iterator[Finding]:
 
 def _seeds(patient: Patient) -> Iterator[Finding]:
     """without a living seed a new node finds nobody"""
-    settings = patient.loaded.settings.p2p
-    listed = seeds.collect(settings.seeds, settings.seeds_file, patient.paths.config_file.parent)
+    swarm = swarmfile.load(patient.paths.swarm)
+    listed = membership.seeds_of(patient.loaded.settings.p2p, patient.paths.config_file.parent, swarm)
+    yield Finding("ok", f"private swarm {membership.describe(swarm)}" if swarm else "public swarm: no swarm key")
     if not listed:
         yield Finding("ok", "no seeds configured: this node starts a swarm or waits to be found")
         return

@@ -36,14 +36,19 @@ def read(file: Path) -> Genesis:
         raise ConfigError("config", f"{file}: {error.message}", error.hint) from error
 
 
-def join(paths: Paths, genesis: Genesis, *, force: bool) -> None:
-    """Make ``genesis`` this node's network. A node that is in another one stays there unless ``force``."""
+def check_free(paths: Paths, genesis: Genesis, *, force: bool) -> None:
+    """Refuse (:class:`ConfigError`) if this node is in another network, unless ``force``."""
     if paths.genesis.exists() and not force and read(paths.genesis).net != genesis.net:
         raise ConfigError(
             "usage",
             f"this node is in another network already: {paths.genesis}",
             "--force replaces it; its ledger belongs to the old network, so better use another node.data_dir",
         )
+
+
+def join(paths: Paths, genesis: Genesis, *, force: bool) -> None:
+    """Make ``genesis`` this node's network. A node that is in another one stays there unless ``force``."""
+    check_free(paths, genesis, force=force)
     write_whole(paths.genesis, genesis.to_json())
 
 

@@ -68,7 +68,7 @@ def version(_context: Context) -> Output:
 def paths_show(context: Context) -> Output:
     """``rios paths``"""
     paths = context.paths()
-    names = ("config_file", "data", "key", "genesis", "ledger", "accounts", "models", "network", "control")
+    names = ("config_file", "data", "key", "genesis", "swarm", "ledger", "accounts", "models", "network", "control")
     data = {name: str(getattr(paths, name)) for name in names}
     return Output(data, "\n".join(f"{name:12} {path}" for name, path in data.items()))
 
@@ -113,7 +113,8 @@ def config_reference(_context: Context) -> Output:
 # --- identity
 
 
-def _identity(context: Context) -> tuple[Identity, Paths]:
+def own_identity(context: Context) -> tuple[Identity, Paths]:
+    """This node's key, and its paths."""
     from p2p import keyfile  # noqa: PLC0415
 
     paths = context.paths()
@@ -126,7 +127,7 @@ def id_show(context: Context) -> Output:
     """``rios id``"""
     from node import control  # noqa: PLC0415
 
-    identity, paths = _identity(context)
+    identity, paths = own_identity(context)
     try:
         addresses = control.ask(paths.control, "status", seconds=ANSWER_SECONDS_MAX)["network"]["addresses"]
     except RiosError:
@@ -140,7 +141,7 @@ def id_export(context: Context) -> Output:
     """``rios id export``"""
     from p2p import keyfile  # noqa: PLC0415
 
-    identity, _ = _identity(context)
+    identity, _ = own_identity(context)
     target = Path(context.args.file)
     keyfile.save(target, identity, passphrase=context.passphrase())
     return Output({"file": str(target)}, f"wrote {target}; whoever has it can act and spend as this node")
@@ -154,7 +155,7 @@ def id_import(context: Context) -> Output:
     identity = keyfile.load(Path(context.args.file), passphrase=context.passphrase())
     if paths.key.exists() and not context.args.force:
         raise ConfigError("usage", f"there is a key already: {paths.key}", "--force keeps it as a backup beside it")
-    _require_stopped(paths, "works with its old key")
+    require_stopped(paths, "works with its old key")
     paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = paths.key.with_suffix(f".new-{os.getpid()}")
     keyfile.save(new, identity, passphrase=context.passphrase())
@@ -179,7 +180,7 @@ def model_import(context: Context) -> Output:
     source, name = Path(args.source), args.name
     if args.source != "bundled" and not source.is_file():
         raise LocalError("not_found", f"there is no file {source}", "give a .gguf file, or `bundled`")
-    identity, paths = _identity(context)
+    identity, paths = own_identity(context)
     store = ModelStore(paths.models)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -204,7 +205,8 @@ def model_import(context: Context) -> Output:
     return Output(data, text + "\n  next    rios model deploy " + manifest.name)
 
 
-def _require_stopped(paths: Paths, doing: str) -> None:
+def require_stopped(paths: Paths, doing: str) -> None:
+    """Raise LocalError ``conflict`` if a daemon runs here and ``doing`` says why that matters."""
     from node import control  # noqa: PLC0415
 
     try:
@@ -267,7 +269,7 @@ def model_rm(context: Context) -> Output:
     """``rios model rm``"""
     store = _store(context)
     manifest = store.find(context.args.model)
-    _require_stopped(context.paths(), "may serve this model")
+    require_stopped(context.paths(), "may serve this model")
     store.remove(manifest.model_id)
     return Output({"model_id": manifest.model_id}, f"removed {manifest.name}")
 
@@ -292,7 +294,7 @@ async def _chat_here(context: Context, asked: dict[str, Any], echo: bool) -> Any
 
     settings = context.settings().settings.dmoe
     options = RuntimeOptions(device=settings.device, threads=settings.threads)  # type: ignore[arg-type]
-    identity, _ = _identity(context)
+    identity, _ = own_identity(context)
     engine = Engine(StoredModels(_store(context), None, options, identity.peer_id), default_route=asked["route"])
 
     async def send(event: Any) -> None:  # noqa: ANN401 - JSON

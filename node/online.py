@@ -42,7 +42,7 @@ def status(context: Context) -> Output:
     rows = [
         ["Node", f"{node['name'] or node['peer_id'][:16]}  {node['peer_id']}"],
         ["", f"RiOS {node['version']}, up {_duration(node['uptime_s'])}, {_size(node['rss_bytes'])} resident"],
-        ["Network", f"{network['links']} links, {network['known']} nodes known"],
+        ["Network", f"{network['links']} links, {network['known']} nodes known{_swarm(network['swarm'])}"],
         *(["", address] for address in network["addresses"]),
         ["Work", f"{work['shards']} shards served on {work['device']}, {work['expert_rows']} expert rows computed"],
         ["", f"answers with: {models}"],
@@ -51,6 +51,10 @@ def status(context: Context) -> Output:
         ["Gateway", data["gateway"]["url"] if data["gateway"] else "off"],
     ]
     return Output(data, _table(rows))
+
+
+def _swarm(swarm: Mapping[str, str] | None) -> str:
+    return f", private swarm {swarm['name'] and repr(swarm['name']) + ' '}({swarm['id']})" if swarm else ""
 
 
 def _state(model: Mapping[str, Any]) -> str:

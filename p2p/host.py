@@ -37,7 +37,6 @@ from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.records.utils import InvalidRecordType
 from libp2p.records.validator import NamespacedValidator, Validator
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.tools.anyio_service import background_trio_service
 from libp2p.transport.tcp.tcp import TCP
@@ -180,10 +179,13 @@ class _Watcher(INotifee):
 class Host:
     """A running libp2p host."""
 
-    def __init__(self, identity: Identity, host: IHost, dht: KadDHT, pubsub: Pubsub, rules: _Rules) -> None:
+    def __init__(
+        self, identity: Identity, host: IHost, noise: Noise, dht: KadDHT, pubsub: Pubsub, rules: _Rules
+    ) -> None:
         self.identity = identity
         self._host = host
         self._swarm: Any = host.get_network()
+        self._noise = noise
         self._dht = dht
         self._pubsub = pubsub
         self._rules = rules
@@ -218,7 +220,8 @@ class Host:
         try:
             await self._swarm.dial_peer(peer)
         except Exception as error:
-            raise RemoteError("unavailable", f"cannot reach {peer_id}: {_short(error)}", peer_id=peer_id) from error
+            reason = self._noise.why_refused(peer_id, error) or _short(error)
+            raise RemoteError("unavailable", f"cannot reach {peer_id}: {reason}", peer_id=peer_id) from error
 
     async def open_channel(self, peer_id: PeerId) -> Channel:
         """A new RPC stream to a connected peer. Raises RemoteError ``unavailable``."""
@@ -322,20 +325,27 @@ class Host:
 
 @asynccontextmanager
 async def open_host(
-    identity: Identity, *, listen: Sequence[str], peers_max: int, nursery: trio.Nursery
+    identity: Identity,
+    *,
+    listen: Sequence[str],
+    peers_max: int,
+    nursery: trio.Nursery,
+    swarm_key: bytes | None = None,
+    admits: Callable[[str], bool] = lambda peer_id: True,
 ) -> AsyncIterator[Host]:
-    """A host that listens on ``listen``. Raises ConfigError for a bad address, LocalError ``port_taken``."""
+    """A host that listens on ``listen``, for members of the swarm with this key only (None: for everybody) whom
+    ``admits`` admits. Raises ConfigError for a bad address, LocalError ``port_taken``."""
     tame_logging()
     addresses = [_listen_address(text) for text in listen]
     for address in addresses:
         _check_port_free(address)
     pair = create_new_key_pair(identity.seed)
     noise = Noise(pair, noise_privkey=create_noise_key_pair().private_key)
-    noise.spawn = nursery.start_soon
+    noise.spawn, noise.swarm_key, noise.admits, noise.refused = nursery.start_soon, swarm_key, admits, {}
     tcp = _Tcp()
     host = new_host(
         key_pair=pair,
-        sec_opt={NOISE_ID: noise},
+        sec_opt={noise.protocol_id: noise},
         muxer_preference="YAMUX",
         connection_config=_limits(peers_max),
         transports=[tcp],
@@ -381,7 +391,7 @@ async def open_host(
             if handler is not None and protocol is not None:
                 host.set_stream_handler(protocol, _guarded(handler))
         try:
-            yield Host(identity, host, dht, pubsub, rules)
+            yield Host(identity, host, noise, dht, pubsub, rules)
         finally:
             with trio.move_on_after(1.0, shield=True):
                 await host.close()

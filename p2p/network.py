@@ -8,7 +8,7 @@ Invariants:
 """
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import psutil
 import trio
 
 from config import seeds
-from config.errors import ConfigError, LocalError, RemoteError, RiosError
+from config.errors import ConfigError, IntegrityError, LocalError, RemoteError, RiosError
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
 from p2p.blobs import PeerBlobs
 from p2p.core import failures, headers
 from p2p.core.advert import Advert
-from p2p.core.identity import Identity
+from p2p.core.identity import Identity, public_key_of
 from p2p.directory import TOPIC, PeerDirectory
 from p2p.face import Buffer, Call, GossipHandler, Handler, Header, Reply
 from p2p.gossip import Gossip
@@ -182,8 +182,10 @@ async def open_network(
     data_dir: Path,
     version: str,
     advert: Advert | None = None,
+    swarm_key: bytes | None = None,
 ) -> AsyncIterator[PeerNetwork]:
     """A running network. ``advert`` holds the first advert's other fields (hardware, region, roles, ...).
+    ``swarm_key``: the private swarm's (32 bytes); strangers without it get nowhere.
 
     Raises ConfigError for a bad address or seed, LocalError ``port_taken`` or ``local``. What the body raises comes out
     as it is, not inside an exception group.
@@ -192,6 +194,7 @@ async def open_network(
     for text in settings.announce:
         if parse_address(text) is None:
             raise ConfigError("config", f"p2p.announce: {text!r} is not a TCP multiaddr")
+    admits = _admitted(settings.allow, seed_addresses)
     first = advert or Advert(peer_id=identity.peer_id, seq=0, expires_ms=0)
     first = msgspec.structs.replace(first, version=version)
     if not first.region.isprintable() or len(first.region) > REGION_MAX:
@@ -203,7 +206,14 @@ async def open_network(
     failure: Exception | None = None
     try:
         async with trio.open_nursery() as outer:
-            host_context = open_host(identity, listen=settings.listen, peers_max=settings.peers_max, nursery=outer)
+            host_context = open_host(
+                identity,
+                listen=settings.listen,
+                peers_max=settings.peers_max,
+                nursery=outer,
+                swarm_key=swarm_key,
+                admits=admits,
+            )
             async with host_context as host, trio.open_nursery() as nursery:
                 book = Peerbook(data_dir / "peers.json")
                 network = PeerNetwork(identity, settings, host, nursery, book, seed_addresses, first)
@@ -225,6 +235,18 @@ async def open_network(
             raise
     if failure is not None:
         raise failure
+
+
+def _admitted(allow: Sequence[str], seed_addresses: Collection[PeerId]) -> Callable[[str], bool]:
+    """Who may connect: those listed and the seeds, or everybody if none is listed. Raises ConfigError."""
+    for peer_id in allow:
+        try:
+            public_key_of(peer_id)
+        except IntegrityError as error:
+            hint = "list peer ids as `rios id` prints them, e.g. 12D3KooW..."
+            raise ConfigError("config", f"p2p.allow: {error.message}", hint) from error
+    listed = frozenset((*allow, *seed_addresses))
+    return listed.__contains__ if allow else lambda peer_id: True
 
 
 def _only_error(group: BaseExceptionGroup[BaseException]) -> Exception | None:
