@@ -41,6 +41,35 @@ class P2pSettings:
     peers_max: int = _setting(256, "Most connected peers.", minimum=1, maximum=100_000)
     frame_bytes_max: int = _setting(64 << 20, "Largest RPC frame accepted.", minimum=1 << 16, maximum=1 << 30)
     calls_per_peer_max: int = _setting(256, "Most calls of one peer in flight.", minimum=1, maximum=65536)
+    connections_max: int = _setting(1024, "Most open connections, of all peers.", minimum=8, maximum=1_000_000)
+    connections_per_address_max: int = _setting(
+        64, "Most connections from one IP address (IPv6: /64); 0: no limit.", minimum=0, maximum=1_000_000
+    )
+    connections_per_subnet_max: int = _setting(
+        128,
+        "Most connections from one /24 (IPv6: /56); 0: no limit. Raise it for a big LAN.",
+        minimum=0,
+        maximum=1_000_000,
+    )
+    calls_per_second_max: int = _setting(
+        20_000,
+        "Calls a second of one peer; above that it is read more slowly. 0: no limit.",
+        minimum=0,
+        maximum=1 << 30,
+    )
+    peer_bytes_per_second_max: int = _setting(
+        1 << 30,
+        "Bytes a second taken from one peer; above that it is read more slowly. 0: no limit.",
+        minimum=0,
+        maximum=1 << 40,
+    )
+    upload_bytes_per_second_max: int = _setting(
+        0, "Bytes a second this node sends to all peers together; 0: no limit.", minimum=0, maximum=1 << 40
+    )
+    download_bytes_per_second_max: int = _setting(
+        0, "Bytes a second this node takes from all peers together; 0: no limit.", minimum=0, maximum=1 << 40
+    )
+    loopback_limits: bool = _setting(False, "Count connections of this very machine for address and subnet limits too.")
     advert_seconds: int = _setting(60, "Time between heartbeats of the own advert.", minimum=1, maximum=3600)
 
 

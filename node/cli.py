@@ -184,7 +184,16 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     demo = command(top, "demo", _local("demo"), "A swarm of three processes answers a question and survives a death.")
     demo.add_argument("--once", action="store_true", help="end after the checks, also on a terminal")
     command(top, "status", _online("status"), "Node, Network, Work, Ledger at a glance.")
-    command(top, "peers", _online("peers"), "The peers this node knows: hardware, shards, prices, links.")
+    peers = command(
+        top, "peers", _online("peers"), "The peers this node knows: hardware, shards, prices, links, scores."
+    )
+    doors = peers.add_subparsers(metavar="COMMAND", required=False, parser_class=_Parser)
+    command(doors, "bans", _online("peers_bans"), "Who is shut out, for how long and why; limits that were hit.")
+    ban = command(doors, "ban", _online("peers_ban"), "Shut a peer, an address or a subnet out.")
+    ban.add_argument("subject", metavar="PEER|ADDRESS", help="a peer id, an IP address, or a /24 (IPv6: /64, /56)")
+    ban.add_argument("--minutes", type=int, default=1440, help="for how long (default: a day)")
+    unban = command(doors, "unban", _online("peers_unban"), "Let one in again, with a clean score.")
+    unban.add_argument("subject", metavar="PEER|ADDRESS", help="as shown by rios peers bans")
     chat = command(top, "chat", _online("chat"), "Ask a model; without a question: a conversation.")
     chat.add_argument("question", nargs="*", help="the question (else read from a pipe or the terminal)")
     chat.add_argument("--model", default="", help="model name or id (default: the only one)")

@@ -30,6 +30,7 @@ class NodeCollector(Collector):
         yield _counter("rios_cpu_seconds", "CPU time used", times.user + times.system)
         yield _gauge("rios_peers_linked", "Peers with a live link", len(node.network.peers()))
         yield _gauge("rios_peers_known", "Nodes with a valid advert", len(node.network.directory.adverts()))
+        yield from _doors(node)
         work = node.worker.statistics()
         yield _counter("rios_expert_calls", "Expert calls served", work["calls"])
         yield _counter("rios_expert_calls_refused", "Expert calls refused as busy", work["refused"])
@@ -48,6 +49,25 @@ class NodeCollector(Collector):
         if node.ledger is not None:
             yield _gauge("rios_ledger_balance_microcredits", "Free balance of this node", node.ledger.balance())
             yield _counter("rios_ledger_entries", "Entries applied", node.ledger.statistics()["entries"])
+
+
+def _doors(node: "Node") -> Iterator[Metric]:
+    doors = node.network.doors.statistics()
+    yield _gauge("rios_connections_open", "Open connections with a proven peer", doors["open"])
+    yield _gauge("rios_connections_undecided", "Handshakes under way", doors["undecided"])
+    refused = CounterMetricFamily("rios_doors_refused", "What was refused, by the limit that was hit", labels=["limit"])
+    for limit, count in doors["refused"].items():
+        refused.add_metric([limit], count)
+    yield refused
+    faults = CounterMetricFamily("rios_peer_faults", "What peers did wrong", labels=["fault"])
+    for fault, count in doors["faults"].items():
+        faults.add_metric([fault], count)
+    yield faults
+    yield _gauge("rios_doors_banned", "Peers, addresses and subnets shut out now", doors["banned"])
+    yield _counter("rios_doors_bans", "Bans begun", doors["bans_made"])
+    scores = GaugeMetricFamily("rios_peer_score_min", "The lowest score of a linked peer (100: clean)")
+    scores.add_metric([], min((node.network.doors.peer(p)["score"] for p in node.network.peers()), default=100))
+    yield scores
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -11,6 +11,7 @@ from node.cli import Context, Output, parse_credits
 
 HEALTH_SECONDS_MAX = 4.0
 """A node that says nothing for so long is not healthy (less than the patience of whoever asks regularly)."""
+SCORE_CLEAN = 100
 
 
 def _ask(context: Context, command: str, *, seconds: float | None = None, **args: Any) -> Any:  # noqa: ANN401 - JSON
@@ -71,12 +72,14 @@ def _ledger_line(ledger: Mapping[str, Any] | None) -> str:
 def peers(context: Context) -> Output:
     """``rios peers``"""
     data = _ask(context, "peers")
-    rows = [["PEER", "LINK", "CORES", "RAM", "SPEED", "SHARDS", "PRICE/TFLOP", "VERSION"]]
+    rows = [["PEER", "LINK", "RTT", "SCORE", "CORES", "RAM", "SPEED", "SHARDS", "PRICE/TFLOP", "VERSION"]]
     for peer in data:
         rows.append(
             [
                 peer["peer_id"] + (" (this node)" if peer["self"] else ""),
-                "yes" if peer["linked"] else "no",
+                _link(peer),
+                f"{peer['link']['round_trip_ms']:.1f} ms" if peer["link"] else "-",
+                _score(peer),
                 str(peer["cores"]),
                 _size(peer["ram_bytes"]),
                 f"{peer['expert_kflop_per_s'] / 1e6:.1f} GFLOP/s",
@@ -86,6 +89,49 @@ def peers(context: Context) -> Output:
             ]
         )
     return Output(data, _table(rows))
+
+
+def _link(peer: Mapping[str, Any]) -> str:
+    link = peer["link"]
+    if not link:
+        return "-" if peer["self"] else "yes" if peer["linked"] else "no"
+    return f"{'to' if link['outbound'] else 'from'} {link.get('carrier', 'it')}"
+
+
+def _score(peer: Mapping[str, Any]) -> str:
+    """The score, and what is held against the peer."""
+    if peer["self"]:
+        return "-"
+    notes = []
+    if peer["ban"]:
+        notes.append(f"banned {_duration(peer['ban']['left_s'])}: {peer['ban']['reason']}")
+    elif peer["fault"] and peer["score"] < SCORE_CLEAN:
+        notes.append(peer["fault"])
+    notes += [f"{limit} x{count}" for limit, count in peer["limits_hit"].items()]
+    return f"{peer['score']}{' (' + ', '.join(notes) + ')' if notes else ''}"
+
+
+def peers_bans(context: Context) -> Output:
+    """``rios peers bans``"""
+    data = _ask(context, "peers.bans")
+    rows = [["SHUT OUT", "LEFT", "REASON", "TIMES"]]
+    for ban in data["bans"]:
+        rows.append([ban["subject"], _duration(ban["left_s"]), ban["reason"], str(ban["count"] or "-")])
+    text = _table(rows) if data["bans"] else "nobody is shut out"
+    refused = ", ".join(f"{limit} {count}" for limit, count in sorted(data["refused"].items())) or "nothing"
+    return Output(data, f"{text}\n\nrefused so far, by limit: {refused}")
+
+
+def peers_ban(context: Context) -> Output:
+    """``rios peers ban``"""
+    data = _ask(context, "peers.ban", subject=context.args.subject, minutes=context.args.minutes)
+    return Output(data, f"{data['subject']} is shut out for {_duration(data['left_s'])}")
+
+
+def peers_unban(context: Context) -> Output:
+    """``rios peers unban``"""
+    data = _ask(context, "peers.unban", subject=context.args.subject)
+    return Output(data, f"{data['subject']} {'may come in again' if data['was_banned'] else 'was not shut out'}")
 
 
 def health(context: Context) -> Output:

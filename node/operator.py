@@ -32,6 +32,9 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "status": _status,
             "health": _health,
             "peers": _peers,
+            "peers.bans": _peers_bans,
+            "peers.ban": _peers_ban,
+            "peers.unban": _peers_unban,
             "chat": _chat,
             "model.list": _model_list,
             "model.deploy": _model_deploy,
@@ -118,6 +121,7 @@ async def _health(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN40
 
 async def _peers(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
     linked = set(node.network.peers())
+    links = node.network.links.statistics()
     rows = []
     for peer_id, advert in sorted(node.network.directory.adverts().items()):
         offers = advert.models
@@ -143,9 +147,33 @@ async def _peers(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401
                 "models": [offer.model_id for offer in offers],
                 "microcredits_per_tflop": max((offer.microcredits_per_tflop for offer in offers), default=0),
                 "expires_ms": advert.expires_ms,
+                "link": links.get(peer_id),
+                **node.network.doors.peer(peer_id),
             }
         )
     return rows
+
+
+async def _peers_bans(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    """Who is shut out, and what the doors refused so far by limit."""
+    doors = node.network.doors
+    return {"bans": [asdict(row) for row in doors.bans()], **doors.statistics()}
+
+
+async def _peers_ban(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    minutes = args.get("minutes")
+    if type(minutes) is not int or minutes <= 0:
+        raise ConfigError("usage", f"{minutes!r} is not a time", "a whole number of minutes above 0")
+    row = node.network.doors.ban(str(args.get("subject", "")), minutes)
+    await node.network.doors.save()
+    return asdict(row)
+
+
+async def _peers_unban(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    subject = str(args.get("subject", ""))
+    was_banned = node.network.doors.unban(subject)
+    await node.network.doors.save()
+    return {"subject": subject, "was_banned": was_banned}
 
 
 # --- answers

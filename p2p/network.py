@@ -8,6 +8,7 @@ Invariants:
 """
 
 import logging
+import resource
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,8 +25,10 @@ from config.vocabulary import PeerId
 from p2p.blobs import PeerBlobs
 from p2p.core import failures, headers
 from p2p.core.advert import Advert
+from p2p.core.doors import Limits
 from p2p.core.identity import Identity, public_key_of
 from p2p.directory import TOPIC, PeerDirectory
+from p2p.doors import Doors
 from p2p.face import Buffer, Call, GossipHandler, Handler, Header, Reply
 from p2p.gossip import Gossip
 from p2p.host import Host, open_host, parse_address
@@ -37,6 +40,8 @@ log = logging.getLogger(__name__)
 
 ADDRESSES_MAX = 8
 REGION_MAX = 256
+FILES_KEPT = 256
+"""Open files left for models, the ledger, the gateway's users and handshakes under way."""
 
 
 class PeerNetwork:
@@ -51,7 +56,9 @@ class PeerNetwork:
         book: Peerbook,
         seed_addresses: Mapping[PeerId, Sequence[str]],
         advert: Advert,
+        doors: Doors,
     ) -> None:
+        self.doors = doors
         self.identity = identity
         self._host = host
         self._nursery = nursery
@@ -147,6 +154,7 @@ class PeerNetwork:
             "adverts": len(self.directory.adverts()),
             "links": self.links.statistics(),
             "gossip": {"sent": self._gossip.sent, "received": self._gossip.received},
+            "doors": self.doors.statistics(),
             "blobs": {"served_bytes": self.blobs.served_bytes, "fetched_bytes": self.blobs.fetched_bytes},
             **self._host.statistics(),
         }
@@ -163,7 +171,7 @@ class PeerNetwork:
     def run(self) -> None:
         """Start the background work."""
         self._gossip.subscribe(TOPIC, self.directory.on_gossip)
-        for task in (self.links.run, self._mesh.run, self.directory.run_upkeep, self.directory.run_dht):
+        for task in (self.doors.run, self.links.run, self._mesh.run, self.directory.run_upkeep, self.directory.run_dht):
             self._nursery.start_soon(task)
         self._nursery.start_soon(self.directory.run, self.publish)
 
@@ -172,6 +180,7 @@ class PeerNetwork:
         self._mesh.remember()
         await self.links.close()
         await trio.to_thread.run_sync(self._book.save)
+        await self.doors.save()
 
 
 @asynccontextmanager
@@ -203,6 +212,9 @@ async def open_network(
         await trio.Path(data_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LocalError("local", f"cannot make the folder {data_dir}: {error.strerror or error}") from error
+    doors = Doors(_limits(settings), peers_max=settings.peers_max, file=data_dir / "bans.json")
+    for peer_id in (*seed_addresses, *settings.allow):
+        doors.pin(peer_id)
     failure: Exception | None = None
     try:
         async with trio.open_nursery() as outer:
@@ -216,7 +228,7 @@ async def open_network(
             )
             async with host_context as host, trio.open_nursery() as nursery:
                 book = Peerbook(data_dir / "peers.json")
-                network = PeerNetwork(identity, settings, host, nursery, book, seed_addresses, first)
+                network = PeerNetwork(identity, settings, host, nursery, book, seed_addresses, first, doors)
                 network.run()
                 try:
                     yield network
@@ -235,6 +247,20 @@ async def open_network(
             raise
     if failure is not None:
         raise failure
+
+
+def _limits(settings: P2pSettings) -> Limits:
+    """What the doors allow; a process cannot have more connections than open files."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Limits(
+        connections_max=max(8, min(settings.connections_max, files - FILES_KEPT)),
+        connections_per_address_max=settings.connections_per_address_max,
+        connections_per_subnet_max=settings.connections_per_subnet_max,
+        calls_max=settings.calls_per_peer_max,
+        calls_per_second=settings.calls_per_second_max,
+        bytes_per_second=settings.peer_bytes_per_second_max,
+        loopback_exempt=not settings.loopback_limits,
+    )
 
 
 def _admitted(allow: Sequence[str], seed_addresses: Collection[PeerId]) -> Callable[[str], bool]:
