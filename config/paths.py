@@ -51,6 +51,11 @@ class Paths:
         return self.data / "hosting.json"
 
     @property
+    def paused(self) -> Path:
+        """There while the operator wants this node to take no work."""
+        return self.data / "paused"
+
+    @property
     def network(self) -> Path:
         """Peers remembered across restarts."""
         return self.data / "network"

@@ -28,7 +28,7 @@ from dmoe.core import calls, wire
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.dispatch import PEER_WIDE, Dispatcher, Need
 from dmoe.core.manifest import Manifest
-from dmoe.core.routes import ModelMap, Place, Table, map_of, row_us_of, table_of
+from dmoe.core.routes import ModelMap, Place, Table, map_of, paused_with, row_us_of, table_of
 from dmoe.core.wire import FloatRows
 from dmoe.ports import Buyer, Quote
 from dmoe.worker import Worker
@@ -393,6 +393,9 @@ class CallerSession:
             when = "it is offered, but every call to it failed"
         else:
             when = f"last seen {trio.current_time() - seen:.0f} s ago" if seen is not None else "it was never seen"
+            adverts = self._caller.network.directory.adverts()
+            if paused := paused_with(self._model.model_id, place.shard, adverts):
+                when += f"; {paused} that hold it are paused by their operators"
         cause = f"; last error: {work.error.message}" if work.error else ""
         which = f"{'expert' if len(place.experts) == 1 else 'experts'} {_ranges(place.experts)}"
         return RemoteError(

@@ -8,6 +8,7 @@ Invariants:
 2. A surplus shard is dropped only after the hold time, and only when enough others proved that they have it; its files
    stay with its publisher and with pinned models.
 3. After a restart, what was served before is served again without asking anybody.
+4. While the node is paused (``Worker.paused``) it takes and drops nothing: it keeps its place, also in placement.
 """
 
 import logging
@@ -224,9 +225,10 @@ class Hosting:
         candidates = []
         for peer, advert in adverts.items():
             if peer == self._network.peer_id:
-                candidates.append(Candidate(peer, self._offered(), self._full, mine))
+                candidates.append(Candidate(peer, self._offered(), self._full or self._worker.paused, mine))
             else:
-                candidates.append(Candidate(peer, advert.offered_bytes, advert.full, _held(advert, manifest)))
+                full = advert.full or advert.paused
+                candidates.append(Candidate(peer, advert.offered_bytes, full, _held(advert, manifest)))
         now_ms = int(trio.current_time() * 1000)
         assigned = assign(model_id, wanted, candidates, self._patience.late(model_id))
         patience_ms = {
@@ -236,11 +238,12 @@ class Hosting:
         if self._patience.observe(model_id, assigned, candidates, patience_ms, now_ms):
             assigned = assign(model_id, wanted, candidates, self._patience.late(model_id))
         decision = decide(self._network.peer_id, model_id, wanted, candidates, mine, assigned)
-        settled = trio.current_time() >= self._settled_at
+        settled = trio.current_time() >= self._settled_at and not self._worker.paused
         assert self._nursery is not None
         for index in decision.fetch if settled else ():
             self._taker.start(self._nursery, manifest, index)
-        for index in self._holding.ripe(model_id, decision.surplus, now_ms)[:DROPS_AT_ONCE]:
+        surplus = () if self._worker.paused else decision.surplus
+        for index in self._holding.ripe(model_id, surplus, now_ms)[:DROPS_AT_ONCE]:
             holders = [c.peer_id for c in candidates if index in c.ready and c.peer_id != self._network.peer_id]
             if await self._is_proved(manifest.shards[index], holders, min(replicas, len(assigned[index]))):
                 await self._drop(manifest, index)

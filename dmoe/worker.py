@@ -12,6 +12,7 @@ Invariants:
 2. A row's answer does not depend on the batch it ran in (the shard's promise) nor on who else waited.
 3. What is answered is counted once, with the same kFLOP and leaf as at the caller.
 4. A shard is closed only after the last call on it has ended.
+5. While :attr:`Worker.paused`, peers are refused by name and this node's own answers are computed as ever.
 """
 
 import logging
@@ -167,6 +168,8 @@ class Worker:
         self.quote = quote
         self.changes = 0
         """Counts loads and unloads, so that callers can cache what is local."""
+        self.paused = False
+        """No new calls of peers, for as long as the operator wants."""
         self._network = network
         self._seller = seller
         self._queue_rows_max = queue_rows_max
@@ -203,6 +206,10 @@ class Worker:
     async def drain(self) -> None:
         """Take no new calls and wait until those in flight are answered."""
         self._stopping = True
+        await self.drained()
+
+    async def drained(self) -> None:
+        """Wait until no call of a peer is in flight."""
         while self._active:
             self._idle = trio.Event()
             await self._idle.wait()
@@ -258,6 +265,9 @@ class Worker:
     async def _serve(self, call: Call) -> Reply:
         if self._stopping:
             raise RemoteError("unavailable", "this node is shutting down", "ask another replica")
+        if self.paused:
+            self._refused += 1
+            raise RemoteError("unavailable", "this node is paused by its operator", "ask another replica")
         start = perf_counter()
         self._active += 1
         try:

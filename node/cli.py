@@ -194,6 +194,11 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     ban.add_argument("--minutes", type=int, default=1440, help="for how long (default: a day)")
     unban = command(doors, "unban", _online("peers_unban"), "Let one in again, with a clean score.")
     unban.add_argument("subject", metavar="PEER|ADDRESS", help="as shown by rios peers bans")
+    pause = command(
+        top, "pause", _online("pause"), "Take no new work; keep shards, links and place. Lasts over restarts."
+    )
+    pause.add_argument("--wait", action="store_true", help="return once the calls in flight are answered")
+    command(top, "resume", _online("resume"), "Take work again.")
     chat = command(top, "chat", _online("chat"), "Ask a model; without a question: a conversation.")
     chat.add_argument("question", nargs="*", help="the question (else read from a pipe or the terminal)")
     chat.add_argument("--model", default="", help="model name or id (default: the only one)")

@@ -23,12 +23,13 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import psutil
 import trio
 from prometheus_client import CollectorRegistry
 
 from config.errors import EXIT_OK, LocalError, RiosError
-from config.files import naming
+from config.files import naming, write_whole
 from config.paths import Paths
 from config.settings import Settings
 from config.vocabulary import KFLOP_PER_TFLOP, MIB
@@ -100,9 +101,20 @@ class Node:
             reasons.append(f"the disk of {self.paths.data} is full: nothing can be paid or kept")
         return not reasons, reasons
 
+    def pause(self, paused: bool) -> None:
+        """Take no work from now on, or take it again; remembered across restarts, and told to the others."""
+        if paused:
+            write_whole(self.paths.paused, "rios pause was asked for; rios resume removes this file\n")
+        else:
+            self.paths.paused.unlink(missing_ok=True)
+        self.worker.paused = paused
+        self.network.directory.update(lambda advert: msgspec.structs.replace(advert, paused=paused))
+        self.hosting.wake()
+        log.info("paused by its operator" if paused else "the operator ended the pause")
+
     def idle_reasons(self) -> list[str]:
         """Why no work may be coming in."""
-        reasons = []
+        reasons = ["it is paused by its operator (rios resume)"] if self.worker.paused else []
         if not self.settings.dmoe.serve:
             reasons.append("dmoe.serve is off")
         elif not self.shards_served():
@@ -227,6 +239,7 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
         disk_bytes=settings.dmoe.disk_bytes_max,
         roles=("witness",) if settings.ledger.witness else (),
         net=genesis.net if genesis else b"",
+        paused=paths.paused.exists(),
     )
     swarm = swarmfile.load(paths.swarm)
     if swarm is not None:
@@ -282,6 +295,9 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         queue_rows_max=settings.dmoe.queue_rows_max,
         batch_rows_max=settings.dmoe.batch_rows_max,
     )
+    node.worker.paused = node.paths.paused.exists()
+    if node.worker.paused:
+        log.warning("paused by its operator: this node takes no work; rios resume ends that")
     node.caller = Caller(
         network,
         worker=node.worker,

@@ -37,6 +37,7 @@ class NodeCollector(Collector):
         yield _counter("rios_expert_rows", "Expert rows computed", node.expert_rows())
         yield _gauge("rios_expert_rows_waiting", "Expert rows in queues", node.worker.rows_waiting())
         yield _gauge("rios_shards_served", "Shards loaded and served", node.shards_served())
+        yield _gauge("rios_paused", "1 while the operator paused this node", int(node.worker.paused))
         engine = node.engine.statistics()
         yield _gauge("rios_generations_active", "Answers in progress", engine.active)
         yield _gauge("rios_generations_waiting", "Answers waiting for a slot", engine.waiting)

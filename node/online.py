@@ -46,6 +46,11 @@ def status(context: Context) -> Output:
         ["Network", f"{network['links']} links, {network['known']} nodes known{_swarm(network['swarm'])}"],
         *(["", address] for address in network["addresses"]),
         ["Work", f"{work['shards']} shards served on {work['device']}, {work['expert_rows']} expert rows computed"],
+        *(
+            [["", f"paused by its operator, {work['worker']['active']} calls in flight; rios resume"]]
+            if work["paused"]
+            else []
+        ),
         ["", f"answers with: {models}"],
         ["", f"{work['active']} answers in progress, {work['waiting']} waiting, {work['tokens']} tokens made"],
         ["Ledger", _ledger_line(ledger)],
@@ -83,7 +88,7 @@ def peers(context: Context) -> Output:
                 str(peer["cores"]),
                 _size(peer["ram_bytes"]),
                 f"{peer['expert_kflop_per_s'] / 1e6:.1f} GFLOP/s",
-                str(peer["shards"]),
+                f"{peer['shards']}{' (paused)' if peer['paused'] else ''}",
                 format_credits(peer["microcredits_per_tflop"]) if peer["shards"] else "-",
                 peer["version"],
             ]
@@ -132,6 +137,18 @@ def peers_unban(context: Context) -> Output:
     """``rios peers unban``"""
     data = _ask(context, "peers.unban", subject=context.args.subject)
     return Output(data, f"{data['subject']} {'may come in again' if data['was_banned'] else 'was not shut out'}")
+
+
+def pause(context: Context) -> Output:
+    """``rios pause``"""
+    data = _ask(context, "pause", wait=context.args.wait)
+    rest = f"{data['in_flight']} calls in flight are finished first" if data["in_flight"] else "nothing is in flight"
+    return Output(data, f"paused: no new work is taken, also after a restart; {rest}\n  rios resume ends it")
+
+
+def resume(context: Context) -> Output:
+    """``rios resume``"""
+    return Output(_ask(context, "resume"), "this node takes work again")
 
 
 def health(context: Context) -> Output:

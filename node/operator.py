@@ -35,6 +35,8 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "peers.bans": _peers_bans,
             "peers.ban": _peers_ban,
             "peers.unban": _peers_unban,
+            "pause": _pause,
+            "resume": _resume,
             "chat": _chat,
             "model.list": _model_list,
             "model.deploy": _model_deploy,
@@ -88,6 +90,7 @@ async def _status(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN40
         "work": {
             "device": node.options.providers()[0].removesuffix("ExecutionProvider"),
             "shards": node.shards_served(),
+            "paused": node.worker.paused,
             "expert_rows": node.expert_rows(),
             "models": [asdict(model) for model in node.engine.models()],
             "active": engine.active,
@@ -142,6 +145,7 @@ async def _peers(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401
                 "memory_bytes_per_s": advert.hardware.memory_bytes_per_s,
                 "offered_bytes": advert.offered_bytes,
                 "full": advert.full,
+                "paused": advert.paused,
                 "load": advert.load,
                 "shards": sum(byte.bit_count() for offer in offers for byte in offer.shards),
                 "models": [offer.model_id for offer in offers],
@@ -174,6 +178,20 @@ async def _peers_unban(node: "Node", args: Args, _send: Send) -> Any:  # noqa: A
     was_banned = node.network.doors.unban(subject)
     await node.network.doors.save()
     return {"subject": subject, "was_banned": was_banned}
+
+
+async def _pause(node: "Node", args: Args, send: Send) -> Any:  # noqa: ANN401 - JSON
+    """Take no more work; with ``wait``, return when what was in flight is done."""
+    node.pause(True)
+    if args.get("wait"):
+        await send({"in_flight": node.worker.statistics()["active"]})
+        await node.worker.drained()
+    return {"paused": True, "in_flight": node.worker.statistics()["active"]}
+
+
+async def _resume(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    node.pause(False)
+    return {"paused": False}
 
 
 # --- answers

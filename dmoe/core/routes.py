@@ -5,6 +5,7 @@ Owns: the join of manifest and adverts. Does not own: which replica is taken (``
 Invariants:
 1. A table never changes; a new view makes a new one.
 2. This node is a replica of exactly what is loaded in it, whatever its own advert says at the moment.
+3. A peer that its operator paused is no replica.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -75,7 +76,11 @@ def table_of(
     model: ModelMap, adverts: Mapping[PeerId, Advert], me: PeerId, local: Collection[int], own_price: int
 ) -> Table:
     """Who offers what right now. ``local``: manifest indices of the shards loaded in this node."""
-    offers = {peer: offer for peer, advert in adverts.items() if peer != me and (offer := advert.offer(model.model_id))}
+    offers = {
+        peer: offer
+        for peer, advert in adverts.items()
+        if peer != me and not advert.paused and (offer := advert.offer(model.model_id))
+    }
     quotes = {
         peer: Quote(offer.quote, offer.microcredits_per_tflop, offer.microcredits_per_kv_unit)
         for peer, offer in offers.items()
@@ -92,6 +97,11 @@ def table_of(
         tuple(Need(place.group, place.shard, replicas[place.shard]) for place in places) for places in model.layers
     )
     return Table(needs, quotes, frozenset(shard for shard, found in replicas.items() if found))
+
+
+def paused_with(model_id: str, shard: int, adverts: Mapping[PeerId, Advert]) -> int:
+    """How many peers have a shard but are paused."""
+    return sum(a.paused and (offer := a.offer(model_id)) is not None and offer.holds(shard) for a in adverts.values())
 
 
 def row_us_of(places: Sequence[Place], kflop_per_s: int) -> float | None:

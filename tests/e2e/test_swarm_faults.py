@@ -500,3 +500,36 @@ def test_a_worker_with_a_full_disk_says_so_and_the_others_answer(rig: Rig, text:
         finally:
             assert node.stop() == 0
             rig.swarm.nodes.remove(node)
+
+
+def test_a_paused_worker_is_left_at_once_keeps_its_place_and_comes_back(rig: Rig, text: str) -> None:
+    rig.wait_ready()
+    paused, other = rig.workers
+    held = rig.held(paused)
+    rested, details = rig.ask(lambda count: rios(paused, "pause", "--wait") if count == STOP_AFTER else None)
+    assert rested == text
+    assert paused.ask("status")["work"]["worker"]["active"] == 0
+    wait_for(lambda: _seen(rig, paused)["paused"], "the others to know", 10)
+    before = rig.rows(paused)
+    assert rig.ask()[0] == text
+    assert rig.rows(paused) == before
+    assert rig.held(paused) == held
+    assert "paused by its operator" in rios(paused, "status")
+
+    paused.stop()
+    rig.swarm.start(paused)  # still paused
+    wait_for(lambda: rig.held(paused) == held, "its shards from disk", 20)
+    assert "paused by its operator" in rios(paused, "status")
+    wait_for(lambda: _seen(rig, paused)["paused"], "the others to know again", 10)
+    _, details = rig.ask()
+    assert set(details["serving"]) == {other.peer_id}
+    assert rig.rows(paused) == 0
+
+    rios(paused, "resume")
+    wait_for(lambda: rig.ask()[0] == text and rig.rows(paused) > 0, "the worker to be used again", 30)
+    assert "paused" not in rios(paused, "status")
+    _check_money(rig)
+
+
+def _seen(rig: Rig, node: NodeProcess) -> Any:
+    return next((peer for peer in rig.orchestrator.ask("peers") if peer["peer_id"] == node.peer_id), {"paused": None})

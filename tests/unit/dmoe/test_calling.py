@@ -3,6 +3,7 @@
 from contextlib import asynccontextmanager
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 import trio
@@ -469,6 +470,50 @@ async def test_draining_finishes_what_is_in_flight_and_refuses_the_rest():
         assert got[0].tobytes() == expected(manifest, 0, rows(3)).tobytes()
         with pytest.raises(RemoteError, match="shutting down"):
             await session.run(2, rows(1), ALL)
+
+
+async def test_a_paused_worker_finishes_what_it_took_and_serves_its_own_node_only():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        await s.node((*FIRST, *SECOND))
+        worker, shard, node = s.workers[1], s.shards[1][0], s.nodes[1]
+        loaded = slow(worker, manifest, shard)
+        session = (await s.caller()).session(manifest)
+        got = []
+
+        async def ask():
+            got.append(await session.run(0, rows(3), ALL))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await running(loaded)
+            worker.paused = True
+            assert worker.statistics()["active"] == 1
+            shard.gate.set()
+            await worker.drained()
+        assert got[0].tobytes() == expected(manifest, 0, rows(3)).tobytes()
+        with pytest.raises(RemoteError, match="paused by its operator"):  # callers that do not know it yet
+            await session.run(2, rows(1), ALL)
+
+        node.directory.update(lambda advert: msgspec.structs.replace(advert, paused=True))
+        with pytest.raises(RemoteError, match="1 that hold it are paused by their operators") as nobody:
+            await session.run(2, rows(1), ALL)
+        assert nobody.value.code == "no_replica"
+        await s.node((*FIRST, *SECOND))
+        refused = worker.statistics()["refused"]
+        await answer((await s.caller()).session(manifest), manifest, rows(2))
+        assert worker.statistics()["refused"] == refused, "a paused peer is not asked"
+        own = Caller(node, worker=worker, random=Random(1))
+        computed = loaded.rows_computed
+        await answer(own.session(manifest), manifest, rows(2))
+        assert loaded.rows_computed > computed
+
+        worker.paused = False
+        node.directory.update(lambda advert: msgspec.structs.replace(advert, paused=False))
+        served = worker.statistics()["calls"]
+        while worker.statistics()["calls"] == served:
+            await answer((await s.caller()).session(manifest), manifest, rows(2, seed=1))
 
 
 async def test_a_caller_that_leaves_takes_its_waiting_rows_with_it():

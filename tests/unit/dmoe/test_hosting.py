@@ -153,6 +153,39 @@ async def test_surplus_replicas_go_after_the_hold_time_and_their_files_too(tmp_p
             await publisher.hosting.undeploy(manifest.model_id)
 
 
+async def test_a_paused_node_keeps_its_place_and_takes_nothing(tmp_path):
+    manifest = make_manifest()
+    total = LAYERS // 2 * GROUPS
+
+    def pause(node, paused):
+        node.worker.paused = paused
+        node.network.directory.update(lambda advert: msgspec.structs.replace(advert, paused=paused))
+        node.hosting.wake()
+
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        idle = await net.node(start=False)
+        idle.worker.paused = True
+        idle.network.directory.update(lambda advert: msgspec.structs.replace(advert, paused=True))
+        await idle.start(net.nursery)
+        await publisher.hosting.deploy(manifest.model_id, 1)
+        await until(lambda: everywhere([publisher], manifest, 1), "alone, the publisher serves all")
+        await trio.sleep(0.5)
+        assert not idle.held(manifest)
+        assert len(publisher.held(manifest)) == total
+        pause(idle, False)
+        await until(lambda: idle.held(manifest) and everywhere(net.nodes, manifest, 1), "it takes its part")
+        await until(lambda: len(publisher.held(manifest)) + len(idle.held(manifest)) == total, "one replica of each")
+
+        held = idle.held(manifest)
+        pause(idle, True)
+        await publisher.hosting.undeploy(manifest.model_id)
+        await until(lambda: not publisher.held(manifest), "the publisher drops its part")
+        assert idle.held(manifest) == held, "nothing is dropped while paused"
+        pause(idle, False)
+        await until(lambda: not idle.held(manifest), "it is, afterwards")
+
+
 async def test_nobody_drops_a_shard_on_the_word_of_peers_that_do_not_have_it(tmp_path, caplog):
     """Three liars claim every shard and endless room; one of them passes questions on to the honest node."""
     manifest = make_manifest()
