@@ -1,61 +1,60 @@
 """Adverts of the swarm: a local view that answers at once, kept fresh in the background.
 
-Owns: the view, the own advert's life (change, sign, publish, heartbeat). Does not own: links, dialling.
+Owns: the own advert's life (change, sign, publish, heartbeat), how adverts come and go. Does not own: the view's rules
+(``core.view``), finding what the view does not know (``finding``), links, dialling.
 
 Adverts spread in four ways, because none is enough: pushed to linked peers, gossiped, pulled from a few peers every
-:data:`PULL_SECONDS` and on every new link (anti-entropy), and put into the DHT for strangers.
+:data:`PULL_SECONDS` and on every new link (anti-entropy), and put into the DHT for strangers. Between two adverts a
+change of the load alone travels as a heartbeat (``core.heartbeat``).
 
 Invariants:
 1. Only verified, unexpired adverts stand in the view; a higher ``seq`` wins.
 2. A peer reported down leaves the view, and comes back only with a newer advert or a live link.
 3. The view never depends on the DHT answering.
-4. The view is bounded in number and bytes. When it is full, linked peers push out strangers, never the other way.
+4. A bad advert is dropped, counted by kind, and blamed on whoever sent it; an old or expired one is only counted.
 """
 
 import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import trio
 
 from config.errors import IntegrityError, RiosError
 from config.vocabulary import PeerId
-from p2p.core.advert import Advert, SignedAdvert, newer, open_advert, peer_of, sign
+from p2p.core import addresses, heartbeat
+from p2p.core.advert import Advert, BadAdvert, open_advert, peer_of, sign
+from p2p.core.heartbeat import Heartbeat
 from p2p.core.identity import Identity
-from p2p.face import Buffer, Call, Header, RecordRule, Reply
+from p2p.core.providing import GAP_MS, Announcements
+from p2p.core.view import VIEW_MAX, View, is_news
+from p2p.face import Buffer, Call, RecordRule, Reply
+from p2p.finding import NAMESPACE, Caller, Finder, sample
 from p2p.host import Host
 
 log = logging.getLogger(__name__)
 
 TOPIC = "rios/advert/1"
-NAMESPACE = "node"
+BEAT_TOPIC = "rios/heartbeat/1"
 COLLECT_SECONDS = 0.1
+PUBLISH_GAP_SECONDS = 0.5
+"""Between two publications; others take :data:`p2p.core.view.CHANGES_BURST` in a row and then fewer."""
+BEAT_GAP_SECONDS = 1.0
 PULL_SECONDS = 10.0
 PULL_PEERS = 2
 PUSH_PEERS = 16
 LIVES = 5
 """Heartbeats an advert lives."""
-DHT_HEARTBEATS = 5
-VIEW_MAX = 10_000
-VIEW_BYTES_MAX = 32 << 20
 EXCHANGE_BYTES_MAX = 1 << 20
 BUFFERS_MAX = 200
+FAULTS = frozenset(("malformed", "too_large", "signature", "absurd"))
+"""What only a peer that does not check, or lies, passes on."""
 
 
-class Caller(Protocol):
-    """What the directory needs of the network."""
-
-    def peers(self) -> Sequence[PeerId]:
-        """Linked peers."""
-
-    async def call(
-        self, peer_id: PeerId, method: str, header: Header, buffers: Sequence[Buffer] = (), *, deadline_ms: int
-    ) -> Reply:
-        """Call one."""
+Publish = Callable[[str, bytes], Awaitable[None]]
 
 
 def now_ms() -> int:
@@ -63,23 +62,37 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def _blame_nobody(_peer_id: PeerId, _fault: str) -> None:
+    """Where nobody keeps scores."""
+
+
 class PeerDirectory:
     """:class:`p2p.face.Directory` over the swarm."""
 
-    def __init__(self, identity: Identity, host: Host, caller: Caller, own: Advert, *, advert_seconds: int) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        host: Host,
+        caller: Caller,
+        own: Advert,
+        *,
+        advert_seconds: int,
+        blame: Callable[[PeerId, str], None] = _blame_nobody,
+    ) -> None:
         self._identity = identity
         self._host = host
         self._caller = caller
+        self._blame = blame
         self._heartbeat_s = float(advert_seconds)
         self._life_ms = max(LIVES * advert_seconds, 30) * 1000
-        self._view: dict[PeerId, SignedAdvert] = {}
-        self._view_bytes = 0
-        self._adverts: dict[PeerId, Advert] = {}
-        self._gone: dict[PeerId, int] = {}
+        self.view = View(identity.peer_id)
+        self.announcements = Announcements()
+        self.finder = Finder(self, host, caller)
         self._changed = trio.Event()
         self._dirty = trio.Event()
-        self._provided: set[str] = set()
-        self._own = own
+        self._beat_due = trio.Event()
+        self._own = self._told = own
+        self._beat_seq = 0
         self._renew()
         host.accept_records(NAMESPACE, RecordRule(_check_record, _select_record))
 
@@ -87,7 +100,7 @@ class PeerDirectory:
 
     def adverts(self) -> Mapping[PeerId, Advert]:
         """Every advert in the view."""
-        return MappingProxyType(self._adverts)
+        return self.view.adverts()
 
     def own(self) -> Advert:
         """The own advert."""
@@ -95,21 +108,30 @@ class PeerDirectory:
 
     def update(self, change: Callable[[Advert], Advert]) -> None:
         """Change the own advert; the view shows it at once, the others soon."""
-        self._own = change(self._own)
-        self._renew()
-        self._dirty.set()
+        before, self._own = self._own, change(self._own)
+        if msgspec.structs.replace(self._own, load=before.load) != before:
+            self._renew()
+            self._dirty.set()
+        else:
+            self.view.put_live(self._own)
+            if heartbeat.is_worth_sending(self._told, self._own):
+                self._beat_due.set()
 
     async def wait_change(self) -> None:
-        """Return after the next change of the view."""
+        """Return after the next change of the view (other than of loads)."""
         await self._changed.wait()
 
-    async def find_providers(self, model_id: str) -> None:
-        """Ask the DHT who serves a model and take their adverts in."""
-        for peer_id in await self._host.find_providers(model_id):
-            if peer_id not in self._view and peer_id != self._identity.peer_id:
-                data = await self._host.get_record(NAMESPACE, peer_id)
-                if data is not None:
-                    self.offer(data)
+    def providers(self, model_id: str, index: int) -> Sequence[PeerId]:
+        """See :meth:`p2p.face.Directory.providers`."""
+        found = self.view.providers(model_id, index)
+        return found if len(found) < 2 else sorted(found, key=self._is_far)
+
+    def _is_far(self, peer_id: PeerId) -> bool:
+        return peer_id != self._identity.peer_id and not self._caller.is_linked(peer_id)
+
+    async def find_providers(self, model_id: str, index: int | None = None) -> Sequence[PeerId]:
+        """See :meth:`p2p.face.Directory.find_providers`."""
+        return await self.finder.find(model_id, index)
 
     def accept_records(self, namespace: str, rule: RecordRule) -> None:
         """See :meth:`p2p.face.Directory.accept_records`."""
@@ -123,53 +145,31 @@ class PeerDirectory:
         """See :meth:`p2p.face.Directory.get_record`."""
         return await self._host.get_record(namespace, key)
 
+    def statistics(self) -> Mapping[str, Any]:
+        """Numbers for ``rios status`` and metrics."""
+        return {
+            "adverts": len(self.view),
+            "refused": dict(self.view.refused),
+            "announced": len(self.announcements.announced),
+        }
+
     # -- the view
 
     def offer(self, data: bytes) -> bool:
-        """Take an advert in if it is valid and new; whether it was."""
+        """Take an advert in if it is valid and news; whether it was. Raises BadAdvert."""
+        return not self._offer(data)
+
+    def _offer(self, data: bytes) -> str:
         signed = open_advert(data, now_ms=now_ms())
         peer_id = peer_of(signed.advert)
-        if peer_id == self._identity.peer_id or signed.advert.seq <= self._gone.get(peer_id, -1):
-            return False
-        known = self._view.get(peer_id)
-        if newer(known, signed) is known or not self._make_room(peer_id, known, len(data)):
-            return False
-        self._gone.pop(peer_id, None)
-        self._host.learn(peer_id, signed.advert.addresses)
-        self._store(peer_id, signed)
-        return True
-
-    def _make_room(self, peer_id: PeerId, known: SignedAdvert | None, size: int) -> bool:
-        """Whether the advert may come in; strangers leave for a linked peer's."""
-        more = size - (len(known.data) if known else 0)
-
-        def fits() -> bool:
-            return len(self._view) + (known is None) <= VIEW_MAX and self._view_bytes + more <= VIEW_BYTES_MAX
-
-        if fits():
-            return True
-        linked = {*self._caller.peers(), self._identity.peer_id}
-        if peer_id in linked:
-            for stranger in [peer for peer in self._view if peer not in linked]:
-                self._remove(stranger)
-                if fits():
-                    return True
-        return False
-
-    def _store(self, peer_id: PeerId, signed: SignedAdvert) -> None:
-        known = self._view.get(peer_id)
-        self._view_bytes += len(signed.data) - (len(known.data) if known else 0)
-        self._view[peer_id] = signed
-        # a new dict each time: whoever looked at the old view keeps it
-        self._adverts = {**self._adverts, peer_id: signed.advert}
-        self._wake()
-
-    def _remove(self, peer_id: PeerId) -> None:
-        gone = self._view.pop(peer_id, None)
-        if gone is not None:
-            self._view_bytes -= len(gone.data)
-            self._adverts = {peer: advert for peer, advert in self._adverts.items() if peer != peer_id}
+        before = self.view.get(peer_id)
+        reason = self.view.offer(signed, now_ms(), self._caller.peers)
+        if reason:
+            return reason
+        self._host.learn(peer_id, direct(signed.advert.addresses))
+        if is_news(before, signed.advert):
             self._wake()
+        return ""
 
     def _wake(self) -> None:
         event, self._changed = self._changed, trio.Event()
@@ -177,87 +177,120 @@ class PeerDirectory:
 
     def _renew(self) -> None:
         """Sign the own advert again, with a higher number and a new end of life."""
-        seq = max(now_ms(), self._own.seq + 1)
-        self._own = msgspec.structs.replace(
+        seq = max(now_ms(), self._own.seq + 1, self._beat_seq + 1)
+        self._own = self._told = msgspec.structs.replace(
             self._own, peer_id=self._identity.peer_id, seq=seq, expires_ms=seq + self._life_ms
         )
-        self._store(self._identity.peer_id, sign(self._identity, self._own))
+        self.view.put_own(sign(self._identity, self._own), seq)
+        self._wake()
 
     def link_down(self, peer_id: PeerId) -> None:
         """A peer is gone: what was known of it counts no more."""
-        signed = self._view.get(peer_id)
-        if signed is not None and peer_id != self._identity.peer_id:
-            self._gone[peer_id] = signed.advert.seq
-            if len(self._gone) > VIEW_MAX:
-                del self._gone[next(iter(self._gone))]
-            self._remove(peer_id)
+        self._host.leave(peer_id)
+        if self.view.left(peer_id):
+            self._wake()
 
     def link_up(self, peer_id: PeerId) -> None:
         """A peer is there (again)."""
-        self._gone.pop(peer_id, None)
+        self.view.back(peer_id)
 
     # -- exchange
 
     async def serve_exchange(self, call: Call) -> Reply:
         """``advert.exchange``: takes the caller's adverts; gives those it lacks and names those it has newer."""
-        self._offer_all(call.peer_id, call.buffers)
+        self.take(call.peer_id, call.buffers)
         known = call.header.get("known")
         if not isinstance(known, dict) or len(known) > VIEW_MAX:
             raise IntegrityError("protocol", "advert.exchange: 'known' must map peer ids to numbers")
         give: list[bytes] = []
         size = 0
-        for peer_id, signed in self._view.items():
+        for peer_id, signed in self.view.all_signed():
             seq = known.get(peer_id, -1)
             if not isinstance(seq, int) or signed.advert.seq > seq:
                 size += len(signed.data)
                 if size > EXCHANGE_BYTES_MAX or len(give) >= BUFFERS_MAX:
                     break
                 give.append(signed.data)
-        want = [peer for peer, seq in known.items() if isinstance(seq, int) and seq > self._seq(peer)]
+        want = [peer for peer, seq in known.items() if isinstance(seq, int) and seq > self.view.seq(peer)]
         return Reply({"want": want[:BUFFERS_MAX]}, give)
-
-    def _seq(self, peer_id: Any) -> int:  # noqa: ANN401 - a stranger's key
-        signed = self._view.get(peer_id)
-        return signed.advert.seq if signed else self._gone.get(peer_id, -1)
 
     async def serve_push(self, call: Call) -> Reply:
         """``advert.push``: takes adverts."""
-        self._offer_all(call.peer_id, call.buffers)
+        self.take(call.peer_id, call.buffers)
         return Reply({})
 
-    def _offer_all(self, sender: PeerId, buffers: Sequence[Buffer]) -> None:
-        for data in buffers:
-            self._try_offer(sender, bytes(data))
+    async def serve_beat(self, call: Call) -> Reply:
+        """``advert.beat``: takes heartbeats."""
+        for data in call.buffers[:BUFFERS_MAX]:
+            self._take_beat(call.peer_id, bytes(data))
+        return Reply({})
 
-    def _try_offer(self, sender: PeerId, data: bytes) -> None:
-        try:
-            self.offer(data)
-        except IntegrityError as error:
-            log.debug("%s sent a bad advert: %s", sender, error)
+    def take(self, sender: PeerId, buffers: Sequence[Buffer]) -> None:
+        """Take adverts that a peer sent."""
+        for data in buffers[:BUFFERS_MAX]:
+            self._take(sender, bytes(data))
 
-    async def exchange(self, peer_id: PeerId) -> None:
-        """One round of anti-entropy with a linked peer."""
-        known = {peer: signed.advert.seq for peer, signed in self._view.items()}
-        own = self._view[self._identity.peer_id].data
+    def take_found(self, data: bytes) -> None:
+        """Take an advert from the DHT, where nobody is to blame for it."""
+        self._take(self._identity.peer_id, data)
+
+    def _take(self, sender: PeerId, data: bytes) -> None:
         try:
-            reply = await self._caller.call(peer_id, "advert.exchange", {"known": known}, [own], deadline_ms=5000)
-            self._offer_all(peer_id, reply.buffers)
+            if self._offer(data) == "churn":
+                log.debug("an advert from %s changes too often", sender)
+        except BadAdvert as error:
+            self._refuse(sender, error)
+
+    def _take_beat(self, sender: PeerId, data: bytes) -> None:
+        try:
+            beat = heartbeat.open_heartbeat(data, now_ms=now_ms())
+        except BadAdvert as error:
+            self._refuse(sender, error)
+            return
+        before = self.view.get(PeerId(beat.peer_id))
+        if not self.view.beat(beat, now_ms()) and before is not None and beat.applied(before).models != before.models:
+            self._wake()
+
+    def _refuse(self, sender: PeerId, error: BadAdvert) -> None:
+        self.view.refused[error.kind] += 1
+        log.debug("%s sent a bad advert: %s", sender, error)
+        if error.kind in FAULTS and sender != self._identity.peer_id:
+            self._blame(sender, "bad_advert")
+
+    async def exchange(self, peer_id: PeerId, *, deadline_ms: int = 5000) -> None:
+        """One round of anti-entropy with a peer."""
+        known = {peer: signed.advert.seq for peer, signed in self.view.all_signed()}
+        own = self._own_data()
+        try:
+            reply = await self._caller.call(
+                peer_id, "advert.exchange", {"known": known}, [own], deadline_ms=deadline_ms
+            )
+            self.take(peer_id, reply.buffers)
             want = reply.header.get("want")
-            data = [self._view[p].data for p in want if p in self._view] if isinstance(want, list) else []
+            wanted = want[:BUFFERS_MAX] if isinstance(want, list) else []
+            data = [signed.data for p in wanted if isinstance(p, str) and (signed := self.view.signed(PeerId(p)))]
             if data:
-                await self._caller.call(peer_id, "advert.push", {}, data[:BUFFERS_MAX], deadline_ms=5000)
+                await self._caller.call(peer_id, "advert.push", {}, data, deadline_ms=deadline_ms)
         except RiosError as error:
             log.debug("exchanging adverts with %s: %s", peer_id, error)
 
     async def on_gossip(self, sender: PeerId, payload: bytes) -> None:
         """An advert from the topic; the sender is the one who published it, who may pass on another's."""
-        self._try_offer(sender, payload)
+        self._take(sender, payload)
+
+    async def on_beat(self, sender: PeerId, payload: bytes) -> None:
+        """A heartbeat from its topic."""
+        self._take_beat(sender, payload)
+
+    def _own_data(self) -> bytes:
+        signed = self.view.signed(self._identity.peer_id)
+        assert signed is not None
+        return signed.data
 
     # -- tasks
 
-    async def run(self, publish: Callable[[str, bytes], Awaitable[None]]) -> None:
+    async def run(self, publish: Publish) -> None:
         """Publish the own advert on change and as a heartbeat, forever."""
-        beats = 0
         while True:
             with trio.move_on_after(self._heartbeat_s * random.uniform(0.9, 1.1)) as waited:
                 await self._dirty.wait()
@@ -265,67 +298,98 @@ class PeerDirectory:
             self._dirty = trio.Event()
             if waited.cancelled_caught:
                 self._renew()
-                beats += 1
-            data = self._view[self._identity.peer_id].data
-            async with trio.open_nursery() as nursery:
-                for peer_id in _sample(self._caller.peers(), PUSH_PEERS):
-                    nursery.start_soon(self._push, peer_id, data)
-                nursery.start_soon(_publish, publish, data)
-            if beats >= DHT_HEARTBEATS:
-                beats = 0
-                self._provided.clear()
+            await self._spread(publish, TOPIC, "advert.push", self._own_data())
+            await trio.sleep(PUBLISH_GAP_SECONDS - COLLECT_SECONDS)
 
-    async def _push(self, peer_id: PeerId, data: bytes) -> None:
+    async def run_beats(self, publish: Publish) -> None:
+        """Tell others of a load that changed much, at most once in :data:`BEAT_GAP_SECONDS`, forever."""
+        while True:
+            await self._beat_due.wait()
+            self._beat_due = trio.Event()
+            own = self._own
+            if heartbeat.is_worth_sending(self._told, own):  # else an advert told it meanwhile
+                self._beat_seq = max(now_ms(), own.seq + 1, self._beat_seq + 1)
+                self._told = own
+                beat = Heartbeat(own.peer_id, self._beat_seq, own.load, own.paused)
+                await self._spread(publish, BEAT_TOPIC, "advert.beat", heartbeat.sign(self._identity, beat))
+            await trio.sleep(BEAT_GAP_SECONDS)
+
+    async def _spread(self, publish: Publish, topic: str, method: str, data: bytes) -> None:
+        """Hand something to some linked peers, and gossip it."""
+        async with trio.open_nursery() as nursery:
+            for peer_id in sample(self._caller.peers(), PUSH_PEERS):
+                nursery.start_soon(self._push, peer_id, method, data)
+            nursery.start_soon(_publish, publish, topic, data)
+
+    async def _push(self, peer_id: PeerId, method: str, data: bytes) -> None:
         try:
-            await self._caller.call(peer_id, "advert.push", {}, [data], deadline_ms=2000)
+            await self._caller.call(peer_id, method, {}, [data], deadline_ms=2000)
         except RiosError as error:
-            log.debug("pushing the own advert to %s: %s", peer_id, error)
+            log.debug("%s to %s: %s", method, peer_id, error)
 
     async def run_upkeep(self) -> None:
         """Expire adverts and pull from a few peers, forever."""
-        pull_s = 0.0
-        while True:
-            await trio.sleep(1.0 * random.uniform(0.9, 1.1))
-            now = now_ms()
-            for peer_id in [p for p, s in self._view.items() if s.advert.expires_ms <= now]:
-                if peer_id != self._identity.peer_id:
-                    self._remove(peer_id)
-            pull_s += 1
-            if pull_s >= PULL_SECONDS:
-                pull_s = 0.0
-                for peer_id in _sample(self._caller.peers(), PULL_PEERS):
-                    await self.exchange(peer_id)
+        pull_at = trio.current_time() + PULL_SECONDS
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.sleep(1.0 * random.uniform(0.9, 1.1))
+                if self.view.expire(now_ms()):
+                    self._wake()
+                if trio.current_time() >= pull_at:
+                    pull_at = trio.current_time() + PULL_SECONDS
+                    for peer_id in sample(self._caller.peers(), PULL_PEERS):
+                        nursery.start_soon(self.exchange, peer_id)
 
     async def run_dht(self) -> None:
         """Keep the own advert and the provider records in the DHT, forever; slow, and nothing waits for it."""
         stored_seq = 0
         while True:
-            await trio.sleep(2.0 * random.uniform(0.8, 1.2))
+            await trio.sleep(GAP_MS / 1000 * random.uniform(1.0, 1.2))
+            for key in self.announcements.follow(self._own.models, self._rarity):
+                self._host.withdraw(key)
             if not self._caller.peers():
                 continue
-            offered = {offer.model_id for offer in self._own.models if offer.shards}
-            if stored_seq and offered == self._provided and self._own.seq - stored_seq < self._life_ms // 2:
+            signed = self.view.signed(self._identity.peer_id)
+            assert signed is not None
+            if not stored_seq or signed.advert.seq - stored_seq > self._life_ms // 2:
+                if await self._store_advert(signed.data):
+                    stored_seq = signed.advert.seq
                 continue
-            try:
-                for model_id in sorted(offered - self._provided):
-                    await self._host.provide(model_id)
-                signed = self._view[self._identity.peer_id]
-                await self._host.put_record(NAMESPACE, self._identity.peer_id, signed.data)
-                stored_seq, self._provided = signed.advert.seq, offered
-            except RiosError as error:
-                log.debug("storing the own advert in the DHT: %s", error)
-                await trio.sleep(10.0)
+            key_due = self.announcements.next(now_ms())
+            if key_due is not None:
+                await self._announce(key_due)
+
+    def _rarity(self, model_id: str, index: int) -> int:
+        return len(self.view.providers(model_id, index))
+
+    async def _store_advert(self, data: bytes) -> bool:
+        try:
+            await self._host.put_record(NAMESPACE, self._identity.peer_id, data)
+            return True
+        except RiosError as error:
+            log.debug("storing the own advert in the DHT: %s", error)
+            await trio.sleep(10.0)
+            return False
+
+    async def _announce(self, key: bytes) -> None:
+        try:
+            await self._host.provide(key)
+            self.announcements.done(key, now_ms())
+        except RiosError as error:
+            log.debug("announcing %s: %s", key.hex(), error)
+            self.announcements.failed(key, now_ms())
 
 
-async def _publish(publish: Callable[[str, bytes], Awaitable[None]], data: bytes) -> None:
+def direct(listed: Sequence[str]) -> list[str]:
+    """The addresses that are the peer's own; one through a relay starts with the relay's."""
+    return [text for text in listed if (address := addresses.parse(text)) is not None and not address.relay]
+
+
+async def _publish(publish: Publish, topic: str, data: bytes) -> None:
     try:
-        await publish(TOPIC, data)
+        await publish(topic, data)
     except RiosError as error:
-        log.debug("gossiping the own advert: %s", error)
-
-
-def _sample(peers: Sequence[PeerId], count: int) -> list[PeerId]:
-    return random.sample(list(peers), min(count, len(peers)))
+        log.debug("gossip on %s: %s", topic, error)
 
 
 def _check_record(name: str, value: bytes) -> None:

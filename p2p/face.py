@@ -104,10 +104,16 @@ class Directory(Protocol):
         """This node's own advert."""
 
     async def wait_change(self) -> None:
-        """Return after the next change of the view."""
+        """Return after the next change of the view (not of loads alone)."""
 
-    async def find_providers(self, model_id: str) -> None:
-        """Look a model's providers up in the DHT and add their adverts to the view (slow: never on the hot path)."""
+    def providers(self, model_id: str, index: int) -> Sequence[PeerId]:
+        """Who serves the shard at ``index`` of the manifest's list, as far as the local view knows: answers at once.
+        Linked peers come first."""
+
+    async def find_providers(self, model_id: str, index: int | None = None) -> Sequence[PeerId]:
+        """The same (or, without ``index``, who serves anything of the model); if the view knows nobody, linked peers
+        and the DHT are asked and what they name is added to the view (seconds: never on the hot path). Raises
+        RequestError for what is no model id or index."""
 
     def accept_records(self, namespace: str, rule: RecordRule) -> None:
         """Take part in storing records of a namespace; without a rule its records are neither put nor kept."""

@@ -7,8 +7,7 @@ Invariants:
 1. Only Noise is offered; nothing travels in plain text. Only TCP, only yamux.
 2. A handler's exception ends its stream, never the host.
 3. DHT values are accepted only under ``/rios/<namespace>/`` with a registered rule, at most
-   :data:`RECORD_BYTES_MAX` long and :data:`RECORDS_MAX` of them; provider records for at most :data:`PROVIDED_MAX`
-   keys. The oldest make room.
+   :data:`RECORD_BYTES_MAX` long and :data:`RECORDS_MAX` of them. The oldest make room.
 4. Third-party exceptions leave this file as RiosErrors.
 """
 
@@ -26,10 +25,8 @@ from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, IRawConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
-from libp2p.kad_dht import kad_dht as kad_dht_module
 from libp2p.kad_dht import value_store as value_store_module
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
-from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
@@ -44,6 +41,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
 from config.vocabulary import PeerId
+from p2p import kademlia
 from p2p.core.identity import Identity
 from p2p.face import RecordRule
 from p2p.secure import Connection, Muxer, Noise
@@ -55,35 +53,16 @@ RPC_PROTOCOL = TProtocol("/rios/rpc/1.0.0")
 GOSSIP_PROTOCOL = TProtocol("/meshsub/1.1.0")
 RECORD_BYTES_MAX = 64 << 10
 RECORDS_MAX = 1024
-PROVIDED_MAX = 4096
-"""Keys of which this node keeps provider records for others."""
-PROVIDED_KEY_BYTES_MAX = 256
-LOOKUP_KEY_BYTES_MAX = 128
 GOSSIP_HEARTBEAT_SECONDS = 3
 ADDRESS_SECONDS = 24 * 3600
 NAMESPACE = "rios"
-_MULTIHASH_SHA256 = "1220"
-"""Provider keys are multihashes: other libp2p implementations know no others."""
 
 # the library's own bound is 50,000 values
 value_store_module.MAX_VALUE_STORE_SIZE = RECORDS_MAX  # type: ignore[attr-defined]
 
-
-class _AnyKey:
-    """Which keys a look-up may be for. The library answers FIND_NODE for peer ids and resets the stream for others,
-    so nobody's put would find the nodes around its record's key."""
-
-    @staticmethod
-    def decode(key: bytes) -> None:
-        """Raises ValueError for a key that is too long."""
-        if len(key) > LOOKUP_KEY_BYTES_MAX:
-            raise ValueError(f"a look-up key of {len(key)} bytes")
-
-
-kad_dht_module.multihash = _AnyKey  # type: ignore[attr-defined]
-
 Accept = Callable[[Channel], Awaitable[None]]
 Received = Callable[[PeerId, bytes], Awaitable[None]]
+Found = Callable[[PeerId], bool]
 
 
 class _Rules(Validator):
@@ -114,20 +93,6 @@ class _Rules(Validator):
         """The index of the value that wins."""
         rule, name = self._rule(key)
         return rule.select(name, values)
-
-
-def bound_providers(store: ProviderStore) -> None:
-    """Keep the records of so many keys at most: anybody may say that he has something of any key."""
-    add, kept = store.add_provider, store.providers
-
-    def bounded(key: bytes, provider: PeerInfo) -> None:
-        if len(key) > PROVIDED_KEY_BYTES_MAX:
-            return
-        while key not in kept and len(kept) >= PROVIDED_MAX:
-            del kept[next(iter(kept))]
-        add(key, provider)
-
-    store.add_provider = bounded  # type: ignore[method-assign]
 
 
 class _Tcp(TCP):
@@ -279,21 +244,22 @@ class Host:
             log.debug("DHT look-up of %s/%s: %s", namespace, name, _short(error), exc_info=True)
             return None
 
-    async def provide(self, key: str) -> None:
-        """Say in the DHT that this node has something of ``key`` (the hex of a sha256)."""
+    async def provide(self, key: bytes) -> None:
+        """Say in the DHT that this node has something of ``key`` (a multihash). Raises RemoteError ``unavailable``."""
         try:
-            await self._dht.provide(_MULTIHASH_SHA256 + key)
+            await self._dht.provider_store.provide(key)
         except Exception as error:
-            raise RemoteError("unavailable", f"DHT provider record {key[:100]}: {_short(error)}") from error
+            raise RemoteError("unavailable", f"DHT provider record {key.hex()}: {_short(error)}") from error
 
-    async def find_providers(self, key: str) -> tuple[PeerId, ...]:
-        """Who said so; their addresses are remembered."""
-        try:
-            found = await self._dht.find_providers(_MULTIHASH_SHA256 + key)
-        except Exception as error:
-            log.debug("DHT providers of %s: %s", key, _short(error), exc_info=True)
-            return ()
-        return tuple(PeerId(str(info.peer_id)) for info in found)
+    def withdraw(self, key: bytes) -> None:
+        """Say so no more; what others keep expires."""
+        self._dht.provider_store.providing_keys.discard(key)
+        self._dht.provider_store.providers.get(key, {}).pop(self.identity.peer_id, None)
+
+    async def find_providers(self, key: bytes, found: Found) -> None:
+        """Look up who said so, on disjoint paths; ``found`` gets each peer once (its addresses are remembered) and says
+        whether it is enough. Returns when it is, or when there is nobody left to ask."""
+        await kademlia.find_providers(self._dht, key, found)
 
     # -- gossip
 
@@ -365,7 +331,7 @@ async def open_host(
         strict_validation=True,
         max_peers_per_subnet=0 if all(_is_loopback(a) for a in addresses) else None,
     )
-    bound_providers(dht.provider_store)
+    kademlia.bound_providers(dht.provider_store)
     router = GossipSub(
         protocols=[GOSSIP_PROTOCOL],
         degree=6,

@@ -140,9 +140,17 @@ class MemoryDirectory:
         """Return after the next change of the view."""
         await self._changed.wait()
 
-    async def find_providers(self, model_id: str) -> None:
+    def providers(self, model_id: str, index: int) -> Sequence[PeerId]:
+        """Who serves a shard."""
+        offers = ((peer, advert.offer(model_id)) for peer, advert in self.adverts().items())
+        return tuple(peer for peer, offer in offers if offer is not None and offer.holds(index))
+
+    async def find_providers(self, model_id: str, index: int | None = None) -> Sequence[PeerId]:
         """Nothing to look up: every advert is in the view already."""
         await trio.lowlevel.checkpoint()
+        if index is not None:
+            return self.providers(model_id, index)
+        return tuple(peer for peer, advert in self.adverts().items() if advert.offer(model_id) is not None)
 
     def accept_records(self, namespace: str, rule: RecordRule) -> None:
         """Check what this node puts."""

@@ -27,7 +27,7 @@ from p2p.core import failures, headers
 from p2p.core.advert import Advert
 from p2p.core.doors import Limits
 from p2p.core.identity import Identity, public_key_of
-from p2p.directory import TOPIC, PeerDirectory
+from p2p.directory import BEAT_TOPIC, TOPIC, PeerDirectory
 from p2p.doors import Doors
 from p2p.face import Buffer, Call, GossipHandler, Handler, Header, Reply
 from p2p.gossip import Gossip
@@ -66,7 +66,9 @@ class PeerNetwork:
         bare = advert.addresses or settings.announce or _reachable(host.addresses)
         self.addresses = tuple(f"{a.partition('/p2p/')[0]}/p2p/{identity.peer_id}" for a in bare)[:ADDRESSES_MAX]
         own = msgspec.structs.replace(advert, peer_id=identity.peer_id, addresses=self.addresses)
-        self.directory = PeerDirectory(identity, host, self, own, advert_seconds=settings.advert_seconds)
+        self.directory = PeerDirectory(
+            identity, host, self, own, advert_seconds=settings.advert_seconds, blame=doors.blame
+        )
         self.blobs = PeerBlobs(self, identity.peer_id)
         self.links = Links(
             host,
@@ -83,6 +85,8 @@ class PeerNetwork:
         self._gossip = Gossip(host, nursery)
         self.serve("advert.exchange", self.directory.serve_exchange)
         self.serve("advert.push", self.directory.serve_push)
+        self.serve("advert.beat", self.directory.serve_beat)
+        self.serve("advert.find", self.directory.finder.serve)
         self.serve("blob.get", self.blobs.serve_get)
 
     @property
@@ -146,12 +150,16 @@ class PeerNetwork:
         """Peers with a live link right now."""
         return self.links.peers()
 
+    def is_linked(self, peer_id: PeerId) -> bool:
+        """Whether a peer has a live link right now."""
+        return self.links.ready(peer_id) is not None
+
     def statistics(self) -> Mapping[str, Any]:
         """Numbers for status and metrics."""
         return {
             "carrier": "libp2p",
             "peers": len(self.links.peers()),
-            "adverts": len(self.directory.adverts()),
+            "directory": self.directory.statistics(),
             "links": self.links.statistics(),
             "gossip": {"sent": self._gossip.sent, "received": self._gossip.received},
             "doors": self.doors.statistics(),
@@ -171,9 +179,11 @@ class PeerNetwork:
     def run(self) -> None:
         """Start the background work."""
         self._gossip.subscribe(TOPIC, self.directory.on_gossip)
+        self._gossip.subscribe(BEAT_TOPIC, self.directory.on_beat)
         for task in (self.doors.run, self.links.run, self._mesh.run, self.directory.run_upkeep, self.directory.run_dht):
             self._nursery.start_soon(task)
         self._nursery.start_soon(self.directory.run, self.publish)
+        self._nursery.start_soon(self.directory.run_beats, self.publish)
 
     async def close(self) -> None:
         """Say goodbye and remember the peers."""

@@ -62,7 +62,11 @@ async def do(network: PeerNetwork, command: dict) -> dict:
                 await network.directory.wait_change()
         return {"region": _region(network, command["peer"])}
     if command["op"] == "find":
-        return {"providers": list(await network._host.find_providers(command["digest"]))}
+        found: list[str] = []
+        await network._host.find_providers(
+            bytes.fromhex("1220" + command["digest"]), lambda peer: bool(found.append(peer))
+        )
+        return {"providers": found}
     assert command["op"] == "peers"
     return {"peers": list(network.peers())}
 

@@ -3,6 +3,7 @@
 The session and the host are fakes here; with real ones the other side would have to be a rewritten libp2p.
 """
 
+from functools import partial
 from hashlib import sha256
 from os import urandom
 from types import SimpleNamespace
@@ -15,12 +16,13 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 
 from config.errors import BusyError, RemoteError
-from p2p import blobs, host
+from p2p import blobs, kademlia
 from p2p import directory as directory_module
 from p2p.blobs import PEERS_MAX, PeerBlobs
 from p2p.core import advert as adverts
 from p2p.core.advert import Advert
 from p2p.core.identity import Identity
+from p2p.core.view import View
 from p2p.directory import PeerDirectory, now_ms
 from p2p.face import ContentFile, Reply
 from p2p.streams import WAITING_MAX, WINDOW_BYTES, Channel
@@ -120,14 +122,14 @@ def test_provider_records_of_endless_keys_are_bounded():
     store = ProviderStore.__new__(ProviderStore)
     store.providers = {}
     store._persist_path = None
-    host.bound_providers(store)
+    kademlia.bound_providers(store)
     provider = PeerInfo(ID(b"peer"), [])
-    for n in range(host.PROVIDED_MAX + 10):
+    for n in range(kademlia.PROVIDED_MAX + 10):
         store.add_provider(n.to_bytes(4, "big"), provider)
-    store.add_provider(bytes(host.PROVIDED_KEY_BYTES_MAX + 1), provider)
-    assert len(store.providers) == host.PROVIDED_MAX
+    store.add_provider(bytes(kademlia.PROVIDED_KEY_BYTES_MAX + 1), provider)
+    assert len(store.providers) == kademlia.PROVIDED_MAX
     assert (0).to_bytes(4, "big") not in store.providers
-    assert (host.PROVIDED_MAX + 9).to_bytes(4, "big") in store.providers
+    assert (kademlia.PROVIDED_MAX + 9).to_bytes(4, "big") in store.providers
 
 
 def _advert(n: int, **fields: object) -> tuple[str, bytes]:
@@ -139,14 +141,12 @@ def _advert(n: int, **fields: object) -> tuple[str, bytes]:
 
 @pytest.mark.parametrize("bound", ["number", "bytes"])
 def test_a_flood_of_adverts_is_bounded_and_linked_peers_come_in_all_the_same(monkeypatch, bound):
-    if bound == "number":
-        monkeypatch.setattr(directory_module, "VIEW_MAX", 20)
-    else:
-        monkeypatch.setattr(directory_module, "VIEW_BYTES_MAX", 20 * 300)
     linked: list[str] = []
     fake_host = SimpleNamespace(accept_records=lambda *_: None, learn=lambda *_: None)
     caller = SimpleNamespace(peers=lambda: tuple(linked))
     me = Identity.from_seed(b"m" * 32)
+    bounds = {"adverts_max": 20} if bound == "number" else {"bytes_max": 20 * 300}
+    monkeypatch.setattr(directory_module, "View", partial(View, **bounds))
     view = PeerDirectory(me, fake_host, caller, Advert(me.peer_id, 0, 0), advert_seconds=60)
     for n in range(60):
         view.offer(_advert(n, region="x" * 100)[1])

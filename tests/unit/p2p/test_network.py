@@ -207,13 +207,21 @@ async def test_adverts_change_and_records_are_stored(nodes):
             await b.directory.put_record(namespace, "k", value)
     assert await a.directory.get_record("test", "absent") is None
 
-    # who has lost sight of a provider finds it through the DHT
-    await until(lambda: model in c.directory._provided)
-    b.directory._remove(c.peer_id)
-    with trio.fail_after(15):
-        while c.peer_id not in b.directory.adverts():
-            await b.directory.find_providers(model)
-    assert b.directory.adverts()[c.peer_id].offer(model) == offer
+    # who has lost sight of a provider finds it: a linked peer knows it, and so does the DHT
+    await until(lambda: len(c.directory.announcements.announced) == 2)
+    for find in (b.directory.find_providers, b.directory.finder.look_up):
+        b.directory.view.remove(c.peer_id)
+        assert b.directory.providers(model, 0) == ()
+        with trio.fail_after(15):
+            while not await find(model, 0):  # noqa: ASYNC110 - what is waited for is in another node
+                await trio.sleep(0.1)
+        assert b.directory.adverts()[c.peer_id].offer(model) == offer
+        assert list(b.directory.providers(model, 0)) == [c.peer_id]
+    assert b.directory.finder.dht_searches >= 1
+    assert list(await b.directory.find_providers(model)) == [c.peer_id]
+    for wrong in (("x", 0), (model, -1), (model, 1 << 20)):
+        with pytest.raises(RequestError):
+            await b.directory.find_providers(*wrong)
 
 
 def _must_start(value: bytes) -> None:

@@ -1,0 +1,133 @@
+"""What py-libp2p's Kad-DHT does not do well, done around it: provider look-ups on disjoint paths, bounded records.
+
+Owns: one look-up's queries and their deadlines, the bounds of the provider store. Does not own: whom to ask next
+(``core.lookup``), the DHT itself (``host``).
+
+The library's own look-up asks one sorted list of peers, first for close peers and then again for providers, waits up to
+10 s for a dead one, and answers from its local records alone if it has any, were they of dead peers only.
+
+Invariants:
+1. A query takes at most :data:`QUERY_SECONDS`, a look-up at most :data:`LOOKUP_SECONDS`.
+2. Provider records are kept for at most :data:`PROVIDED_MAX` keys, and for :data:`p2p.core.providing.LIFE_MS`.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+import trio
+from libp2p.kad_dht import kad_dht as kad_dht_module
+from libp2p.kad_dht import provider_store as provider_store_module
+from libp2p.kad_dht.kad_dht import KadDHT
+from libp2p.kad_dht.provider_store import ProviderStore
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+
+from config.vocabulary import PeerId
+from p2p.core.lookup import Lookup
+from p2p.core.providing import LIFE_MS, REPUBLISH_MS
+
+log = logging.getLogger(__name__)
+
+QUERY_SECONDS = 2.0
+LOOKUP_SECONDS = 10.0
+START_PEERS = 18
+PROVIDED_MAX = 4096
+"""Keys of which this node keeps provider records for others."""
+PROVIDED_KEY_BYTES_MAX = 256
+LOOKUP_KEY_BYTES_MAX = 128
+
+# the library's own are 48 h and 22 h: a node that dropped a shard would be named for two days
+provider_store_module.PROVIDER_RECORD_EXPIRATION_INTERVAL = LIFE_MS // 1000
+provider_store_module.PROVIDER_RECORD_REPUBLISH_INTERVAL = REPUBLISH_MS // 1000
+
+Found = Callable[[PeerId], bool]
+
+
+class _AnyKey:
+    """Which keys a look-up may be for. The library answers FIND_NODE for peer ids and resets the stream for others,
+    so nobody's put would find the nodes around its record's key."""
+
+    @staticmethod
+    def decode(key: bytes) -> None:
+        """Raises ValueError for a key that is too long."""
+        if len(key) > LOOKUP_KEY_BYTES_MAX:
+            raise ValueError(f"a look-up key of {len(key)} bytes")
+
+
+kad_dht_module.multihash = _AnyKey  # type: ignore[attr-defined]
+
+
+def bound_providers(store: ProviderStore) -> None:
+    """Keep the records of so many keys at most: anybody may say that he has something of any key."""
+    add, kept = store.add_provider, store.providers
+
+    def bounded(key: bytes, provider: PeerInfo) -> None:
+        if len(key) > PROVIDED_KEY_BYTES_MAX:
+            return
+        while key not in kept and len(kept) >= PROVIDED_MAX:
+            del kept[next(iter(kept))]
+        add(key, provider)
+
+    store.add_provider = bounded  # type: ignore[method-assign]
+
+
+async def find_providers(dht: KadDHT, key: bytes, found: Found) -> None:
+    """See :meth:`p2p.host.Host.find_providers`."""
+    search = _Search(dht, key, found)
+    with trio.move_on_after(LOOKUP_SECONDS):
+        await search.run()
+
+
+class _Search:
+    """One look-up: a few queries at a time until it is enough."""
+
+    def __init__(self, dht: KadDHT, key: bytes, found: Found) -> None:
+        self._dht = dht
+        self._key = key
+        self._found = found
+        self._named: set[PeerId] = set()
+        start = dht.routing_table.find_local_closest_peers(key, START_PEERS)
+        if not start:
+            start = list(dht.host.get_connected_peers())[:START_PEERS]
+        self._lookup = Lookup(key, [peer.to_bytes() for peer in start], dht.local_peer_id.to_bytes())
+
+    async def run(self) -> None:
+        if self._take(self._dht.provider_store.get_providers(self._key)):
+            return
+        async with trio.open_nursery() as nursery:
+            self._ask_more(nursery)
+
+    def _ask_more(self, nursery: trio.Nursery) -> None:
+        for peer in self._lookup.next():
+            nursery.start_soon(self._ask, peer, nursery)
+
+    async def _ask(self, peer: bytes, nursery: trio.Nursery) -> None:
+        started = time.monotonic()
+        providers: list[PeerInfo] = []
+        closer: list[ID] = []
+        with trio.move_on_after(QUERY_SECONDS):
+            query = self._dht.provider_store._get_providers_from_peer_with_closers
+            try:
+                providers, closer = await query(ID(peer), self._key)
+            except Exception as error:
+                log.debug("DHT query of %s: %.200s", ID(peer), error, exc_info=True)
+        if providers or closer:
+            self._lookup.answered(peer, [other.to_bytes() for other in closer])
+        else:
+            log.debug("DHT query of %s: nothing in %.1f s", ID(peer), time.monotonic() - started)
+            self._lookup.failed(peer)
+        if self._take(providers):
+            nursery.cancel_scope.cancel()
+        else:
+            self._ask_more(nursery)
+
+    def _take(self, providers: list[PeerInfo]) -> bool:
+        """Pass new providers on; whether it is enough."""
+        enough = False
+        for info in providers:
+            peer_id = PeerId(str(info.peer_id))
+            if peer_id not in self._named:
+                self._named.add(peer_id)
+                enough = self._found(peer_id) or enough
+        return enough
