@@ -1,67 +1,147 @@
 // Adverts: docs/protocol.md, "Adverts".
 
-import { decode, encode } from '@msgpack/msgpack'
 import { publicKeyOf, verify } from './identity.mjs'
+import { decode, encode } from './msgpack.mjs'
 
 const TAG = Buffer.from('rios/advert/1\0')
 const BYTES_MAX = 64 << 10
 const LIFE_MS_MAX = 24 * 3600 * 1000
 const SKEW_MS_MAX = 10 * 60 * 1000
-const COUNT_MAX = 1n << 62n
+const PRICE_MAX = 1n << 40n
+const COORDINATE_MAX = 60_000_000n
+const NAME = '[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?'
+const PEER = '/p2p/([1-9A-HJ-NP-Za-km-z]{20,80})'
+const ADDRESS = new RegExp(`^/(ip4|ip6|dns|dns4|dns6)/([0-9A-Fa-f:.]{2,45}|${NAME})/tcp/(\\d{1,5})(?:${PEER})?(/p2p-circuit(?:${PEER})?)?$`)
 
-const text = (max = 256) => value => typeof value === 'string' && [...value].length <= max
-const count = value => (typeof value === 'bigint' || Number.isInteger(value)) && value >= 0 && BigInt(value) <= COUNT_MAX
-const bytes = max => value => value instanceof Uint8Array && value.length <= max
-const flag = value => typeof value === 'boolean'
-const list = (item, max) => value => Array.isArray(value) && value.length <= max && value.every(item)
-const record = fields => value => Array.isArray(value) && value.length >= fields.length && fields.every(([, valid], index) => valid(value[index]))
+export class BadAdvert extends Error {
+  constructor (kind, message) {
+    super(`${kind}: ${message}`)
+    this.kind = kind
+  }
+}
 
-const GPU = [['name', text()], ['memory_bytes', count]]
-const HARDWARE = [
-  ['cpu', text()], ['cores', count], ['ram_bytes', count], ['gpus', list(record(GPU), 64)],
-  ['expert_kflop_per_s', count], ['memory_bytes_per_s', count]
-]
-const OFFER = [
-  ['model_id', value => text(64)(value) && value.length === 64], ['shards', bytes(8192)], ['quote', count],
-  ['microcredits_per_tflop', count], ['microcredits_per_kv_unit', count]
-]
-const FIELDS = [
-  ['peer_id', text()], ['seq', count], ['expires_ms', count], ['addresses', list(text(), 16)], ['lane', text()],
-  ['version', text()], ['region', text()], ['hardware', record(HARDWARE)], ['disk_bytes', count], ['offered_bytes', count],
-  ['full', flag], ['load', count], ['roles', list(text(), 16)], ['models', list(record(OFFER), 64)], ['net', bytes(BYTES_MAX)]
+// -- fields: each reader returns the value or throws
+
+function need (condition, what) {
+  if (!condition) throw new BadAdvert('malformed', what)
+}
+
+const text = (max = 256, min = 0) => value => {
+  need(typeof value === 'string' && [...value].length <= max && [...value].length >= min, `a text of ${min} to ${max} characters`)
+  return value
+}
+const integer = (max = 1n << 62n, min = 0n) => value => {
+  const whole = typeof value === 'bigint' || (typeof value === 'number' && Number.isInteger(value))
+  need(whole && BigInt(value) >= min && BigInt(value) <= max, `an integer up to ${max}`)
+  return value
+}
+const bytes = max => value => {
+  need(value instanceof Uint8Array && value.length <= max, `at most ${max} bytes`)
+  return value
+}
+const flag = value => {
+  need(typeof value === 'boolean', 'true or false')
+  return value
+}
+const list = (item, max) => value => {
+  need(Array.isArray(value) && value.length <= max, `a list of at most ${max}`)
+  return value.map(item)
+}
+// what a later version appended is skipped, what an earlier one lacks takes its default (none: the field is required)
+const record = fields => value => {
+  need(Array.isArray(value), 'an array')
+  return fields.map(([name, read, fallback], index) => {
+    if (index < value.length) return read(value[index])
+    need(fallback !== undefined, `the field ${name}`)
+    return fallback
+  })
+}
+
+const GPU = record([['name', text()], ['memory_bytes', integer()]])
+const HARDWARE = record([
+  ['cpu', text(), ''], ['cores', integer(), 0], ['ram_bytes', integer(), 0], ['gpus', list(GPU, 64), []],
+  ['expert_kflop_per_s', integer(), 0], ['memory_bytes_per_s', integer(), 0]
+])
+const OFFER = record([
+  ['model_id', text(64, 64)], ['shards', bytes(8192)], ['quote', integer()],
+  ['microcredits_per_tflop', integer(PRICE_MAX)], ['microcredits_per_kv_unit', integer(PRICE_MAX)]
+])
+export const FIELDS = [
+  ['peer_id', text()],
+  ['seq', integer()],
+  ['expires_ms', integer()],
+  ['addresses', list(text(), 16), []],
+  ['lane', text(), ''],
+  ['version', text(), ''],
+  ['region', text(), ''],
+  ['hardware', HARDWARE, HARDWARE([])],
+  ['disk_bytes', integer(), 0],
+  ['offered_bytes', integer(), 0],
+  ['full', flag, false],
+  ['load', integer(), 0],
+  ['roles', list(text(), 16), []],
+  ['models', list(OFFER, 64), []],
+  ['net', bytes(64), new Uint8Array()],
+  ['paused', flag, false],
+  ['reach', text(16), ''],
+  ['relay', flag, false],
+  ['capabilities', list(text(), 32), []],
+  ['coordinate', list(integer(COORDINATE_MAX, -COORDINATE_MAX), 8), []]
 ]
 
 export function signAdvert (identity, fields) {
-  const defaults = {
-    addresses: [], lane: '', version: '', region: '', hardware: ['', 0, 0, [], 0, 0], disk_bytes: 0, offered_bytes: 0,
-    full: false, load: 0, roles: [], models: [], net: new Uint8Array()
-  }
-  const all = { ...defaults, peer_id: identity.peerId, ...fields }
-  const body = Buffer.from(encode(FIELDS.map(([name]) => all[name]), { useBigInt64: true }))
-  return Buffer.from(encode([body, identity.sign(TAG, body)]))
+  const all = { peer_id: identity.peerId, ...fields }
+  const body = encode(FIELDS.map(([name, , fallback]) => all[name] ?? fallback))
+  return encode([body, identity.sign(TAG, body)])
 }
 
 export function openAdvert (data, nowMs) {
-  if (data.length > BYTES_MAX) throw new Error('too_large')
-  const [body, signature] = strictArray(data, 2)
-  if (!(body instanceof Uint8Array) || !(signature instanceof Uint8Array)) throw new Error('malformed')
-  const values = strictArray(body)
-  if (!record(FIELDS)(values)) throw new Error('malformed')
+  if (data.length > BYTES_MAX) throw new BadAdvert('too_large', `${data.length} bytes`)
+  const [body, signature] = unpack(data)
+  need(body instanceof Uint8Array && signature instanceof Uint8Array, 'an envelope of two byte strings')
+  need(encode([body, signature]).equals(data), 'an envelope in its shortest encoding')
+  const values = record(FIELDS)(unpack(body))
   const advert = Object.fromEntries(FIELDS.map(([name], index) => [name, values[index]]))
-  if (!verify(publicKeyOf(advert.peer_id), TAG, body, signature)) throw new Error('signature')
+  let key
+  try {
+    key = publicKeyOf(advert.peer_id)
+  } catch (error) {
+    throw new BadAdvert('malformed', error.message)
+  }
+  if (!verify(key, TAG, body, signature)) throw new BadAdvert('signature', advert.peer_id)
+  checkSense(advert)
   const now = BigInt(nowMs)
-  if (BigInt(advert.expires_ms) <= now) throw new Error('expired')
-  if (BigInt(advert.expires_ms) - now > LIFE_MS_MAX + SKEW_MS_MAX || BigInt(advert.seq) > now + BigInt(SKEW_MS_MAX)) throw new Error('future')
+  if (BigInt(advert.expires_ms) <= now) throw new BadAdvert('expired', advert.peer_id)
+  if (BigInt(advert.expires_ms) - now > LIFE_MS_MAX + SKEW_MS_MAX || BigInt(advert.seq) > now + BigInt(SKEW_MS_MAX)) {
+    throw new BadAdvert('future', advert.peer_id)
+  }
   return advert
 }
 
-function strictArray (data, size) {
+function unpack (data) {
   let value
   try {
-    value = decode(data, { useBigInt64: true })
+    value = decode(data)
   } catch (error) {
-    throw new Error(`malformed: ${error.message}`)
+    throw new BadAdvert('malformed', error.message)
   }
-  if (!Array.isArray(value) || (size !== undefined && value.length !== size)) throw new Error('malformed')
+  need(Array.isArray(value), 'an array')
   return value
+}
+
+function checkSense (advert) {
+  for (const address of advert.addresses) {
+    const match = ADDRESS.exec(address)
+    const port = Number(match?.[3])
+    if (match === null || port < 1 || port > 65535) throw new BadAdvert('absurd', `the address ${address}`)
+    const peer = match[5] === undefined ? match[4] : match[6]
+    if (peer !== undefined && peer !== advert.peer_id) throw new BadAdvert('absurd', `another peer's address ${address}`)
+  }
+  const models = advert.models.map(([modelId]) => modelId)
+  if (new Set(models).size < models.length) throw new BadAdvert('absurd', 'one model twice')
+  const [cpu, , , gpus] = advert.hardware
+  const words = [advert.lane, advert.version, advert.region, advert.reach, cpu, ...gpus.map(([name]) => name)]
+  if ([...words, ...advert.roles, ...advert.capabilities].some(word => /[\p{C}\p{Z}]/u.test(word.replaceAll(' ', '')))) {
+    throw new BadAdvert('absurd', 'a text that is not printable')
+  }
 }

@@ -1,6 +1,7 @@
 // Ed25519 identities, peer ids and tagged signatures: docs/protocol.md, "Identity".
 
 import { createPrivateKey, createPublicKey, sign as signRaw, verify as verifyRaw } from 'node:crypto'
+import { ed25519 } from '@noble/curves/ed25519.js'
 import { base58btc } from 'multiformats/bases/base58'
 
 const PEER_ID_PREFIX = Buffer.from('002408011220', 'hex')
@@ -31,8 +32,19 @@ export class Identity {
   }
 }
 
+// libraries disagree on keys outside the prime-order group, so they are refused before anything is verified
+function isValidKey (publicKey) {
+  if (publicKey.length !== 32) return false
+  try {
+    const point = ed25519.Point.fromBytes(publicKey)
+    return point.isTorsionFree() && !point.isSmallOrder()
+  } catch {
+    return false
+  }
+}
+
 export function verify (publicKey, tag, body, signature) {
-  if (publicKey.length !== 32 || signature.length !== 64) return false
+  if (signature.length !== 64 || !isValidKey(publicKey)) return false
   const key = createPublicKey({ key: Buffer.concat([KEY_PREFIX, publicKey]), format: 'der', type: 'spki' })
   return verifyRaw(null, Buffer.concat([tag, body]), key, signature)
 }
