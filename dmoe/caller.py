@@ -13,7 +13,7 @@ Invariants:
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from time import perf_counter_ns
@@ -282,7 +282,7 @@ class CallerSession:
         return out
 
     async def _run_chunk(self, layer: int, h: FloatRows, experts: Indices | None, weights: Weights | None) -> FloatRows:
-        shape, buffer = wire.encode(h)
+        shape, buffer = wire.encode(h, self._model.dtype)
         seen = wire.decode(shape, buffer)
         timeout = self._caller.call_timeout_ms / 1000
         work = _Layer(layer, seen, shape, buffer, experts, weights, trio.current_time() + timeout)
@@ -456,7 +456,7 @@ class CallerSession:
             raise RemoteError("not_found", f"a shard of layer {work.layer} was unloaded meanwhile")
         partials = await worker.compute(here, work.layer, work.rows, work.experts, work.weights, work.deadline)
         for group, partial in zip(groups, partials, strict=True):
-            work.partials[group] = wire.rounded(partial)
+            work.partials[group] = wire.rounded(partial, self._model.dtype)
         return (perf_counter_ns() - start) / 1000
 
     async def _call(self, work: _Layer, job: _Job, places: Sequence[Place], quote: Quote) -> float:
@@ -473,7 +473,7 @@ class CallerSession:
                 raise
             channel = header["channel"] = await self._channel(work, job, quote, reopen=True)
             reply = await self._send(work, job, header, buffers)
-        answer, service_us = _answer(reply, peer, len(groups), shape["shape"])
+        answer, service_us = _answer(reply, peer, len(groups), shape)
         if self._caller.buyer is not None and channel:
             experts = None if work.experts is None else work.experts if chosen is None else work.experts[chosen]
             owed = _Owed(
@@ -533,22 +533,22 @@ def _request(work: _Layer, model: ModelMap, places: Sequence[Place]) -> tuple[An
         chosen, shape, buffer, experts, weights = None, work.shape, work.buffer, work.experts, work.weights
     else:
         chosen = np.flatnonzero(mask)
-        shape, buffer = wire.encode(work.rows[chosen])  # already rounded: rounding again changes nothing
+        shape, buffer = wire.encode(work.rows[chosen], model.dtype)  # already rounded: rounding again changes nothing
         experts, weights = work.experts[chosen], work.weights[chosen]
     ids, scales = np.ascontiguousarray(experts, "<i4"), np.ascontiguousarray(weights, "<f4")
     return chosen, shape, [buffer, ids.data.cast("B"), scales.data.cast("B")]
 
 
-def _answer(reply: Reply, peer: PeerId, groups: int, shape: Sequence[int]) -> tuple[FloatRows, float]:
+def _answer(reply: Reply, peer: PeerId, groups: int, shape: Mapping[str, Any]) -> tuple[FloatRows, float]:
     """The partial sums ``f32[G, N, H]`` and the service time the peer claims."""
-    count, width = shape
+    count, width = shape["shape"]
     if len(reply.buffers) != 1:
         raise RemoteError("protocol", f"{peer} answered with {len(reply.buffers)} buffers", peer_id=peer)
     try:
         rows = wire.decode(reply.header, reply.buffers[0])
     except IntegrityError as error:
         raise RemoteError("integrity", f"{peer} answered with {error.message}", peer_id=peer) from error
-    if rows.shape != (groups * count, width):
+    if rows.shape != (groups * count, width) or reply.header.get("dtype") != shape.get("dtype"):
         raise RemoteError("protocol", f"{peer} answered with shape {list(rows.shape)}", peer_id=peer)
     service = reply.header.get("service_us", 0)
     return rows.reshape(groups, count, width), float(service) if type(service) is int and service >= 0 else 0.0

@@ -245,24 +245,25 @@ class LocalExperts:
             [by_id[manifest.expert_shard(layer, group).id] for group in groups] for layer in range(arch.layers)
         ]
         self._flops_per_row = sum(shard.shard.flops_per_row for shard in self._layers[0])
+        self._dtype = manifest.wire_dtype
         self._threads = ThreadPoolExecutor(max(1, threads), "experts")
 
     async def run(self, layer: int, h: FloatRows, routing: Routing) -> FloatRows:
         """See :class:`Experts`."""
         if len(h) * self._flops_per_row <= INLINE_FLOPS_MAX:
             await trio.lowlevel.checkpoint()
-            seen = wire.rounded(h)
+            seen = wire.rounded(h, self._dtype)
             partials = [shard.partial(layer, seen, routing.experts, routing.weights) for shard in self._layers[layer]]
             # rows are rounded one by one, so all groups can be rounded in one call
-            rows = wire.rounded(np.concatenate(partials))
+            rows = wire.rounded(np.concatenate(partials), self._dtype)
             return wire.total(list(rows.reshape(len(partials), *h.shape)), h.shape)
         return await trio.to_thread.run_sync(self._run_parallel, layer, h, routing)
 
     def _run_parallel(self, layer: int, h: FloatRows, routing: Routing) -> FloatRows:
-        seen = wire.rounded(h)
+        seen = wire.rounded(h, self._dtype)
 
         def run(shard: ExpertShard) -> FloatRows:
-            return wire.rounded(shard.partial(layer, seen, routing.experts, routing.weights))
+            return wire.rounded(shard.partial(layer, seen, routing.experts, routing.weights), self._dtype)
 
         return wire.total(list(self._threads.map(run, self._layers[layer])), h.shape)
 

@@ -12,7 +12,7 @@ Invariants:
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -164,12 +164,9 @@ class ExpertShard:
             return total
         assert experts is not None
         assert weights is not None
-        total = np.zeros(h.shape, np.float32)
-        for expert in self._experts:
-            rows, choices = np.nonzero(experts == expert)
-            if rows.size:
-                total[rows] += weights[rows, choices, None] * self._sessions[layer, expert].run(h[rows])
-        return total
+        return weighted_sum(
+            self._experts, h, experts, weights, lambda expert, rows: self._sessions[layer, expert].run(rows)
+        )
 
     def close(self) -> None:
         """Free the sessions and their memory."""
@@ -180,6 +177,33 @@ class ExpertShard:
         row = np.zeros((1, self._hidden), np.float32)
         for expert in self._sessions.values():
             expert.run(row)
+
+
+def weighted_sum(
+    members: Sequence[int],
+    h: FloatRows,
+    experts: IntRows,
+    weights: FloatRows,
+    run: Callable[[int, FloatRows], FloatRows],
+) -> FloatRows:
+    """``f32[N, H]``: per row the sum of ``weight * run(expert, row)`` over those of ``members`` that it chose, in their
+    order; 0 for a row that chose none. ``run`` gives an array that may be written to."""
+    total: FloatRows | None = None
+    everybody = np.arange(len(h))
+    for expert in members:
+        rows, choices = np.nonzero(experts == expert)
+        if not rows.size:
+            continue
+        whole = np.array_equal(rows, everybody)  # then nothing has to be gathered and scattered
+        y = run(expert, h if whole else h[rows])
+        y *= weights[rows, choices, None]
+        if total is None:
+            total = np.zeros(h.shape, np.float32)
+        if whole:
+            total += y
+        else:
+            total[rows] += y
+    return np.zeros(h.shape, np.float32) if total is None else total
 
 
 class _Expert:

@@ -2,10 +2,10 @@
 
 Owns: what caller and worker must read alike. Does not own: who is called, what runs.
 
-Request: header ``{"model", "layer", "groups", "quote", "channel", "shape", "bf16"?, "top_k"?}``; buffers: rows as
-:mod:`dmoe.core.wire` makes them and, if ``top_k`` is set, expert indices ``i32[N, k]`` and weights ``f32[N, k]``.
-Answer: header ``{"shape", "bf16"?, "service_us"}``; buffer: the partial sums of the groups, in the order asked, stacked
-as ``[groups * N, H]`` and rounded once per row.
+Request: header ``{"model", "layer", "groups", "quote", "channel", "shape", "bf16"?, "dtype"?, "top_k"?}``; buffers:
+rows as :mod:`dmoe.core.wire` makes them and, if ``top_k`` is set, expert indices ``i32[N, k]`` and weights ``f32[N, k]``.
+Answer: header ``{"shape", "bf16"?, "dtype"?, "service_us"}``; buffer: the partial sums of the groups, in the order
+asked, stacked as ``[groups * N, H]`` and rounded once per row.
 
 Invariants:
 1. Caller and worker compute the same kFLOP and the same leaf from what they sent and received.
@@ -44,6 +44,7 @@ class ExpertCall:
     groups: tuple[int, ...]
     quote: int
     channel: bytes
+    dtype: wire.Dtype
     rows: wire.FloatRows
     experts: Indices | None
     weights: Weights | None
@@ -82,7 +83,7 @@ def parse(header: Mapping[str, Any], buffers: Sequence[memoryview]) -> ExpertCal
         weights = _matrix(buffers[2], np.dtype("<f4"), len(rows), top_k, "weights")
         if not np.isfinite(weights).all() or experts.min() < 0:
             raise RequestError("invalid_request", "expert.run: routing holds a negative index or a weight not finite")
-    return ExpertCall(model_id, layer, tuple(groups), quote, channel, rows, experts, weights)
+    return ExpertCall(model_id, layer, tuple(groups), quote, channel, wire.dtype_of(header), rows, experts, weights)
 
 
 def kflop(

@@ -171,7 +171,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     source: Source
     architecture: Architecture
     quantisation: Quantisation
-    wire_dtype: Literal["fp16"] = "fp16"
+    wire_dtype: Literal["fp16", "fp32"] = "fp16"
     sum_groups: tuple[tuple[int, ...], ...]
     shards: tuple[Shard, ...]
     tokenizer: ModelFile

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from config.vocabulary import PeerId
 from dmoe.core.dispatch import Need, Replica
 from dmoe.core.manifest import Manifest
+from dmoe.core.wire import Dtype
 from dmoe.ports import Quote
 from p2p.core.advert import Advert
 
@@ -40,6 +41,7 @@ class ModelMap:
     model_id: str
     width: int
     top_k: int
+    dtype: Dtype
     layers: tuple[tuple[Place, ...], ...]
     group_of: NDArray[np.int32]
 
@@ -69,7 +71,9 @@ def map_of(manifest: Manifest) -> ModelMap:
             )
         )
     top_k = 0 if architecture.router.kind == "all" else architecture.router.top_k
-    return ModelMap(manifest.name, manifest.model_id, architecture.hidden, top_k, tuple(layers), group_of)
+    return ModelMap(
+        manifest.name, manifest.model_id, architecture.hidden, top_k, manifest.wire_dtype, tuple(layers), group_of
+    )
 
 
 def table_of(

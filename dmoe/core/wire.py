@@ -3,16 +3,18 @@
 Owns: the rounding of activations and their encoding. Does not own: frames, headers, or who sends what.
 
 A row travels as little-endian fp16. A row with a value outside fp16's range travels as bf16 instead; a bitmap says
-which rows do. Measured on a dense 135M model: fp16 costs a KL of 2e-6 and never changed the most likely token.
+which rows do. Measured on a dense 135M model: fp16 costs a KL of 2e-6 and never changed the most likely token. A model
+whose manifest asks for it travels as fp32, unrounded, at twice the size; what travels says so itself.
 
 Invariants:
 1. The rounding of a row depends on that row alone, never on the batch it travels in.
 2. ``decode(*encode(x)) == rounded(x)`` bit for bit, and ``rounded(rounded(x)) == rounded(x)``.
 3. Only finite numbers are encoded or decoded: anything else raises :class:`IntegrityError`.
+4. What :func:`encode` gives is memory of its own; what :func:`decode` gives may be its buffer's: it is only read.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,27 +23,34 @@ from config.errors import IntegrityError
 
 FloatRows = NDArray[np.float32]
 """``f32[N, H]``: one row per token."""
+Dtype = Literal["fp16", "fp32"]
+"""What rows are rounded to on the wire (the manifest's ``wire_dtype``)."""
 
 ROWS_MAX = 1 << 20
 WIDTH_MAX = 1 << 20
 
 _FP16 = np.dtype("<f2")
+_FP32 = np.dtype("<f4")
 _FP16_MAX = 65504.0
 _BF16_MAX_BITS = 0x7F7F
 
 
-def rounded(rows: FloatRows) -> FloatRows:
+def rounded(rows: FloatRows, dtype: Dtype = "fp16") -> FloatRows:
     """``f32[N, H] -> f32[N, H]``: the rows as the other side sees them. Raises IntegrityError if not finite."""
+    if dtype == "fp32":
+        return _checked(rows)
     if _fits_fp16(rows):
         return rows.astype(_FP16).astype(np.float32)
     codes, wide = _mixed(rows)
     return _from_mixed(codes, wide)
 
 
-def encode(rows: FloatRows) -> tuple[dict[str, Any], memoryview]:
-    """``f32[N, H]`` as header fields ``{"shape": [N, H], "bf16": bitmap if any row needs it}`` and a buffer of
-    ``2 * N * H`` bytes. Raises IntegrityError if a value is not finite."""
+def encode(rows: FloatRows, dtype: Dtype = "fp16") -> tuple[dict[str, Any], memoryview]:
+    """``f32[N, H]`` as header fields ``{"shape": [N, H], "bf16": bitmap if any row needs it, "dtype": if not fp16}``
+    and a buffer of ``2 * N * H`` bytes (fp32: 4). Raises IntegrityError if a value is not finite."""
     count, width = rows.shape
+    if dtype == "fp32":
+        return {"shape": [count, width], "dtype": "fp32"}, _bytes_of(np.array(_checked(rows), _FP32, order="C"))
     if _fits_fp16(rows):
         return {"shape": [count, width]}, _bytes_of(rows.astype(_FP16, order="C"))
     codes, wide = _mixed(rows)
@@ -52,18 +61,28 @@ def encode(rows: FloatRows) -> tuple[dict[str, Any], memoryview]:
 def decode(header: Mapping[str, Any], buffer: bytes | bytearray | memoryview) -> FloatRows:
     """The rows that :func:`encode` made, ``f32[N, H]``. Raises IntegrityError if header or buffer are malformed."""
     count, width = _shape(header)
-    if len(buffer) != 2 * count * width:
-        raise IntegrityError(
-            "integrity", f"activations of shape [{count}, {width}] need {2 * count * width} bytes, got {len(buffer)}"
-        )
+    dtype = dtype_of(header)
+    size_bytes = (2 if dtype == "fp16" else 4) * count * width
+    if len(buffer) != size_bytes:
+        message = f"activations of shape [{count}, {width}] in {dtype} need {size_bytes} bytes, got {len(buffer)}"
+        raise IntegrityError("integrity", message)
+    if dtype == "fp32":
+        # a view of the frame where it happens to be aligned
+        return _checked(np.require(np.frombuffer(buffer, _FP32), np.float32, "A").reshape(count, width))
     bitmap = header.get("bf16")
     if bitmap is None:
         rows = np.frombuffer(buffer, _FP16).reshape(count, width).astype(np.float32)
     else:
         rows = _from_mixed(np.frombuffer(buffer, "<u2").reshape(count, width), _wide_rows(bitmap, count))
-    if not _is_finite(rows):
-        raise _not_finite(rows)
-    return rows
+    return _checked(rows)
+
+
+def dtype_of(header: Mapping[str, Any]) -> Dtype:
+    """The wire dtype that a header of :func:`encode` names. Raises IntegrityError for one that is not known."""
+    dtype = header.get("dtype", "fp16")
+    if dtype == "fp16" or dtype == "fp32":
+        return dtype  # type: ignore[no-any-return]
+    raise IntegrityError("integrity", f"activations in {str(dtype)[:40]!r}; fp16 and fp32 are known here")
 
 
 def total(partials: Sequence[FloatRows], shape: tuple[int, ...]) -> FloatRows:
@@ -84,6 +103,12 @@ def _fits_fp16(rows: FloatRows) -> bool:
     return not rows.size or bool(rows.max() <= _FP16_MAX and rows.min() >= -_FP16_MAX)
 
 
+def _checked(rows: FloatRows) -> FloatRows:
+    if not _is_finite(rows):
+        raise _not_finite(rows)
+    return rows
+
+
 def _is_finite(rows: FloatRows) -> bool:
     return bool((_is_small(rows) and np.vdot(rows, rows) < np.inf) or np.isfinite(rows).all())
 
@@ -94,8 +119,7 @@ def _is_small(rows: FloatRows) -> bool:
 
 def _mixed(rows: FloatRows) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
     """16-bit codes of every row and which rows are bf16."""
-    if not _is_finite(rows):
-        raise _not_finite(rows)
+    _checked(rows)
     wide = np.abs(rows).max(axis=1) > _FP16_MAX
     codes = np.empty(rows.shape, "<u2")
     codes[~wide] = rows[~wide].astype(_FP16).view("<u2")

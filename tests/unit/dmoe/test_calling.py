@@ -400,7 +400,11 @@ async def test_a_full_queue_says_busy_with_a_hint():
             await s.workers[0].compute([loaded], 0, rows(1), None, None, trio.current_time() + 1)
         with pytest.raises(RequestError, match="at most 10"):
             s.workers[0]._places_of(
-                type("Asked", (), {"model_id": manifest.model_id, "layer": 0, "groups": (0,), "rows": rows(11)})
+                type(
+                    "Asked",
+                    (),
+                    {"model_id": manifest.model_id, "layer": 0, "groups": (0,), "dtype": "fp16", "rows": rows(11)},
+                )
             )
 
 

@@ -1,0 +1,232 @@
+"""Runs loaded shards: small calls at once on the event loop, everything else in threads, in batches.
+
+Owns: the queues' bounds, the threads, what is run together. Does not own: who asked, what it costs, which shards exist.
+
+A call that is expected to be quick and finds nobody waiting runs at once: a thread hop costs as much as a row, and a
+token needs a call per layer in sequence. Everything else queues per shard. Whenever a thread is free, a shard that has
+something waiting gets all of it, up to a row budget, run once: batches grow with the load, without a timer, while the
+loop goes on receiving. A large batch is divided over the threads that are free; its rows do not notice.
+
+Invariants:
+1. A call is refused (busy, with a hint) before it is queued, never dropped after.
+2. A row's answer does not depend on the batch it ran in (the shard's promise) nor on who else waited.
+3. A shard runs one batch at a time.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+import trio
+
+from config.errors import BusyError
+from dmoe.core.calls import Indices, Weights
+from dmoe.core.wire import FloatRows
+from dmoe.loaded import Job, LoadedShard, joined
+from dmoe.threads import Threads
+
+log = logging.getLogger(__name__)
+
+INLINE_SECONDS_MAX = 0.002
+"""Work expected to take no longer may run on the event loop."""
+CROWD_SECONDS = 0.0001
+"""A call that starts so soon after the last one ended has waited for it: calls are crowding."""
+CROWD_MEMORY_SECONDS = 0.005
+"""How long calls queue after they were last seen to crowd, so that the loop receives while a batch runs."""
+PART_ROWS_MIN = 32
+"""A batch is divided into parts of at least so many rows: fewer would waste more on loading weights than they save."""
+
+
+class Batches:
+    """The queues of a worker's shards and the threads that empty them. :meth:`later` needs :meth:`run` to run."""
+
+    def __init__(self, *, threads: int, queue_rows_max: int, batch_rows_max: int) -> None:
+        self.refused = 0
+        self.idle = trio.Event()
+        """Set whenever a call or a batch has ended; whoever waits for calm replaces it first."""
+        self._threads = Threads(threads)
+        self._queue_rows_max = queue_rows_max
+        self._batch_rows_max = batch_rows_max
+        self._ready: deque[LoadedShard] = deque()
+        self._filled = trio.Event()
+        self._last_end = 0.0
+        self._crowd_until = 0.0
+        self._running = False
+
+    async def run(self) -> None:
+        """Start what was queued since the last turn of the loop, so that what arrived together runs together."""
+        self._running = True
+        try:
+            while True:
+                await self._filled.wait()
+                self._filled = trio.Event()
+                self._start()
+        finally:
+            self._running = False
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._threads.close)
+
+    # --- at once
+
+    def now(
+        self,
+        shards: Sequence[LoadedShard],
+        layer: int,
+        rows: FloatRows,
+        experts: Indices | None,
+        weights: Weights | None,
+    ) -> list[FloatRows] | None:
+        """The unrounded partial sums of one layer, a matrix per shard, at once; None if they should queue."""
+        start = perf_counter()
+        if start - self._last_end < CROWD_SECONDS:
+            self._crowd_until = start + CROWD_MEMORY_SECONDS
+        expected = 0.0
+        for loaded in shards:
+            if not loaded.free:
+                return None
+            expected += loaded.row_seconds
+        if expected * len(rows) > INLINE_SECONDS_MAX or start < self._crowd_until:
+            return None
+        out = []
+        for loaded in shards:
+            out.append(loaded.shard.partial(layer, rows, experts, weights))
+            self._last_end = perf_counter()
+            loaded.ran(len(rows), self._last_end - start)
+            loaded.calls_at_once += 1
+            start = self._last_end
+        return out
+
+    def answered(self) -> None:
+        """A call's answer is ready: what starts right after this was waiting for it."""
+        self._last_end = perf_counter()
+        self.idle.set()
+
+    # --- in turn
+
+    async def later(
+        self,
+        shards: Sequence[LoadedShard],
+        layer: int,
+        rows: FloatRows,
+        experts: Indices | None,
+        weights: Weights | None,
+        deadline: float,
+    ) -> list[FloatRows]:
+        """The same, through the queues. ``deadline`` is a trio time.
+
+        Raises BusyError if a queue is full or the work would not be done in time.
+        """
+        assert self._running, "the worker is not running"
+        self._check_room(shards, len(rows), deadline)
+        left, done = len(shards), trio.Event()
+
+        def one_done() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                done.set()
+
+        jobs = [Job(layer, rows, experts, weights, one_done) for _ in shards]
+        for loaded, job in zip(shards, jobs, strict=True):
+            self._put(loaded, job)
+        try:
+            await done.wait()
+        except BaseException:
+            for loaded, job in zip(shards, jobs, strict=True):
+                loaded.forget(job)
+            raise
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+        return [job.answer for job in jobs if job.answer is not None]
+
+    def _check_room(self, shards: Sequence[LoadedShard], rows: int, deadline: float) -> None:
+        time_left = deadline - trio.current_time()
+        for loaded in shards:
+            wait = (loaded.rows_waiting + rows) * loaded.row_seconds
+            if loaded.rows_waiting and (loaded.rows_waiting + rows > self._queue_rows_max or wait > time_left):
+                self.refused += 1
+                message = f"{loaded.plan.shard_id}: {loaded.rows_waiting} rows wait already"
+                raise BusyError(message, "ask another replica", retry_after_ms=max(1, int(wait * 1000)))
+
+    def _put(self, loaded: LoadedShard, job: Job) -> None:
+        if loaded.free:
+            self._ready.append(loaded)
+        else:
+            self._crowd_until = perf_counter() + CROWD_MEMORY_SECONDS
+        loaded.put(job)
+        self._filled.set()
+
+    def _start(self) -> None:
+        """Give free threads something to do."""
+        while self._threads.free and self._ready:
+            loaded = self._ready.popleft()
+            if loaded.waiting and not loaded.running:  # its callers may have gone
+                _Batch(loaded, loaded.take(self._batch_rows_max), self._ended).start(self._threads)
+
+    def _ended(self, loaded: LoadedShard) -> None:
+        if loaded.waiting:
+            self._ready.append(loaded)
+        self.idle.set()
+        self._start()
+
+
+class _Batch:
+    """Jobs of one shard and layer that run together, in one thread or in parts."""
+
+    def __init__(self, loaded: LoadedShard, jobs: Sequence[Job], ended: Callable[[LoadedShard], None]) -> None:
+        self._loaded = loaded
+        self._jobs = jobs
+        self._ended = ended
+        self._rows, self._experts, self._weights = joined(jobs)
+        self._left = 0
+        self._answers: list[FloatRows | None] = []
+        self._error: BaseException | None = None
+        self._begun = 0.0
+
+    def start(self, threads: Threads) -> None:
+        """Hand it to free threads."""
+        count = len(self._rows)
+        parts = max(1, min(threads.free, count // PART_ROWS_MIN))
+        self._left, self._answers, self._begun = parts, [None] * parts, perf_counter()
+        self._loaded.running = 1
+        bounds = [count * n // parts for n in range(parts + 1)]
+        for n in range(parts):
+            threads.submit(partial(self._run, n, slice(bounds[n], bounds[n + 1])), self._part_done)
+
+    def _run(self, part: int, rows: slice) -> None:
+        """In a thread."""
+        try:
+            experts = None if self._experts is None else self._experts[rows]
+            weights = None if self._weights is None else self._weights[rows]
+            layer = self._jobs[0].layer
+            self._answers[part] = self._loaded.shard.partial(layer, self._rows[rows], experts, weights)
+        except Exception as error:
+            log.exception("running %s failed", self._loaded.plan.shard_id)
+            self._error = error
+
+    def _part_done(self) -> None:
+        self._left -= 1
+        if self._left:
+            return
+        loaded = self._loaded
+        loaded.running = 0
+        if self._error is None:
+            loaded.ran(len(self._rows), perf_counter() - self._begun)
+        self._give()
+        self._ended(loaded)
+
+    def _give(self) -> None:
+        """Every job its own rows."""
+        parts = [part for part in self._answers if part is not None]
+        whole = None if self._error is not None else parts[0] if len(parts) == 1 else np.concatenate(parts)
+        start = 0
+        for job in self._jobs:
+            job.error = self._error
+            if whole is not None:
+                job.answer = whole[start : start + len(job.rows)]
+            start += len(job.rows)
+            job.done()

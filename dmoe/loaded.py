@@ -1,0 +1,173 @@
+"""A shard in memory: what its manifest says of it, what waits for it, and how fast it is here.
+
+Owns: the figures of one loaded shard and its queue. Does not own: when it runs (``batches``), who asked (``worker``).
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from dmoe.core.calls import Indices, Weights
+from dmoe.core.manifest import Manifest
+from dmoe.core.manifest import Shard as ManifestShard
+from dmoe.core.wire import Dtype, FloatRows
+
+LATENCIES_KEPT = 512
+FASTER, SLOWER = 0.5, 0.1
+"""Weights of a new measurement: a slow one is more often the machine's doing than the shard's."""
+
+
+class Shard(Protocol):
+    """What a worker needs of :class:`dmoe.runtime.ExpertShard`."""
+
+    ram_bytes: int
+
+    def partial(self, layer: int, h: FloatRows, experts: Indices | None, weights: Weights | None) -> FloatRows:
+        """The unrounded partial sum ``f32[N, H]`` of this shard's group; thread-safe."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """What the manifest says about a loaded shard; ``index`` counts in the manifest's shard list."""
+
+    model_id: str
+    shard_id: str
+    index: int
+    layers: tuple[int, int]
+    group: int
+    experts: tuple[int, ...]
+    width: int
+    top_k: int
+    flops_per_row: int
+    dtype: Dtype = "fp16"
+
+
+def plan_of(manifest: Manifest, shard: ManifestShard) -> ShardPlan:
+    """What the worker keeps of a manifest's expert shard."""
+    router = manifest.architecture.router
+    return ShardPlan(
+        model_id=manifest.model_id,
+        shard_id=shard.id,
+        index=manifest.shard_index(shard.id),
+        layers=shard.layers,
+        group=shard.group,
+        experts=shard.experts,
+        width=manifest.architecture.hidden,
+        top_k=0 if router.kind == "all" else router.top_k,
+        flops_per_row=shard.flops_per_row,
+        dtype=manifest.wire_dtype,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One call's rows at one shard. ``done`` runs on the event loop, once, after ``answer`` or ``error`` is set."""
+
+    layer: int
+    rows: FloatRows
+    experts: Indices | None
+    weights: Weights | None
+    done: Callable[[], None]
+    answer: FloatRows | None = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True, eq=False)
+class LoadedShard:
+    """A shard with its queue and its figures."""
+
+    plan: ShardPlan
+    shard: Shard
+    waiting: deque[Job] = field(default_factory=deque)
+    rows_waiting: int = 0
+    running: int = 0
+    row_seconds: float = 0.0002
+    rows: int = 0
+    rows_computed: int = 0
+    """For peers and for this node's own answers."""
+    calls: int = 0
+    calls_at_once: int = 0
+    """Calls that ran at once, without a queue or a thread."""
+    batches: int = 0
+    batch_rows_max: int = 0
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
+
+    @property
+    def free(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return not self.running and not self.waiting
+
+    def ran(self, rows: int, seconds: float) -> None:
+        """Count a batch and learn from how long it took."""
+        spent = seconds / rows
+        self.row_seconds += (FASTER if spent < self.row_seconds else SLOWER) * (spent - self.row_seconds)
+        self.batches += 1
+        self.rows_computed += rows
+        self.batch_rows_max = max(self.batch_rows_max, rows)
+
+    def finished(self, rows: int, seconds: float) -> None:
+        """Count an answered call."""
+        self.calls += 1
+        self.rows += rows
+        self.latencies.append(seconds)
+
+    def put(self, job: Job) -> None:
+        """Queue a job."""
+        self.waiting.append(job)
+        self.rows_waiting += len(job.rows)
+
+    def forget(self, job: Job) -> None:
+        """Take back a job whose caller has gone, if it still waits."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+            self.rows_waiting -= len(job.rows)
+
+    def take(self, rows_max: int) -> list[Job]:
+        """The first job and every other of its layer that fits the row budget, in order of arrival."""
+        first = self.waiting.popleft()
+        jobs, left, rows = [first], deque[Job](), len(first.rows)
+        for job in self.waiting:
+            if job.layer == first.layer and rows + len(job.rows) <= rows_max:
+                jobs.append(job)
+                rows += len(job.rows)
+            else:
+                left.append(job)
+        self.waiting = left
+        self.rows_waiting -= rows
+        return jobs
+
+    def statistics(self) -> dict[str, Any]:
+        """Figures of this shard, JSON-able."""
+        p50, p99 = (np.percentile(self.latencies, (50, 99)) * 1000).round(3).tolist() if self.latencies else (0.0, 0.0)
+        return {
+            "calls": self.calls,
+            "calls_at_once": self.calls_at_once,
+            "rows": self.rows,
+            "rows_computed": self.rows_computed,
+            "p50_ms": p50,
+            "p99_ms": p99,
+            "rows_waiting": self.rows_waiting,
+            "batches": self.batches,
+            "batch_rows_max": self.batch_rows_max,
+            "row_us": round(self.row_seconds * 1e6, 1),
+            "ram_bytes": self.shard.ram_bytes,
+        }
+
+
+def joined(jobs: Sequence[Job]) -> tuple[FloatRows, Indices | None, Weights | None]:
+    """The rows of several jobs of one layer as one batch, with their routing if there is one."""
+    first = jobs[0]
+    if len(jobs) == 1:
+        return first.rows, first.experts, first.weights
+    rows = np.concatenate([job.rows for job in jobs])
+    if first.experts is None:
+        return rows, None, None
+    experts = np.concatenate([job.experts for job in jobs if job.experts is not None])
+    weights = np.concatenate([job.weights for job in jobs if job.weights is not None])
+    return rows, experts, weights
