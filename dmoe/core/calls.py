@@ -3,7 +3,7 @@
 Owns: what caller and worker must read alike. Does not own: who is called, what runs.
 
 Request: header ``{"model", "layer", "groups", "quote", "channel", "shape", "bf16"?, "dtype"?, "top_k"?}``; buffers:
-rows as :mod:`dmoe.core.wire` makes them and, if ``top_k`` is set, expert indices ``i32[N, k]`` and weights ``f32[N, k]``.
+rows as :mod:`dmoe.core.wire` makes them and, if ``top_k`` is set, expert indices ``i32[N, k]``, weights ``f32[N, k]``.
 Answer: header ``{"shape", "bf16"?, "dtype"?, "service_us"}``; buffer: the partial sums of the groups, in the order
 asked, stacked as ``[groups * N, H]`` and rounded once per row.
 
