@@ -158,7 +158,7 @@ class Worker:
 
     def _quick(self, call: Call) -> Reply | None:
         """Answer in the reader if that is quick; None: :meth:`_serve` does it (or says what is wrong)."""
-        if self._stopping or not call.buffers or len(call.buffers[0]) > QUICK_BYTES_MAX:
+        if self._stopping or self.paused or not call.buffers or len(call.buffers[0]) > QUICK_BYTES_MAX:
             return None
         start = perf_counter()
         try:
@@ -175,7 +175,7 @@ class Worker:
         if self._stopping:
             raise RemoteError("unavailable", "this node is shutting down", "ask another replica")
         if self.paused:
-            self._refused += 1
+            self._batches.refused += 1
             raise RemoteError("unavailable", "this node is paused by its operator", "ask another replica")
         start = perf_counter()
         self._active += 1
