@@ -6,11 +6,13 @@ or what is inside a file (``dmoe/shardfile``).
 Invariants:
 1. A file counts only if its size is right and its sha256 was verified; the verdict is remembered by size and
    modification time, so a file that is truncated or altered later is verified again and found.
-2. ``manifest.json`` appears whole or not at all.
+2. ``manifest.json`` appears whole or not at all. One that is damaged is passed over and named (:attr:`damaged`): the
+   other models work, and the model comes back once its manifest is fetched or imported again.
 3. Methods are safe to call from several threads.
 """
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +27,8 @@ from config.vocabulary import ModelId, ShardId
 from dmoe.core.manifest import CHUNK_BYTES, MANIFEST_BYTES_MAX, Manifest, ModelFile, Shard
 from dmoe.shardfile import ShardFile
 
+log = logging.getLogger(__name__)
+
 _MANIFEST = "manifest.json"
 IMPORTING_PREFIX = ".importing-"
 """Folders of imports that are still going on, or that died: never models."""
@@ -36,13 +40,19 @@ class ModelStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
+        self.damaged: dict[Path, IntegrityError | LocalError] = {}
+        """Model folders whose manifest cannot be read, and why."""
         self._lock = threading.Lock()
         self._manifests: dict[ModelId, Manifest] = {}
         self._verified: dict[Path, tuple[int, int, str]] = {}
         self._chunks: dict[bytes, list[tuple[Path, int, int]]] | None = None
         for folder in sorted(root.iterdir()):
             if folder.is_dir() and not folder.name.startswith("."):
-                self._load(folder)
+                try:
+                    self._load(folder)
+                except (IntegrityError, LocalError) as error:
+                    self.damaged[folder] = error
+                    log.warning("%s; going on without this model", error)
 
     def manifests(self) -> Mapping[ModelId, Manifest]:
         """Every model known here, whether its shards are or not. A copy."""
@@ -191,18 +201,25 @@ class ModelStore:
         with self._lock:
             self._manifests[manifest.model_id] = manifest
             self._chunks = None
+            self.damaged.pop(self.root / manifest.model_id, None)
 
     def _load(self, folder: Path) -> None:
         path = folder / _MANIFEST
-        if not path.is_file() or path.stat().st_size > MANIFEST_BYTES_MAX:
-            return
+        hint = f"it comes back from peers where the model is deployed; else import it again, or remove {folder}"
         try:
-            manifest = Manifest.parse(path.read_bytes())
+            if not path.is_file():
+                return
+            with path.open("rb") as file:
+                data = file.read(MANIFEST_BYTES_MAX + 1)
+            if len(data) > MANIFEST_BYTES_MAX:
+                raise IntegrityError("integrity", f"it is longer than {MANIFEST_BYTES_MAX} bytes")
+            manifest = Manifest.parse(data)
         except IntegrityError as error:
-            hint = f"remove {folder}, then import or fetch the model again"
-            raise IntegrityError("integrity", f"{path}: {error.message}", hint) from error
+            raise IntegrityError("integrity", f"{path} is damaged: {error.message}", hint) from error
+        except OSError as error:
+            raise LocalError("local", f"cannot read {path}: {error.strerror}", "check its owner and mode") from error
         if manifest.model_id != folder.name:
-            raise IntegrityError("integrity", f"{path} belongs to model {manifest.model_id}", f"remove {folder}")
+            raise IntegrityError("integrity", f"{path} belongs to model {manifest.model_id}", hint)
         self._register(manifest)
 
 

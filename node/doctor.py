@@ -3,6 +3,7 @@
 Works with the daemon stopped and running; changes nothing.
 """
 
+import os
 import shutil
 import socket
 import sqlite3
@@ -14,19 +15,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import trio
+
 from config import seeds
 from config.errors import EXIT_FAILED, EXIT_OK, RiosError
 from config.load import Loaded
 from config.paths import Paths
-from config.vocabulary import GIB, MIB
+from config.vocabulary import GIB, MIB, PeerId
 from node import control, founding, local, membership
 from node.cli import Context, Output
 from p2p import swarmfile
+from p2p.core.advert import CLOCK_SKEW_MS_MAX
+from p2p.core.identity import Identity
+from p2p.core.invite import Swarm
 
 DISK_COMFORTABLE_BYTES = 2 * GIB
 DISK_FREE_BYTES_MIN = 16 * MIB
 DIAL_SECONDS_MAX = 3.0
 ANSWER_SECONDS_MAX = 5.0
+CLOCK_COMFORTABLE_MS = 2000
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -174,15 +181,77 @@ def _seeds(patient: Patient) -> Iterator[Finding]:
         return
     alive = 0
     for seed in listed:
-        host, port = seeds.host_port(seed, "p2p.seeds")
+        where = ":".join(map(str, seeds.host_port(seed, "p2p.seeds")))
         try:
-            with socket.create_connection((host, port), DIAL_SECONDS_MAX):
-                alive += 1
-                yield Finding("ok", f"seed {host}:{port} answers")
-        except OSError as error:
-            yield Finding("warn", f"seed {host}:{port}: {error}", "one way in less", "ask its operator, or remove it")
+            yield Finding("ok", f"seed {where} {_greeting(patient, seed, swarm)}")
+            alive += 1
+        except (OSError, RiosError) as error:
+            text = error.message if isinstance(error, RiosError) else str(error)
+            yield Finding("warn", f"seed {where}: {text}", "one way in less", "ask its operator, or remove it")
     if not alive:
         yield Finding("fail", "no seed can be reached", "the node stays alone", "check the network and p2p.seeds")
+
+
+def _greeting(patient: Patient, seed: str, swarm: Swarm | None) -> str:
+    """That a seed proves to be who it should be: by the daemon's link, else by a handshake of our own."""
+    from p2p import keyfile, probe  # noqa: PLC0415 - loads libp2p
+
+    address, _, peer_id = seed.partition("/p2p/")
+    key = patient.paths.key
+    identity = keyfile.load(key, passphrase=patient.passphrase) if key.exists() else None
+    if identity is not None and identity.peer_id == peer_id:
+        return "is this node itself"
+    if patient.running:
+        peers = control.ask(patient.paths.control, "peers", seconds=ANSWER_SECONDS_MAX)
+        if any(peer["peer_id"] == peer_id and peer["linked"] for peer in peers):
+            return f"is linked as {peer_id}"
+    with socket.create_connection(seeds.host_port(seed, "p2p.seeds"), DIAL_SECONDS_MAX):
+        pass  # a closed port is said in the system's words
+    me = identity or Identity.from_seed(os.urandom(32))
+    spent = trio.run(probe.shake_hands, me, PeerId(peer_id), [address], swarm.key if swarm else None)
+    return f"proves to be {peer_id} ({spent * 1000:.0f} ms)"
+
+
+def _clock(patient: Patient) -> Iterator[Finding]:
+    """adverts carry times: with a wrong clock a node's own are refused, and it refuses the others'"""
+    if not patient.running:
+        return
+    skew = control.ask(patient.paths.control, "clock", seconds=ANSWER_SECONDS_MAX)
+    if skew is None:
+        return
+    off_s, peers = abs(skew["offset_ms"]) / 1000, skew["peers"]
+    text = (
+        f"this clock is {off_s:.1f} s {'behind' if skew['offset_ms'] > 0 else 'ahead of'} the median of {peers} peers"
+    )
+    if abs(skew["offset_ms"]) <= CLOCK_COMFORTABLE_MS + skew["error_ms"]:
+        yield Finding("ok", f"clock agrees with {peers} peers ({skew['offset_ms']} ms off)")
+    else:
+        level: Level = "fail" if off_s * 1000 > CLOCK_SKEW_MS_MAX else "warn"
+        yield Finding(level, text, (_clock.__doc__ or ""), "set the clock: timedatectl set-ntp true")
+
+
+def _schema(patient: Patient) -> Iterator[Finding]:
+    """a gateway refuses accounts of a newer RiOS, and upgrades those of an older one"""
+    settings = patient.loaded.settings.gateway
+    if not settings.database and not patient.paths.accounts.exists():
+        return
+    from gateway.db import migrate, session  # noqa: PLC0415 - loads SQLAlchemy
+
+    database = session.open_database(settings.database, patient.paths.data)
+    try:
+        with database.read() as connection:
+            schema = migrate.current_revision(connection)
+    finally:
+        database.close()
+    what = f"accounts database {database.place}: schema {schema or 'not made yet'}"
+    if schema == migrate.HEAD:
+        yield Finding("ok", what)
+    elif schema > migrate.HEAD:
+        why, fix = f"this RiOS knows up to {migrate.HEAD}: its gateway will not start", "install the newer RiOS again"
+        yield Finding("fail", what, why, fix)
+    else:
+        backup = "" if database.is_postgresql or not schema else " (a copy is kept beside it)"
+        yield Finding("ok", f"{what}; the gateway brings it to {migrate.HEAD} when it starts{backup}")
 
 
 def _runtime(patient: Patient) -> Iterator[Finding]:
@@ -203,6 +272,8 @@ def _models(patient: Patient) -> Iterator[Finding]:
         yield Finding("ok", "no models here yet")
         return
     store = ModelStore(patient.paths.models)
+    for error in store.damaged.values():
+        yield Finding("fail", error.message, "this model is not served and not answered with", error.hint)
     for manifest in store.manifests().values():
         try:
             held = local.verified_shards(store, manifest)
@@ -253,9 +324,11 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     _disk,
     _ports,
     _seeds,
+    _clock,
     _runtime,
     _models,
     _databases,
+    _schema,
     _ledger,
     _daemon,
 )

@@ -16,6 +16,7 @@ from dmoe.core.manifest import Manifest
 from ledger.ledger import Ledger
 from node.cli import VERSION
 from node.control import Command, Send
+from p2p import clock
 from p2p.core.identity import peer_id_of, public_key_of
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "peers.bans": _peers_bans,
             "peers.ban": _peers_ban,
             "peers.unban": _peers_unban,
+            "clock": _clock,
             "pause": _pause,
             "resume": _resume,
             "chat": _chat,
@@ -178,6 +180,12 @@ async def _peers_unban(node: "Node", args: Args, _send: Send) -> Any:  # noqa: A
     was_banned = node.network.doors.unban(subject)
     await node.network.doors.save()
     return {"subject": subject, "was_banned": was_banned}
+
+
+async def _clock(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    """How far this clock is from those of linked peers; None if none tells."""
+    skew = await clock.measure(node.network, node.network.peers())
+    return asdict(skew) if skew else None
 
 
 async def _pause(node: "Node", args: Args, send: Send) -> Any:  # noqa: ANN401 - JSON

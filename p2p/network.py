@@ -22,6 +22,7 @@ from config import seeds
 from config.errors import ConfigError, IntegrityError, LocalError, RemoteError, RiosError
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
+from p2p import clock
 from p2p.blobs import PeerBlobs
 from p2p.core import failures, headers
 from p2p.core.advert import Advert
@@ -88,6 +89,7 @@ class PeerNetwork:
         self.serve("advert.beat", self.directory.serve_beat)
         self.serve("advert.find", self.directory.finder.serve)
         self.serve("blob.get", self.blobs.serve_get)
+        self.serve(clock.METHOD, clock.serve)
 
     @property
     def peer_id(self) -> PeerId:

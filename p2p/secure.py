@@ -31,6 +31,7 @@ from libp2p.custom_types import TProtocol
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
 from libp2p.security.exceptions import HandshakeFailure
+from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 from libp2p.security.noise.patterns import IPattern, PatternXX
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -66,6 +67,7 @@ NEEDS_KEY = "this swarm needs a key: ask one of its members for an invite, then:
 OTHER_SWARM = "it is not in this node's private swarm (rios swarm show): it speaks no Noise with a swarm key"
 OTHER_KEY = "it broke off at the swarm key: it has another one; compare `rios swarm show`, or ask for a new invite"
 LEFT_OUT = "it hung up once it knew who calls: its p2p.allow does not list this node, perhaps"
+OTHER_PEER = "another peer answers at that address: has the node got a new key?"
 NOT_LISTED = "p2p.allow of this node does not list it"
 
 Buffer = bytes | bytearray | memoryview
@@ -392,8 +394,10 @@ class Noise(NoiseTransport):
     def why_refused(self, peer_id: str, error: BaseException) -> str:
         """What a failed dial says about swarm keys, in words that tell what to do; empty if nothing."""
         refused = self.refused.pop(peer_id, None)
-        if isinstance(refused, HandshakeFailure):
-            return str(refused)
+        if isinstance(refused, PeerIDMismatchesPubkey):
+            return OTHER_PEER
+        if isinstance(refused, HandshakeFailure) and str(refused) == NOT_LISTED:
+            return NOT_LISTED
         text = f"{error} {error.__cause__} {error.__context__}"
         if "negotiate the secure protocol" in text:
             return NEEDS_KEY if self.swarm_key is None else OTHER_SWARM

@@ -29,7 +29,7 @@ def migrate(database: Database) -> None:
     Raises ConfigError if the database was written by a newer RiOS, LocalError if it cannot be reached.
     """
     with database.read() as connection:
-        current = _current_revision(connection)
+        current = current_revision(connection)
     if current == HEAD:
         return
     _refuse_newer(current, database.place)
@@ -41,7 +41,8 @@ def migrate(database: Database) -> None:
         _upgrade(connection, database.place)
 
 
-def _current_revision(connection: sa.Connection) -> str:
+def current_revision(connection: sa.Connection) -> str:
+    """The schema a database has now; empty for a new one."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return ""
     return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() or ""

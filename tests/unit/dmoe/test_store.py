@@ -104,12 +104,33 @@ def test_a_manifest_alone_can_be_kept_and_removed(model, tmp_path):
     assert ModelStore(other.root).manifests() == {}
 
 
-def test_an_altered_manifest_is_refused_at_start(model):
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data.replace(b'"tiny"', b'"tinx"'), "signature"),
+        (lambda data: data[: len(data) // 2], "damaged"),
+        (lambda data: b"", "damaged"),
+        (lambda data: b"\xff" * 100, "damaged"),
+    ],
+)
+def test_a_damaged_manifest_is_passed_over_and_named(model, damage, said, caplog):
     store, manifest = model
     path = store.root / manifest.model_id / "manifest.json"
-    path.write_bytes(path.read_bytes().replace(b'"tiny"', b'"tinx"'))
-    with pytest.raises(IntegrityError, match="signature"):
-        ModelStore(store.root)
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    (store.root / ("0" * 64)).mkdir()
+    (store.root / ("0" * 64) / "manifest.json").write_bytes(good)  # of another model
+    again = ModelStore(store.root)
+    assert again.manifests() == {}
+    assert set(again.damaged) == {path.parent, store.root / ("0" * 64)}
+    error = again.damaged[path.parent]
+    assert str(path) in error.message
+    assert said in error.message
+    assert str(path) in caplog.text
+    assert "import it again" in error.hint
+    again.add_manifest(manifest)  # as it comes back from a peer
+    assert path.parent not in again.damaged
+    assert all(again.has_shard(manifest.model_id, shard.id) for shard in manifest.shards)
 
 
 def test_a_dead_import_is_no_model(model):
