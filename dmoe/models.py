@@ -24,7 +24,6 @@ from config.vocabulary import ModelId, PeerId
 from dmoe import layers
 from dmoe.caller import Caller, CallerSession
 from dmoe.core.manifest import Manifest, Shard
-from dmoe.core.routes import ModelMap, map_of
 from dmoe.generate import Report, Run
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.store import ModelStore
@@ -49,7 +48,6 @@ class SwarmExperts:
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
-        self._maps: dict[ModelId, ModelMap] = {}
 
     async def open(self, manifest: Manifest) -> tuple[layers.Experts, Callable[[], Report]]:
         """See :class:`ExpertsSource`."""
@@ -59,10 +57,7 @@ class SwarmExperts:
 
     def missing(self, manifest: Manifest) -> Sequence[Shard]:
         """See :class:`ExpertsSource`."""
-        places = self._maps.get(manifest.model_id)
-        if places is None:
-            places = self._maps[manifest.model_id] = map_of(manifest)
-        _, table = self._caller.table(places)
+        _, table = self._caller.table(self._caller.map(manifest))
         return [shard for shard in manifest.expert_shards() if manifest.shard_index(shard.id) not in table.offered]
 
 

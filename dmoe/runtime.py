@@ -189,12 +189,12 @@ def weighted_sum(
     """``f32[N, H]``: per row the sum of ``weight * run(expert, row)`` over those of ``members`` that it chose, in their
     order; 0 for a row that chose none. ``run`` gives an array that may be written to."""
     total: FloatRows | None = None
-    everybody = np.arange(len(h))
     for expert in members:
         rows, choices = np.nonzero(experts == expert)
         if not rows.size:
             continue
-        whole = np.array_equal(rows, everybody)  # then nothing has to be gathered and scattered
+        # every row once: then nothing has to be gathered and scattered
+        whole = rows.size == len(h) and bool((rows == np.arange(len(h))).all())
         y = run(expert, h if whole else h[rows])
         y *= weights[rows, choices, None]
         if total is None:

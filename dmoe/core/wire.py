@@ -104,12 +104,13 @@ def _fits_fp16(rows: FloatRows) -> bool:
 
 
 def _checked(rows: FloatRows) -> FloatRows:
-    if not _is_finite(rows):
+    if not is_finite(rows):
         raise _not_finite(rows)
     return rows
 
 
-def _is_finite(rows: FloatRows) -> bool:
+def is_finite(rows: FloatRows) -> bool:
+    """Whether every value is a finite number."""
     return bool((_is_small(rows) and np.vdot(rows, rows) < np.inf) or np.isfinite(rows).all())
 
 

@@ -279,7 +279,7 @@ async def test_a_busy_worker_is_asked_again_after_its_hint():
         session = (await s.caller()).session(manifest)
 
         async def recover():
-            while not session._caller.dispatcher.changes:
+            while not session._dispatcher.changes:
                 await trio.lowlevel.checkpoint()
             for shard in s.shards[1].values():
                 shard.fault = None

@@ -1,0 +1,72 @@
+"""What a caller owes: the channels to its workers, and the answers that are not counted for payment yet.
+
+Owns: when a channel is opened, when an answer is counted. Does not own: money (the ledger, behind
+:class:`dmoe.ports.Buyer`).
+
+Invariants:
+1. Calls that need the same channel open it once.
+2. Every answer that arrived is counted once, with the same kFLOP and leaf as at the worker.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import trio
+
+from config.vocabulary import PeerId
+from dmoe.core import calls
+from dmoe.core.calls import Indices
+from dmoe.core.routes import Place
+from dmoe.ports import Buyer, Quote
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """An answer that arrived and is not counted yet. ``experts`` are the routing that was sent, if any."""
+
+    peer: PeerId
+    channel: bytes
+    quote: Quote
+    model_id: str
+    layer: int
+    places: Sequence[Place]
+    rows: int
+    experts: Indices | None
+    request: Sequence[calls.Buffer]
+    answer: calls.Buffer
+
+
+class Purse:
+    """Channels of this node to its workers. Without a buyer nothing is ever paid."""
+
+    def __init__(self, buyer: Buyer | None) -> None:
+        self.buyer = buyer
+        self._opening: dict[PeerId, trio.Lock] = {}
+
+    def ready(self, worker: PeerId) -> bytes | None:
+        """The channel to name in a call at once; None if one has to be asked for (:meth:`channel`)."""
+        return b"" if self.buyer is None else self.buyer.channel(worker)
+
+    async def channel(self, worker: PeerId, quote: Quote, *, reopen: bool = False) -> bytes:
+        """The channel to pay a worker with; opened first where there is none (or ``reopen``)."""
+        if self.buyer is None:
+            return b""
+        channel = None if reopen else self.buyer.channel(worker)
+        if channel is not None:
+            return channel
+        if not quote.microcredits_per_tflop and not reopen:
+            return b""
+        lock = self._opening.setdefault(worker, trio.Lock())
+        async with lock:  # calls that wait here find it open
+            channel = None if reopen else self.buyer.channel(worker)
+            return channel if channel is not None else await self.buyer.open_channel(worker)
+
+    def count(self, owed: Owed) -> None:
+        """Count an answer for payment."""
+        assert self.buyer is not None
+        members = [place.experts for place in owed.places]
+        costs = [place.flops_per_row for place in owed.places]
+        kflop = calls.kflop(members, costs, owed.rows, owed.experts)
+        groups = [place.group for place in owed.places]
+        leaf = calls.leaf(owed.model_id, owed.layer, groups, owed.request, owed.answer)
+        self.buyer.used(owed.peer, owed.channel, owed.quote, kflop, leaf)
