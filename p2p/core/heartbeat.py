@@ -26,18 +26,18 @@ LOAD_STEP_MIN = 16
 
 
 class Heartbeat(msgspec.Struct, array_like=True, frozen=True):
-    """``price`` (quote number, microcredits per TFLOP, per KV unit) is that of every offer; empty: as advertised."""
+    """``price`` (quote number, microcredits per TFLOP, per KV unit) is that of every offer; None: as advertised."""
 
     peer_id: Text
     seq: Count
     load: Count = 0
     paused: bool = False
-    price: tuple[Count, Price, Price] | tuple[()] = ()
+    price: tuple[Count, Price, Price] | None = None
 
     def applied(self, advert: Advert) -> Advert:
         """The advert as it stands after this heartbeat."""
         models = advert.models
-        if self.price:
+        if self.price is not None:
             quote, per_tflop, per_kv = self.price
             models = tuple(
                 msgspec.structs.replace(
