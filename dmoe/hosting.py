@@ -13,6 +13,7 @@ Invariants:
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,6 +31,7 @@ from dmoe.fetching import Fetcher, Models
 from dmoe.taking import RETRY_FIRST_SECONDS, Loader, Progress, Taker
 from dmoe.worker import Worker
 from p2p.core.advert import Advert, ModelOffer, bitmap
+from p2p.core.heartbeat import is_worth_sending
 from p2p.face import Network
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ PATIENCE_BYTES_PER_MS = 4096
 """A node is given so much longer for a larger shard before another one steps in (4 MB/s)."""
 DROPS_AT_ONCE = 8
 HOLDERS_ASKED_MAX = 64
+LOAD_SECONDS = 0.5
 MODELS_MAX = 64
 """Models in one advert."""
 
@@ -107,6 +110,7 @@ class Hosting:
                 self._advertise()
                 self._settled_at = trio.current_time() + self._settle_seconds
                 self._nursery.start_soon(self._watch_directory)
+                self._nursery.start_soon(self._watch_load)
                 task_status.started()
                 while True:
                     self._wake = trio.Event()
@@ -195,6 +199,17 @@ class Hosting:
         while True:
             await self._network.directory.wait_change()
             self.wake()
+
+    async def _watch_load(self) -> None:
+        """Keep the own advert's load near the rows that wait, smoothed over a second or two. Small changes stay here."""
+        load = 0.0
+        while True:
+            await trio.sleep(LOAD_SECONDS)
+            load += (self._worker.rows_waiting() - load) / 2
+            own = self._network.directory.own()
+            now = msgspec.structs.replace(own, load=round(load))
+            if is_worth_sending(own, now):
+                self._network.directory.update(partial(_loaded, load=now.load))
 
     def _resume(self) -> None:
         """Load again what was served before the restart, without waiting for anybody."""
@@ -368,7 +383,6 @@ class Hosting:
         }
         own = self._network.directory.own()
         if any(getattr(own, name) != value for name, value in changes.items()):
-            changes["load"] = self._worker.rows_waiting()
             self._network.directory.update(lambda advert: msgspec.structs.replace(advert, **changes))
 
     async def _remember(self) -> None:
@@ -388,3 +402,7 @@ def _held(advert: Advert, manifest: Manifest) -> frozenset[int]:
     if offer is None:
         return frozenset()
     return frozenset(index for index in range(len(manifest.shards)) if offer.holds(index))
+
+
+def _loaded(advert: Advert, load: int) -> Advert:
+    return msgspec.structs.replace(advert, load=load)

@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from config.errors import RequestError
+from dmoe import hosting
 from dmoe.caller import Caller
 from dmoe.core import deployment, wire
 from dmoe.core.deployment import Deployment
@@ -130,6 +131,24 @@ async def test_a_deployment_spreads_shards_over_the_nodes_and_calls_use_them(tmp
         for layer in range(LAYERS):
             got = await session.run(layer, rows(2), ALL)
             assert wire.rounded(got).tobytes() == wire.rounded(expected(manifest, layer, rows(2))).tobytes()
+
+
+async def test_others_hear_of_a_load_that_changes_much_and_of_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosting, "LOAD_SECONDS", 0.02)
+    async with network(tmp_path) as net:
+        busy, other = [await net.node() for _ in range(2)]
+        waiting = [3]
+        busy.worker.rows_waiting = lambda: waiting[0]
+
+        def seen() -> int:
+            return other.network.directory.adverts()[busy.network.peer_id].load
+
+        await trio.sleep(0.2)
+        assert seen() == 0
+        waiting[0] = 400
+        await until(lambda: 300 <= seen() <= 400, "the load of 400 rows")
+        waiting[0] = 0
+        await until(lambda: seen() == 0, "no load")
 
 
 async def test_surplus_replicas_go_after_the_hold_time_and_their_files_too(tmp_path):

@@ -195,6 +195,12 @@ async def test_adverts_change_and_records_are_stored(nodes):
     c.directory.update(lambda advert: msgspec.structs.replace(advert, load=9, models=(offer,)))
     assert c.directory.adverts()[c.peer_id].load == 9
     await until(lambda: a.directory.adverts()[c.peer_id].load == 9 and b.directory.adverts()[c.peer_id].load == 9)
+    # the load alone travels as a heartbeat, if it changed much; the advert stays as it was signed
+    before = a.directory.view.signed(c.peer_id)
+    c.directory.update(lambda advert: msgspec.structs.replace(advert, load=20))
+    c.directory.update(lambda advert: msgspec.structs.replace(advert, load=700))
+    await until(lambda: a.directory.adverts()[c.peer_id].load == 700 and b.directory.adverts()[c.peer_id].load == 700)
+    assert a.directory.view.signed(c.peer_id) is before
 
     # a record whose namespace has a rule goes through the DHT, others are refused
     rule = RecordRule(lambda name, value: _must_start(value), lambda name, values: 0)
