@@ -201,7 +201,7 @@ class Hosting:
             self.wake()
 
     async def _watch_load(self) -> None:
-        """Keep the own advert's load near the rows that wait, smoothed over a second or two. Small changes stay here."""
+        """Keep the own advert's load near the rows that wait, smoothed over about a second; small changes stay here."""
         load = 0.0
         while True:
             await trio.sleep(LOAD_SECONDS)

@@ -83,4 +83,4 @@ def is_worth_sending(told: Advert, now: Advert) -> bool:
     if told.paused != now.paused:
         return True
     step = abs(now.load - told.load)
-    return step >= max(LOAD_STEP_MIN, told.load // 2) or (now.load == 0 and told.load >= LOAD_STEP_MIN)
+    return step >= max(LOAD_STEP_MIN, told.load // 2) or (now.load == 0 and told.load > 0)
