@@ -41,7 +41,7 @@ def model_file(path: str, data: bytes) -> ModelFile:
     return ModelFile(path=path, sha256=sha256(data).hexdigest(), size_bytes=len(data), chunks=chunks)
 
 
-def make_manifest(*, top_k: int = 0, experts_per_group: int = 1, name: str = "tiny") -> Manifest:
+def make_manifest(*, top_k: int = 0, experts_per_group: int = 1, name: str = "tiny", wire_dtype="fp16") -> Manifest:
     """4 layers, 4 sum groups, shards of 2 layers x 1 group, and a trunk."""
     count = GROUPS * experts_per_group
     groups = tuple(tuple(range(g * experts_per_group, (g + 1) * experts_per_group)) for g in range(GROUPS))
@@ -101,6 +101,7 @@ def make_manifest(*, top_k: int = 0, experts_per_group: int = 1, name: str = "ti
         source=Source(name="made", sha256="0" * 64),
         architecture=architecture,
         quantisation="fp32",
+        wire_dtype=wire_dtype,
         sum_groups=groups,
         shards=tuple(shards),
         tokenizer=model_file("tokenizer.json", b"{}"),

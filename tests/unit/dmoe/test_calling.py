@@ -70,11 +70,10 @@ def rows(count=1, seed=0):
 
 def expected(manifest, layer, h, routing=ALL):
     """All shards in this process, with the roundings of the wire."""
-    seen = wire.rounded(h)
-    partials = [
-        wire.rounded(FakeShard(manifest.expert_shard(layer, g)).partial(layer, seen, routing.experts, routing.weights))
-        for g in range(GROUPS)
-    ]
+    dtype = manifest.wire_dtype
+    seen = wire.rounded(h, dtype)
+    shards = [FakeShard(manifest.expert_shard(layer, g)) for g in range(GROUPS)]
+    partials = [wire.rounded(s.partial(layer, seen, routing.experts, routing.weights), dtype) for s in shards]
     return wire.total(partials, seen.shape)
 
 
@@ -113,6 +112,27 @@ async def test_remote_and_local_experts_add_up_bit_for_bit():
         assert sum(report.rows.values()) == 6 * GROUPS * LAYERS
         assert report.serving[s.nodes[1].peer_id] == {"layers": [0, 1, 2, 3], "experts": [1, 2]}
         assert report.retries == 0
+
+
+async def test_a_model_may_ask_for_fp32_on_the_wire():
+    manifest = make_manifest(top_k=2, experts_per_group=3, wire_dtype="fp32")
+    async with swarm(manifest) as s:
+        await s.node((0, 4))
+        await s.node((1, 2, 3, 5, 6, 7))
+        session = (await s.caller()).session(manifest)
+        routing = Routing(np.array([[0, 4], [11, 10], [5, 6]], np.int32), np.full((3, 2), 0.7, np.float32))
+        await answer(session, manifest, rows(3), routing)
+        fine = np.full((1, HIDDEN), np.float32(1.0001))  # fp16 would lose it
+        only = Routing(np.array([[4, 3]], np.int32), np.ones((1, 2), np.float32))
+        assert (await session.run(0, fine, only)).tobytes() == expected(manifest, 0, fine, only).tobytes()
+
+        asked = {"model": manifest.model_id, "layer": 0, "groups": [1], "quote": 0, "channel": b"", "top_k": 2}
+        header, buffer = wire.encode(fine)
+        routed = [only.experts.tobytes(), only.weights.tobytes()]
+        with pytest.raises(RemoteError, match="fp16, the model's manifest says fp32"):
+            await s.nodes[0].call(
+                s.nodes[1].peer_id, "expert.run", {**asked, **header}, [buffer, *routed], deadline_ms=1000
+            )
 
 
 async def test_large_batches_are_cut_and_give_the_same_numbers():

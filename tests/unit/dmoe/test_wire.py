@@ -103,3 +103,33 @@ def test_garbage_gives_rows_or_an_integrity_error(header, buffer):
     except IntegrityError:
         return
     assert np.isfinite(rows).all()
+
+
+@given(batches)
+def test_fp32_travels_as_it_is(rows):
+    header, buffer = wire.encode(rows, "fp32")
+    assert bits(wire.decode(header, buffer)) == bits(rows) == bits(wire.rounded(rows, "fp32"))
+    rows += 1
+    assert len(buffer) == rows.nbytes
+    assert bits(wire.decode(header, buffer)) != bits(rows), "what was encoded does not change with its source"
+
+
+def test_fp32_is_read_wherever_it_lies_in_a_frame():
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    header, buffer = wire.encode(rows, "fp32")
+    for start in range(5):
+        frame = memoryview(bytes(start) + bytes(buffer))[start:]
+        read = wire.decode(header, frame)
+        assert read.flags.aligned
+        assert read.tolist() == rows.tolist()
+
+
+def test_fp32_has_the_same_rules():
+    with pytest.raises(IntegrityError, match="not finite"):
+        wire.encode(np.array([[np.inf]], np.float32), "fp32")
+    with pytest.raises(IntegrityError, match="not finite"):
+        wire.decode({"shape": [1, 1], "dtype": "fp32"}, np.array([np.nan], "<f4").tobytes())
+    with pytest.raises(IntegrityError, match="need 8 bytes"):
+        wire.decode({"shape": [1, 2], "dtype": "fp32"}, bytes(4))
+    with pytest.raises(IntegrityError, match="'int8'"):
+        wire.decode({"shape": [1, 2], "dtype": "int8"}, bytes(4))

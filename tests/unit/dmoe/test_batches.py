@@ -1,0 +1,195 @@
+"""What runs when: at once, in turn, together, in parts; and that rows do not notice."""
+
+from contextlib import asynccontextmanager
+from threading import Barrier, get_ident
+
+import numpy as np
+import pytest
+import trio
+
+from dmoe import batches as batches_module
+from dmoe.batches import PART_ROWS_MIN, Batches
+from dmoe.loaded import LoadedShard, plan_of
+from dmoe.runtime import weighted_sum
+from dmoe.threads import Threads
+from tests.unit.dmoe.swarm_kit import HIDDEN, FakeShard, make_manifest
+
+MANIFEST = make_manifest()
+
+
+def rows(count, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, HIDDEN)).astype(np.float32)
+
+
+def loaded(index=0):
+    shard = MANIFEST.shards[index]
+    return LoadedShard(plan_of(MANIFEST, shard), FakeShard(shard))
+
+
+def forever():
+    return trio.current_time() + 60
+
+
+@asynccontextmanager
+async def running(*, threads=2, **limits):
+    limits = {"queue_rows_max": 4096, "batch_rows_max": 512} | limits
+    made = Batches(threads=threads, **limits)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(made.run)
+        await trio.testing.wait_all_tasks_blocked()
+        yield made
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_small_call_that_finds_nobody_runs_at_once():
+    async with running() as made:
+        shard, h = loaded(), rows(2)
+        (answer,) = made.now([shard], 0, h, None, None)
+        assert answer.tobytes() == shard.shard.partial(0, h, None, None).tobytes()
+        assert shard.statistics()["calls_at_once"] == 1
+
+
+async def test_calls_that_crowd_queue_instead(monkeypatch):
+    async with running() as made:
+        shard, h = loaded(), rows(1)
+        monkeypatch.setattr(batches_module, "CROWD_SECONDS", 60.0)
+        monkeypatch.setattr(batches_module, "CROWD_MEMORY_SECONDS", 0.5)
+        made.answered()  # a call has ended just now: this one was waiting for it
+        assert made.now([shard], 0, h, None, None) is None
+        monkeypatch.setattr(batches_module, "CROWD_SECONDS", 0.0)
+        assert made.now([shard], 0, h, None, None) is None, "and those after it, for a while"
+        await trio.sleep(0.6)
+        assert made.now([shard], 0, h, None, None) is not None
+        shard.running = 1
+        assert made.now([shard], 0, h, None, None) is None, "somebody is computing"
+
+
+async def test_work_that_takes_long_never_runs_on_the_loop():
+    async with running() as made:
+        shard = loaded()
+        shard.row_seconds = batches_module.INLINE_SECONDS_MAX
+        assert made.now([shard], 0, rows(2), None, None) is None
+        (answer,) = await made.later([shard], 0, rows(2), None, None, forever())
+        assert len(answer) == 2
+        assert shard.batches == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+async def test_a_large_batch_is_divided_over_free_threads_without_changing_a_bit(threads):
+    async with running(threads=threads) as made:
+        shard, h = loaded(), rows(5 * PART_ROWS_MIN + 3)
+        used, together = set(), Barrier(threads)
+        compute = shard.shard.partial
+
+        def partial(layer, part, experts, weights):
+            together.wait(10)  # broken unless all parts run at the same time
+            used.add(get_ident())
+            return compute(layer, part, experts, weights)
+
+        shard.shard.partial = partial
+        (answer,) = await made.later([shard], 0, h, None, None, forever())
+        assert len(used) == threads
+        assert answer.tobytes() == compute(0, h, None, None).tobytes()
+        assert shard.batches == 1
+        assert shard.batch_rows_max == len(h)
+
+
+async def test_a_part_that_fails_fails_its_calls_and_nothing_else():
+    async with running() as made:
+        shard, h = loaded(), rows(3 * PART_ROWS_MIN)
+        compute, seen = shard.shard.partial, []
+
+        def partial(layer, part, experts, weights):
+            seen.append(len(part))
+            if len(seen) == 1:
+                raise ValueError("broken")
+            return compute(layer, part, experts, weights)
+
+        shard.shard.partial = partial
+        with pytest.raises(ValueError, match="broken"):
+            await made.later([shard], 0, h, None, None, forever())
+        (answer,) = await made.later([shard], 0, h, None, None, forever())
+        assert answer.tobytes() == compute(0, h, None, None).tobytes()
+        assert shard.free
+
+
+async def test_what_comes_while_a_batch_runs_is_one_batch_after_it():
+    async with running(threads=1) as made:
+        shard = loaded()
+        shard.shard.gate.clear()
+        got = {}
+
+        async def ask(n):
+            (got[n],) = await made.later([shard], 0, rows(n, n), None, None, forever())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert shard.running
+            for n in range(2, 9):
+                nursery.start_soon(ask, n)
+            await trio.testing.wait_all_tasks_blocked()
+            shard.shard.gate.set()
+        assert shard.shard.batches == [1, sum(range(2, 9))]
+        for n, answer in got.items():
+            assert answer.tobytes() == shard.shard.partial(0, rows(n, n), None, None).tobytes()
+
+
+async def test_a_caller_that_goes_takes_its_rows_out_of_the_queue():
+    async with running(threads=1) as made:
+        shard = loaded()
+        shard.shard.gate.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(made.later, [shard], 0, rows(1), None, None, forever())
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.move_on_after(0.01):
+                await made.later([shard], 0, rows(5), None, None, forever())
+            assert shard.rows_waiting == 0
+            shard.shard.gate.set()
+        assert shard.shard.batches == [1]
+        assert shard.free
+
+
+async def test_threads_survive_faults_and_report_on_the_loop(caplog):
+    threads, done = Threads(1), trio.Event()
+    home = get_ident()
+
+    def fail():
+        raise ValueError("a bug")
+
+    def finish():
+        assert get_ident() == home
+        done.set()
+        raise ValueError("another bug")
+
+    threads.submit(fail, finish)
+    await done.wait()
+    again = trio.Event()
+    await trio.testing.wait_all_tasks_blocked()
+    threads.submit(lambda: None, again.set)
+    await again.wait()
+    threads.close()
+    assert {record.getMessage() for record in caplog.records} == {
+        "a fault in a compute thread",
+        "a fault after a compute thread",
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_the_weighted_sum_is_what_it_says(count):
+    dice = np.random.default_rng(count)
+    h = rows(count)
+    members = (2, 3, 4)
+    experts = np.stack([dice.permutation(6)[:3] for _ in range(count)]).astype(np.int32)
+    weights = dice.random(experts.shape, np.float32)
+    for chosen in (experts, np.full((count, 1), 3, np.int32), np.full((count, 1), 5, np.int32)):
+        scales = weights[:, : chosen.shape[1]]
+        expected = np.zeros_like(h)
+        for expert in members:
+            for row, choices in enumerate(chosen):
+                for choice, scale in zip(choices, scales[row], strict=True):
+                    if choice == expert:
+                        expected[row] += scale * (h[row] * np.float32(expert))
+        got = weighted_sum(members, h, chosen, scales, lambda expert, part: part * np.float32(expert))
+        assert got.tobytes() == expected.tobytes()
+        assert got is not h
