@@ -70,6 +70,7 @@ class P2pSettings:
         0, "Bytes a second this node takes from all peers together; 0: no limit.", minimum=0, maximum=1 << 40
     )
     loopback_limits: bool = _setting(False, "Count connections of this very machine for address and subnet limits too.")
+    lane: bool = _setting(True, "Make and take direct connections for calls; false: libp2p streams only.")
     advert_seconds: int = _setting(60, "Time between heartbeats of the own advert.", minimum=1, maximum=3600)
 
 

@@ -1,7 +1,7 @@
-"""What a carrier of RPC frames must do. ``secure.Channel`` is the one over libp2p streams."""
+"""What a carrier of RPC frames must do: ``streams.Channel`` (libp2p) and ``lane.LaneChannel`` (straight on TCP) are."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 Buffer = bytes | bytearray | memoryview
 
@@ -10,6 +10,10 @@ class Carrier(Protocol):
     """An ordered, authenticated, two-way byte stream to one peer, without a task of its own."""
 
     closed: bool
+
+    @property
+    def kind(self) -> str:
+        """``lane`` or ``stream``."""
 
     @property
     def peer_id(self) -> str:
@@ -26,8 +30,11 @@ class Carrier(Protocol):
     def open(self, receive: Callable[[memoryview], None], lost: Callable[[], None]) -> None:
         """Start delivery. Both callbacks run in the reader: they must not block or raise."""
 
-    def send(self, chunks: list[Buffer]) -> None:
-        """Send now or queue, whole and in order. Does nothing once closed."""
+    def send(self, chunks: list[Buffer], urgent: bool = False) -> None:
+        """Send now or queue, whole and in order: one frame. Does nothing once closed.
+
+        An ``urgent`` frame (small, its order does not matter) goes before frames that wait.
+        """
 
     async def drain(self) -> None:
         """Return when there is room (or the carrier is closed)."""
@@ -37,3 +44,6 @@ class Carrier(Protocol):
 
     async def close(self) -> None:
         """Close it; ``lost`` is called if it was not yet."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Kind, cipher, bytes in and out."""

@@ -4,7 +4,8 @@
 which one it talks to.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager as AsyncContext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,18 +19,21 @@ Header = Mapping[str, Any]
 """msgpack map with string keys; values are None, bool, int, float, str, bytes, lists and maps of these."""
 
 
-@dataclass(frozen=True, slots=True)
+# Call and Reply are made for every call, hence not frozen: that would cost as much as the rest of the making
+@dataclass(slots=True)
 class Call:
-    """An incoming call. ``deadline`` is a trio time; work past it is of no use to the caller."""
+    """An incoming call. ``deadline`` is a trio time; work past it is of no use to the caller. ``trace`` is the caller's
+    W3C traceparent or empty; calls made while this one is served carry it on."""
 
     peer_id: PeerId
     method: str
     header: dict[str, Any]
     buffers: tuple[memoryview, ...]
     deadline: float
+    trace: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """An answer: a header and raw byte buffers (tensors). Buffers are not copied on their way."""
 
@@ -41,6 +45,28 @@ Handler = Callable[[Call], Awaitable[Reply]]
 """Serves one unary call. A :class:`config.errors.RiosError` it raises reaches the caller with code, message and hint;
 anything else is logged and reaches the caller as code ``internal``. It runs under a cancel scope that ends at the
 call's deadline or when the caller cancels."""
+
+Quick = Callable[[Call], Reply | None]
+"""Serves a call at once, in the connection's reader: it must take microseconds and never block. None: let the
+:data:`Handler` do it, in a task."""
+
+StreamHandler = Callable[[Call, Callable[[Reply], Awaitable[None]]], Awaitable[Header]]
+"""Serves a streaming call: sends items with its second argument (which waits while the caller is slow) and returns the
+header that ends the stream. Errors, deadline and cancellation are as for :data:`Handler`."""
+
+
+class Items(Protocol):
+    """The answer of a streaming call, item by item."""
+
+    end: Header | None
+    """The header that ended the stream, once the iteration is over."""
+
+    def __aiter__(self) -> AsyncIterator[Reply]:
+        """Iterate over it."""
+
+    async def __anext__(self) -> Reply:
+        """The next item."""
+
 
 GossipHandler = Callable[[PeerId, bytes], Awaitable[None]]
 
@@ -144,8 +170,11 @@ class Network(Protocol):
     def peer_id(self) -> PeerId:
         """This node's peer id."""
 
-    def serve(self, method: str, handler: Handler) -> None:
-        """Register the handler of a method (``expert.run``, ``ledger.submit``, ...)."""
+    def serve(self, method: str, handler: Handler, *, quick: Quick | None = None) -> None:
+        """Register the handler of a method (``expert.run``, ``ledger.submit``, ...); ``quick`` is asked first."""
+
+    def serve_stream(self, method: str, handler: StreamHandler) -> None:
+        """Register the handler of a method that is called with :meth:`stream`."""
 
     async def call(
         self,
@@ -155,9 +184,25 @@ class Network(Protocol):
         buffers: Sequence[Buffer] = (),
         *,
         deadline_ms: int,
+        bulk: bool = False,
     ) -> Reply:
         """Call a peer. Raises RemoteError (``deadline``, ``unavailable`` if it cannot be reached or the link broke,
-        or the code the peer answered with) or BusyError. Calling oneself runs the handler directly."""
+        or the code the peer answered with) or BusyError. Calling oneself runs the handler directly. ``bulk`` calls
+        (megabytes in the background) never stand in the way of others."""
+
+    def stream(
+        self,
+        peer_id: PeerId,
+        method: str,
+        header: Header,
+        buffers: Sequence[Buffer] = (),
+        *,
+        deadline_ms: int,
+        bulk: bool = False,
+    ) -> AsyncContext["Items"]:
+        """Call a method that answers with a stream: ``async with network.stream(...) as items: async for reply in
+        items: ...``. Leaving the block early cancels the call there. Errors are raised as by :meth:`call`, the peer's
+        where the iteration meets them."""
 
     async def publish(self, topic: str, payload: bytes) -> None:
         """Gossip a small message (<= 64 KiB). Best effort: what must arrive has its own anti-entropy."""
@@ -183,8 +228,11 @@ __all__ = [
     "GossipHandler",
     "Handler",
     "Header",
+    "Items",
     "Network",
+    "Quick",
     "RecordRule",
     "Reply",
     "SignedAdvert",
+    "StreamHandler",
 ]

@@ -16,6 +16,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -24,32 +25,39 @@ from libp2p import new_host
 from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, IRawConnection
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
-from libp2p.custom_types import TProtocol
+from libp2p.custom_types import THandler, TProtocol
+from libp2p.io.abc import ReadWriteCloser
 from libp2p.kad_dht import value_store as value_store_module
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.records.utils import InvalidRecordType
 from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.tools.anyio_service import background_trio_service
-from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.tcp.tcp import TCP, TCPListener
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
 from config.vocabulary import PeerId
 from p2p import kademlia
+from p2p.core.doors import Limits
 from p2p.core.identity import Identity
+from p2p.doors import Doors
 from p2p.face import RecordRule
+from p2p.front import Front
 from p2p.secure import Connection, Muxer, Noise
 from p2p.streams import Channel
 
 log = logging.getLogger(__name__)
 
 RPC_PROTOCOL = TProtocol("/rios/rpc/1.0.0")
+BULK_PROTOCOL = TProtocol("/rios/rpc-bulk/1.0.0")
+"""The same frames on a stream of their own, for the calls that nobody waits for impatiently."""
 GOSSIP_PROTOCOL = TProtocol("/meshsub/1.1.0")
 RECORD_BYTES_MAX = 64 << 10
 RECORDS_MAX = 1024
@@ -60,7 +68,8 @@ NAMESPACE = "rios"
 # the library's own bound is 50,000 values
 value_store_module.MAX_VALUE_STORE_SIZE = RECORDS_MAX  # type: ignore[attr-defined]
 
-Accept = Callable[[Channel], Awaitable[None]]
+Accept = Callable[[Channel, bool], Awaitable[None]]
+"""Takes an inbound RPC stream; whether it is a bulk one."""
 Received = Callable[[PeerId, bytes], Awaitable[None]]
 Found = Callable[[PeerId], bool]
 
@@ -96,10 +105,12 @@ class _Rules(Validator):
 
 
 class _Tcp(TCP):
-    """TCP that remembers what it dialled: a dial that is cancelled half-way would leave its socket open."""
+    """TCP behind the front door, that remembers what it dialled: a dial that is cancelled half-way would leave its
+    socket open."""
 
-    def __init__(self) -> None:
+    def __init__(self, door: Front) -> None:
         super().__init__()
+        self._door = door
         self._dialled: WeakSet[trio.socket.SocketType] = WeakSet()
 
     async def _dial_resolved(self, *arguments: Any, **more: Any) -> IRawConnection:  # noqa: ANN401 - passed on
@@ -107,6 +118,15 @@ class _Tcp(TCP):
         self._dialled.add(connection.stream.stream.socket)
         raw: IRawConnection = connection
         return raw
+
+    def create_listener(self, handler_function: THandler) -> TCPListener:
+        """A listener whose sockets go through the front door first."""
+
+        async def receive(accepted: ReadWriteCloser) -> None:
+            tcp: Any = accepted
+            await self._door.receive(tcp.stream.socket, partial(handler_function, accepted))
+
+        return super().create_listener(receive)
 
     def close_all(self) -> None:
         """Close whatever is still open."""
@@ -178,6 +198,13 @@ class Host:
             store.clear_addrs(_id(peer_id))
             store.add_addrs(_id(peer_id), usable, ADDRESS_SECONDS)
 
+    def known_addresses(self, peer_id: PeerId) -> tuple[str, ...]:
+        """Where a peer can be dialled, as far as is known."""
+        try:
+            return tuple(str(address) for address in self._host.get_peerstore().addrs(_id(peer_id)))
+        except PeerStoreError:
+            return ()
+
     async def connect(self, peer_id: PeerId) -> None:
         """Have a connection to a peer. Raises RemoteError ``unavailable``."""
         peer = _id(peer_id)
@@ -188,10 +215,10 @@ class Host:
             reason = self._noise.why_refused(peer_id, error) or _short(error)
             raise RemoteError("unavailable", f"cannot reach {peer_id}: {reason}", peer_id=peer_id) from error
 
-    async def open_channel(self, peer_id: PeerId) -> Channel:
+    async def open_channel(self, peer_id: PeerId, *, bulk: bool = False) -> Channel:
         """A new RPC stream to a connected peer. Raises RemoteError ``unavailable``."""
         try:
-            return Channel(await self._host.new_stream(_id(peer_id), [RPC_PROTOCOL]))
+            return Channel(await self._host.new_stream(_id(peer_id), [BULK_PROTOCOL if bulk else RPC_PROTOCOL]))
         except Exception as error:
             message = f"cannot open an RPC stream to {peer_id}: {_short(error)}"
             raise RemoteError("unavailable", message, peer_id=peer_id) from error
@@ -199,10 +226,12 @@ class Host:
     def accept_channels(self, accept: Accept) -> None:
         """Serve RPC streams; ``accept`` returns when the channel is done."""
 
-        async def handle(stream: INetStream) -> None:
-            await accept(Channel(stream))
+        for protocol, bulk in ((RPC_PROTOCOL, False), (BULK_PROTOCOL, True)):
 
-        self._host.set_stream_handler(RPC_PROTOCOL, _guarded(handle))
+            async def handle(stream: INetStream, bulk: bool = bulk) -> None:
+                await accept(Channel(stream), bulk)
+
+            self._host.set_stream_handler(protocol, _guarded(handle))
 
     async def disconnect(self, peer_id: PeerId) -> None:
         """Close every connection to a peer."""
@@ -298,9 +327,12 @@ async def open_host(
     nursery: trio.Nursery,
     swarm_key: bytes | None = None,
     admits: Callable[[str], bool] = lambda peer_id: True,
+    door: Front | None = None,
 ) -> AsyncIterator[Host]:
     """A host that listens on ``listen``, for members of the swarm with this key only (None: for everybody) whom
     ``admits`` admits. Raises ConfigError for a bad address, LocalError ``port_taken``."""
+    if door is None:
+        door = Front(Doors(Limits(), peers_max=peers_max))
     tame_logging()
     addresses = [_listen_address(text) for text in listen]
     for address in addresses:
@@ -308,7 +340,8 @@ async def open_host(
     pair = create_new_key_pair(identity.seed)
     noise = Noise(pair, noise_privkey=create_noise_key_pair().private_key)
     noise.spawn, noise.swarm_key, noise.admits, noise.refused = nursery.start_soon, swarm_key, admits, {}
-    tcp = _Tcp()
+    noise.known, noise.ended = door.known, door.ended
+    tcp = _Tcp(door)
     host = new_host(
         key_pair=pair,
         sec_opt={noise.protocol_id: noise},

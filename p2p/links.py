@@ -1,10 +1,15 @@
 """One link per peer: dialled when needed, watched, dialled again when it breaks.
 
+A link is a direct lane or, where that cannot be had, a libp2p stream; both carry the same calls. libp2p's connection
+is made beside a lane too: DHT and gossip live there.
+
 Invariants:
 1. At most one dial per peer is under way; a caller that gives up does not end it for the others.
-2. Of two links that both sides dialled at once, both ends prefer the one that the smaller peer id opened; the other is
-   closed by its opener once nothing is in flight on it.
-3. A peer that answers no ping for :data:`PING_TIMEOUT_S` is reported as down and its links are closed. A peer whose
+2. A lane is preferred to a stream. Of two links of one kind that both sides dialled at once, both ends prefer the one
+   that the smaller peer id opened. Others are closed by their opener once nothing is in flight on them.
+3. Where a lane could not be dialled, or died young, it is left alone for :data:`LANE_RETRY_S`, longer each time; then
+   it is tried again in the background, and calls move to it.
+4. A peer that answers no ping for :data:`PING_TIMEOUT_S` is reported as down and its links are closed. A peer whose
    link broke is dialled again, and reported as down if that does not succeed within about 3 s.
 """
 
@@ -17,18 +22,26 @@ import trio
 
 from config.errors import RemoteError, RiosError
 from config.vocabulary import PeerId
-from p2p.face import Handler
+from p2p.carrier import Carrier
+from p2p.deadlines import Deadlines
 from p2p.host import Host
+from p2p.lane import Lane
+from p2p.lanes import Lanes
 from p2p.pool import Pool
-from p2p.rpc import Connection
+from p2p.rpc import Connection, Context
+from p2p.services import Service
 from p2p.streams import Channel
 
 log = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 10.0
+LANE_DIAL_S = 5.0
+LANE_RETRY_S = (15.0, 600.0)
+LANE_YOUNG_S = 2.0
 TICK_S = 2.0
 PING_TIMEOUT_S = 3.0
 REDIAL_S = (0.05, 0.7, 1.8)
+LINKS_PER_PEER_MAX = 4
 SHUTTING_DOWN = "shutting down"
 
 
@@ -48,7 +61,8 @@ class Links:
     def __init__(
         self,
         host: Host,
-        handlers: Mapping[str, Handler],
+        lanes: Lanes | None,
+        services: Mapping[str, Service],
         nursery: trio.Nursery,
         *,
         frame_bytes_max: int,
@@ -56,22 +70,36 @@ class Links:
         peers_max: int,
         up: Callable[[PeerId], None],
         down: Callable[[PeerId], None],
+        blame: Callable[[PeerId, str], None],
+        takes_lanes: Callable[[PeerId], bool | None],
     ) -> None:
         self._host = host
-        self._handlers = handlers
+        self._lanes = lanes
         self._nursery = nursery
-        self._pool = Pool(nursery)
-        self._frame_bytes_max = frame_bytes_max
-        self._calls_max = calls_max
+        self.pool = Pool(nursery)
+        self._deadlines = Deadlines()
+        self._context = Context(
+            services=services,
+            pool=self.pool,
+            deadlines=self._deadlines,
+            frame_bytes_max=frame_bytes_max,
+            calls_max=calls_max,
+            blame=blame,
+        )
         self._peers_max = peers_max
         self._up = up
         self._down = down
+        self._takes_lanes = takes_lanes
         self._links: dict[PeerId, list[Connection]] = {}
         self._best: dict[PeerId, Connection] = {}
         self._dials: dict[PeerId, _Dial] = {}
+        self._bulk_dials: dict[PeerId, trio.Event] = {}
         self._reviving: set[PeerId] = set()
+        self._no_lane: dict[PeerId, tuple[float, float]] = {}  # try again when, then wait how long
         self.closing = False
         host.accept_channels(self._accept)
+        if lanes is not None:
+            lanes.accept(self._refusal, self._serve_lane)
 
     @property
     def full(self) -> bool:
@@ -104,40 +132,137 @@ class Links:
             raise RemoteError("unavailable", f"{peer_id} cannot be reached: {reason}", peer_id=peer_id)
         return link
 
+    async def bulk(self, link: Connection) -> Connection:
+        """The connection for bulk calls that belongs to a link. Raises RemoteError ``unavailable``."""
+        peer_id = link.peer_id
+        while link.bulk is None or not link.bulk.alive:
+            dialling = self._bulk_dials.get(peer_id)
+            if dialling is not None:
+                await dialling.wait()
+                continue
+            dialling = self._bulk_dials[peer_id] = trio.Event()
+            try:
+                with trio.fail_after(DIAL_TIMEOUT_S):
+                    self._pair(link, await self._host.open_channel(peer_id, bulk=True))
+            except trio.TooSlowError:
+                raise RemoteError("unavailable", f"no bulk stream to {peer_id}", peer_id=peer_id) from None
+            finally:
+                del self._bulk_dials[peer_id]
+                dialling.set()
+        return link.bulk
+
+    # -- dialling
+
     async def _dial(self, peer_id: PeerId, dial: _Dial) -> None:
+        connecting = _Dial()
+        self._nursery.start_soon(self._connect, peer_id, connecting)
+        try:
+            if await self._dial_lane(peer_id):
+                return
+            await connecting.done.wait()
+            if connecting.error is not None:
+                raise connecting.error
+            if peer_id not in self._best:
+                with trio.fail_after(DIAL_TIMEOUT_S):
+                    self._add(await self._host.open_channel(peer_id))
+        except RiosError as error:
+            dial.error = error
+        except trio.TooSlowError:
+            dial.error = RemoteError("unavailable", f"no stream within {DIAL_TIMEOUT_S:.0f} s", peer_id=peer_id)
+        finally:
+            del self._dials[peer_id]
+            dial.done.set()
+
+    async def _connect(self, peer_id: PeerId, dial: _Dial) -> None:
+        """libp2p's connection."""
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
                 await self._host.connect(peer_id)
-                if peer_id not in self._best:
-                    self._add(await self._host.open_channel(peer_id))
         except RiosError as error:
             dial.error = error
         except trio.TooSlowError:
             dial.error = RemoteError("unavailable", f"no connection within {DIAL_TIMEOUT_S:.0f} s", peer_id=peer_id)
         finally:
-            del self._dials[peer_id]
             dial.done.set()
 
-    async def _accept(self, channel: Channel) -> None:
-        peer_id = PeerId(channel.peer_id)
-        if self.closing or (self.full and peer_id not in self._best) or len(self._links.get(peer_id, ())) >= 4:
-            await channel.close()
-            return
-        await self._add(channel).ended.wait()
+    async def _dial_lane(self, peer_id: PeerId) -> bool:
+        """Whether there is a lane now."""
+        if self._lanes is None or not self._lane_due(peer_id):
+            return False
+        try:
+            with trio.fail_after(LANE_DIAL_S):
+                lane = await self._lanes.dial(peer_id, self._host.known_addresses(peer_id))
+        except (RiosError, trio.TooSlowError) as error:
+            log.debug("no lane to %s: %s", peer_id, error)
+            self._avoid_lane(peer_id)
+            return False
+        self._no_lane.pop(peer_id, None)
+        self._add_lane(lane)
+        self._nursery.start_soon(self._read_lane, lane)
+        return True
 
-    def _add(self, channel: Channel) -> Connection:
-        link = Connection(
-            channel,
-            self._handlers,
-            self._pool,
-            frame_bytes_max=self._frame_bytes_max,
-            calls_max=self._calls_max,
-            lost=self._on_lost,
-        )
+    def _lane_due(self, peer_id: PeerId) -> bool:
+        return self._takes_lanes(peer_id) is not False and self._no_lane.get(peer_id, (0, 0))[0] <= trio.current_time()
+
+    def _avoid_lane(self, peer_id: PeerId) -> None:
+        wait_s = self._no_lane.get(peer_id, (0.0, LANE_RETRY_S[0]))[1]
+        again = trio.current_time() + wait_s * random.uniform(0.7, 1.3)
+        self._no_lane[peer_id] = again, min(2 * wait_s, LANE_RETRY_S[1])
+        while len(self._no_lane) > 4 * self._peers_max:
+            del self._no_lane[next(iter(self._no_lane))]
+
+    # -- what comes in
+
+    def _refusal(self, peer_id: PeerId) -> str:
+        """Why no more links of this peer are taken, or nothing."""
+        if self.closing:
+            return SHUTTING_DOWN
+        if self.full and peer_id not in self._best:
+            return f"{self._peers_max} peers are linked (p2p.peers_max)"
+        if len(self._links.get(peer_id, ())) >= LINKS_PER_PEER_MAX:
+            return f"more than {LINKS_PER_PEER_MAX} links of one peer"
+        return ""
+
+    async def _accept(self, channel: Channel, bulk: bool) -> None:
+        peer_id = PeerId(channel.peer_id)
+        main = next((link for link in self._links.get(peer_id, ()) if link.carrier.kind == channel.kind), None)
+        if bulk and (main is None or (main.bulk is not None and main.bulk.alive)):
+            await channel.close()
+        elif bulk and main is not None:
+            await self._pair(main, channel).ended.wait()
+        elif self._refusal(peer_id):
+            await channel.close()
+        else:
+            await self._add(channel).ended.wait()
+
+    async def _serve_lane(self, lane: Lane) -> None:
+        """Take an accepted lane in; returns when it is over."""
+        self._add_lane(lane)
+        await self._read_lane(lane)
+
+    async def _read_lane(self, lane: Lane) -> None:
+        began = trio.current_time()
+        await lane.run()
+        if trio.current_time() - began < LANE_YOUNG_S and not self.closing:
+            self._avoid_lane(lane.peer_id)
+
+    # -- the set of links
+
+    def _add_lane(self, lane: Lane) -> None:
+        bulk = Connection(lane.bulk, self._context, _not_watched)
+        self._add(lane.main, bulk)
+
+    def _add(self, carrier: Carrier, bulk: Connection | None = None) -> Connection:
+        link = Connection(carrier, self._context, self._on_lost)
+        link.bulk = bulk
         if link.alive:
             self._links.setdefault(link.peer_id, []).append(link)
             self._choose(link.peer_id)
         return link
+
+    def _pair(self, link: Connection, channel: Channel) -> Connection:
+        link.bulk = Connection(channel, self._context, _not_watched)
+        return link.bulk
 
     def _choose(self, peer_id: PeerId) -> None:
         """Pick the link that calls take; tell the layers above when the first came or the last went."""
@@ -147,14 +272,18 @@ class Links:
             self._links.pop(peer_id, None)
             self._best.pop(peer_id, None)
             return
-        # the smaller peer id's own link first; min() keeps the oldest of equals
+        # lanes first, then the smaller peer id's own; min() keeps the oldest of equals
         we_are_smaller = self._host.identity.peer_id < peer_id
         known = peer_id in self._best
-        self._best[peer_id] = min(usable, key=lambda link: link.carrier.outbound != we_are_smaller)
+        self._best[peer_id] = min(
+            usable, key=lambda link: (link.carrier.kind != "lane", link.carrier.outbound != we_are_smaller)
+        )
         if not known:
             self._up(peer_id)
 
     def _on_lost(self, link: Connection) -> None:
+        if link.bulk is not None:
+            self.pool.submit(link.bulk.carrier.close)
         links = self._links.get(link.peer_id, [])
         if link in links:
             links.remove(link)
@@ -183,8 +312,11 @@ class Links:
             log.info("peer %s is gone", peer_id)
             self._down(peer_id)
 
+    # -- watching
+
     async def run(self) -> None:
-        """Ping silent links and fold double ones, forever."""
+        """Ping silent links, fold double ones, look for lanes, forever."""
+        self._nursery.start_soon(self._deadlines.run)
         while True:
             # many links are looked at less often, so that an idle node stays idle
             tick_s = TICK_S * (1 + len(self._best) / 32)
@@ -193,11 +325,21 @@ class Links:
             for peer_id, links in list(self._links.items()):
                 for link in list(links):
                     if now - link.heard_at >= tick_s:
-                        self._pool.submit(partial(self._probe, link))
+                        self.pool.submit(partial(self._probe, link))
                     if link is not self._best.get(peer_id) and link.carrier.outbound:
-                        link.say_goodbye("another link is used")
-                        if link.in_flight == 0:
-                            self._pool.submit(link.carrier.close)
+                        self._fold(link)
+                if self._best[peer_id].carrier.kind != "lane" and self._lanes is not None and self._lane_due(peer_id):
+                    self.pool.submit(partial(self._upgrade, peer_id))
+
+    async def _upgrade(self, peer_id: PeerId) -> None:
+        if await self._dial_lane(peer_id):
+            log.debug("calls to %s take a lane from now on", peer_id)
+
+    def _fold(self, link: Connection) -> None:
+        """Another link is used: close this one once nobody uses it."""
+        link.say_goodbye("another link is used")
+        if link.in_flight == 0 and (link.bulk is None or link.bulk.in_flight == 0):
+            self.pool.submit(link.carrier.close)
 
     async def _probe(self, link: Connection) -> None:
         if not await link.ping(PING_TIMEOUT_S) and link.alive:
@@ -221,4 +363,12 @@ class Links:
 
     def statistics(self) -> dict[str, object]:
         """Numbers per peer."""
-        return {peer_id: link.statistics() for peer_id, link in self._best.items()}
+        found: dict[str, object] = {}
+        for peer_id, link in self._best.items():
+            bulk = link.bulk.statistics() if link.bulk is not None and link.bulk.alive else None
+            found[peer_id] = {**link.statistics(), "bulk": bulk}
+        return found
+
+
+def _not_watched(_link: Connection) -> None:
+    """A bulk connection needs nobody: the next bulk call opens another."""

@@ -10,7 +10,8 @@ Invariants:
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -20,10 +21,10 @@ from typing import Any
 import msgspec
 import trio
 
-from config.errors import IntegrityError, RemoteError, RequestError, RiosError
+from config.errors import IntegrityError, RemoteError, RequestError
 from config.vocabulary import PeerId
+from p2p import trace
 from p2p.core.advert import LIFE_MS_MAX, Advert
-from p2p.core.failures import from_header, internal, to_header
 from p2p.core.headers import pack, unpack
 from p2p.core.identity import Identity
 from p2p.face import (
@@ -34,9 +35,14 @@ from p2p.face import (
     GossipHandler,
     Handler,
     Header,
+    Items,
+    Quick,
     RecordRule,
     Reply,
+    StreamHandler,
 )
+from p2p.own import answer, call_of, stream
+from p2p.services import Service, Services
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +225,7 @@ class MemoryNetwork:
         self.directory = MemoryDirectory(hub, identity.peer_id, advert)
         self.blobs = MemoryBlobs(hub, identity.peer_id)
         self._hub = hub
-        self._handlers: dict[str, Handler] = {}
+        self._services = Services()
         self._topics: dict[str, list[GossipHandler]] = {}
         self._serving: set[trio.CancelScope] = set()
 
@@ -233,10 +239,13 @@ class MemoryNetwork:
         """No addresses in memory."""
         return ()
 
-    def serve(self, method: str, handler: Handler) -> None:
+    def serve(self, method: str, handler: Handler, *, quick: Quick | None = None) -> None:
         """Register the handler of a method."""
-        assert method not in self._handlers, f"{method} is served already"
-        self._handlers[method] = handler
+        self._services.add(method, Service(handler, quick))
+
+    def serve_stream(self, method: str, handler: StreamHandler) -> None:
+        """Register the handler of a streaming method."""
+        self._services.add(method, Service(stream=handler))
 
     async def call(
         self,
@@ -246,11 +255,12 @@ class MemoryNetwork:
         buffers: Sequence[Buffer] = (),
         *,
         deadline_ms: int,
+        bulk: bool = False,
     ) -> Reply:
         """See :meth:`p2p.face.Network.call`."""
         await trio.lowlevel.checkpoint()
         hub, deadline = self._hub, trio.current_time() + deadline_ms / 1000
-        call = Call(self.peer_id, method, _wire(header), _copies(buffers), deadline)
+        call = call_of(self.peer_id, method, trace.on(header), _copies(buffers), deadline)
         with trio.CancelScope(deadline=deadline):
             delivered = peer_id == self.peer_id or await hub.travel()
             self._check_way(peer_id)
@@ -268,22 +278,44 @@ class MemoryNetwork:
 
     async def answer(self, call: Call) -> Reply:
         """Run the handler for a call that arrived here."""
-        handler = self._handlers.get(call.method)
-        if handler is None:
-            raise RemoteError("not_found", f"{self.peer_id} does not serve {call.method}", peer_id=self.peer_id)
+        with self._while_up() as scope:
+            reply = await answer(self._services, call, self.peer_id)
+            return Reply(unpack(pack(reply.header)), _copies(reply.buffers))
+        assert scope.cancelled_caught
+        raise self._broke()
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        peer_id: PeerId,
+        method: str,
+        header: Header,
+        buffers: Sequence[Buffer] = (),
+        *,
+        deadline_ms: int,
+        bulk: bool = False,
+    ) -> AsyncIterator[Items]:
+        """See :meth:`p2p.face.Network.stream`. A loss delays an item, it never drops one: streams are ordered."""
+        await trio.lowlevel.checkpoint()
+        deadline = trio.current_time() + deadline_ms / 1000
+        call = call_of(self.peer_id, method, trace.on(header), _copies(buffers), deadline)
+        self._check_way(peer_id)
+        node = self._hub.nodes[peer_id]
+        async with stream(node._services, call, peer_id, self._hub.travel, node._while_up) as items:
+            yield items
+
+    @contextmanager
+    def _while_up(self) -> Iterator[trio.CancelScope]:
+        """A handler's scope; it is cancelled when this node is killed."""
         with trio.CancelScope() as scope:
             self._serving.add(scope)
             try:
-                reply = await handler(call)
-                return Reply(_wire(reply.header), _copies(reply.buffers))
-            except RiosError as error:
-                raise from_header(to_header(error), self.peer_id) from error
-            except Exception as error:
-                log.exception("handler of %s failed", call.method)
-                raise from_header(internal(), self.peer_id) from error
+                yield scope
             finally:
                 self._serving.discard(scope)
-        raise RemoteError("unavailable", f"the link to {self.peer_id} broke", peer_id=self.peer_id)
+
+    def _broke(self) -> RemoteError:
+        return RemoteError("unavailable", f"the link to {self.peer_id} broke", peer_id=self.peer_id)
 
     def break_calls(self) -> None:
         """End every call that runs here; its callers see a broken link."""
@@ -319,11 +351,6 @@ class MemoryNetwork:
     def statistics(self) -> Mapping[str, Any]:
         """Few numbers: there is not much to see in memory."""
         return {"carrier": "memory", "peers": len(self.peers()), "serving": len(self._serving)}
-
-
-def _wire(header: Header) -> dict[str, Any]:
-    """The header as the other side would read it; anything that cannot travel fails here."""
-    return unpack(pack(header))
 
 
 def _copies(buffers: Sequence[Buffer]) -> tuple[memoryview, ...]:

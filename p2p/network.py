@@ -22,20 +22,25 @@ from config import seeds
 from config.errors import ConfigError, IntegrityError, LocalError, RemoteError, RiosError
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
-from p2p import clock
+from p2p import clock, trace
 from p2p.blobs import PeerBlobs
-from p2p.core import failures, headers
 from p2p.core.advert import Advert
 from p2p.core.doors import Limits
 from p2p.core.identity import Identity, public_key_of
 from p2p.directory import BEAT_TOPIC, TOPIC, PeerDirectory
 from p2p.doors import Doors
-from p2p.face import Buffer, Call, GossipHandler, Handler, Header, Reply
+from p2p.face import Buffer, GossipHandler, Handler, Header, Items, Quick, Reply, StreamHandler
+from p2p.front import Front
 from p2p.gossip import Gossip
+from p2p.handshake import Keys
 from p2p.host import Host, open_host, parse_address
+from p2p.lanes import PROTOCOL, Lanes
 from p2p.links import Links
 from p2p.mesh import Mesh, by_peer
+from p2p.own import own_call, own_stream
 from p2p.peerbook import Peerbook
+from p2p.rpc import Connection, NotSentError
+from p2p.services import Service, Services
 
 log = logging.getLogger(__name__)
 
@@ -57,29 +62,36 @@ class PeerNetwork:
         book: Peerbook,
         seed_addresses: Mapping[PeerId, Sequence[str]],
         advert: Advert,
-        doors: Doors,
+        front: Front,
+        lanes: Lanes,
     ) -> None:
-        self.doors = doors
+        self.doors = front.doors
+        self.front = front
+        self.lanes = lanes
         self.identity = identity
         self._host = host
         self._nursery = nursery
-        self._handlers: dict[str, Handler] = {}
+        self._services = Services()
         bare = advert.addresses or settings.announce or _reachable(host.addresses)
         self.addresses = tuple(f"{a.partition('/p2p/')[0]}/p2p/{identity.peer_id}" for a in bare)[:ADDRESSES_MAX]
-        own = msgspec.structs.replace(advert, peer_id=identity.peer_id, addresses=self.addresses)
+        lane = PROTOCOL if settings.lane else ""
+        own = msgspec.structs.replace(advert, peer_id=identity.peer_id, addresses=self.addresses, lane=lane)
         self.directory = PeerDirectory(
-            identity, host, self, own, advert_seconds=settings.advert_seconds, blame=doors.blame
+            identity, host, self, own, advert_seconds=settings.advert_seconds, blame=self.doors.blame
         )
         self.blobs = PeerBlobs(self, identity.peer_id)
         self.links = Links(
             host,
-            self._handlers,
+            lanes if settings.lane else None,
+            self._services,
             nursery,
             frame_bytes_max=settings.frame_bytes_max,
             calls_max=settings.calls_per_peer_max,
             peers_max=settings.peers_max,
             up=self._link_up,
             down=self.directory.link_down,
+            blame=self.doors.blame,
+            takes_lanes=self._takes_lanes,
         )
         self._book = book
         self._mesh = Mesh(host, self.links, self.directory, book, seed_addresses)
@@ -96,10 +108,13 @@ class PeerNetwork:
         """This node's peer id."""
         return self.identity.peer_id
 
-    def serve(self, method: str, handler: Handler) -> None:
+    def serve(self, method: str, handler: Handler, *, quick: Quick | None = None) -> None:
         """Register the handler of a method."""
-        assert method not in self._handlers, f"{method} is served already"
-        self._handlers[method] = handler
+        self._services.add(method, Service(handler, quick))
+
+    def serve_stream(self, method: str, handler: StreamHandler) -> None:
+        """Register the handler of a streaming method."""
+        self._services.add(method, Service(stream=handler))
 
     async def call(
         self,
@@ -109,36 +124,64 @@ class PeerNetwork:
         buffers: Sequence[Buffer] = (),
         *,
         deadline_ms: int,
+        bulk: bool = False,
     ) -> Reply:
         """See :meth:`p2p.face.Network.call`."""
         deadline = trio.current_time() + deadline_ms / 1000
+        if trace.current.get():
+            header = trace.on(header)
         link = self.links.ready(peer_id)
-        if link is None:
+        if link is None or bulk:
             if peer_id == self.peer_id:
-                return await self._call_self(method, header, buffers, deadline)
-            with trio.CancelScope(deadline=deadline):
-                link = await self.links.get(peer_id)
-            if link is None:
-                raise RemoteError("deadline", f"{peer_id} was not reached in {deadline_ms} ms", peer_id=peer_id)
+                return await own_call(self._services, self.peer_id, method, header, buffers, deadline)
+            link = await self._link(peer_id, bulk, deadline)
+        try:
+            return await link.call(method, header, buffers, deadline)
+        except NotSentError:
+            log.debug("a call of %s to %s goes another way", method, peer_id)
+        link = await self._link(peer_id, bulk, deadline)
         return await link.call(method, header, buffers, deadline)
 
-    async def _call_self(self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float) -> Reply:
-        """The handler, directly, with the same errors as over the wire."""
-        await trio.lowlevel.checkpoint()
-        handler = self._handlers.get(method)
-        if handler is None:
-            raise RemoteError("not_found", f"{method!r} is not served here", peer_id=self.peer_id)
-        views = tuple(memoryview(buffer).cast("B") for buffer in buffers)
-        call = Call(self.peer_id, method, headers.unpack(headers.pack(header)), views, deadline)
+    async def _link(self, peer_id: PeerId, bulk: bool, deadline: float) -> Connection:
+        """The connection to a peer. Raises RemoteError ``deadline`` or ``unavailable``."""
         with trio.CancelScope(deadline=deadline):
-            try:
-                return await handler(call)
-            except RiosError as error:
-                raise failures.from_header(failures.to_header(error), self.peer_id) from error
-            except Exception as error:
-                log.exception("the handler of %s failed", method)
-                raise failures.from_header(failures.internal(), self.peer_id) from error
-        raise RemoteError("deadline", f"{method} missed its deadline", peer_id=self.peer_id)
+            link = await self.links.get(peer_id)
+            return await self.links.bulk(link) if bulk else link
+        raise RemoteError("deadline", f"{peer_id} was not reached in time", peer_id=peer_id)
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        peer_id: PeerId,
+        method: str,
+        header: Header,
+        buffers: Sequence[Buffer] = (),
+        *,
+        deadline_ms: int,
+        bulk: bool = False,
+    ) -> AsyncIterator[Items]:
+        """See :meth:`p2p.face.Network.stream`."""
+        deadline = trio.current_time() + deadline_ms / 1000
+        header = trace.on(header)
+        if peer_id == self.peer_id:
+            async with own_stream(self._services, peer_id, method, header, buffers, deadline) as own:
+                yield own
+            return
+        link = await self._link(peer_id, bulk, deadline)
+        try:
+            items = link.stream(method, header, buffers, deadline)
+        except NotSentError:
+            link = await self._link(peer_id, bulk, deadline)
+            items = link.stream(method, header, buffers, deadline)
+        try:
+            yield items
+        finally:
+            items.close()
+
+    def _takes_lanes(self, peer_id: PeerId) -> bool | None:
+        """Whether a peer's advert says so; None: nobody knows."""
+        advert = self.directory.adverts().get(peer_id)
+        return None if advert is None else advert.lane == PROTOCOL
 
     async def publish(self, topic: str, payload: bytes) -> None:
         """See :meth:`p2p.face.Network.publish`."""
@@ -159,12 +202,12 @@ class PeerNetwork:
     def statistics(self) -> Mapping[str, Any]:
         """Numbers for status and metrics."""
         return {
-            "carrier": "libp2p",
             "peers": len(self.links.peers()),
             "directory": self.directory.statistics(),
             "links": self.links.statistics(),
             "gossip": {"sent": self._gossip.sent, "received": self._gossip.received},
             "doors": self.doors.statistics(),
+            "front": self.front.statistics(),
             "blobs": {"served_bytes": self.blobs.served_bytes, "fetched_bytes": self.blobs.fetched_bytes},
             **self._host.statistics(),
         }
@@ -227,6 +270,7 @@ async def open_network(
     doors = Doors(_limits(settings), peers_max=settings.peers_max, file=data_dir / "bans.json")
     for peer_id in (*seed_addresses, *settings.allow):
         doors.pin(peer_id)
+    front = Front(doors)
     failure: Exception | None = None
     try:
         async with trio.open_nursery() as outer:
@@ -237,10 +281,13 @@ async def open_network(
                 nursery=outer,
                 swarm_key=swarm_key,
                 admits=admits,
+                door=front,
             )
             async with host_context as host, trio.open_nursery() as nursery:
                 book = Peerbook(data_dir / "peers.json")
-                network = PeerNetwork(identity, settings, host, nursery, book, seed_addresses, first, doors)
+                keys = Keys(identity, swarm_key)
+                lanes = Lanes(keys, front, nursery.start_soon, admits, frame_bytes_max=settings.frame_bytes_max)
+                network = PeerNetwork(identity, settings, host, nursery, book, seed_addresses, first, front, lanes)
                 network.run()
                 try:
                     yield network

@@ -1,16 +1,20 @@
-"""Calls over one carrier: ours wait for their answers, the peer's run in pool tasks.
+"""Calls over one carrier: ours wait for their answers, the peer's run in the reader or in pool tasks.
 
-Owns: deadlines, cancellation, the limits of what one peer may have in flight. The protocol itself is ``core/frames``.
+Owns: deadlines, cancellation, the limits of what one peer may have in flight. The protocol itself is ``core/frames``,
+streamed answers are in ``p2p/streaming``.
 
 Invariants:
-1. Every call ends: with an answer, an error, its deadline, or ``unavailable`` when the carrier is lost.
+1. Every call ends: with an answer, an error, its deadline, or ``unavailable`` when the carrier is lost. A call that was
+   not sent says so (:class:`NotSentError`), so that it may go another way.
 2. A handler that raises fails its call only. It runs under the call's deadline and is cancelled with the call.
 3. A peer has at most ``calls_max`` calls in flight here (more are told busy); while its calls hold more than
    :data:`HELD_BYTES_MAX` its window is not opened further.
+4. A peer that breaks the protocol loses the carrier, and is blamed; nobody else notices.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,52 +22,96 @@ import trio
 
 from config.errors import BusyError, IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
+from p2p import trace
 from p2p.carrier import Carrier
 from p2p.core import failures, frames
-from p2p.face import Buffer, Call, Handler, Header, Reply
+from p2p.deadlines import Deadlines
+from p2p.face import Buffer, Call, Handler, Header, Reply, StreamHandler
 from p2p.pool import Pool
+from p2p.services import Service
+from p2p.streaming import Incoming, Outgoing
 
 log = logging.getLogger(__name__)
 
 HELD_BYTES_MAX = 128 << 20
+_current_time = trio.current_time
+_current_task = trio.lowlevel.current_task
+_wait = trio.lowlevel.wait_task_rescheduled
+_reschedule = trio.lowlevel.reschedule
+_SUCCEEDED = trio.lowlevel.Abort.SUCCEEDED
+
+
+class NotSentError(RemoteError):
+    """The link was gone, or about to go, before anything of the call was sent."""
+
+
+def _nobody(_peer_id: PeerId, _fault: str) -> None:
+    return
+
+
+@dataclass(slots=True, kw_only=True)
+class Context:
+    """What the connections of a node share."""
+
+    services: Mapping[str, Service]
+    pool: Pool
+    deadlines: Deadlines
+    frame_bytes_max: int
+    calls_max: int
+    blame: Callable[[PeerId, str], None] = field(default=_nobody)
 
 
 class _Waiter:
-    """A call of ours on its way."""
+    """A unary call of ours on its way."""
 
-    __slots__ = ("event", "outcome")
+    __slots__ = ("call_id", "connection", "method", "outcome", "over", "task")
 
-    def __init__(self) -> None:
-        self.event = trio.Event()
+    def __init__(self, connection: "Connection", call_id: int, method: str) -> None:
+        self.connection = connection
+        self.call_id = call_id
+        self.method = method
+        self.task: trio.lowlevel.Task | None = None
         self.outcome: Reply | RiosError | None = None
+        self.over = False
+
+    def settle(self, outcome: Reply | RiosError) -> None:
+        """The call is over."""
+        self.outcome, self.over = outcome, True
+        if self.task is not None:
+            _reschedule(self.task)
+
+    def expire(self) -> None:
+        """Its deadline came."""
+        self.connection.give_up(self.call_id)
+        self.settle(self.connection.late(self.method))
+
+    def abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        """The caller was cancelled."""
+        self.over = True
+        self.connection.give_up(self.call_id)
+        return _SUCCEEDED
 
 
 class Connection:
     """RPC with one peer over one carrier."""
 
-    def __init__(
-        self,
-        carrier: Carrier,
-        handlers: Mapping[str, Handler],
-        pool: Pool,
-        *,
-        frame_bytes_max: int,
-        calls_max: int,
-        lost: Callable[["Connection"], None],
-    ) -> None:
+    def __init__(self, carrier: Carrier, context: Context, lost: Callable[["Connection"], None]) -> None:
         self.peer_id = PeerId(carrier.peer_id)
         self.carrier = carrier
         self.heard_at = trio.current_time()
         self.round_trip_s = 0.0
-        self.leaving = False
+        self.bulk: Connection | None = None
+        """The connection for bulk calls beside this one, if there is one yet."""
+        self.leaving = self._said_goodbye = False
         self.farewell = ""
+        self.calls_made = self.calls_served = 0
         self.ended = trio.Event()
-        self._handlers = handlers
-        self._pool = pool
-        self._calls_max = calls_max
+        self._context = context
         self._lost = lost
-        self._machine = frames.Machine(frame_bytes_max=frame_bytes_max)
+        self._machine = frames.Machine(frame_bytes_max=context.frame_bytes_max)
         self._waiters: dict[int, _Waiter] = {}
+        self._incoming: dict[int, Incoming] = {}
+        self._outgoing: dict[int, Outgoing] = {}
         self._running: dict[int, trio.CancelScope] = {}
         self._pings: dict[int, trio.Event] = {}
         self._ping_number = 0
@@ -85,34 +133,60 @@ class Connection:
 
     async def call(self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float) -> Reply:
         """See :meth:`p2p.face.Network.call`; ``deadline`` is a trio time."""
-        left_ms = int((deadline - trio.current_time()) * 1000)
-        if left_ms <= 0:
-            raise self._late(method)
-        if not self.alive:
-            raise self._broken()
         if self.carrier.congested:
-            with trio.CancelScope(deadline=deadline) as scope:
-                await self.carrier.drain()
-            if scope.cancelled_caught:
-                raise self._late(method)
-        waiter = _Waiter()
-        call_id, chunks = self._machine.request(method, header, buffers, min(left_ms, frames.DEADLINE_MS_MAX))
-        self._waiters[call_id] = waiter
-        try:
-            with trio.CancelScope(deadline=deadline):
-                self.carrier.send(chunks)
-                await waiter.event.wait()
-        finally:
-            if self._waiters.pop(call_id, None) is not None and waiter.outcome is None:
-                self._send(self._machine.cancel(call_id))
-        outcome = waiter.outcome
-        if outcome is None:
-            raise self._late(method)
-        if isinstance(outcome, RiosError):
-            raise outcome
-        return outcome
+            await self._make_room(method, deadline)
+        call_id, chunks = self._begin(method, header, buffers, deadline)
+        waiter = self._waiters[call_id] = _Waiter(self, call_id, method)
+        self.carrier.send(chunks)
+        if waiter.outcome is None:
+            waiter.task = _current_task()
+            self._context.deadlines.add(deadline, waiter)
+            await _wait(waiter.abort)
+        else:
+            await trio.lowlevel.checkpoint()
+        outcome, waiter.outcome = waiter.outcome, None  # the timer keeps the waiter for a while, not the answer
+        if type(outcome) is Reply:
+            return outcome
+        assert isinstance(outcome, RiosError)
+        raise outcome
 
-    def _late(self, method: str) -> RemoteError:
+    def stream(self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float) -> Incoming:
+        """Begin a streaming call; leave it with :meth:`p2p.streaming.Incoming.close`."""
+        call_id, chunks = self._begin(method, header, buffers, deadline)
+        items = self._incoming[call_id] = Incoming(self, call_id, method, deadline)
+        self.carrier.send(chunks)
+        return items
+
+    def _begin(
+        self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float
+    ) -> tuple[int, frames.Chunks]:
+        left_ms = int((deadline - _current_time()) * 1000)
+        if left_ms <= 0:
+            raise self.late(method)
+        if self._said_goodbye or self.ended.is_set():
+            raise NotSentError("unavailable", f"the link to {self.peer_id} is closed", peer_id=self.peer_id)
+        self.calls_made += 1
+        return self._machine.request(method, header, buffers, min(left_ms, frames.DEADLINE_MS_MAX))
+
+    async def _make_room(self, method: str, deadline: float) -> None:
+        with trio.CancelScope(deadline=deadline) as scope:
+            await self.carrier.drain()
+        if scope.cancelled_caught:
+            raise self.late(method)
+
+    def give_up(self, call_id: int) -> None:
+        """The caller wants no answer any more; the peer is told."""
+        self._waiters.pop(call_id, None)
+        self._incoming.pop(call_id, None)
+        self._send(self._machine.cancel(call_id))
+
+    def grant(self, call_id: int, items: int, size_bytes: int) -> None:
+        """So many items of a stream to us were consumed."""
+        self._send(self._machine.grant(call_id, items), urgent=True)
+        self.release(size_bytes)
+
+    def late(self, method: str) -> RemoteError:
+        """The error of a call that missed its deadline."""
         return RemoteError("deadline", f"{method} at {self.peer_id} missed its deadline", peer_id=self.peer_id)
 
     def _broken(self) -> RemoteError:
@@ -124,7 +198,7 @@ class Connection:
         number, event = self._ping_number, trio.Event()
         self._pings[number] = event
         started = trio.current_time()
-        self._send(self._machine.ping(number))
+        self._send(self._machine.ping(number), urgent=True)
         with trio.move_on_after(timeout_s):
             await event.wait()
         self._pings.pop(number, None)
@@ -135,44 +209,79 @@ class Connection:
 
     def say_goodbye(self, reason: str) -> None:
         """No more calls will come from here."""
-        if not self.leaving:
-            self.leaving = True
+        if not self._said_goodbye:
+            self._said_goodbye = self.leaving = True
             self._send(self._machine.goodbye(reason))
 
     # -- what arrives
 
     def _received(self, data: memoryview) -> None:
-        self.heard_at = trio.current_time()
+        self.heard_at = _current_time()
         try:
-            events = self._machine.feed(data)
-            for event in events:
+            for event in self._machine.feed(data):
                 _ACTIONS[type(event)](self, event)
         except IntegrityError as error:
             log.warning("peer %s broke the RPC protocol: %s", self.peer_id, error)
-            self._pool.submit(self.carrier.close)
+            self._context.blame(self.peer_id, "protocol")
+            self._context.pool.submit(self.carrier.close)
             return
         if self._held < HELD_BYTES_MAX:
             self.carrier.consumed(len(data))
         else:
             self._owed += len(data)
 
+    def hold(self, size_bytes: int) -> None:
+        """Received bytes stay in use here."""
+        self._held += size_bytes
+
+    def release(self, size_bytes: int) -> None:
+        """They do not any more."""
+        self._held -= size_bytes
+        if self._owed and self._held < HELD_BYTES_MAX:
+            owed, self._owed = self._owed, 0
+            self.carrier.consumed(owed)
+
     def _on_response(self, event: frames.Response) -> None:
-        self._settle(event.call_id, Reply(event.header, event.buffers))
+        waiter = self._waiters.pop(event.call_id, None)
+        if waiter is not None:
+            waiter.settle(Reply(event.header, event.buffers))
+            return
+        items = self._incoming.pop(event.call_id, None)
+        if items is not None:
+            items.fail(RemoteError("protocol", f"{items.method} answers once, it does not stream"))
 
     def _on_failed(self, event: frames.Failed) -> None:
-        self._settle(event.call_id, failures.from_header(event.header, self.peer_id))
-
-    def _on_stream(self, event: frames.Item | frames.End) -> None:
-        raise IntegrityError("protocol", "RPC: a streamed answer to a unary call")
-
-    def _settle(self, call_id: int, outcome: Reply | RiosError) -> None:
-        waiter = self._waiters.pop(call_id, None)
+        error = failures.from_header(event.header, self.peer_id)
+        waiter = self._waiters.pop(event.call_id, None)
         if waiter is not None:
-            waiter.outcome = outcome
-            waiter.event.set()
+            waiter.settle(error)
+            return
+        items = self._incoming.pop(event.call_id, None)
+        if items is not None:
+            items.fail(error)
+
+    def _on_item(self, event: frames.Item) -> None:
+        items = self._incoming.get(event.call_id)
+        if items is not None:
+            items.put(Reply(event.header, event.buffers))
+        else:
+            self._refuse_stream(event.call_id)
+
+    def _on_end(self, event: frames.End) -> None:
+        items = self._incoming.pop(event.call_id, None)
+        if items is not None:
+            items.finish(event.header)
+        else:
+            self._refuse_stream(event.call_id)
+
+    def _refuse_stream(self, call_id: int) -> None:
+        waiter = self._waiters.get(call_id)
+        if waiter is not None:
+            self.give_up(call_id)
+            waiter.settle(RemoteError("protocol", f"{waiter.method} answers with a stream", peer_id=self.peer_id))
 
     def _on_ping(self, event: frames.Ping) -> None:
-        self._send(self._machine.pong(event.number))
+        self._send(self._machine.pong(event.number), urgent=True)
 
     def _on_pong(self, event: frames.Pong) -> None:
         waiting = self._pings.get(event.number)
@@ -189,46 +298,73 @@ class Connection:
             scope.cancel()
 
     def _on_granted(self, event: frames.Granted) -> None:
-        """Nothing is streamed from here."""
+        outgoing = self._outgoing.get(event.call_id)
+        if outgoing is not None:
+            outgoing.granted()
 
     def _on_request(self, request: frames.Request) -> None:
-        handler = self._handlers.get(request.method)
-        if handler is None:
-            error: RiosError = RemoteError("not_found", f"{request.method[:80]!r} is not served here")
-            self._send(self._machine.fail(request.call_id, failures.to_header(error)))
-        elif self._machine.open_taken > self._calls_max:
-            busy = BusyError(f"more than {self._calls_max} calls in flight", retry_after_ms=50)
-            self._send(self._machine.fail(request.call_id, failures.to_header(busy)))
-        else:
-            self._held += request.size_bytes
-            self._pool.submit(partial(self._serve, handler, request))
+        service = self._context.services.get(request.method)
+        if service is None:
+            self._refuse(request, RemoteError("not_found", f"{request.method[:80]!r} is not served here"))
+            return
+        if self._machine.open_taken > self._context.calls_max:
+            most = f"more than {self._context.calls_max} calls in flight (p2p.calls_per_peer_max)"
+            self._refuse(request, BusyError(most, retry_after_ms=50))
+            return
+        deadline = _current_time() + request.deadline_ms / 1000
+        call = Call(self.peer_id, request.method, request.header, request.buffers, deadline, trace.off(request.header))
+        if service.quick is not None and not self.carrier.congested:
+            chunks = self._answer_quickly(service.quick, call, request.call_id)
+            if chunks is not None:
+                self._send(chunks)
+                self.calls_served += 1
+                return
+        self._held += request.size_bytes
+        self._context.pool.submit(partial(self._serve, service, call, request))
 
-    async def _serve(self, handler: Handler, request: frames.Request) -> None:
+    def _refuse(self, request: frames.Request, error: RiosError) -> None:
+        self._send(self._machine.fail(request.call_id, failures.to_header(error)))
+
+    def _answer_quickly(self, quick: Callable[[Call], Reply | None], call: Call, call_id: int) -> frames.Chunks | None:
+        try:
+            reply = quick(call)
+            return None if reply is None else self._machine.respond(call_id, reply.header, reply.buffers)
+        except RiosError as error:
+            return self._machine.fail(call_id, failures.to_header(error))
+        except Exception:
+            log.exception("the quick handler of %s failed", call.method)
+            return self._machine.fail(call_id, failures.internal())
+
+    async def _serve(self, service: Service, call: Call, request: frames.Request) -> None:
         call_id = request.call_id
-        deadline = trio.current_time() + request.deadline_ms / 1000
-        call = Call(self.peer_id, request.method, request.header, request.buffers, deadline)
-        chunks: list[Buffer] | None = None
+        chunks: frames.Chunks | None = None
         try:
             if self._machine.credit(call_id) is None:
                 return  # cancelled before it began
-            with trio.CancelScope(deadline=deadline) as scope:
+            with trio.CancelScope(deadline=call.deadline) as scope:
                 self._running[call_id] = scope
                 if self.carrier.congested:
                     await self.carrier.drain()
-                chunks = await self._answer(handler, call, call_id)
+                if call.trace:
+                    with trace.during(call.trace):
+                        chunks = await self._answer(service, call, call_id)
+                else:
+                    chunks = await self._answer(service, call, call_id)
             if chunks is None:
-                late = RemoteError("deadline", f"{request.method} was not done by its deadline")
+                late = RemoteError("deadline", f"{call.method} was not done by its deadline")
                 chunks = self._machine.fail(call_id, failures.to_header(late))
             self._send(chunks)
+            self.calls_served += 1
         finally:
             self._running.pop(call_id, None)
-            self._held -= request.size_bytes
-            if self._owed and self._held < HELD_BYTES_MAX:
-                owed, self._owed = self._owed, 0
-                self.carrier.consumed(owed)
+            self.release(request.size_bytes)
 
-    async def _answer(self, handler: Handler, call: Call, call_id: int) -> list[Buffer]:
+    async def _answer(self, service: Service, call: Call, call_id: int) -> frames.Chunks:
         try:
+            if service.stream is not None:
+                return self._machine.end(call_id, await self._stream(service.stream, call, call_id))
+            handler: Handler | None = service.handler
+            assert handler is not None
             reply = await handler(call)
             return self._machine.respond(call_id, reply.header, reply.buffers)
         except RiosError as error:
@@ -237,18 +373,27 @@ class Connection:
             log.exception("the handler of %s failed", call.method)
             return self._machine.fail(call_id, failures.internal())
 
+    async def _stream(self, handler: StreamHandler, call: Call, call_id: int) -> Header:
+        outgoing = self._outgoing[call_id] = Outgoing(self._machine, self.carrier, call_id)
+        try:
+            return await handler(call, outgoing.send)
+        finally:
+            del self._outgoing[call_id]
+
     # -- the end
 
-    def _send(self, chunks: list[Buffer]) -> None:
+    def _send(self, chunks: list[Buffer], urgent: bool = False) -> None:
         if chunks:
-            self.carrier.send(chunks)
+            self.carrier.send(chunks, urgent)
 
     def _on_lost(self) -> None:
         if self.ended.is_set():
             return
         self.ended.set()
         for call_id in list(self._waiters):
-            self._settle(call_id, self._broken())
+            self._waiters.pop(call_id).settle(self._broken())
+        for call_id in list(self._incoming):
+            self._incoming.pop(call_id).fail(self._broken())
         for scope in self._running.values():
             scope.cancel()
         for event in self._pings.values():
@@ -261,6 +406,9 @@ class Connection:
             "in_flight": self.in_flight,
             "round_trip_ms": round(self.round_trip_s * 1000, 3),
             "outbound": self.carrier.outbound,
+            "calls_made": self.calls_made,
+            "calls_served": self.calls_served,
+            **self.carrier.statistics(),
         }
 
 
@@ -268,8 +416,8 @@ _ACTIONS: dict[type[Any], Callable[[Connection, Any], None]] = {
     frames.Response: Connection._on_response,
     frames.Failed: Connection._on_failed,
     frames.Request: Connection._on_request,
-    frames.Item: Connection._on_stream,
-    frames.End: Connection._on_stream,
+    frames.Item: Connection._on_item,
+    frames.End: Connection._on_end,
     frames.Ping: Connection._on_ping,
     frames.Pong: Connection._on_pong,
     frames.Goodbye: Connection._on_goodbye,

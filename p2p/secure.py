@@ -41,6 +41,8 @@ from libp2p.stream_muxer.yamux import yamux as yamux_module
 from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux
 from noise.connection import NoiseConnection  # type: ignore[import-untyped]
 
+from config.vocabulary import PeerId
+
 BACKLOG_BYTES = 1 << 20
 OVERFLOW_BYTES = 256 << 20
 STALL_SECONDS = 20.0
@@ -90,7 +92,9 @@ class Sink(Protocol):
 class Session(SecureSession):
     """A Noise session that owns its socket."""
 
-    def __init__(self, plain: SecureSession, raw: IRawConnection, spawn: Spawn) -> None:
+    def __init__(
+        self, plain: SecureSession, raw: IRawConnection, spawn: Spawn, ended: Callable[[trio.socket.SocketType], None]
+    ) -> None:
         super().__init__(
             local_peer=plain.local_peer,
             local_private_key=plain.local_private_key,
@@ -108,6 +112,7 @@ class Session(SecureSession):
         stream: Any = raw
         self._socket: trio.socket.SocketType = stream.stream.stream.socket
         self._spawn = spawn
+        self._ended = ended
         self._claims: dict[int, Sink] = {}
         self.framed = False
         self.window_of: Callable[[int], int] = lambda stream_id: DEFAULT_WINDOW_SIZE
@@ -342,6 +347,7 @@ class Session(SecureSession):
             for stream_id in list(self._claims):
                 self.release(stream_id)
             self._socket.close()
+            self._ended(self._socket)
 
     async def close(self) -> None:
         """Close the connection."""
@@ -357,6 +363,10 @@ class Noise(NoiseTransport):
     swarm_key: bytes | None = None
     admits: Callable[[str], bool] = staticmethod(lambda peer_id: True)
     """Whether a peer whose identity was just proved may stay."""
+    known: Callable[[trio.socket.SocketType, PeerId], bool]
+    """Whether the peer that an accepted socket turned out to belong to may stay."""
+    ended: Callable[[trio.socket.SocketType], None]
+    """A session and its socket are over."""
     refused: dict[str, Exception]
     """Peer -> why the last handshake with it failed."""
 
@@ -373,7 +383,11 @@ class Noise(NoiseTransport):
 
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
         """Answer a handshake."""
-        return await self._admitted(_plain(await super().secure_inbound(conn)), conn)
+        session = _plain(await super().secure_inbound(conn))
+        stream: Any = conn
+        if not self.known(stream.stream.stream.socket, PeerId(str(session.remote_peer))):
+            raise HandshakeFailure("the doors keep this peer out")
+        return await self._admitted(session, conn)
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
         """Begin a handshake with this very peer."""
@@ -389,7 +403,7 @@ class Noise(NoiseTransport):
         if not self.admits(str(session.remote_peer)):
             await session.close()
             raise HandshakeFailure(NOT_LISTED)
-        return Session(session, conn, self.spawn)
+        return Session(session, conn, self.spawn, self.ended)
 
     def why_refused(self, peer_id: str, error: BaseException) -> str:
         """What a failed dial says about swarm keys, in words that tell what to do; empty if nothing."""

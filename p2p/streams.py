@@ -41,10 +41,15 @@ class Channel:
         self._unreported = 0
         self._waiting: deque[memoryview] = deque()
         self._waiting_bytes = 0
+        self._begun = False  # whether part of the first one that waits was sent
+        self._urgent = 0  # how many come next because they are urgent
+        self.bytes_in = self.bytes_out = 0
         self._room = trio.Event()
         self._receive: Callable[[memoryview], None] = _nowhere
         self._lost: Callable[[], None] = _nothing
         self.closed = False
+
+    kind = "stream"
 
     @property
     def peer_id(self) -> str:
@@ -79,6 +84,7 @@ class Channel:
     def on_data(self, data: memoryview) -> None:
         """Bytes for us."""
         self._allowed -= len(data)
+        self.bytes_in += len(data)
         if self._allowed < 0:
             self._session.fail()
         elif not self.closed:
@@ -100,11 +106,12 @@ class Channel:
 
     # -- sending
 
-    def send(self, chunks: list[Buffer]) -> None:
+    def send(self, chunks: list[Buffer], urgent: bool = False) -> None:
         """Send now or queue; never blocks. Ask :attr:`congested` before sending much."""
         if self.closed:
             return
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self.bytes_out += len(data)
         try:
             if not self._waiting and len(data) <= self._window and len(data) <= PAYLOAD_MAX:
                 self._window -= len(data)
@@ -113,11 +120,20 @@ class Channel:
             if len(self._waiting) >= WAITING_MAX or self._waiting_bytes > OVERFLOW_BYTES:
                 self._session.fail()
                 return
-            self._waiting.append(memoryview(data))
+            self._enqueue(memoryview(data), urgent)
             self._waiting_bytes += len(data)
             self._send_waiting()
         except ConnectionClosedError:
             return  # on_closed has run
+
+    def _enqueue(self, frame: memoryview, urgent: bool) -> None:
+        """Queue a frame; an urgent one goes before those that have not begun, after other urgent ones."""
+        if not urgent:
+            self._waiting.append(frame)
+            return
+        begun = 1 if self._begun else 0
+        self._waiting.insert(begun + self._urgent, frame)
+        self._urgent += 1
 
     def _send_waiting(self) -> None:
         messages: list[Buffer] = []
@@ -128,10 +144,13 @@ class Channel:
             messages.append(b"".join((head, first[:count])))
             self._window -= count
             self._waiting_bytes -= count
-            if count == len(first):
-                self._waiting.popleft()
-            else:
+            if not self._begun and self._urgent:
+                self._urgent -= 1
+            self._begun = count < len(first)
+            if self._begun:
                 self._waiting[0] = first[count:]
+            else:
+                self._waiting.popleft()
         if messages:
             try:
                 self._session.push(messages)
@@ -171,6 +190,15 @@ class Channel:
                 self._session.push([YAMUX_HEAD.pack(0, WINDOW_UPDATE, 0, self._stream.stream_id, increment)])
             except ConnectionClosedError:
                 return  # on_closed has run
+
+    def statistics(self) -> dict[str, Any]:
+        """Numbers for people."""
+        return {
+            "carrier": self.kind,
+            "cipher": "ChaCha20-Poly1305",
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+        }
 
     async def close(self) -> None:
         """End the stream; its connection stays."""

@@ -1,5 +1,13 @@
-"""Round trips of the complete RPC over libp2p streams between two processes on loopback, beside a bare trio TCP echo of
-the same bytes in the same run. The last line of stdout is one JSON object."""
+"""What a call costs: the complete RPC over the direct lane and over a libp2p stream, beside a bare trio TCP echo.
+
+Two processes on loopback, in interleaved rounds. The bare echo sends the same bytes, length-prefixed, through
+``trio.SocketStream``; ``tcp`` encrypts them with ChaCha20-Poly1305 in one piece and decrypts them, at both ends,
+``tcp_plain`` does not. The echo is served as experts are, by a quick handler; ``*_task`` is an ordinary async handler.
+
+Ratios: ``lane_vs_tcp_*`` is lane time / tcp time (encrypted), ``lane_vs_stream_*`` is how many times faster the lane is
+(stream time / lane time), both of medians; ``p99_vs_p50_64callers`` is over the lane at 128 B. The last line of stdout
+is one JSON object.
+"""
 
 import argparse
 import json
@@ -10,124 +18,245 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import trio
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from config.settings import P2pSettings
 from p2p.core.identity import Identity
 from p2p.face import Call, Reply
-from p2p.network import open_network
+from p2p.network import PeerNetwork, open_network
 
 SIZES = {"128B": 128, "16KiB": 16 << 10, "64KiB": 64 << 10, "256KiB": 256 << 10}
 LISTEN = ("/ip4/127.0.0.1/tcp/0",)
+HEADER = {"layer": 3, "rows": 1, "dtype": "f16"}
+CALLERS = 64
+KEY = bytes(range(32))
+ROUNDS = 4
 
 
-async def serve_tcp(stream: trio.SocketStream) -> None:
-    """Send every block of 4 + n bytes back."""
+class Bare:
+    """Length-prefixed blocks on a TCP stream, each encrypted in one piece or not."""
+
+    def __init__(self, stream: trio.SocketStream, encrypted: bool) -> None:
+        self._stream = stream
+        self._cipher = ChaCha20Poly1305(KEY) if encrypted else None
+        self._sent = self._received = 0
+
+    async def send(self, data: bytes) -> None:
+        if self._cipher is not None:
+            self._sent += 1
+            data = self._cipher.encrypt(self._sent.to_bytes(12, "little"), data, None)
+        await self._stream.send_all(len(data).to_bytes(4, "big") + data)
+
+    async def receive(self) -> bytes:
+        data = await self._stream.receive_some(1 << 18)
+        if not data:
+            raise EOFError
+        size = 4 + int.from_bytes(data[:4], "big")
+        if len(data) < size:
+            data = bytearray(data)
+            while len(data) < size:
+                part = await self._stream.receive_some(size - len(data))
+                if not part:
+                    raise EOFError
+                data += part
+        if self._cipher is None:
+            return data[4:]
+        self._received += 1
+        return self._cipher.decrypt(self._received.to_bytes(12, "little"), memoryview(data)[4:], None)
+
+
+async def serve_bare(encrypted: bool, stream: trio.SocketStream) -> None:
+    bare = Bare(stream, encrypted)
     try:
         while True:
-            size = int.from_bytes(await exactly(stream, 4), "big")
-            data = await exactly(stream, size)
-            await stream.send_all(size.to_bytes(4, "big") + data)
+            await bare.send(await bare.receive())
     except (EOFError, trio.BrokenResourceError):
         await stream.aclose()
 
 
-async def exactly(stream: trio.SocketStream, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        part = await stream.receive_some(size - len(data))
-        if not part:
-            raise EOFError
-        data += part
-    return bytes(data)
+async def echo(call: Call) -> Reply:
+    return Reply({"ok": 1}, call.buffers)
+
+
+def quick_echo(call: Call) -> Reply:
+    return Reply({"ok": 1}, call.buffers)
+
+
+async def cpu(call: Call) -> Reply:
+    return Reply({"seconds": time.process_time()})
+
+
+async def open_node(stack: AsyncExitStack, *, lane: bool, seeds: tuple[str, ...] = ()) -> PeerNetwork:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    identity = Identity.from_seed(os.urandom(32))
+    settings = P2pSettings(listen=LISTEN, seeds=seeds, lane=lane)
+    return await stack.enter_async_context(open_network(identity, settings, data_dir=folder, version="bench"))
 
 
 async def server() -> None:
-    async def echo(call: Call) -> Reply:
-        return Reply({"ok": 1}, call.buffers)
+    async with AsyncExitStack() as stack:
+        nodes = [await open_node(stack, lane=lane) for lane in (True, False)]
+        for node in nodes:
+            node.serve("task", echo)
+            node.serve("quick", echo, quick=quick_echo)
+            node.serve("cpu", cpu)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        ports = []
+        for encrypted in (True, False):
+            listeners = await nursery.start(
+                partial(trio.serve_tcp, partial(serve_bare, encrypted), 0, host="127.0.0.1")
+            )
+            ports.append(listeners[0].socket.getsockname()[1])
+        print(*(node.addresses[0] for node in nodes), *ports, flush=True)
+        await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
+        nursery.cancel_scope.cancel()
 
-    with tempfile.TemporaryDirectory() as folder:
-        identity = Identity.from_seed(os.urandom(32))
-        settings = P2pSettings(listen=LISTEN)
-        async with open_network(identity, settings, data_dir=Path(folder), version="bench") as network:
-            network.serve("echo", echo)
-            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-            port = listeners[0].socket.getsockname()[1]
-            print(network.addresses[0], port, flush=True)
-            with trio.move_on_after(60):
-                await trio.serve_listeners(serve_tcp, listeners)
 
-
-async def timed(one, seconds: float) -> list[float]:
+async def timed(one: Callable[[], Awaitable[None]], seconds: float) -> list[float]:
     """Round trips in seconds, for about that long."""
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while (start := time.perf_counter()) < end and len(times) < 5000:
+    while (start := time.perf_counter()) < end:
         await one()
         times.append(time.perf_counter() - start)
     return times
 
 
-async def client(address: str, port: int, seconds: float) -> dict[str, dict[str, float]]:
-    figures: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        identity = Identity.from_seed(os.urandom(32))
-        settings = P2pSettings(listen=LISTEN, seeds=(address,))
-        async with open_network(identity, settings, data_dir=Path(folder), version="bench") as network:
+class Client:
+    """Everything that is timed."""
+
+    def __init__(self, nodes: dict[str, tuple[PeerNetwork, str]], bare: dict[str, Bare]) -> None:
+        self._nodes = nodes
+        self._bare = bare
+
+    async def rpc(self, carrier: str, method: str, data: bytes) -> None:
+        node, peer = self._nodes[carrier]
+        reply = await node.call(peer, method, HEADER, [data], deadline_ms=10_000)
+        assert len(reply.buffers[0]) == len(data)
+
+    async def tcp(self, name: str, data: bytes) -> None:
+        bare = self._bare[name]
+        await bare.send(data)
+        assert len(await bare.receive()) == len(data)
+
+    async def sizes(self, seconds: float) -> dict[str, dict[str, float]]:
+        figures = {}
+        for name, size in SIZES.items():
+            data = os.urandom(size)
+            ways: dict[str, Callable[[], Awaitable[None]]] = {
+                "lane": partial(self.rpc, "lane", "quick", data),
+                "tcp": partial(self.tcp, "tcp", data),
+                "stream": partial(self.rpc, "stream", "quick", data),
+                "tcp_plain": partial(self.tcp, "tcp_plain", data),
+                "lane_task": partial(self.rpc, "lane", "task", data),
+                "stream_task": partial(self.rpc, "stream", "task", data),
+            }
+            times: dict[str, list[float]] = {way: [] for way in ways}
+            for turn in range(ROUNDS + 1):  # interleaved, so that all see the same noise; the first round warms up
+                for way, one in ways.items():
+                    some = await timed(one, seconds)
+                    times[way] += some if turn else []
+            figures[name] = {f"{way}_p50_ms": round(statistics.median(t) * 1000, 4) for way, t in times.items()}
+            figures[name] |= {f"{way}_p99_ms": _p99(times[way]) for way in ("lane", "stream", "tcp")}
+            print(f"{name:>7}: {figures[name]}", flush=True)
+        return figures
+
+    async def callers(self, carrier: str, seconds: float) -> dict[str, float]:
+        """Many callers at once: spread of the times, and whether somebody is left behind."""
+        times: list[float] = []
+        counts: list[int] = []
+        data = os.urandom(128)
+
+        async def caller() -> None:
+            some = await timed(partial(self.rpc, carrier, "quick", data), seconds)
+            times.extend(some)
+            counts.append(len(some))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(CALLERS):
+                nursery.start_soon(caller)
+        return {
+            "p50_ms": round(statistics.median(times) * 1000, 3),
+            "p99_ms": _p99(times),
+            "calls_per_s": round(len(times) / seconds),
+            "least_calls_of_a_caller": min(counts),
+            "most_calls_of_a_caller": max(counts),
+        }
+
+    async def cpu(self, carrier: str, size: int, seconds: float) -> dict[str, float]:
+        """Processor time of a call at both ends."""
+        node, peer = self._nodes[carrier]
+        data = os.urandom(size)
+        there = (await node.call(peer, "cpu", {}, deadline_ms=5000)).header["seconds"]
+        here = time.process_time()
+        calls = len(await timed(partial(self.rpc, carrier, "quick", data), seconds))
+        spent = time.process_time() - here
+        served = (await node.call(peer, "cpu", {}, deadline_ms=5000)).header["seconds"] - there
+        return {"caller_us": round(spent / calls * 1e6, 1), "server_us": round(served / calls * 1e6, 1)}
+
+
+def _p99(times: list[float]) -> float:
+    return round(statistics.quantiles(times, n=100)[98] * 1000, 4)
+
+
+async def client(addresses: list[str], ports: list[int], seconds: float) -> dict[str, object]:
+    async with AsyncExitStack() as stack:
+        nodes = {}
+        for carrier, address in zip(("lane", "stream"), addresses, strict=True):
+            node = await open_node(stack, lane=carrier == "lane", seeds=(address,))
             peer = address.rpartition("/")[2]
-            await network.call(peer, "echo", {}, deadline_ms=20_000)
-            bare = await trio.open_tcp_stream("127.0.0.1", port)
+            await node.call(peer, "quick", {}, deadline_ms=20_000)
+            used = node.statistics()["links"][peer]
+            assert used["carrier"] == carrier, used
+            nodes[carrier] = node, peer
+            print(f"{carrier}: {used['cipher']}")
+        bare = {}
+        for name, port in zip(("tcp", "tcp_plain"), ports, strict=True):
+            stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", port))
+            bare[name] = Bare(stream, name == "tcp")
+        timing = Client(nodes, bare)
+        figures: dict[str, object] = dict(await timing.sizes(seconds))
+        for carrier in nodes:
+            figures[f"{carrier}_{CALLERS}callers"] = await timing.callers(carrier, 5 * seconds)
             for name, size in SIZES.items():
-                data = os.urandom(size)
+                figures[f"{carrier}_cpu_{name}"] = await timing.cpu(carrier, size, 2 * seconds)
+        return figures
 
-                async def rpc(data: bytes = data) -> None:
-                    reply = await network.call(
-                        peer, "echo", {"layer": 3, "rows": 1, "dtype": "f16"}, [data], deadline_ms=5000
-                    )
-                    assert len(reply.buffers[0]) == len(data)
 
-                async def tcp(data: bytes = data) -> None:
-                    await bare.send_all(len(data).to_bytes(4, "big") + data)
-                    await exactly(bare, 4)
-                    await exactly(bare, len(data))
+def ratios_of(figures: dict[str, dict[str, float]]) -> dict[str, float]:
+    def over(size: str, above: str, below: str) -> float:
+        return round(figures[size][f"{above}_p50_ms"] / figures[size][f"{below}_p50_ms"], 3)
 
-                await timed(rpc, 0.2)
-                await timed(tcp, 0.1)
-                streams: list[float] = []
-                sockets: list[float] = []
-                for _ in range(3):  # interleaved, so that both see the same noise
-                    streams += await timed(rpc, seconds)
-                    sockets += await timed(tcp, seconds / 2)
-                figures[name] = {
-                    "stream_p50_ms": round(statistics.median(streams) * 1000, 4),
-                    "stream_p99_ms": round(statistics.quantiles(streams, n=100)[98] * 1000, 4),
-                    "tcp_p50_ms": round(statistics.median(sockets) * 1000, 4),
-                    "calls": len(streams),
-                }
-                print(f"{name:>7}: {figures[name]}", flush=True)
-    return figures
+    lane = {f"lane_vs_tcp_{size}": over(size, "lane", "tcp") for size in SIZES}
+    stream = {f"lane_vs_stream_{size}": over(size, "stream", "lane") for size in SIZES}
+    many = figures[f"lane_{CALLERS}callers"]
+    return {**lane, **stream, f"p99_vs_p50_{CALLERS}callers": round(many["p99_ms"] / many["p50_ms"], 3)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--role", choices=("server",), help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=0.8, help="per size and round")
+    parser.add_argument("--seconds", type=float, default=0.4, help="per way, size and round")
     arguments = parser.parse_args()
     if arguments.role:
         trio.run(server)
         return
-    with subprocess.Popen([sys.executable, __file__, "--role", "server"], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, __file__, "--role", "server"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            address, port = process.stdout.readline().split()
-            figures = trio.run(client, address, int(port), arguments.seconds)
+            lane, stream, *ports = process.stdout.readline().split()
+            figures = trio.run(client, [lane, stream], [int(port) for port in ports], arguments.seconds)
         finally:
             process.terminate()
-    ratios = {f"stream_vs_tcp_{name}": round(f["stream_p50_ms"] / f["tcp_p50_ms"], 3) for name, f in figures.items()}
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-    print(json.dumps({"name": "rpc", "machine": machine, "figures": figures, "ratios": ratios}))
+    print(json.dumps({"name": "rpc", "machine": machine, "figures": figures, "ratios": ratios_of(figures)}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""The one listening port: admits every socket, looks at its first byte and passes it on.
+
+Owns: which protocol an accepted socket speaks, how long it may take to say so. Does not own: any protocol; who may come
+in, and how many may be undecided (``doors``).
+
+A socket that begins with multistream's length byte goes to libp2p. One that begins with :data:`MAGIC` says what it
+wants in an 8-byte preamble (magic, version u8, kind u8, number u16; big-endian) and goes to the handler of that kind.
+
+Invariants:
+1. Nothing is read from a socket that the doors did not admit; a socket says what it is within :data:`PEEK_SECONDS`.
+2. Every visit is left exactly once, when its socket is done, however that came.
+"""
+
+import logging
+import socket as plain_socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from struct import Struct
+from weakref import WeakKeyDictionary
+
+import trio
+
+from config.vocabulary import PeerId
+from p2p.doors import Doors, Visit
+
+log = logging.getLogger(__name__)
+
+PEEK_SECONDS = 10.0
+MULTISTREAM = 0x13
+MAGIC = b"rios"
+VERSION = 1
+PREAMBLE = Struct("!4sBBH")
+LANE, SPLICE = 1, 2
+"""Kinds: the handshake of a direct lane; the way through a relay (the ends' own preambles follow)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A socket whose preamble has been read. Its handler returns when the socket is done; it is closed then."""
+
+    socket: trio.socket.SocketType
+    visit: Visit
+    number: int
+    host: str
+
+
+Handler = Callable[[Arrival], Awaitable[None]]
+
+
+class Front:
+    """Sorts accepted sockets."""
+
+    def __init__(self, doors: Doors) -> None:
+        self.doors = doors
+        self.strange = 0
+        """Sockets that spoke no protocol of ours, or none in time."""
+        self._handlers: dict[int, Handler] = {}
+        self._visits: WeakKeyDictionary[trio.socket.SocketType, tuple[Visit, trio.CancelScope]] = WeakKeyDictionary()
+
+    def accept(self, kind: int, handler: Handler) -> None:
+        """Give sockets whose preamble names ``kind`` to ``handler``."""
+        assert kind not in self._handlers, f"kind {kind} is taken"
+        self._handlers[kind] = handler
+
+    async def receive(self, socket: trio.socket.SocketType, libp2p: Callable[[], Awaitable[None]]) -> None:
+        """See an accepted socket through. The caller closes it when this returns."""
+        try:
+            host = str(socket.getpeername()[0])
+        except OSError:
+            return  # gone already
+        visit = self.doors.enter(host)
+        if visit is None:
+            return
+        with trio.CancelScope() as scope:
+            visit.on_hang_up(scope.cancel)
+            try:
+                await self._sort(socket, visit, host, libp2p)
+            finally:
+                visit.leave()
+
+    async def _sort(
+        self, socket: trio.socket.SocketType, visit: Visit, host: str, libp2p: Callable[[], Awaitable[None]]
+    ) -> None:
+        preamble = await self._ask(socket)
+        if preamble is None:
+            self.strange += 1
+            visit.blame("handshake")
+            log.debug("a socket from %s said nothing we know", host)
+        elif preamble[0] == 0:
+            with trio.CancelScope() as scope:
+                self._visits[socket] = visit, scope
+                await libp2p()
+        else:
+            await self._handlers[preamble[0]](Arrival(socket, visit, preamble[1], host))
+
+    async def _ask(self, socket: trio.socket.SocketType) -> tuple[int, int] | None:
+        """Kind and number of the preamble (kind 0: libp2p), or None."""
+        with trio.move_on_after(PEEK_SECONDS):
+            try:
+                first = await socket.recv(1, plain_socket.MSG_PEEK)
+                if first and first[0] == MULTISTREAM:
+                    return 0, 0
+                return await self._preamble(socket) if first == MAGIC[:1] else None
+            except OSError:
+                return None
+        return None
+
+    async def _preamble(self, socket: trio.socket.SocketType) -> tuple[int, int] | None:
+        data = b""
+        while len(data) < PREAMBLE.size:
+            part = await socket.recv(PREAMBLE.size - len(data))
+            if not part:
+                return None
+            data += part
+        magic, version, kind, number = PREAMBLE.unpack(data)
+        return (kind, number) if magic == MAGIC and version == VERSION and kind in self._handlers else None
+
+    # -- libp2p's own handshake and its end happen in ``p2p/secure``
+
+    def known(self, socket: trio.socket.SocketType, peer_id: PeerId) -> bool:
+        """libp2p's handshake on an accepted socket proved who it is: whether that peer may stay."""
+        visit = self._visits.get(socket)
+        return visit is None or visit[0].known(peer_id)
+
+    def ended(self, socket: trio.socket.SocketType) -> None:
+        """libp2p's connection on this socket is over; the library itself would keep its task for ever."""
+        visit = self._visits.pop(socket, None)
+        if visit is not None:
+            visit[1].cancel()
+
+    def statistics(self) -> dict[str, int]:
+        """Numbers for people."""
+        return {"strange": self.strange}
+
+
+def preamble(kind: int, number: int = 0) -> bytes:
+    """What a dialled socket says first."""
+    return PREAMBLE.pack(MAGIC, VERSION, kind, number)

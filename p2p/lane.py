@@ -1,0 +1,467 @@
+"""The direct lane: encrypted records straight on one TCP socket, two channels in them, no multiplexer below.
+
+A record is a 4-byte head (kind u8, length u24; big-endian) and that many bytes of ciphertext with its tag; the head is
+authenticated with it, the nonce is the number of records sent before in this direction. The kinds:
+
+====================  ==================================================================================
+DATA + channel        the next bytes of the channel's stream of RPC frames
+WINDOW + channel      u32: the peer may send that many bytes more on the channel
+128 and above         nothing yet: decrypted, then ignored, so that a later version may send them
+====================  ==================================================================================
+
+Owns: the socket after the handshake, the order in which channels get it, flow control. Does not own: what the bytes
+mean, who is dialled.
+
+Invariants:
+1. Records reach the socket in the order of their nonces. What is written is queued whole before anybody waits: a
+   cancelled caller leaves nothing half-sent.
+2. The main channel's frames go before the bulk channel's, an urgent frame before others of its channel that have not
+   begun. What is sealed and waits is at most one record; what the kernel holds unsent is bounded as well.
+3. What waits to be sent is bounded: senders wait above :data:`BACKLOG_BYTES`; a peer that takes nothing for
+   :data:`STALL_SECONDS`, or lets :data:`OVERFLOW_BYTES` or :data:`WAITING_MAX` frames pile up, loses the lane.
+4. A peer may have a window and one frame unconsumed on each channel; past that, or with a record that is too long, out
+   of order, replayed or damaged, it loses the lane. No record is stored before its length was checked.
+5. A key seals at most :data:`REKEY_BYTES`; both ends count, and go on with the next key.
+"""
+
+import logging
+import os
+import socket as plain_socket
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from struct import Struct
+from typing import Any
+
+import trio
+from cryptography.exceptions import InvalidTag
+
+from config.vocabulary import PeerId
+from p2p.carrier import Buffer
+from p2p.doors import Visit
+from p2p.handshake import Cipher, Secured
+
+log = logging.getLogger(__name__)
+
+RECORD_BYTES_MAX = 1 << 17
+"""Plaintext in a record we accept; what we send is cut at :data:`CUT_BYTES`."""
+CUT_BYTES = 1 << 16
+RECEIVE_BYTES = 5 << 16
+READS_PER_TURN = 16
+"""Reads after which other tasks get a turn, however much data waits."""
+RECORDS_PER_TURN = 16
+"""Records written before other tasks get a turn."""
+WINDOW_BYTES = 4 << 20
+URGENT_BYTES = 64 << 10
+"""Urgent frames may run the window over by this much."""
+BACKLOG_BYTES = 1 << 20
+OVERFLOW_BYTES = 256 << 20
+WAITING_MAX = 1 << 14
+STALL_SECONDS = 20.0
+UNSENT_BYTES = 128 << 10
+REKEY_BYTES = 1 << 35
+"""AES-GCM stays far from its limits below 2**36 bytes of large records: RFC 8446, section 5.5."""
+
+HEAD_BYTES, TAG_BYTES = 4, 16
+DATA, WINDOW = 0, 2
+MAIN, BULK = 0, 1
+IGNORED = 128
+_HEAD = Struct("!I")
+_NONCE = Struct("<4xQ")
+_U32 = Struct("!I")
+_TCP_NOTSENT_LOWAT = 25
+
+Spawn = Callable[[Callable[[], Awaitable[None]]], None]
+_pack_head, _pack_nonce = _HEAD.pack, _NONCE.pack
+
+
+class _Key:
+    """One direction's key: seals or opens record after record."""
+
+    __slots__ = ("cipher", "number", "used")
+
+    def __init__(self, cipher: Cipher) -> None:
+        self.cipher = cipher
+        self.number = 0
+        self.used = 0
+
+    def renew(self) -> None:
+        """The next key, as in Noise's rekey: the first 32 bytes of zeros sealed with the last nonce but one."""
+        made = self.cipher.encrypt(b"\xff" * 11 + b"\xfe", bytes(32), b"rekey")[:32]
+        self.cipher, self.used = type(self.cipher)(made), 0
+
+    def seal(self, kind: int, data: Buffer) -> bytes:
+        """A record, head included."""
+        head = _pack_head(kind << 24 | len(data) + TAG_BYTES)
+        sealed = head + self.cipher.encrypt(_pack_nonce(self.number), data, head)
+        self.number += 1
+        self.used += len(sealed)
+        if self.used > REKEY_BYTES:
+            self.renew()
+        return sealed
+
+    def open(self, head: memoryview, sealed: memoryview) -> bytes:
+        """A record's plaintext. Raises InvalidTag."""
+        plain = self.cipher.decrypt(_pack_nonce(self.number), sealed, head)
+        self.number += 1
+        self.used += len(sealed) + HEAD_BYTES
+        if self.used > REKEY_BYTES:
+            self.renew()
+        return plain
+
+
+class LaneChannel:
+    """One of a lane's two channels: :class:`p2p.carrier.Carrier`."""
+
+    kind = "lane"
+
+    def __init__(self, lane: "Lane", number: int) -> None:
+        self._lane = lane
+        self._data, self._grants = DATA + number, WINDOW + number
+        self._window = WINDOW_BYTES
+        self._allowed = WINDOW_BYTES
+        self._unreported = 0
+        self._granting = 0
+        self._begun: memoryview | None = None  # the rest of the frame that is on its way
+        self._urgent: deque[bytes] = deque()
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._room = trio.Event()
+        self._receive: Callable[[memoryview], None] | None = None
+        self._lost: Callable[[], None] = _nothing
+        self.bytes_in = self.bytes_out = 0
+        self.closed = False
+
+    @property
+    def peer_id(self) -> str:
+        """Who is at the other end; proved by the handshake."""
+        return self._lane.peer_id
+
+    @property
+    def outbound(self) -> bool:
+        """Whether this side dialled."""
+        return self._lane.outbound
+
+    def open(self, receive: Callable[[memoryview], None], lost: Callable[[], None]) -> None:
+        """Start delivery; the lane's reader must not run before."""
+        self._receive, self._lost = receive, lost
+        if self._lane.closed:
+            self.on_closed()
+
+    # -- sending
+
+    def send(self, chunks: list[Buffer], urgent: bool = False) -> None:
+        """See :meth:`p2p.carrier.Carrier.send`."""
+        if self.closed:
+            return
+        data: Any = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        lane = self._lane
+        if self._window > 0 and not self._waiting and self._begun is None and lane.idle_for(self._data):
+            self._window -= len(data)
+            self.bytes_out += len(data)
+            if len(data) <= CUT_BYTES:
+                lane.write(self._data, data)
+                return
+            self._begun = memoryview(data)
+            lane.pump()
+            return
+        if len(self._waiting) + len(self._urgent) >= WAITING_MAX or self._waiting_bytes > OVERFLOW_BYTES:
+            lane.fail("the peer does not read what it asks for")
+            return
+        # a copy, so that the caller may use its buffers again
+        (self._urgent if urgent else self._waiting).append(bytes(data))
+        self._waiting_bytes += len(data)
+        lane.pump()
+
+    def next_piece(self) -> tuple[int, Buffer] | None:
+        """The next record to send on this channel: its kind and plaintext."""
+        if self._granting:
+            granted, self._granting = self._granting, 0
+            return self._grants, _U32.pack(granted)
+        if self._begun is None:
+            if self._urgent and self._window > -URGENT_BYTES:
+                frame = self._urgent.popleft()
+            elif self._waiting and self._window > 0:
+                frame = self._waiting.popleft()
+            else:
+                return None
+            self._window -= len(frame)
+            self._waiting_bytes -= len(frame)
+            self.bytes_out += len(frame)
+            self._begun = memoryview(frame)
+            if self._waiting_bytes <= BACKLOG_BYTES:
+                self._wake()
+        piece, rest = self._begun[:CUT_BYTES], self._begun[CUT_BYTES:]
+        self._begun = rest if rest else None
+        return self._data, piece
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing could be sent now."""
+        if self._begun is not None or self._granting:
+            return False
+        return not (self._urgent and self._window > -URGENT_BYTES) and not (self._waiting and self._window > 0)
+
+    @property
+    def congested(self) -> bool:
+        """Whether senders should :meth:`drain` first."""
+        return self._waiting_bytes > BACKLOG_BYTES
+
+    async def drain(self) -> None:
+        """Wait while too much waits to be sent."""
+        while self._waiting_bytes > BACKLOG_BYTES and not self.closed:
+            await self._room.wait()
+
+    def _wake(self) -> None:
+        event, self._room = self._room, trio.Event()
+        event.set()
+
+    # -- receiving
+
+    def on_data(self, data: bytes) -> None:
+        """The next bytes."""
+        size = len(data)
+        self.bytes_in += size
+        self._allowed -= size
+        if self._allowed < -self._lane.overdraft or self._receive is None:
+            self._lane.fail("the peer sends more than its window allows", "flood")
+        else:
+            self._receive(memoryview(data))
+
+    def on_window(self, increment: int) -> None:
+        """The peer takes more."""
+        self._window += increment
+        if self._window > 1 << 40:
+            self._lane.fail("a window without measure", "protocol")
+
+    def consumed(self, count: int) -> None:
+        """That many received bytes take no room any more; the peer is told in big steps."""
+        self._unreported += count
+        if self._unreported >= WINDOW_BYTES // 2:
+            self._allowed += self._unreported
+            self._granting += self._unreported
+            self._unreported = 0
+            self._lane.pump()
+
+    def on_closed(self) -> None:
+        """The end."""
+        if not self.closed:
+            self.closed = True
+            self._begun = None
+            self._urgent.clear()
+            self._waiting.clear()
+            self._waiting_bytes = 0
+            self._wake()
+            self._lost()
+
+    async def close(self) -> None:
+        """Close the lane, the other channel with it."""
+        self._lane.fail("closed here")
+        await trio.lowlevel.checkpoint()
+
+    def statistics(self) -> dict[str, Any]:
+        """Numbers for people."""
+        return {
+            "carrier": self.kind,
+            "cipher": self._lane.cipher,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+        }
+
+
+class Lane:
+    """One direct connection. :meth:`run` reads until it ends."""
+
+    def __init__(
+        self,
+        socket: trio.socket.SocketType,
+        secured: Secured,
+        visit: Visit,
+        *,
+        outbound: bool,
+        spawn: Spawn,
+        frame_bytes_max: int,
+        blame: Callable[[PeerId, str], None],
+    ) -> None:
+        self.peer_id = secured.peer_id
+        self.cipher = secured.cipher
+        self.outbound = outbound
+        self.closed = False
+        self.reason = ""
+        self.overdraft = frame_bytes_max + URGENT_BYTES + (64 << 10)
+        """What a peer may be past its window: frames are sent whole."""
+        self._socket = socket
+        self._fd = socket.fileno()
+        self._spawn = spawn
+        self._blame = blame
+        self._visit = visit
+        self._seal, self._open = _Key(secured.seal), _Key(secured.open)
+        self._rest = memoryview(b"")  # of the one record that the socket did not take whole
+        self._more = self._writing = False
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
+        self._start = self._end = 0
+        self.main, self.bulk = LaneChannel(self, MAIN), LaneChannel(self, BULK)
+        self._channels = (self.main, self.bulk)
+        visit.on_hang_up(partial(self.fail, "the doors want it closed"))
+        if sys.platform == "linux":
+            # so that bulk data does not stand between the main channel and the wire
+            socket.setsockopt(plain_socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+    # -- sending
+
+    def idle_for(self, kind: int) -> bool:
+        """Whether a frame on this channel may be written at once."""
+        return not self._rest and (kind == DATA + MAIN or self.main.quiet)
+
+    def write(self, kind: int, data: Buffer) -> None:
+        """Seal a record and write what the socket takes; only when nothing else is half-written."""
+        record = self._seal.seal(kind, data)
+        count = self._write(record)
+        if count < len(record):
+            self._rest = memoryview(record)[count:]
+            self._need_writer()
+
+    def _write(self, data: Buffer) -> int:
+        try:
+            return os.write(self._fd, data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self.fail(f"connection lost: {error.strerror or error}")
+            return len(data)
+
+    def pump(self) -> None:
+        """Write what may go, in order of rank, while the socket takes it and it is not too long for one turn."""
+        for _ in range(RECORDS_PER_TURN):
+            if self._rest or self.closed:
+                return
+            piece = self.main.next_piece() or self.bulk.next_piece()
+            if piece is None:
+                self._more = False
+                return
+            self.write(*piece)
+        self._more = True
+        self._need_writer()
+
+    def _need_writer(self) -> None:
+        if not self._writing and not self.closed:
+            self._writing = True
+            self._spawn(self._flush)
+
+    async def _flush(self) -> None:
+        """The writer: runs while the socket is full, or while there is more than a turn's worth."""
+        try:
+            while (self._rest or self._more) and not self.closed:
+                with trio.move_on_after(STALL_SECONDS) as stalled:
+                    await trio.lowlevel.wait_writable(self._socket)
+                if stalled.cancelled_caught:
+                    self.fail(f"the peer took nothing for {STALL_SECONDS:.0f} s", "slow")
+                elif not self.closed:
+                    if self._rest:
+                        self._rest = self._rest[self._write(self._rest) :]
+                    self.pump()
+        except (OSError, trio.ClosedResourceError):
+            self.fail("connection lost")
+        finally:
+            self._writing = False
+
+    # -- receiving
+
+    async def run(self) -> None:
+        """Read and deliver until the lane is over."""
+        reads, waiting = 0, True
+        try:
+            while not self.closed:
+                if waiting:
+                    await trio.lowlevel.wait_readable(self._socket)
+                    if self.closed:
+                        return
+                    reads = 0
+                elif reads >= READS_PER_TURN:
+                    reads = 0
+                    await trio.lowlevel.checkpoint()
+                    if self.closed:
+                        return
+                room = self._room()
+                try:
+                    count = os.readv(self._fd, (room,))
+                except BlockingIOError:
+                    waiting = True
+                    continue
+                reads += 1
+                waiting = count < len(room)
+                if count == 0:
+                    self.fail("closed by the peer")
+                    return
+                self._end += count
+                self._take()
+        except (OSError, trio.ClosedResourceError) as error:
+            self.fail(f"connection lost: {error}")
+        finally:
+            self.fail("no longer read")
+
+    def _room(self) -> memoryview:
+        start, end = self._start, self._end
+        if start == end:
+            self._start = self._end = 0
+            return self._buffer
+        if end > RECEIVE_BYTES // 2:
+            rest = bytes(self._buffer[start:end])
+            self._buffer[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+        return self._buffer[self._end :]
+
+    def _take(self) -> None:
+        """Deliver the records that are complete."""
+        buffer, start, end = self._buffer, self._start, self._end
+        while end - start >= HEAD_BYTES:
+            head = buffer[start : start + HEAD_BYTES]
+            kind, size = head[0], int.from_bytes(head[1:], "big")
+            if size > RECORD_BYTES_MAX + TAG_BYTES or size < TAG_BYTES:
+                self.fail(f"a record of {size} bytes", "protocol")
+                return
+            stop = start + HEAD_BYTES + size
+            if stop > end:
+                break
+            try:
+                plain = self._open.open(head, buffer[start + HEAD_BYTES : stop])
+            except InvalidTag:
+                # anybody on the way can cause this: nobody is blamed
+                self.fail("a record that does not decrypt")
+                return
+            self._start = start = stop
+            self._deliver(kind, plain)
+            if self.closed:
+                return
+
+    def _deliver(self, kind: int, plain: bytes) -> None:
+        if kind < WINDOW:
+            self._channels[kind].on_data(plain)
+        elif kind < WINDOW + 2 and len(plain) == _U32.size:
+            self._channels[kind - WINDOW].on_window(_U32.unpack(plain)[0])
+            self.pump()
+        elif kind < IGNORED:
+            self.fail(f"a record of the unknown kind {kind}", "protocol")
+
+    # -- the end
+
+    def fail(self, reason: str, fault: str = "") -> None:
+        """The lane is over: nothing more is sent, both channels learn it."""
+        if self.closed:
+            return
+        self.closed, self.reason = True, reason
+        if fault:
+            log.warning("the lane to %s is closed: %s", self.peer_id, reason)
+            self._blame(self.peer_id, fault)
+        else:
+            log.debug("the lane to %s is closed: %s", self.peer_id, reason)
+        self._rest = memoryview(b"")
+        self._socket.close()
+        self._visit.leave()
+        for channel in self._channels:
+            channel.on_closed()
+
+
+def _nothing() -> None:
+    return

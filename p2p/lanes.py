@@ -1,0 +1,145 @@
+"""Direct lanes: dialled to a peer's addresses, accepted at the front door.
+
+Owns: the way from an address or an accepted socket to a :class:`p2p.lane.Lane` with a proven peer. Does not own: which
+peers are dialled, when; what a lane carries.
+
+Invariants:
+1. A lane comes to be only with the peer that was meant, and that neither side's doors keep out.
+2. At most :data:`HANDSHAKES_MAX` inbound handshakes are under way; each ends within the deadline.
+3. The caller of :meth:`Lanes.dial` gets RemoteError ``unavailable`` for every way in which it can fail.
+"""
+
+import logging
+import socket as plain_socket
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from config.errors import RemoteError, RiosError
+from config.vocabulary import PeerId
+from p2p import front
+from p2p.core import addresses
+from p2p.doors import Visit
+from p2p.front import Arrival, Front
+from p2p.handshake import Keys, Secured, await_welcome, shake, welcome
+from p2p.lane import Lane, Spawn
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = "/rios/lane/1.0.0"
+"""What an advert's ``lane`` says when its addresses take lanes of this version."""
+CONNECT_SECONDS = 4.0
+ADDRESSES_MAX = 4
+HANDSHAKES_MAX = 64
+
+Judge = Callable[[PeerId], str]
+"""Why a peer that proved itself is refused all the same, or nothing."""
+Serve = Callable[[Lane], Awaitable[None]]
+"""Takes an accepted lane in; returns when it is over."""
+
+
+class Lanes:
+    """Makes lanes."""
+
+    def __init__(
+        self, keys: Keys, door: Front, spawn: Spawn, admits: Callable[[str], bool], *, frame_bytes_max: int
+    ) -> None:
+        self._keys = keys
+        self._front = door
+        self._spawn = spawn
+        self._admits = admits
+        self._frame_bytes_max = frame_bytes_max
+        self._handshakes = trio.CapacityLimiter(HANDSHAKES_MAX)
+        self.refused = 0
+
+    def accept(self, judge: Judge, serve: Serve) -> None:
+        """Take inbound lanes in from now on."""
+
+        async def handle(arrival: Arrival) -> None:
+            try:
+                lane = await self._receive(arrival, judge)
+            except RiosError as error:
+                self.refused += 1
+                log.debug("a lane from %s came to nothing: %s", arrival.host, error)
+                return
+            await serve(lane)
+
+        self._front.accept(front.LANE, handle)
+
+    async def _receive(self, arrival: Arrival, judge: Judge) -> Lane:
+        async with self._handshakes:
+            try:
+                secured = await shake(arrival.socket, self._keys, initiator=False)
+            except RiosError:
+                arrival.visit.blame("handshake")
+                raise
+            peer_id = secured.peer_id
+            refusal = judge(peer_id)
+            if not self._admits(peer_id):
+                refusal = "p2p.allow of this node does not list it"
+            if not refusal and not arrival.visit.known(peer_id):
+                refusal = "the doors keep this peer out"
+            await welcome(arrival.socket, secured, refusal)
+        if refusal:
+            raise RemoteError("unavailable", f"{peer_id} was refused: {refusal}", peer_id=peer_id)
+        return self._made(arrival.socket, secured, arrival.visit, outbound=False)
+
+    def _made(self, socket: trio.socket.SocketType, secured: Secured, visit: Visit, *, outbound: bool) -> Lane:
+        """The lane on a socket whose handshake is done."""
+        return Lane(
+            socket,
+            secured,
+            visit,
+            outbound=outbound,
+            spawn=self._spawn,
+            frame_bytes_max=self._frame_bytes_max,
+            blame=self._front.doors.blame,
+        )
+
+    async def dial(self, peer_id: PeerId, texts: Sequence[str]) -> Lane:
+        """A lane to a peer at the first of these addresses (multiaddrs) that answers."""
+        problem = RemoteError("unavailable", f"no address of {peer_id} takes a lane", peer_id=peer_id)
+        for text in texts[:ADDRESSES_MAX]:
+            address = addresses.parse(text)
+            if address is None or address.relay:
+                continue
+            try:
+                return await self._dial(peer_id, address.host, address.port)
+            except RiosError as error:
+                problem = RemoteError("unavailable", f"lane to {text}: {error.message}", peer_id=peer_id)
+        raise problem
+
+    async def _dial(self, peer_id: PeerId, host: str, port: int) -> Lane:
+        socket = await connect(host, port)
+        try:
+            return await self.greet(socket, peer_id, host)
+        except BaseException:
+            socket.close()
+            raise
+
+    async def greet(self, socket: trio.socket.SocketType, peer_id: PeerId, host: str) -> Lane:
+        """The initiator's part on a socket that leads to a peer, directly or through a splice at ``host``."""
+        try:
+            await socket.send(front.preamble(front.LANE))
+        except OSError as error:
+            raise RemoteError("unavailable", f"connection lost: {error.strerror or error}") from error
+        secured = await shake(socket, self._keys, initiator=True, expected=peer_id)
+        if not self._admits(peer_id):
+            raise RemoteError("unavailable", f"p2p.allow of this node does not list {peer_id}", peer_id=peer_id)
+        await await_welcome(socket, secured)
+        visit = self._front.doors.dialled(peer_id, host)
+        if visit is None:
+            raise RemoteError("unavailable", f"{peer_id} is banned here", peer_id=peer_id)
+        return self._made(socket, secured, visit, outbound=True)
+
+
+async def connect(host: str, port: int) -> trio.socket.SocketType:
+    """A TCP connection, without Nagle's delay. Raises RemoteError ``unavailable``."""
+    with trio.move_on_after(CONNECT_SECONDS):
+        try:
+            stream = await trio.open_tcp_stream(host, port)
+        except OSError as error:
+            raise RemoteError("unavailable", f"{host}:{port}: {error.strerror or error}") from error
+        stream.socket.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
+        return stream.socket
+    raise RemoteError("unavailable", f"{host}:{port}: no connection within {CONNECT_SECONDS:.0f} s")

@@ -1,0 +1,138 @@
+"""One RPC, two carriers: what holds over the direct lane holds over libp2p streams."""
+
+from hashlib import sha256
+from os import urandom
+
+import pytest
+import trio
+
+from config.errors import RemoteError
+from config.settings import P2pSettings
+from p2p import trace
+from p2p.core.identity import Identity
+from p2p.face import Call, Reply
+from p2p.network import open_network
+
+ANY = ("/ip4/127.0.0.1/tcp/0",)
+
+
+@pytest.fixture(params=["lane", "stream"])
+def carrier(request):
+    return request.param
+
+
+@pytest.fixture
+async def start(tmp_path, nursery, carrier):
+    async def run(name, settings, task_status):
+        identity = Identity.from_seed(sha256(name.encode()).digest())
+        async with open_network(identity, settings, data_dir=tmp_path / name, version="1") as network:
+            task_status.started(network)
+            await trio.sleep_forever()
+
+    async def make(name, *seeds, **settings):
+        settings = {"lane": carrier == "lane"} | settings
+        every = P2pSettings(listen=ANY, seeds=tuple(s.addresses[0] for s in seeds), **settings)
+
+        async def started(task_status=trio.TASK_STATUS_IGNORED):
+            await run(name, every, task_status)
+
+        return await nursery.start(started)
+
+    return make
+
+
+@pytest.fixture
+async def pair(start, carrier):
+    a = await start("a")
+    b = await start("b", a)
+    with trio.fail_after(10):
+        await b.links.get(a.peer_id)
+        while not (a.links.ready(b.peer_id) and b.links.ready(a.peer_id)):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    assert {n.links.ready(m.peer_id).carrier.kind for n, m in ((a, b), (b, a))} == {carrier}
+    return a, b
+
+
+async def echo(call: Call) -> Reply:
+    return Reply({"from": call.peer_id, **call.header}, call.buffers)
+
+
+def quick_echo(call: Call) -> Reply | None:
+    return None if call.header.get("decline") else Reply({"quick": True}, call.buffers)
+
+
+async def test_unary_quick_and_bulk_calls_of_every_size(pair):
+    a, b = pair
+    for node in pair:
+        node.serve("echo", echo)
+        node.serve("quick", echo, quick=quick_echo)
+    for source, target in ((a, b), (b, a)):
+        for size in (0, 1, 100, 65_535, 65_536, 66_000, 5_000_000):
+            data = urandom(size)
+            for bulk in (False, True):
+                reply = await source.call(
+                    target.peer_id, "echo", {"x": [1, None, b"y"]}, [data, b"", b"z"], deadline_ms=9000, bulk=bulk
+                )
+                assert reply.header == {"from": source.peer_id, "x": [1, None, b"y"]}
+                assert [bytes(part) for part in reply.buffers] == [data, b"", b"z"]
+            reply = await source.call(target.peer_id, "quick", {}, [data], deadline_ms=9000)
+            assert (reply.header, bytes(reply.buffers[0])) == ({"quick": True}, data)
+        reply = await source.call(target.peer_id, "quick", {"decline": 1}, deadline_ms=9000)
+        assert reply.header == {"from": source.peer_id, "decline": 1}
+
+
+async def test_a_stream_is_ordered_flow_controlled_and_cancelled_when_left(pair):
+    a, b = pair
+    sent = 0
+    ended = trio.Event()
+
+    async def count(call, send):
+        nonlocal sent
+        try:
+            for n in range(call.header["to"]):
+                await send(Reply({"n": n}, [bytes(1000)]))
+                sent = n + 1
+            return {"sum": sent}
+        finally:
+            ended.set()
+
+    b.serve_stream("count", count)
+    b.serve("echo", echo)
+    async with a.stream(b.peer_id, "count", {"to": 100}, deadline_ms=9000) as items:
+        assert [item.header["n"] async for item in items] == list(range(100))
+        assert items.end == {"sum": 100}
+    ended, sent = trio.Event(), 0
+    async with a.stream(b.peer_id, "count", {"to": 10_000}, deadline_ms=9000) as items:
+        assert (await anext(items)).header["n"] == 0
+        await trio.sleep(0.2)
+        assert 1 <= sent <= 32, "the sender waits for the reader"
+    with trio.fail_after(5):
+        await ended.wait()
+    for method, code in (("none", "not_found"), ("echo", "protocol")):
+        with pytest.raises(RemoteError) as error:
+            async with a.stream(b.peer_id, method, {}, deadline_ms=5000) as items:
+                await anext(items)
+        assert error.value.code == code
+    with pytest.raises(RemoteError) as error:
+        await a.call(b.peer_id, "count", {"to": 3}, deadline_ms=5000)
+    assert error.value.code == "protocol"
+    assert (await a.call(b.peer_id, "echo", {"still": 1}, deadline_ms=5000)).header["still"] == 1
+
+
+async def test_the_trace_travels_with_calls_made_while_serving(pair):
+    a, b = pair
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+    async def inner(call: Call) -> Reply:
+        return Reply({"trace": call.trace, "keys": sorted(call.header)})
+
+    async def outer(call: Call) -> Reply:
+        return await b.call(a.peer_id, "inner", {"k": 1}, deadline_ms=5000)
+
+    a.serve("inner", inner)
+    b.serve("outer", outer)
+    with trace.during(parent):
+        reply = await a.call(b.peer_id, "outer", {}, deadline_ms=5000)
+    assert reply.header == {"trace": parent, "keys": ["k"]}
+    reply = await a.call(b.peer_id, "outer", {}, deadline_ms=5000)
+    assert reply.header == {"trace": "", "keys": ["k"]}
