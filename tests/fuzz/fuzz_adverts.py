@@ -87,7 +87,9 @@ def _alike(random: Random, inner: Any) -> Any:
     if isinstance(inner, bool):
         return not inner
     if isinstance(inner, int):
-        return random.choice((number(random, EDGES_64, 1 << 63), inner + random.choice((-1, 1, 3600_000, 1 << 40))))
+        return random.choice(
+            (number(random, EDGES_64, 1 << 63), (inner + random.choice((-1, 1, 3600_000, 1 << 40))) % (1 << 64))
+        )
     if isinstance(inner, str):
         return random.choice(
             (text(random), inner + text(random), spoil(random, inner.encode()).decode(errors="replace"))
