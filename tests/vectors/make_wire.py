@@ -15,8 +15,9 @@ import numpy as np
 
 from dmoe.core import calls, wire
 from p2p.core import advert as adverts
-from p2p.core import frames, headers
+from p2p.core import frames, headers, heartbeat, providing
 from p2p.core.advert import Advert, Gpu, Hardware, ModelOffer
+from p2p.core.heartbeat import Heartbeat
 from p2p.core.identity import Identity
 
 FILE = Path(__file__).with_name("wire.json")
@@ -37,6 +38,8 @@ def make() -> dict[str, Any]:
         "not_peer_ids": _not_peer_ids(),
         "signatures": _signatures(),
         "adverts": _adverts(),
+        "heartbeats": _heartbeats(),
+        "provider_keys": _provider_keys(),
         "headers": _headers(),
         "frames": _frames(),
         "tensors": _tensors(),
@@ -167,6 +170,45 @@ def _adverts() -> list[dict[str, Any]]:
             {"name": name, "data": data.hex(), "advert": _plain(msgspec.to_builtins(value, builtin_types=(bytes,)))}
         )
     return shown + [{"name": name, "data": data.hex(), "refused": kind} for name, kind, data in refused]
+
+
+def _heartbeats() -> list[dict[str, Any]]:
+    body = msgspec.msgpack.encode(Heartbeat(ALICE.peer_id, NOW_MS, 42, True, (5, 200, 4)))
+    fields = msgspec.msgpack.decode(body)
+
+    def sealed(changed: object, identity: Identity = ALICE) -> bytes:
+        data = msgspec.msgpack.encode(changed)
+        return msgpack.packb([data, identity.sign(heartbeat.TAG, data)])
+
+    valid = [
+        ("every field", sealed(fields)),
+        ("prices as advertised", sealed([*fields[:4], None])),
+        ("two fields, the rest defaults", sealed(fields[:2])),
+        ("fields appended by a later version", sealed([*fields, "more"])),
+    ]
+    early, late = NOW_MS - heartbeat.AGE_MS_MAX - 1, NOW_MS + adverts.CLOCK_SKEW_MS_MAX + 1
+    refused = [
+        ("an advert's tag", "signature", msgpack.packb([body, ALICE.sign(adverts.TAG, body)])),
+        ("somebody else's signature", "signature", sealed(fields, BOB)),
+        ("one field", "malformed", sealed(fields[:1])),
+        ("a price of two", "malformed", sealed([*fields[:4], [5, 200]])),
+        ("a price above 2**40", "malformed", sealed([*fields[:4], [5, (1 << 40) + 1, 4]])),
+        ("4,097 bytes", "too_large", sealed([*fields, "x" * 4096])[: heartbeat.HEARTBEAT_BYTES_MAX + 1]),
+        ("ten minutes old", "expired", sealed([fields[0], early])),
+        ("ten minutes ahead", "future", sealed([fields[0], late])),
+    ]
+    shown: list[dict[str, Any]] = []
+    for name, data in valid:
+        beat = heartbeat.open_heartbeat(data, now_ms=NOW_MS)
+        shown.append({"name": name, "data": data.hex(), "heartbeat": msgspec.to_builtins(beat)})
+    return shown + [{"name": name, "data": data.hex(), "refused": kind} for name, kind, data in refused]
+
+
+def _provider_keys() -> list[dict[str, Any]]:
+    shown: list[dict[str, Any]] = [{"model": MODEL, "key": providing.model_key(MODEL).hex()}]
+    for index in (0, 300):
+        shown.append({"model": MODEL, "shard": index, "key": providing.shard_key(MODEL, index).hex()})
+    return shown
 
 
 def _tail(body: bytes) -> bytes:
