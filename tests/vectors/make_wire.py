@@ -334,8 +334,14 @@ def _tensors() -> list[dict[str, Any]]:
     ordinary = np.array([[0.0, -0.0, 1.0, -2.5], [65504.0, 6e-8, 1 / 3, 2049.0]], np.float32)
     mixed = np.array([[1.0, 2.0, 3.0, 4.0], [65505.0, -1e30, 3.4e38, 1.00390625], [0.1, 0.2, 0.3, 0.4]], np.float32)
     shown = []
-    for name, rows in (("fp16", ordinary), ("one row in bf16", mixed), ("no rows", ordinary[:0])):
-        header, buffer = wire.encode(rows)
+    cases: list[tuple[str, np.ndarray, wire.Dtype]] = [
+        ("fp16", ordinary, "fp16"),
+        ("one row in bf16", mixed, "fp16"),
+        ("no rows", ordinary[:0], "fp16"),
+        ("fp32", mixed, "fp32"),
+    ]
+    for name, rows, dtype in cases:
+        header, buffer = wire.encode(rows, dtype)
         read = wire.decode(header, buffer)
         shown.append(
             {
@@ -354,6 +360,9 @@ def _tensors() -> list[dict[str, Any]]:
         ("more rows than allowed", {"shape": [(1 << 20) + 1, 1]}, b""),
         ("a buffer too short", {"shape": [2, 2]}, bytes(6)),
         ("a bitmap too short", {"shape": [9, 1], "bf16": b"\0"}, bytes(18)),
+        ("fp32 in a buffer for fp16", {"shape": [1, 1], "dtype": "fp32"}, bytes(2)),
+        ("a dtype that nobody knows", {"shape": [1, 1], "dtype": "fp8"}, bytes(1)),
+        ("infinity in fp32", {"shape": [1, 1], "dtype": "fp32"}, b"\x00\x00\x80\x7f"),
         ("infinity in fp16", {"shape": [1, 1]}, b"\x00\x7c"),
         ("not a number in bf16", {"shape": [1, 1], "bf16": b"\x01"}, b"\xc0\x7f"),
     ]

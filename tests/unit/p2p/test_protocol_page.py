@@ -15,7 +15,7 @@ from dmoe.core.deployment import REPLICAS_MAX
 from p2p.core import advert, failures, frames, headers, heartbeat, providing
 from p2p.core.chunks import CHUNK_BYTES
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 PAGE = (REPOSITORY / "docs" / "protocol.md").read_text()
 PACKAGES = ("p2p", "dmoe", "ledger", "node")
 NOT_ON_THE_WIRE = {
@@ -61,12 +61,12 @@ def test_there_are_methods_to_check():
 
 @pytest.mark.parametrize("method", SERVED)
 def test_every_method_stands_in_a_table(method):
-    assert f"\n| `{method}` |" in PAGE, f"{SERVED[method]} serves it"
+    assert f"\n| `{method}` |" in PAGE, f"{SERVED[method]} serves it: describe it in the table of docs/protocol.md"
 
 
 def test_the_page_lists_no_method_that_nobody_serves():
     listed = set(re.findall(r"^\| `([a-z]+\.[a-z]+)` \|", PAGE, re.MULTILINE))
-    assert listed == SERVED.keys()
+    assert listed <= SERVED.keys()
 
 
 def test_every_topic_stands_on_the_page():
