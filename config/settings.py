@@ -33,7 +33,12 @@ class P2pSettings:
 
     listen: tuple[str, ...] = _setting(("/ip4/0.0.0.0/tcp/4701",), "Multiaddrs to listen on (TCP).")
     announce: tuple[str, ...] = _setting((), "Multiaddrs to tell others instead of the ones found, e.g. behind a NAT.")
-    seeds: tuple[str, ...] = _setting((), "Bootstrap multiaddrs with /p2p/<peer id>; dead ones are tolerated.")
+    seeds: tuple[str, ...] = _setting(
+        (), "Bootstrap multiaddrs with /p2p/<peer id>, or /dnsaddr/<name>; dead ones are tolerated."
+    )
+    dns_servers: tuple[str, ...] = _setting(
+        (), "DNS servers to resolve seeds with, address or address:port. Empty: the system's."
+    )
     seeds_file: str = _setting("", "A seed-list file: one multiaddr a line, # starts a comment.")
     allow: tuple[str, ...] = _setting(
         (), "Peer ids that may connect, besides this node's own seeds; empty: everybody (who has the swarm's key)."

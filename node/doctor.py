@@ -180,7 +180,18 @@ def _seeds(patient: Patient) -> Iterator[Finding]:
         yield Finding("ok", "no seeds configured: this node starts a swarm or waits to be found")
         return
     alive = 0
+    addresses = []
     for seed in listed:
+        if not seeds.is_name(seed):
+            addresses.append(seed)
+            continue
+        try:
+            named = _named(patient, seed)
+            yield Finding("ok", f"seed {seed} stands for {len(named)} addresses")
+            addresses += named
+        except RiosError as error:
+            yield Finding("warn", error.message, "one way in less", error.hint)
+    for seed in addresses:
         where = ":".join(map(str, seeds.host_port(seed, "p2p.seeds")))
         try:
             yield Finding("ok", f"seed {where} {_greeting(patient, seed, swarm)}")
@@ -190,6 +201,13 @@ def _seeds(patient: Patient) -> Iterator[Finding]:
             yield Finding("warn", f"seed {where}: {text}", "one way in less", "ask its operator, or remove it")
     if not alive:
         yield Finding("fail", "no seed can be reached", "the node stays alone", "check the network and p2p.seeds")
+
+
+def _named(patient: Patient, seed: str) -> list[str]:
+    """The seeds that a dnsaddr stands for."""
+    from p2p.names import Names  # noqa: PLC0415 - loads the DNS client
+
+    return trio.run(Names(patient.loaded.settings.p2p.dns_servers).expand, seed)
 
 
 def _greeting(patient: Patient, seed: str, swarm: Swarm | None) -> str:

@@ -290,19 +290,20 @@ class PeerDirectory:
     # -- tasks
 
     async def run(self, publish: Publish) -> None:
-        """Publish the own advert on change and as a heartbeat, forever."""
-        while True:
-            with trio.move_on_after(self._heartbeat_s * random.uniform(0.9, 1.1)) as waited:
-                await self._dirty.wait()
-            await trio.sleep(COLLECT_SECONDS)
-            self._dirty = trio.Event()
-            if waited.cancelled_caught:
-                self._renew()
-            await self._spread(publish, TOPIC, "advert.push", self._own_data())
-            await trio.sleep(PUBLISH_GAP_SECONDS - COLLECT_SECONDS)
+        """Publish the own advert on change and as a heartbeat, and a load that changed much in between, forever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run_beats, publish, nursery)
+            while True:
+                with trio.move_on_after(self._heartbeat_s * random.uniform(0.9, 1.1)) as waited:
+                    await self._dirty.wait()
+                await trio.sleep(COLLECT_SECONDS)
+                self._dirty = trio.Event()
+                if waited.cancelled_caught:
+                    self._renew()
+                self._spread(nursery, publish, TOPIC, "advert.push", self._own_data())
+                await trio.sleep(PUBLISH_GAP_SECONDS - COLLECT_SECONDS)
 
-    async def run_beats(self, publish: Publish) -> None:
-        """Tell others of a load that changed much, at most once in :data:`BEAT_GAP_SECONDS`, forever."""
+    async def _run_beats(self, publish: Publish, nursery: trio.Nursery) -> None:
         while True:
             await self._beat_due.wait()
             self._beat_due = trio.Event()
@@ -311,15 +312,14 @@ class PeerDirectory:
                 self._beat_seq = max(now_ms(), own.seq + 1, self._beat_seq + 1)
                 self._told = own
                 beat = Heartbeat(own.peer_id, self._beat_seq, own.load, own.paused)
-                await self._spread(publish, BEAT_TOPIC, "advert.beat", heartbeat.sign(self._identity, beat))
+                self._spread(nursery, publish, BEAT_TOPIC, "advert.beat", heartbeat.sign(self._identity, beat))
             await trio.sleep(BEAT_GAP_SECONDS)
 
-    async def _spread(self, publish: Publish, topic: str, method: str, data: bytes) -> None:
-        """Hand something to some linked peers, and gossip it."""
-        async with trio.open_nursery() as nursery:
-            for peer_id in sample(self._caller.peers(), PUSH_PEERS):
-                nursery.start_soon(self._push, peer_id, method, data)
-            nursery.start_soon(_publish, publish, topic, data)
+    def _spread(self, nursery: trio.Nursery, publish: Publish, topic: str, method: str, data: bytes) -> None:
+        """Hand something to some linked peers, and gossip it; a peer that hangs keeps nobody waiting."""
+        for peer_id in sample(self._caller.peers(), PUSH_PEERS):
+            nursery.start_soon(self._push, peer_id, method, data)
+        nursery.start_soon(_publish, publish, topic, data)
 
     async def _push(self, peer_id: PeerId, method: str, data: bytes) -> None:
         try:
@@ -355,7 +355,7 @@ class PeerDirectory:
                 if await self._store_advert(signed.data):
                     stored_seq = signed.advert.seq
                 continue
-            key_due = self.announcements.next(now_ms())
+            key_due = self.announcements.next(now_ms(), len(self._caller.peers()))
             if key_due is not None:
                 await self._announce(key_due)
 
@@ -372,9 +372,10 @@ class PeerDirectory:
             return False
 
     async def _announce(self, key: bytes) -> None:
+        peers = len(self._caller.peers())
         try:
             await self._host.provide(key)
-            self.announcements.done(key, now_ms())
+            self.announcements.done(key, now_ms(), peers)
         except RiosError as error:
             log.debug("announcing %s: %s", key.hex(), error)
             self.announcements.failed(key, now_ms())

@@ -276,9 +276,11 @@ class Host:
     async def provide(self, key: bytes) -> None:
         """Say in the DHT that this node has something of ``key`` (a multihash). Raises RemoteError ``unavailable``."""
         try:
-            await self._dht.provider_store.provide(key)
+            told = await self._dht.provider_store.provide(key)
         except Exception as error:
             raise RemoteError("unavailable", f"DHT provider record {key.hex()}: {_short(error)}") from error
+        if not told:
+            raise RemoteError("unavailable", f"DHT provider record {key.hex()}: nobody took it")
 
     def withdraw(self, key: bytes) -> None:
         """Say so no more; what others keep expires."""

@@ -37,6 +37,7 @@ from p2p.host import Host, open_host, parse_address
 from p2p.lanes import PROTOCOL, Lanes
 from p2p.links import Links
 from p2p.mesh import Mesh, by_peer
+from p2p.names import Names
 from p2p.own import own_call, own_stream
 from p2p.peerbook import Peerbook
 from p2p.rpc import Connection, NotSentError
@@ -60,7 +61,8 @@ class PeerNetwork:
         host: Host,
         nursery: trio.Nursery,
         book: Peerbook,
-        seed_addresses: Mapping[PeerId, Sequence[str]],
+        listed: Sequence[str],
+        names: Names,
         advert: Advert,
         front: Front,
         lanes: Lanes,
@@ -94,7 +96,7 @@ class PeerNetwork:
             takes_lanes=self._takes_lanes,
         )
         self._book = book
-        self._mesh = Mesh(host, self.links, self.directory, book, seed_addresses)
+        self._mesh = Mesh(host, self.links, self.directory, book, listed, names, peers_max=settings.peers_max)
         self._gossip = Gossip(host, nursery)
         self.serve("advert.exchange", self.directory.serve_exchange)
         self.serve("advert.push", self.directory.serve_push)
@@ -228,7 +230,6 @@ class PeerNetwork:
         for task in (self.doors.run, self.links.run, self._mesh.run, self.directory.run_upkeep, self.directory.run_dht):
             self._nursery.start_soon(task)
         self._nursery.start_soon(self.directory.run, self.publish)
-        self._nursery.start_soon(self.directory.run_beats, self.publish)
 
     async def close(self) -> None:
         """Say goodbye and remember the peers."""
@@ -254,7 +255,9 @@ async def open_network(
     Raises ConfigError for a bad address or seed, LocalError ``port_taken`` or ``local``. What the body raises comes out
     as it is, not inside an exception group.
     """
-    seed_addresses = by_peer(seeds.collect(settings.seeds, settings.seeds_file, Path()))
+    listed = seeds.collect(settings.seeds, settings.seeds_file, Path())
+    seed_addresses = by_peer(listed)
+    names = Names(settings.dns_servers)
     for text in settings.announce:
         if parse_address(text) is None:
             raise ConfigError("config", f"p2p.announce: {text!r} is not a TCP multiaddr")
@@ -287,7 +290,7 @@ async def open_network(
                 book = Peerbook(data_dir / "peers.json")
                 keys = Keys(identity, swarm_key)
                 lanes = Lanes(keys, front, nursery.start_soon, admits, frame_bytes_max=settings.frame_bytes_max)
-                network = PeerNetwork(identity, settings, host, nursery, book, seed_addresses, first, front, lanes)
+                network = PeerNetwork(identity, settings, host, nursery, book, listed, names, first, front, lanes)
                 network.run()
                 try:
                     yield network
