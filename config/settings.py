@@ -74,6 +74,12 @@ class P2pSettings:
     download_bytes_per_second_max: int = _setting(
         0, "Bytes a second this node takes from all peers together; 0: no limit.", minimum=0, maximum=1 << 40
     )
+    blob_upload_bytes_per_second_max: int = _setting(
+        0, "Of that, bytes of models sent; 65536 at least, or 0: no limit.", minimum=0, maximum=1 << 40
+    )
+    blob_download_bytes_per_second_max: int = _setting(
+        0, "Of that, bytes of models fetched; 65536 at least, or 0: no limit.", minimum=0, maximum=1 << 40
+    )
     loopback_limits: bool = _setting(False, "Count connections of this very machine for address and subnet limits too.")
     lane: bool = _setting(True, "Make and take direct connections for calls; false: libp2p streams only.")
     advert_seconds: int = _setting(60, "Time between heartbeats of the own advert.", minimum=1, maximum=3600)

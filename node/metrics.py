@@ -38,6 +38,13 @@ class NodeCollector(Collector):
         yield _gauge("rios_expert_rows_waiting", "Expert rows in queues", node.worker.rows_waiting())
         yield _gauge("rios_shards_served", "Shards loaded and served", node.shards_served())
         yield _gauge("rios_paused", "1 while the operator paused this node", int(node.worker.paused))
+        blobs = node.network.blobs
+        yield _counter("rios_blob_bytes_served", "Bytes of model files sent to peers", blobs.served_bytes)
+        yield _counter("rios_blob_bytes_fetched", "Bytes of model files fetched from peers", blobs.fetched_bytes)
+        limited = CounterMetricFamily("rios_blob_limit", "Times a limit on model files was hit", labels=["limit"])
+        for limit, count in blobs.limited.items():
+            limited.add_metric([limit], count)
+        yield limited
         engine = node.engine.statistics()
         yield _gauge("rios_generations_active", "Answers in progress", engine.active)
         yield _gauge("rios_generations_waiting", "Answers waiting for a slot", engine.waiting)

@@ -81,7 +81,13 @@ class PeerNetwork:
         self.directory = PeerDirectory(
             identity, host, self, own, advert_seconds=settings.advert_seconds, blame=self.doors.blame
         )
-        self.blobs = PeerBlobs(self, identity.peer_id)
+        self.blobs = PeerBlobs(
+            self,
+            identity.peer_id,
+            upload_max=settings.blob_upload_bytes_per_second_max,
+            download_max=settings.blob_download_bytes_per_second_max,
+            blame=self.doors.blame,
+        )
         self.links = Links(
             host,
             lanes if settings.lane else None,
@@ -103,6 +109,7 @@ class PeerNetwork:
         self.serve("advert.beat", self.directory.serve_beat)
         self.serve("advert.find", self.directory.finder.serve)
         self.serve("blob.get", self.blobs.serve_get)
+        self.serve("blob.have", self.blobs.serve_have)
         self.serve(clock.METHOD, clock.serve)
 
     @property
@@ -210,7 +217,7 @@ class PeerNetwork:
             "gossip": {"sent": self._gossip.sent, "received": self._gossip.received},
             "doors": self.doors.statistics(),
             "front": self.front.statistics(),
-            "blobs": {"served_bytes": self.blobs.served_bytes, "fetched_bytes": self.blobs.fetched_bytes},
+            "blobs": self.blobs.statistics(),
             **self._host.statistics(),
         }
 
