@@ -1,7 +1,7 @@
 # Everything a developer or a curious stranger needs. `make help` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench clean
+.PHONY: help setup run test check bench fuzz clean
 PY := .venv/bin/python
 ARGS ?=
 
@@ -25,6 +25,9 @@ check: setup  ## format, lint, types, import contracts
 
 bench: setup  ## benchmarks; NAME=rpc|generate|ledger runs one
 	@for file in tests/bench/bench_$(or $(NAME),*).py; do echo "# $$file" >&2; $(PY) $$file || exit 1; done
+
+fuzz: setup  ## a million hostile inputs of each kind (ARGS="frames --count 1000 --seed 7")
+	@$(PY) -m tests.fuzz.fuzz $(ARGS)
 
 lock:  ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate --no-header \

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from config.errors import ConfigError
 
+_DNSADDR = re.compile(r"/dnsaddr/[A-Za-z0-9_.-]{1,200}(/p2p/[1-9A-HJ-NP-Za-km-z]{20,80})?", re.ASCII)
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]+)/tcp/(\d{1,5})(/p2p/[1-9A-HJ-NP-Za-km-z]{20,80})?", re.ASCII)
 
 
@@ -37,13 +38,18 @@ def host_port(address: str, where: str) -> tuple[str, int]:
 def check(seed: str, where: str) -> str:
     """The seed, or :class:`ConfigError` saying what a seed looks like."""
     parsed = _parsed(seed)
-    if parsed is None or not parsed[2]:
+    if not is_name(seed) and (parsed is None or not parsed[2]):
         raise ConfigError(
             "config",
             f"{where}: {seed!r} is not a seed address",
-            "e.g. /ip4/203.0.113.7/tcp/4701/p2p/12D3KooW..., as printed by `rios id` on that node",
+            "e.g. /ip4/203.0.113.7/tcp/4701/p2p/12D3KooW..., as printed by `rios id` there, or /dnsaddr/example.org",
         )
     return seed
+
+
+def is_name(seed: str) -> bool:
+    """Whether it stands for other addresses, which DNS knows."""
+    return _DNSADDR.fullmatch(seed) is not None
 
 
 def read_file(path: Path) -> tuple[str, ...]:

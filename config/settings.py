@@ -33,7 +33,12 @@ class P2pSettings:
 
     listen: tuple[str, ...] = _setting(("/ip4/0.0.0.0/tcp/4701",), "Multiaddrs to listen on (TCP).")
     announce: tuple[str, ...] = _setting((), "Multiaddrs to tell others instead of the ones found, e.g. behind a NAT.")
-    seeds: tuple[str, ...] = _setting((), "Bootstrap multiaddrs with /p2p/<peer id>; dead ones are tolerated.")
+    seeds: tuple[str, ...] = _setting(
+        (), "Bootstrap multiaddrs with /p2p/<peer id>, or /dnsaddr/<name>; dead ones are tolerated."
+    )
+    dns_servers: tuple[str, ...] = _setting(
+        (), "DNS servers to resolve seeds with, address or address:port. Empty: the system's."
+    )
     seeds_file: str = _setting("", "A seed-list file: one multiaddr a line, # starts a comment.")
     allow: tuple[str, ...] = _setting(
         (), "Peer ids that may connect, besides this node's own seeds; empty: everybody (who has the swarm's key)."
@@ -69,28 +74,14 @@ class P2pSettings:
     download_bytes_per_second_max: int = _setting(
         0, "Bytes a second this node takes from all peers together; 0: no limit.", minimum=0, maximum=1 << 40
     )
+    blob_upload_bytes_per_second_max: int = _setting(
+        0, "Of that, bytes of models sent; 65536 at least, or 0: no limit.", minimum=0, maximum=1 << 40
+    )
+    blob_download_bytes_per_second_max: int = _setting(
+        0, "Of that, bytes of models fetched; 65536 at least, or 0: no limit.", minimum=0, maximum=1 << 40
+    )
     loopback_limits: bool = _setting(False, "Count connections of this very machine for address and subnet limits too.")
     lane: bool = _setting(True, "Make and take direct connections for calls; false: libp2p streams only.")
-    upnp: bool = _setting(True, "Behind a router, ask it by UPnP to forward the port.")
-    relay: str = _setting(
-        "auto",
-        "auto: be reached through public peers if nobody can dial this node, and pass connections (encrypted, within "
-        "the limits below) on for such peers if it is public itself. off: neither.",
-        choices=("auto", "off"),
-    )
-    relay_reservations_max: int = _setting(
-        128, "Most peers that may be reached through this one.", minimum=0, maximum=100_000
-    )
-    relay_circuits_max: int = _setting(64, "Most connections passed on at the same time.", minimum=0, maximum=100_000)
-    relay_bytes_per_second_max: int = _setting(
-        8 << 20, "Bytes a second passed on for all together.", minimum=1 << 10, maximum=1 << 40
-    )
-    relay_circuit_bytes_max: int = _setting(
-        4 << 30, "Bytes passed on over one connection before it is closed.", minimum=1 << 16, maximum=1 << 50
-    )
-    relay_circuit_seconds_max: int = _setting(
-        3600, "Seconds after which a connection that is passed on is closed.", minimum=1, maximum=7 * 24 * 3600
-    )
     advert_seconds: int = _setting(60, "Time between heartbeats of the own advert.", minimum=1, maximum=3600)
 
 

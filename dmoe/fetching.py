@@ -3,7 +3,8 @@
 Owns: RPCs ``model.manifest``, ``model.have`` and ``model.prove``, the search for providers. Does not own: which shards
 are wanted (``hosting``), chunks on their way (``p2p.face.Blobs``), files on disk (``store``).
 
-Who holds a file is asked, not guessed: a publisher has all files of its model though it serves few of them.
+Who holds a file is asked, not guessed: a publisher has all files of its model though it serves few of them. A node that
+is fetching a shard itself says so and gives what it has of it, so a new model does not come from its publisher alone.
 
 Invariants:
 1. A manifest is taken only if its id, its signature and its publisher are right.
@@ -15,6 +16,7 @@ Invariants:
 import logging
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -66,7 +68,9 @@ class Fetcher:
         self._network = network
         self._store = store
         self._allowed = allowed
-        self._holders: dict[str, dict[PeerId, bytes]] = {}
+        self._holders: dict[str, dict[PeerId, tuple[bytes, bytes]]] = {}
+        """Model -> peer -> bitmaps of the shards it has, and of those that it is fetching."""
+        self._coming: Counter[tuple[str, int]] = Counter()
         self._proving = trio.CapacityLimiter(1)
         network.serve(MANIFEST_METHOD, self._manifest)
         network.serve(HAVE_METHOD, self._have)
@@ -125,20 +129,37 @@ class Fetcher:
             # a peer that started to serve it meanwhile says so in its advert
             adverts = self._network.directory.adverts().items()
             serving = {p for p, advert in adverts if (o := advert.offer(manifest.model_id)) and o.holds(index)}
-            holding = {p for p, held in self._holders.get(manifest.model_id, {}).items() if _has(held, index)}
+            said = self._holders.get(manifest.model_id, {}).items()
+            holding = {p for p, (held, coming) in said if _has(held, index) or _has(coming, index)}
             return sorted((serving | holding) - {self._network.peer_id})
 
-        for file in files:
-            target = self._store.path(manifest.model_id, file)
-            try:
-                await trio.to_thread.run_sync(_prepare, target, file.size_bytes)
-                await self._network.blobs.fetch(file.content(), target, providers, progress)
-            except RiosError as error:
-                error.message = f"{manifest.name}, shard {shard.id}, file {file.path}: {error.message}"
-                raise
+        key = (manifest.model_id, index)
+        self._coming[key] += 1
+        try:
+            for file in files:
+                await self._file(manifest, shard, file, providers, progress)
+        finally:
+            self._coming[key] -= 1
+            self._coming += Counter()  # forget zeros
+
+    async def _file(
+        self,
+        manifest: Manifest,
+        shard: Shard,
+        file: ModelFile,
+        providers: Callable[[], Sequence[PeerId]],
+        progress: Callable[[int], None],
+    ) -> None:
+        target = self._store.path(manifest.model_id, file)
+        try:
+            await trio.to_thread.run_sync(_prepare, target, file.size_bytes)
+            await self._network.blobs.fetch(file.content(), target, providers, progress)
+        except RiosError as error:
+            error.message = f"{manifest.name}, shard {shard.id}, file {file.path}: {error.message}"
+            raise
 
     async def _find_holders(self, model_id: str, likely: Sequence[PeerId]) -> None:
-        holders: dict[PeerId, bytes] = {}
+        holders: dict[PeerId, tuple[bytes, bytes]] = {}
 
         async def ask(peer: PeerId) -> None:
             try:
@@ -146,9 +167,9 @@ class Fetcher:
             except RiosError as error:
                 log.debug("what %s holds of %s: %s", peer, model_id[:12], error)
                 return
-            held = reply.header.get("shards")
-            if isinstance(held, bytes) and held:
-                holders[peer] = held
+            held, coming = reply.header.get("shards"), reply.header.get("coming", b"")
+            if isinstance(held, bytes) and isinstance(coming, bytes) and (held or coming):
+                holders[peer] = held, coming
 
         async with trio.open_nursery() as nursery:
             for peer in self._askable(model_id, likely):
@@ -199,7 +220,8 @@ class Fetcher:
     async def _have(self, call: Call) -> Reply:
         manifest = self._store.manifests().get(_model_of(call))
         held = await trio.to_thread.run_sync(self._held, manifest) if manifest else b""
-        return Reply({"shards": held})
+        coming = {index for model_id, index in self._coming if manifest and model_id == manifest.model_id}
+        return Reply({"shards": held, "coming": bitmap(coming)})
 
     def _held(self, manifest: Manifest) -> bytes:
         """Shards whose files have the right size here: whoever fetches verifies every chunk anyway."""

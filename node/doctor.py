@@ -124,22 +124,6 @@ def _daemon(patient: Patient) -> Iterator[Finding]:
         yield Finding("warn", f"no work comes in: {reason}", "an idle node earns nothing", "rios peers; rios model ls")
 
 
-def _reach(patient: Patient) -> Iterator[Finding]:
-    """a node that nobody can dial serves through relays, or nobody"""
-    if not patient.running:
-        return
-    network = control.ask(patient.paths.control, "status", seconds=ANSWER_SECONDS_MAX)["network"]
-    what = f"reach: {network['reach']}: {network['why']}"
-    if network["reach"] == "public":
-        yield Finding("ok", what)
-    elif network["reach"] == "relayed":
-        yield Finding("warn", what, "calls take a detour, with the relays' limits", network["fix"])
-    elif network["reach"] == "private":
-        yield Finding("warn", what, "only peers that this node dials itself can call it", network["fix"])
-    else:
-        yield Finding("warn", what, "whether others can reach this node is not known", network["fix"])
-
-
 def _key(patient: Patient) -> Iterator[Finding]:
     """the key is the node's identity and its account"""
     from p2p import keyfile  # noqa: PLC0415 - only this check needs it
@@ -196,7 +180,18 @@ def _seeds(patient: Patient) -> Iterator[Finding]:
         yield Finding("ok", "no seeds configured: this node starts a swarm or waits to be found")
         return
     alive = 0
+    addresses = []
     for seed in listed:
+        if not seeds.is_name(seed):
+            addresses.append(seed)
+            continue
+        try:
+            named = _named(patient, seed)
+            yield Finding("ok", f"seed {seed} stands for {len(named)} addresses")
+            addresses += named
+        except RiosError as error:
+            yield Finding("warn", error.message, "one way in less", error.hint)
+    for seed in addresses:
         where = ":".join(map(str, seeds.host_port(seed, "p2p.seeds")))
         try:
             yield Finding("ok", f"seed {where} {_greeting(patient, seed, swarm)}")
@@ -206,6 +201,13 @@ def _seeds(patient: Patient) -> Iterator[Finding]:
             yield Finding("warn", f"seed {where}: {text}", "one way in less", "ask its operator, or remove it")
     if not alive:
         yield Finding("fail", "no seed can be reached", "the node stays alone", "check the network and p2p.seeds")
+
+
+def _named(patient: Patient, seed: str) -> list[str]:
+    """The seeds that a dnsaddr stands for."""
+    from p2p.names import Names  # noqa: PLC0415 - loads the DNS client
+
+    return trio.run(Names(patient.loaded.settings.p2p.dns_servers).expand, seed)
 
 
 def _greeting(patient: Patient, seed: str, swarm: Swarm | None) -> str:
@@ -347,5 +349,4 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     _schema,
     _ledger,
     _daemon,
-    _reach,
 )

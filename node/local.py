@@ -18,6 +18,7 @@ from config.load import Loaded, render_reference, to_toml
 from config.paths import Paths, cache_dir
 from config.settings import sections
 from config.vocabulary import format_credits
+from node import threads
 from node.cli import VERSION, Context, Output, parse_credits
 from p2p.core.identity import Identity
 
@@ -33,10 +34,11 @@ ANSWER_SECONDS_MAX = 5.0
 
 def run(context: Context) -> Output | int:
     """``rios run``"""
-    from node import daemon, log  # noqa: PLC0415 - loads everything
-
     loaded = context.settings()
     settings, paths = loaded.settings, context.paths(loaded)
+    threads.bound(settings.dmoe.threads)
+    from node import daemon, log  # noqa: PLC0415 - loads everything
+
     if not paths.key.exists():
         raise ConfigError("config", f"there is no key {paths.key}", "make one: rios init")
     log.setup(settings.node.log_level, settings.node.log_format, node=settings.node.name)
@@ -173,6 +175,8 @@ def model_import(context: Context) -> Output:
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import Progress  # noqa: PLC0415
 
+    count = context.settings().settings.dmoe.threads
+    threads.bound(count)
     from dmoe.importer import build, bundled  # noqa: PLC0415
     from dmoe.store import ModelStore  # noqa: PLC0415
 
@@ -192,7 +196,9 @@ def model_import(context: Context) -> Output:
         if args.source == "bundled":
             source = bundled.fetch_bundled(cache_dir(os.environ, Path.home()))
             name = name or source.name.partition(".")[0]
-        manifest = build.import_gguf(source, store, identity, name=name, quantisation=args.format, progress=progress)
+        manifest = build.import_gguf(
+            source, store, identity, name=name, quantisation=args.format, progress=progress, threads=count
+        )
     data: dict[str, Any] = {
         "model_id": manifest.model_id,
         "name": manifest.name,
@@ -249,6 +255,8 @@ def verified_shards(store: "ModelStore", manifest: "Manifest") -> int:
 
 def model_verify(context: Context) -> Output:
     """``rios model verify``"""
+    count = context.settings().settings.dmoe.threads
+    threads.bound(count)
     from dmoe import golden  # noqa: PLC0415
     from dmoe.runtime import RuntimeOptions  # noqa: PLC0415
 
@@ -258,7 +266,7 @@ def model_verify(context: Context) -> Output:
     data: dict[str, Any] = {"name": manifest.name, "shards": len(manifest.shards), "shards_verified": held}
     text = f"{manifest.name}: {held} of {len(manifest.shards)} shards here, all hashes right"
     if held == len(manifest.shards):
-        options = RuntimeOptions(device="cpu")
+        options = RuntimeOptions(device="cpu", threads=count)
         data["golden_difference"] = trio.run(golden.verify, manifest, store, options)
         text += f"\n  golden logits: largest difference {data['golden_difference']:.2e}"
         text += f" (tolerance {manifest.golden.tolerance:.2e})"
@@ -276,6 +284,7 @@ def model_rm(context: Context) -> Output:
 
 def chat(context: Context, question: str) -> Output | int:
     """``rios chat --local``"""
+    threads.bound(context.settings().settings.dmoe.threads)
     from node import online  # noqa: PLC0415
 
     asked = {"messages": [{"role": "user", "content": question}], **online.chat_options(context)}

@@ -30,12 +30,10 @@ from p2p.core.advert import Advert, BadAdvert, open_advert, peer_of, sign
 from p2p.core.heartbeat import Heartbeat
 from p2p.core.identity import Identity
 from p2p.core.providing import GAP_MS, Announcements
-from p2p.core.reach import PRIVATE, RELAYED, worth_dialling
 from p2p.core.view import VIEW_MAX, View, is_news
 from p2p.face import Buffer, Call, RecordRule, Reply
 from p2p.finding import NAMESPACE, Caller, Finder, sample
 from p2p.host import Host
-from p2p.networks import own_networks
 
 log = logging.getLogger(__name__)
 
@@ -168,10 +166,7 @@ class PeerDirectory:
         reason = self.view.offer(signed, now_ms(), self._caller.peers)
         if reason:
             return reason
-        advert = signed.advert
-        self._host.learn(peer_id, worth_dialling(direct(advert.addresses), advert.reach, own_networks))
-        if advert.reach in (RELAYED, PRIVATE):
-            self._host.leave(peer_id)
+        self._host.learn(peer_id, direct(signed.advert.addresses))
         if is_news(before, signed.advert):
             self._wake()
         return ""
@@ -295,19 +290,20 @@ class PeerDirectory:
     # -- tasks
 
     async def run(self, publish: Publish) -> None:
-        """Publish the own advert on change and as a heartbeat, forever."""
-        while True:
-            with trio.move_on_after(self._heartbeat_s * random.uniform(0.9, 1.1)) as waited:
-                await self._dirty.wait()
-            await trio.sleep(COLLECT_SECONDS)
-            self._dirty = trio.Event()
-            if waited.cancelled_caught:
-                self._renew()
-            await self._spread(publish, TOPIC, "advert.push", self._own_data())
-            await trio.sleep(PUBLISH_GAP_SECONDS - COLLECT_SECONDS)
+        """Publish the own advert on change and as a heartbeat, and a load that changed much in between, forever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run_beats, publish, nursery)
+            while True:
+                with trio.move_on_after(self._heartbeat_s * random.uniform(0.9, 1.1)) as waited:
+                    await self._dirty.wait()
+                await trio.sleep(COLLECT_SECONDS)
+                self._dirty = trio.Event()
+                if waited.cancelled_caught:
+                    self._renew()
+                self._spread(nursery, publish, TOPIC, "advert.push", self._own_data())
+                await trio.sleep(PUBLISH_GAP_SECONDS - COLLECT_SECONDS)
 
-    async def run_beats(self, publish: Publish) -> None:
-        """Tell others of a load that changed much, at most once in :data:`BEAT_GAP_SECONDS`, forever."""
+    async def _run_beats(self, publish: Publish, nursery: trio.Nursery) -> None:
         while True:
             await self._beat_due.wait()
             self._beat_due = trio.Event()
@@ -316,15 +312,14 @@ class PeerDirectory:
                 self._beat_seq = max(now_ms(), own.seq + 1, self._beat_seq + 1)
                 self._told = own
                 beat = Heartbeat(own.peer_id, self._beat_seq, own.load, own.paused)
-                await self._spread(publish, BEAT_TOPIC, "advert.beat", heartbeat.sign(self._identity, beat))
+                self._spread(nursery, publish, BEAT_TOPIC, "advert.beat", heartbeat.sign(self._identity, beat))
             await trio.sleep(BEAT_GAP_SECONDS)
 
-    async def _spread(self, publish: Publish, topic: str, method: str, data: bytes) -> None:
-        """Hand something to some linked peers, and gossip it."""
-        async with trio.open_nursery() as nursery:
-            for peer_id in sample(self._caller.peers(), PUSH_PEERS):
-                nursery.start_soon(self._push, peer_id, method, data)
-            nursery.start_soon(_publish, publish, topic, data)
+    def _spread(self, nursery: trio.Nursery, publish: Publish, topic: str, method: str, data: bytes) -> None:
+        """Hand something to some linked peers, and gossip it; a peer that hangs keeps nobody waiting."""
+        for peer_id in sample(self._caller.peers(), PUSH_PEERS):
+            nursery.start_soon(self._push, peer_id, method, data)
+        nursery.start_soon(_publish, publish, topic, data)
 
     async def _push(self, peer_id: PeerId, method: str, data: bytes) -> None:
         try:
@@ -360,7 +355,7 @@ class PeerDirectory:
                 if await self._store_advert(signed.data):
                     stored_seq = signed.advert.seq
                 continue
-            key_due = self.announcements.next(now_ms())
+            key_due = self.announcements.next(now_ms(), len(self._caller.peers()))
             if key_due is not None:
                 await self._announce(key_due)
 
@@ -377,9 +372,10 @@ class PeerDirectory:
             return False
 
     async def _announce(self, key: bytes) -> None:
+        peers = len(self._caller.peers())
         try:
             await self._host.provide(key)
-            self.announcements.done(key, now_ms())
+            self.announcements.done(key, now_ms(), peers)
         except RiosError as error:
             log.debug("announcing %s: %s", key.hex(), error)
             self.announcements.failed(key, now_ms())

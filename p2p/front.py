@@ -30,9 +30,8 @@ MULTISTREAM = 0x13
 MAGIC = b"rios"
 VERSION = 1
 PREAMBLE = Struct("!4sBBH")
-LANE, SPLICE, PROBE = 1, 2, 3
-"""Kinds: the handshake of a direct lane; the way through a relay (its token follows, then what the ends say to each
-other); a dial-back (the secret of the question follows)."""
+LANE, SPLICE = 1, 2
+"""Kinds: the handshake of a direct lane; the way through a relay (the ends' own preambles follow)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +136,3 @@ class Front:
 def preamble(kind: int, number: int = 0) -> bytes:
     """What a dialled socket says first."""
     return PREAMBLE.pack(MAGIC, VERSION, kind, number)
-
-
-async def hear(socket: trio.socket.SocketType) -> int:
-    """The kind in the preamble of who is at the other end of a socket that this node dialled; 0 if there is none."""
-    data = b""
-    with trio.move_on_after(PEEK_SECONDS):
-        try:
-            while len(data) < PREAMBLE.size and (part := await socket.recv(PREAMBLE.size - len(data))):
-                data += part
-        except OSError as error:
-            log.debug("no preamble: %s", error)
-    if len(data) < PREAMBLE.size:
-        return 0
-    magic, version, kind, _ = PREAMBLE.unpack(data)
-    return int(kind) if magic == MAGIC and version == VERSION else 0

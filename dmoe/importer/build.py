@@ -68,10 +68,12 @@ def import_gguf(
     name: str = "",
     quantisation: Quantisation = "source",
     progress: Progress = lambda done, total, what: None,
+    threads: int = 0,
 ) -> Manifest:
     """Import a GGUF file into the store, signed by ``identity``. Blocking: run it in a thread or a process of its own.
 
-    ``quantisation``: ``source`` keeps the file's own weights without loss. Raises IntegrityError for a file that is
+    ``quantisation``: ``source`` keeps the file's own weights without loss. ``threads``: for the golden logits, which
+    depend on it by less than their tolerance; 0: all cores. Raises IntegrityError for a file that is
     broken or not supported, LocalError ``disk_full`` if the disk is.
     """
     source = GgufSource(path)
@@ -81,7 +83,7 @@ def import_gguf(
     try:
         _check_space(store.root, path, quantisation)
         with disk_errors(folder):
-            manifest = _Import(source, folder, name, quantisation, progress).run(identity)
+            manifest = _Import(source, folder, name, quantisation, progress).run(identity, threads)
         store.adopt(folder, manifest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gone already after a success
@@ -123,7 +125,7 @@ class _Import:
         self.name = name or _name_of(metadata, source.path)
         self.groups = _sum_groups(self.arch.router.experts)
 
-    def run(self, identity: Identity) -> Manifest:
+    def run(self, identity: Identity, threads: int) -> Manifest:
         trunk_parts, expert_parts = self._parts()
         total = len(trunk_parts) + len(expert_parts) + 2
         files: dict[str, ModelFile] = {}
@@ -139,7 +141,7 @@ class _Import:
         experts = [self._expert_shard(part, files[part.path], tensors[part.path]) for part in expert_parts]
         manifest = self._manifest(identity, (*experts, trunk), tokenizer)
         self.progress(total - 1, total, "golden logits")
-        options = RuntimeOptions(device="cpu")
+        options = RuntimeOptions(device="cpu", threads=threads)
         golden = trio.run(compute_golden, manifest, _Folder(self.folder), options)
         self.progress(total, total, "done")
         return replace(manifest, golden=golden).sign(identity)

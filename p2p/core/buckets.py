@@ -39,6 +39,11 @@ class Bucket:
         wait_s = self._full_at - now - self._burst_s
         return wait_s if wait_s > 0 else 0.0
 
+    def left_s(self, now: float) -> float:
+        """What is there to take, in seconds of the rate; below 0: so much too much was taken."""
+        full_at = self._full_at
+        return self._burst_s if full_at <= now else self._burst_s - (full_at - now)
+
     def idle(self, now: float) -> bool:
         """Whether it is full: a new one would be the same."""
         return self._full_at <= now

@@ -1,13 +1,21 @@
-"""Which chunk to ask whom for: rarest first, several in flight per peer, with failover. No I/O.
+"""Which chunk to ask whom for: rarest first, several in flight per peer, fail-over, help at the end. No I/O, no clock.
 
 Every provider is expected to have every chunk until it says otherwise, so nothing has to be asked before the first
-chunk flows. State changes only through the methods; a chunk is in flight with at most one peer.
+chunk flows. A peer that is fetching the file itself says which chunks it has (:meth:`Plan.has_only`).
+
+Invariants:
+1. A chunk is in flight with one peer, or with a second one that helps (:meth:`Plan.help`); a peer has at most
+   ``per_peer_max`` in flight.
+2. State changes only through the methods; times come in as arguments, in seconds of any clock.
 """
 
-from collections.abc import Hashable, Iterable
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable
 from typing import Generic, TypeVar
 
 CHUNK_BYTES = 1 << 20
+HELPERS_MAX = 2
+"""Peers that may be asked for the same chunk at the same time."""
 
 Peer = TypeVar("Peer", bound=Hashable)
 
@@ -29,9 +37,12 @@ class Plan(Generic[Peer]):
     def __init__(self, missing: Iterable[int], *, per_peer_max: int) -> None:
         self.missing = set(missing)
         self._per_peer_max = per_peer_max
-        self._flying: dict[int, Peer] = {}
+        self._flying: dict[int, dict[Peer, float]] = {}
+        self._load: Counter[Peer] = Counter()
         self._peers: dict[Peer, int] = {}
         self._lacks: dict[Peer, set[int]] = {}
+        self._lacking: Counter[int] = Counter()
+        self._partial: set[Peer] = set()
 
     @property
     def done(self) -> bool:
@@ -52,45 +63,94 @@ class Plan(Generic[Peer]):
     def drop(self, peer: Peer) -> None:
         """Ask this peer no more; what was in flight with it is free again."""
         self._peers.pop(peer, None)
-        for index in [i for i, p in self._flying.items() if p == peer]:
-            del self._flying[index]
+        self._partial.discard(peer)
+        self._set_lacks(peer, set())
+        for index in [i for i, asked in self._flying.items() if peer in asked]:
+            self.again(index, peer)
 
-    def take(self, peer: Peer) -> int | None:
+    # -- what to ask for
+
+    def take(self, peer: Peer, now: float) -> int | None:
         """The next chunk to ask this peer for: the one that the fewest others can give."""
-        if peer not in self._peers or sum(p == peer for p in self._flying.values()) >= self._per_peer_max:
+        if not self._is_free(peer):
             return None
-        lacks = self._lacks.get(peer, set())
+        lacks = self._lacks.get(peer, ())
         open_ = [index for index in self.missing if index not in self._flying and index not in lacks]
         if not open_:
             return None
         # equally rare chunks: each peer starts somewhere else, so that downloaders do not all fetch the same ones
-        turn = self._peers[peer] * 7919
-        best = min(open_, key=lambda index: (self._holders(index), (index * 31 + turn) % 1009, index))
-        self._flying[best] = peer
-        return best
+        turn, lacking = self._peers[peer] * 7919, self._lacking
+        return self._send(min(open_, key=lambda index: (-lacking[index], (index * 31 + turn) % 1009, index)), peer, now)
+
+    def help(self, peer: Peer, now: float, patience: float) -> int | None:
+        """A chunk that has been in flight with others for longer than ``patience``, the oldest one, to be asked of this
+        peer as well: so a peer that stalls costs the end of a file no more than that."""
+        if not self._is_free(peer):
+            return None
+        lacks, best, since = self._lacks.get(peer, ()), None, now - patience
+        for index, asked in self._flying.items():
+            if index not in lacks and peer not in asked and len(asked) < HELPERS_MAX and max(asked.values()) < since:
+                best, since = index, max(asked.values())
+        return None if best is None else self._send(best, peer, now)
+
+    def _is_free(self, peer: Peer) -> bool:
+        return peer in self._peers and self._load[peer] < self._per_peer_max
+
+    def _send(self, index: int, peer: Peer, now: float) -> int:
+        self._flying.setdefault(index, {})[peer] = now
+        self._load[peer] += 1
+        return index
 
     def may_get(self, peer: Peer) -> bool:
         """Whether something in flight with others may still fall to this peer."""
-        lacks = self._lacks.get(peer, set())
-        return peer in self._peers and any(index in self.missing and index not in lacks for index in self._flying)
+        lacks = self._lacks.get(peer, ())
+        return peer in self._peers and any(index not in lacks for index in self._flying)
 
-    def _holders(self, index: int) -> int:
-        return sum(index not in self._lacks.get(peer, ()) for peer in self._peers)
+    # -- what became of it
 
-    def arrived(self, index: int) -> None:
-        """The chunk is here and verified."""
-        self.missing.discard(index)
-        self._flying.pop(index, None)
+    def arrived(self, index: int) -> bool:
+        """The chunk is here and verified; False if it was already."""
+        for peer in self._flying.pop(index, {}):
+            self._load[peer] -= 1
+        if index not in self.missing:
+            return False
+        self.missing.remove(index)
+        return True
+
+    def again(self, index: int, peer: Peer) -> None:
+        """The request came to nothing; anybody may be asked."""
+        asked = self._flying.get(index, {})
+        if asked.pop(peer, None) is not None:
+            self._load[peer] -= 1
+            if not asked:
+                del self._flying[index]
 
     def lacks(self, peer: Peer, index: int) -> None:
         """The peer does not have this chunk."""
-        self._flying.pop(index, None)
-        self._lacks.setdefault(peer, set()).add(index)
+        self.again(index, peer)
+        if peer in self._peers:
+            self._set_lacks(peer, self._lacks.get(peer, set()) | {index})
 
-    def again(self, index: int) -> None:
-        """The request came to nothing; anybody may be asked."""
-        self._flying.pop(index, None)
+    # -- who has what
+
+    def has_only(self, peer: Peer, indices: Collection[int]) -> None:
+        """The peer has these chunks and will have others later: it is fetching the file itself."""
+        if peer in self._peers:
+            self._partial.add(peer)
+            self._set_lacks(peer, self.missing.difference(indices))
+
+    def is_partial(self, peer: Peer) -> bool:
+        """Whether the peer is fetching the file itself."""
+        return peer in self._partial
 
     def forget_lacks(self) -> None:
         """Providers may have got chunks in the meantime: ask them again."""
         self._lacks.clear()
+        self._lacking.clear()
+
+    def _set_lacks(self, peer: Peer, indices: set[int]) -> None:
+        old = self._lacks.pop(peer, set())
+        self._lacking.subtract(old - indices)
+        self._lacking.update(indices - old)
+        if indices:
+            self._lacks[peer] = indices

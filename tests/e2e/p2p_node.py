@@ -56,6 +56,9 @@ async def do(network: PeerNetwork, command: dict) -> dict:
         offer = ModelOffer(command["model"], b"\x01", 1, 7, 9)
         network.directory.update(lambda own: msgspec.structs.replace(own, models=(offer,)))
         return {"seq": network.directory.own().seq}
+    if command["op"] == "load":
+        network.directory.update(lambda own: msgspec.structs.replace(own, load=command["rows"]))
+        return {}
     if command["op"] == "region":  # wait for a peer's advert that names this region
         with trio.move_on_after(command["seconds"]):
             while _region(network, command["peer"]) != command["region"]:

@@ -4,7 +4,9 @@ import { publicKeyOf, verify } from './identity.mjs'
 import { decode, encode } from './msgpack.mjs'
 
 const TAG = Buffer.from('rios/advert/1\0')
+const BEAT_TAG = Buffer.from('rios/heartbeat/1\0')
 const BYTES_MAX = 64 << 10
+const BEAT_BYTES_MAX = 4096
 const LIFE_MS_MAX = 24 * 3600 * 1000
 const SKEW_MS_MAX = 10 * 60 * 1000
 const PRICE_MAX = 1n << 40n
@@ -89,6 +91,22 @@ export const FIELDS = [
   ['coordinate', list(integer(COORDINATE_MAX, -COORDINATE_MAX), 8), []]
 ]
 
+const PRICES = record([['quote', integer()], ['per_tflop', integer(PRICE_MAX)], ['per_kv_unit', integer(PRICE_MAX)]])
+export const BEAT_FIELDS = [
+  ['peer_id', text()],
+  ['seq', integer()],
+  ['load', integer(), 0],
+  ['paused', flag, false],
+  ['price', value => value === null ? null : exactly(3, PRICES)(value), null]
+]
+
+function exactly (length, read) {
+  return value => {
+    need(Array.isArray(value) && value.length === length, `an array of ${length}`)
+    return read(value)
+  }
+}
+
 export function signAdvert (identity, fields) {
   const all = { peer_id: identity.peerId, ...fields }
   const body = encode(FIELDS.map(([name, , fallback]) => all[name] ?? fallback))
@@ -96,19 +114,7 @@ export function signAdvert (identity, fields) {
 }
 
 export function openAdvert (data, nowMs) {
-  if (data.length > BYTES_MAX) throw new BadAdvert('too_large', `${data.length} bytes`)
-  const [body, signature] = unpack(data)
-  need(body instanceof Uint8Array && signature instanceof Uint8Array, 'an envelope of two byte strings')
-  need(encode([body, signature]).equals(data), 'an envelope in its shortest encoding')
-  const values = record(FIELDS)(unpack(body))
-  const advert = Object.fromEntries(FIELDS.map(([name], index) => [name, values[index]]))
-  let key
-  try {
-    key = publicKeyOf(advert.peer_id)
-  } catch (error) {
-    throw new BadAdvert('malformed', error.message)
-  }
-  if (!verify(key, TAG, body, signature)) throw new BadAdvert('signature', advert.peer_id)
+  const advert = open(data, FIELDS, TAG, BYTES_MAX)
   checkSense(advert)
   const now = BigInt(nowMs)
   if (BigInt(advert.expires_ms) <= now) throw new BadAdvert('expired', advert.peer_id)
@@ -116,6 +122,32 @@ export function openAdvert (data, nowMs) {
     throw new BadAdvert('future', advert.peer_id)
   }
   return advert
+}
+
+export function openHeartbeat (data, nowMs) {
+  const beat = open(data, BEAT_FIELDS, BEAT_TAG, BEAT_BYTES_MAX)
+  const age = BigInt(nowMs) - BigInt(beat.seq)
+  if (age < -SKEW_MS_MAX) throw new BadAdvert('future', beat.peer_id)
+  if (age > SKEW_MS_MAX) throw new BadAdvert('expired', beat.peer_id)
+  return beat
+}
+
+// what `[body, signature]` says, by field, once it is known that the peer it names signed it
+function open (data, fields, tag, bytesMax) {
+  if (data.length > bytesMax) throw new BadAdvert('too_large', `${data.length} bytes`)
+  const [body, signature] = unpack(data)
+  need(body instanceof Uint8Array && signature instanceof Uint8Array, 'an envelope of two byte strings')
+  need(encode([body, signature]).equals(data), 'an envelope in its shortest encoding')
+  const values = record(fields)(unpack(body))
+  const read = Object.fromEntries(fields.map(([name], index) => [name, values[index]]))
+  let key
+  try {
+    key = publicKeyOf(read.peer_id)
+  } catch (error) {
+    throw new BadAdvert('malformed', error.message)
+  }
+  if (!verify(key, tag, body, signature)) throw new BadAdvert('signature', read.peer_id)
+  return read
 }
 
 function unpack (data) {

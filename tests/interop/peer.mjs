@@ -15,17 +15,21 @@ import { createLibp2p } from 'libp2p'
 import { CID } from 'multiformats/cid'
 import * as raw from 'multiformats/codecs/raw'
 import * as Digest from 'multiformats/hashes/digest'
-import { openAdvert, signAdvert } from './advert.mjs'
+import { openAdvert, openHeartbeat, signAdvert } from './advert.mjs'
+import { modelKey, shardKey } from './directory.mjs'
 import { Identity } from './identity.mjs'
+import { BULK, Lane, MAIN } from './lane.mjs'
 import { Rpc } from './rpc.mjs'
 
 const RPC_PROTOCOL = '/rios/rpc/1.0.0'
 const ADVERT_TOPIC = 'rios/advert/1'
-const SHA256 = 0x12
+const BEAT_TOPIC = 'rios/heartbeat/1'
 const WAIT_MS = 20_000
 
 const identity = new Identity(Buffer.from(process.argv[2], 'hex'))
 const heard = new Map()
+const loads = new Map()
+const lanes = new Map()
 const taken = new Map()
 const rpcs = new Map()
 let own = signOwn()
@@ -96,8 +100,10 @@ function takeAll (buffers) {
 
 node.services.pubsub.addEventListener('message', ({ detail }) => {
   if (detail.topic === ADVERT_TOPIC) heard.set(openAdvert(detail.data, Date.now()).peer_id, detail.from.toString())
+  if (detail.topic === BEAT_TOPIC) loads.set(detail.from.toString(), openHeartbeat(detail.data, Date.now()).load)
 })
 node.services.pubsub.subscribe(ADVERT_TOPIC)
+node.services.pubsub.subscribe(BEAT_TOPIC)
 
 function attach (stream) {
   const rpc = new Rpc({ send: bytes => stream.send(bytes), close: () => stream.abort(new Error('protocol')) }, handlers)
@@ -136,7 +142,7 @@ async function values (events, pick) {
   return found
 }
 
-const cidOf = digest => CID.createV1(raw.code, Digest.create(SHA256, Buffer.from(digest, 'hex')))
+const cidOf = ({ model, shard }) => CID.createV1(raw.code, Digest.decode(shard === undefined ? modelKey(model) : shardKey(model, shard)))
 
 const commands = {
   dial: async ({ address }) => {
@@ -167,22 +173,45 @@ const commands = {
       return found.length ? openAdvert(found.at(-1), Date.now()) : null
     })
   }),
-  dht_providers: async ({ digest }) => ({
+  dht_providers: async key => ({
     providers: await until(async () => {
       const pick = event => event.name === 'PROVIDER' ? event.providers.map(provider => provider.id.toString()) : []
-      const found = await values(node.services.dht.findProviders(cidOf(digest)), pick)
+      const found = await values(node.services.dht.findProviders(cidOf(key)), pick)
       return found.length ? [...new Set(found)] : null
     })
   }),
-  dht_provide: async ({ digest }) => {
+  dht_provide: async key => {
     const pick = event => event.name === 'PEER_RESPONSE' && event.messageName === 'ADD_PROVIDER' ? [event.from.toString()] : []
-    return { stored_at: await values(node.services.dht.provide(cidOf(digest)), pick) }
+    return { stored_at: await values(node.services.dht.provide(cidOf(key)), pick) }
   },
   dht_put_own: async () => {
     const pick = event => event.name === 'PEER_RESPONSE' && event.messageName === 'PUT_VALUE' ? [event.from.toString()] : []
     return { stored_at: await values(node.services.dht.put(Buffer.from(`/rios/node/${identity.peerId}`), own), pick) }
   },
   heard: async ({ peer }) => ({ sender: await until(() => heard.get(peer)) }),
+  lane: async ({ name, peer, address, aes, psk }) => {
+    const [, , host, , port] = address.split('/')
+    const lane = await Lane.dial({ host, port, identity, peerId: peer, aes, psk: psk && Buffer.from(psk, 'hex') })
+    const channels = [MAIN, BULK].map(number => {
+      const rpc = new Rpc(lane.channel(number, bytes => rpc.received(bytes)), handlers)
+      lane.ended.then(rpc.end)
+      return rpc
+    })
+    lanes.set(name, { lane, channels })
+    lane.run()
+    return { cipher: lane.cipher }
+  },
+  lane_rpc: async ({ name, bulk, method, header, buffers, deadline_ms: deadlineMs }) => {
+    const rpc = lanes.get(name).channels[bulk ? BULK : MAIN]
+    return await rpc.call(method, header, buffers.map(hex => Buffer.from(hex, 'hex')), deadlineMs)
+  },
+  lane_record: async ({ name, kind, bytes, wait_ms: waitMs = WAIT_MS }) => {
+    const { lane } = lanes.get(name)
+    lane.record(kind, Buffer.from(bytes, 'hex'))
+    const late = new Promise(resolve => setTimeout(resolve, waitMs, null).unref())
+    return { ended: await Promise.race([lane.ended, late]) }
+  },
+  load: async ({ peer }) => ({ load: await until(() => loads.get(peer)) }),
   publish: async ({ region, announce }) => {
     own = signOwn({ region, addresses: announce ? node.getMultiaddrs().map(String) : [] })
     await until(() => node.services.pubsub.getSubscribers(ADVERT_TOPIC).length > 0)

@@ -8,10 +8,16 @@ function need (condition) {
   if (!condition) throw new Error('tensor')
 }
 
-export function decodeRows ({ shape, bf16 }, buffer) {
+export function decodeRows ({ shape, dtype = 'fp16', bf16 }, buffer) {
   need(Array.isArray(shape) && shape.length === 2 && shape.every(Number.isInteger))
   const [rows, width] = shape
-  need(rows >= 0 && rows <= SIZE_MAX && width >= 1 && width <= SIZE_MAX && buffer.length === 2 * rows * width)
+  need(rows >= 0 && rows <= SIZE_MAX && width >= 1 && width <= SIZE_MAX && ['fp16', 'fp32'].includes(dtype))
+  need(buffer.length === (dtype === 'fp16' ? 2 : 4) * rows * width)
+  if (dtype === 'fp32') {
+    const plain = Float32Array.from({ length: rows * width }, (_, index) => buffer.readFloatLE(4 * index))
+    need(plain.every(Number.isFinite))
+    return plain
+  }
   need(bf16 === undefined || (bf16 instanceof Uint8Array && bf16.length === (rows + 7) >> 3))
   const values = new Float32Array(rows * width)
   const bits = new Uint32Array(values.buffer)

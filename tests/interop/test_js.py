@@ -24,19 +24,22 @@ def test_a_javascript_peer_is_a_member_of_the_swarm(start_js, start_node):
 
     # finds an advert and a provider of a model in the DHT, through a node that is neither
     seq = b.ask("offer", model=MODEL)["seq"]
-    assert js.ask("dht_providers", digest=MODEL)["providers"] == [peer_b]
+    assert js.ask("dht_providers", model=MODEL)["providers"] == [peer_b]
+    assert js.ask("dht_providers", model=MODEL, shard=0)["providers"] == [peer_b]
     advert = js.ask("dht_advert", peer=peer_b)["advert"]
     assert advert["peer_id"] == peer_b
     assert advert["seq"] >= seq
     assert advert["models"] == [[MODEL, {"hex": "01"}, 1, 7, 9]]
 
     # is found there itself
-    assert peer_a in js.ask("dht_provide", digest=OTHER)["stored_at"]
+    assert peer_a in js.ask("dht_provide", model=OTHER)["stored_at"]
     assert peer_a in js.ask("dht_put_own")["stored_at"]
     assert b.ask("find", digest=OTHER)["providers"] == [peer_js]
 
     # hears gossip and is heard
     assert js.ask("heard", peer=peer_b)["sender"] == peer_b
+    assert b.ask("load", rows=500) == {}
+    assert js.ask("load", peer=peer_b) == {"load": 500}
     assert js.ask("publish", region="from-javascript", announce=True)["recipients"]
     for node in (a, b):
         assert node.ask("region", peer=peer_js, region="from-javascript", seconds=20)["region"] == "from-javascript"

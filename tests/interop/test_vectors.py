@@ -12,6 +12,7 @@ from config.errors import IntegrityError, RiosError
 from dmoe.core import wire
 from p2p.core import headers
 from p2p.core.advert import BadAdvert, open_advert
+from p2p.core.heartbeat import open_heartbeat
 from p2p.core.identity import public_key_of, verify
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -47,6 +48,13 @@ def test_adverts_that_are_refused_by_kind(case):
     data = bytes.fromhex(case["data"]) + bytes(case.get("then_zeros", 0))
     with pytest.raises(BadAdvert) as caught:
         open_advert(data, now_ms=WIRE["now_ms"])
+    assert caught.value.kind == case["refused"]
+
+
+@pytest.mark.parametrize("case", _refused("heartbeats"), ids=lambda case: case["name"])
+def test_heartbeats_that_are_refused_by_kind(case):
+    with pytest.raises(BadAdvert) as caught:
+        open_heartbeat(bytes.fromhex(case["data"]), now_ms=WIRE["now_ms"])
     assert caught.value.kind == case["refused"]
 
 

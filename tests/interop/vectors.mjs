@@ -2,7 +2,8 @@
 
 import { deepStrictEqual } from 'node:assert'
 import { readFileSync } from 'node:fs'
-import { FIELDS, openAdvert } from './advert.mjs'
+import { BEAT_FIELDS, FIELDS, openAdvert, openHeartbeat } from './advert.mjs'
+import { modelKey, shardKey } from './directory.mjs'
 import { Machine, unpackHeader } from './frames.mjs'
 import { Identity, peerIdOf, publicKeyOf, verify } from './identity.mjs'
 import { encode } from './msgpack.mjs'
@@ -76,6 +77,16 @@ for (const { name, data, then_zeros: zeros = 0, advert, refused: reason } of vec
     const read = openAdvert(all, vectors.now_ms)
     same(FIELDS.map(([field]) => read[field]), advert)
   })
+}
+for (const { name, data, heartbeat, refused: reason } of vectors.heartbeats) {
+  check(`heartbeat ${name}`, () => {
+    if (reason !== undefined) return refused(() => openHeartbeat(bytes(data), vectors.now_ms), reason)
+    const read = openHeartbeat(bytes(data), vectors.now_ms)
+    same(BEAT_FIELDS.map(([field]) => read[field]), heartbeat)
+  })
+}
+for (const { model, shard, key } of vectors.provider_keys) {
+  check(`provider key of ${model} ${shard}`, () => same((shard === undefined ? modelKey(model) : shardKey(model, shard)).toString('hex'), key))
 }
 for (const { data, header, refused: reason, name } of vectors.headers) {
   check(`header ${name ?? data}`, () => {

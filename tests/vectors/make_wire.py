@@ -15,8 +15,9 @@ import numpy as np
 
 from dmoe.core import calls, wire
 from p2p.core import advert as adverts
-from p2p.core import frames, headers
+from p2p.core import frames, headers, heartbeat, providing
 from p2p.core.advert import Advert, Gpu, Hardware, ModelOffer
+from p2p.core.heartbeat import Heartbeat
 from p2p.core.identity import Identity
 
 FILE = Path(__file__).with_name("wire.json")
@@ -37,6 +38,8 @@ def make() -> dict[str, Any]:
         "not_peer_ids": _not_peer_ids(),
         "signatures": _signatures(),
         "adverts": _adverts(),
+        "heartbeats": _heartbeats(),
+        "provider_keys": _provider_keys(),
         "headers": _headers(),
         "frames": _frames(),
         "tensors": _tensors(),
@@ -169,6 +172,45 @@ def _adverts() -> list[dict[str, Any]]:
     return shown + [{"name": name, "data": data.hex(), "refused": kind} for name, kind, data in refused]
 
 
+def _heartbeats() -> list[dict[str, Any]]:
+    body = msgspec.msgpack.encode(Heartbeat(ALICE.peer_id, NOW_MS, 42, True, (5, 200, 4)))
+    fields = msgspec.msgpack.decode(body)
+
+    def sealed(changed: object, identity: Identity = ALICE) -> bytes:
+        data = msgspec.msgpack.encode(changed)
+        return msgpack.packb([data, identity.sign(heartbeat.TAG, data)])
+
+    valid = [
+        ("every field", sealed(fields)),
+        ("prices as advertised", sealed([*fields[:4], None])),
+        ("two fields, the rest defaults", sealed(fields[:2])),
+        ("fields appended by a later version", sealed([*fields, "more"])),
+    ]
+    early, late = NOW_MS - heartbeat.AGE_MS_MAX - 1, NOW_MS + adverts.CLOCK_SKEW_MS_MAX + 1
+    refused = [
+        ("an advert's tag", "signature", msgpack.packb([body, ALICE.sign(adverts.TAG, body)])),
+        ("somebody else's signature", "signature", sealed(fields, BOB)),
+        ("one field", "malformed", sealed(fields[:1])),
+        ("a price of two", "malformed", sealed([*fields[:4], [5, 200]])),
+        ("a price above 2**40", "malformed", sealed([*fields[:4], [5, (1 << 40) + 1, 4]])),
+        ("4,097 bytes", "too_large", sealed([*fields, "x" * 4096])[: heartbeat.HEARTBEAT_BYTES_MAX + 1]),
+        ("ten minutes old", "expired", sealed([fields[0], early])),
+        ("ten minutes ahead", "future", sealed([fields[0], late])),
+    ]
+    shown: list[dict[str, Any]] = []
+    for name, data in valid:
+        beat = heartbeat.open_heartbeat(data, now_ms=NOW_MS)
+        shown.append({"name": name, "data": data.hex(), "heartbeat": msgspec.to_builtins(beat)})
+    return shown + [{"name": name, "data": data.hex(), "refused": kind} for name, kind, data in refused]
+
+
+def _provider_keys() -> list[dict[str, Any]]:
+    shown: list[dict[str, Any]] = [{"model": MODEL, "key": providing.model_key(MODEL).hex()}]
+    for index in (0, 300):
+        shown.append({"model": MODEL, "shard": index, "key": providing.shard_key(MODEL, index).hex()})
+    return shown
+
+
 def _tail(body: bytes) -> bytes:
     """An array's elements: what follows its head."""
     return body[1:] if body[0] & 0xF0 == 0x90 else body[3:]
@@ -292,8 +334,14 @@ def _tensors() -> list[dict[str, Any]]:
     ordinary = np.array([[0.0, -0.0, 1.0, -2.5], [65504.0, 6e-8, 1 / 3, 2049.0]], np.float32)
     mixed = np.array([[1.0, 2.0, 3.0, 4.0], [65505.0, -1e30, 3.4e38, 1.00390625], [0.1, 0.2, 0.3, 0.4]], np.float32)
     shown = []
-    for name, rows in (("fp16", ordinary), ("one row in bf16", mixed), ("no rows", ordinary[:0])):
-        header, buffer = wire.encode(rows)
+    cases: list[tuple[str, np.ndarray, wire.Dtype]] = [
+        ("fp16", ordinary, "fp16"),
+        ("one row in bf16", mixed, "fp16"),
+        ("no rows", ordinary[:0], "fp16"),
+        ("fp32", mixed, "fp32"),
+    ]
+    for name, rows, dtype in cases:
+        header, buffer = wire.encode(rows, dtype)
         read = wire.decode(header, buffer)
         shown.append(
             {
@@ -312,6 +360,9 @@ def _tensors() -> list[dict[str, Any]]:
         ("more rows than allowed", {"shape": [(1 << 20) + 1, 1]}, b""),
         ("a buffer too short", {"shape": [2, 2]}, bytes(6)),
         ("a bitmap too short", {"shape": [9, 1], "bf16": b"\0"}, bytes(18)),
+        ("fp32 in a buffer for fp16", {"shape": [1, 1], "dtype": "fp32"}, bytes(2)),
+        ("a dtype that nobody knows", {"shape": [1, 1], "dtype": "fp8"}, bytes(1)),
+        ("infinity in fp32", {"shape": [1, 1], "dtype": "fp32"}, b"\x00\x00\x80\x7f"),
         ("infinity in fp16", {"shape": [1, 1]}, b"\x00\x7c"),
         ("not a number in bf16", {"shape": [1, 1], "bf16": b"\x01"}, b"\xc0\x7f"),
     ]

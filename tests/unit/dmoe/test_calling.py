@@ -15,6 +15,7 @@ from dmoe.ports import Quote
 from dmoe.worker import Worker
 from p2p.face import Reply
 from p2p.memory import MemoryHub
+from p2p.services import Service
 from tests.unit.dmoe.swarm_kit import (
     ALL,
     GROUPS,
@@ -319,7 +320,7 @@ async def test_a_hung_replica_is_given_up_within_the_deadline(autojump_clock):
         async def never(call):
             await trio.sleep_forever()
 
-        hung._handlers["expert.run"] = never
+        hung._services["expert.run"] = Service(never)
         session = (await s.caller()).session(manifest)
         for turn in range(3):
             await answer(session, manifest, rows(1, turn))
@@ -336,7 +337,7 @@ async def test_alone_and_hung_ends_with_the_deadline(autojump_clock):
         async def never(call):
             await trio.sleep_forever()
 
-        hung._handlers["expert.run"] = never
+        hung._services["expert.run"] = Service(never)
         session = (await s.caller(call_timeout_ms=3000)).session(manifest)
         with pytest.raises(RemoteError, match="layer 0 of tiny took longer than 3000 ms") as e:
             await session.run(0, rows(1), ALL)
@@ -622,7 +623,7 @@ async def test_peers_that_offer_everything_and_answer_nothing_do_not_use_up_the_
                     raise RequestError("not_found", "no")
                 return Reply({"shape": [1, 1]}, [b"xx"])
 
-            liar._handlers["expert.run"] = answers
+            liar._services["expert.run"] = Service(answers)
         caller = await s.caller()
         for node in s.nodes[2:]:
             caller.dispatcher.estimate(node.peer_id).round_trip_us = 0.0

@@ -20,6 +20,7 @@ from dmoe.worker import Worker
 from p2p.core.advert import ModelOffer, bitmap
 from p2p.core.identity import Identity
 from p2p.memory import MemoryHub
+from p2p.services import Service
 from tests.unit.dmoe.swarm_kit import ALL, GROUPS, LAYERS, PUBLISHER, FakeShard, content, make_manifest
 from tests.unit.dmoe.test_calling import expected, rows
 
@@ -326,7 +327,7 @@ async def test_one_peer_cannot_forbid_a_model_that_another_one_gives(tmp_path):
         async def forbid(call):
             raise RequestError("forbidden", "you must not have it")
 
-        liar.network._handlers["model.manifest"] = forbid
+        liar.network._services["model.manifest"] = Service(forbid)
         found = await node.hosting.fetcher.manifest(manifest.model_id, [liar.network.peer_id])
         assert found.model_id == manifest.model_id
 

@@ -19,6 +19,7 @@ from p2p.core import codec
 from p2p.core.identity import Identity
 from p2p.face import Reply
 from p2p.memory import MemoryHub
+from p2p.services import Service
 
 CREDIT = 1_000_000
 LEAF = bytes(32)
@@ -311,7 +312,9 @@ async def test_receipts_are_signed_and_cover_the_answers(tmp_path):
         await payer.grant(s.ids[0].public_key, 20 * CREDIT)
         seen = []
         original = payer.buyer._receipt
-        s.hub.nodes[s.ids[0].peer_id]._handlers["ledger.receipt"] = lambda call: seen.append(call) or original(call)
+        s.hub.nodes[s.ids[0].peer_id]._services["ledger.receipt"] = Service(
+            lambda call: seen.append(call) or original(call)
+        )
         await work(payer, worker, 40)
         await worker.settle_all()
         receipts = [open_signed(Receipt, read_signed(call.header["receipt"]), s.ids[1].public_key) for call in seen]
@@ -407,7 +410,7 @@ async def test_a_worker_with_an_impossible_payout_does_not_block_the_payer_s_cha
         async def terms(call):
             return Reply({"net": s.genesis.net, "signer": s.ids[1].public_key, "payout": payout})
 
-        s.hub.nodes[s.ids[1].peer_id]._handlers["ledger.terms"] = terms
+        s.hub.nodes[s.ids[1].peer_id]._services["ledger.terms"] = Service(terms)
         with pytest.raises(RemoteError, match="no account"):
             await payer.buyer.open_channel(s.ids[1].peer_id)
         await payer.transfer(s.ids[2].public_key, 5)

@@ -16,15 +16,16 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 
 from config.errors import BusyError, RemoteError
-from p2p import blobs, kademlia
 from p2p import directory as directory_module
-from p2p.blobs import PEERS_MAX, PeerBlobs
+from p2p import fetch, kademlia
+from p2p.blobs import PeerBlobs
 from p2p.core import advert as adverts
 from p2p.core.advert import Advert
 from p2p.core.identity import Identity
 from p2p.core.view import View
 from p2p.directory import PeerDirectory, now_ms
 from p2p.face import ContentFile, Reply
+from p2p.fetch import PEERS_MAX
 from p2p.streams import WAITING_MAX, WINDOW_BYTES, Channel
 
 
@@ -88,13 +89,13 @@ def test_a_peer_that_asks_and_never_reads_is_hung_up_on(channel):
 
 
 async def test_many_peers_that_have_nothing_do_not_hide_the_one_that_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(blobs, "ROUNDS_S", (0.0,))
+    monkeypatch.setattr(fetch, "ROUNDS_S", (0.0,))
     data = urandom(1000)
     file = ContentFile(sha256(data).hexdigest(), len(data), (sha256(data).digest(),))
     peers = [f"liar-{n:02}" for n in range(3 * PEERS_MAX)] + ["zhonest"]
 
     class Network:
-        async def call(self, peer_id, method, header, buffers=(), *, deadline_ms):
+        async def call(self, peer_id, method, header, buffers=(), *, deadline_ms, bulk=False):
             await trio.lowlevel.checkpoint()
             if peer_id == "zhonest":
                 return Reply({}, [data])
@@ -105,12 +106,12 @@ async def test_many_peers_that_have_nothing_do_not_hide_the_one_that_has(tmp_pat
 
 
 async def test_a_peer_that_is_always_busy_does_not_keep_a_download_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(blobs, "ROUNDS_S", (0.0,))
-    monkeypatch.setattr(blobs, "BUSY_MAX", 3)
+    monkeypatch.setattr(fetch, "ROUNDS_S", (0.0,))
+    monkeypatch.setattr(fetch, "BUSY_MAX", 3)
     file = ContentFile(sha256(b"x").hexdigest(), 1, (sha256(b"x").digest(),))
 
     class Network:
-        async def call(self, peer_id, method, header, buffers=(), *, deadline_ms):
+        async def call(self, peer_id, method, header, buffers=(), *, deadline_ms, bulk=False):
             await trio.lowlevel.checkpoint()
             raise BusyError("come again", retry_after_ms=1)
 

@@ -100,21 +100,33 @@ def test_what_is_held_is_announced_rarest_first_again_in_time_and_withdrawn(monk
     held = (ModelOffer(model, bitmap({0, 1, 2, 3}), 1, 1, 1),)
     assert it.follow(held, lambda _model, index: rarity[index]) == ()
     order = []
-    while (key := it.next(1000)) is not None:
+    while (key := it.next(1000, 99)) is not None:
         order.append(key)
-        it.done(key, 1000)
+        it.done(key, 1000, 99)
     assert order == [providing.model_key(model), *(providing.shard_key(model, index) for index in (1, 3, 2))]
-    assert it.next(1000 + providing.REPUBLISH_MS) == order[0]
+    assert it.next(1000 + providing.REPUBLISH_MS, 99) == order[0]
     fewer = (ModelOffer(model, bitmap({3}), 1, 1, 1),)
     dropped = it.follow(fewer, lambda _model, index: rarity[index])
     assert set(dropped) == {providing.shard_key(model, 1), providing.shard_key(model, 2)}
-    assert it.next(1000) is None
+    assert it.next(1000, 99) is None
     assert set(it.follow((), lambda _model, _index: 0)) == {providing.model_key(model), providing.shard_key(model, 3)}
 
 
 def test_a_key_that_cannot_be_announced_does_not_hold_up_the_others():
     it = providing.Announcements()
     it.follow((ModelOffer("ab" * 32, b"\x01", 1, 1, 1),), lambda _model, _index: 0)
-    first = it.next(0)
+    first = it.next(0, 1)
     it.failed(first, 0)
-    assert it.next(0) not in (None, first)
+    assert it.next(0, 1) not in (None, first)
+
+
+def test_a_key_is_announced_again_when_the_swarm_has_grown():
+    it = providing.Announcements()
+    it.follow((ModelOffer("ab" * 32, b"\x01", 1, 1, 1),), lambda _model, _index: 0)
+    rounds = []
+    for peers in (*range(1, 60), 500):
+        while (key := it.next(0, peers)) is not None:
+            it.done(key, 0, peers)
+            rounds.append(peers)
+    assert sorted(set(rounds)) == [1, 2, 4, 8, 16, 20]
+    assert len(rounds) == 12

@@ -291,6 +291,8 @@ async def test_fetch_from_several_with_a_liar_and_resume(nodes, tmp_path):
     assert done[0] == 2 * CHUNK_BYTES
     assert sum(done) == len(data)
     assert good.reads == 5
+    assert c.doors.faults["bad_chunk"] >= 1
+    assert c.doors.peer(b.peer_id)["score"] < c.doors.peer(a.peer_id)["score"]
     assert not (tmp_path / "file.part").exists()
     await c.blobs.fetch(content(data), target, lambda: [])  # it is there already
 

@@ -28,31 +28,72 @@ def test_the_rarest_chunk_comes_first_and_peers_fail_over():
     for index in (0, 1, 2):
         plan.lacks("b", index)
     plan.lacks("a", 3)
-    assert plan.take("b") == 3
-    assert plan.take("b") is None
-    first, second = plan.take("a"), plan.take("a")
+    assert plan.take("b", 0) == 3
+    assert plan.take("b", 0) is None
+    first, second = plan.take("a", 0), plan.take("a", 0)
     assert {first, second} <= {0, 1, 2}
-    assert plan.take("a") is None  # two in flight
-    plan.arrived(first)
+    assert plan.take("a", 0) is None  # two in flight
+    assert plan.arrived(first)
     plan.drop("a")
     plan.add("c")
-    assert {plan.take("c"), plan.take("c")} == {0, 1, 2} - {first}
+    assert {plan.take("c", 0), plan.take("c", 0)} == {0, 1, 2} - {first}
     assert not plan.done
-    for index in range(4):
-        plan.arrived(index)
+    assert [plan.arrived(index) for index in range(4)] == [index != first for index in range(4)]
     assert plan.done
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["take", "ok", "no", "fail", "drop"])), max_size=80))
-def test_a_chunk_is_in_flight_with_one_peer_only(steps):
+def test_what_few_others_have_is_asked_for_first():
+    plan: Plan[str] = Plan(range(6), per_peer_max=9)
+    for peer in "abcd":
+        plan.add(peer)
+    plan.has_only("b", {0, 1, 2, 3})
+    plan.has_only("c", {0, 1, 2, 5})
+    plan.has_only("d", {0, 1, 2, 3, 5})
+    taken = [plan.take("a", 0) for _ in range(6)]
+    assert taken[0] == 4  # nobody else has it
+    assert set(taken[1:3]) == {3, 5}
+    assert plan.is_partial("b")
+    assert not plan.is_partial("a")
+    plan.again(4, "a")
+    plan.has_only("b", {4})  # it got it meanwhile
+    assert plan.take("b", 0) == 4
+
+
+def test_a_chunk_that_is_late_is_asked_of_a_second_peer_as_well():
+    plan: Plan[str] = Plan(range(2), per_peer_max=2)
+    for peer in "abc":
+        plan.add(peer)
+    assert {plan.take("a", 10.0), plan.take("a", 10.5)} == {0, 1}
+    assert plan.take("b", 11.0) is None
+    assert plan.help("b", 11.0, 2.0) is None  # not late enough yet
+    late = plan.help("b", 12.2, 2.0)
+    assert late is not None
+    assert plan.help("a", 20.0, 2.0) is None  # it is the one that is late
+    assert plan.help("c", 12.3, 2.0) is None  # that one has help already, the other is not late yet
+    assert plan.help("c", 13.0, 2.0) == 1 - late
+    assert plan.arrived(late)
+    assert not plan.arrived(late)
+    plan.drop("a")
+    plan.drop("c")
+    assert plan.take("b", 14.0) == 1 - late
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from(["take", "help", "ok", "no", "fail", "drop"])), max_size=80
+    )
+)
+def test_a_chunk_is_in_flight_with_one_peer_and_a_helper_at_most(steps):
     plan: Plan[str] = Plan(range(6), per_peer_max=2)
     flying: dict[str, list[int]] = {"a": [], "b": [], "c": []}
-    for peer, step in steps:
+    for now, (peer, step) in enumerate(steps):
         plan.add(peer)
-        if step == "take":
-            index = plan.take(peer)
+        if step in ("take", "help"):
+            index = plan.take(peer, now) if step == "take" else plan.help(peer, now, 0.5)
             if index is not None:
-                assert all(index not in held for held in flying.values())
+                holders = sum(index in held for held in flying.values())
+                assert holders == (0 if step == "take" else 1)
+                assert index not in flying[peer]
                 assert index in plan.missing
                 flying[peer].append(index)
                 assert len(flying[peer]) <= 2
@@ -61,7 +102,13 @@ def test_a_chunk_is_in_flight_with_one_peer_only(steps):
             flying[peer].clear()
         elif flying[peer]:
             index = flying[peer].pop()
-            {"ok": plan.arrived, "no": lambda i, p=peer: plan.lacks(p, i), "fail": plan.again}[step](index)
+            if step == "ok":
+                assert plan.arrived(index)
+                flying = {other: [i for i in held if i != index] for other, held in flying.items()}
+            elif step == "no":
+                plan.lacks(peer, index)
+            else:
+                plan.again(index, peer)
 
 
 def test_the_peer_book_survives_a_restart_and_damage(tmp_path):

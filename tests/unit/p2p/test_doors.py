@@ -1,0 +1,202 @@
+"""The doors of a node: visits, bans, evictions and what the operator sees of them. Sockets are not needed here."""
+
+import json
+import logging
+
+import pytest
+import trio
+
+from config.errors import RequestError
+from p2p import doors as doors_module
+from p2p.core.doors import Limits
+from p2p.core.identity import Identity
+from p2p.core.standing import ADDRESS_SHARE, BAN_AT, FAULTS, GOOD_TENURE_MS
+from p2p.doors import Doors, Visit
+from p2p.refusals import FLOOD_BURST
+
+HOME = "203.0.113.7"
+
+
+def peer(n: int) -> str:
+    return Identity.from_seed(n.to_bytes(32, "big")).peer_id
+
+
+@pytest.fixture
+async def doors():
+    return Doors(Limits(), peers_max=8)
+
+
+def come(doors: Doors, n: int, host: str = HOME) -> Visit | None:
+    """A peer connects and proves who it is; None if it was sent away."""
+    visit = doors.enter(host)
+    if visit is None:
+        return None
+    ended: list[Visit] = []
+    visit.on_hang_up(lambda: ended.append(visit))
+    if not visit.known(peer(n)):
+        visit.leave()
+        return None
+    return visit
+
+
+def ban(doors: Doors, n: int) -> None:
+    while not doors.banned(peer(n)):
+        doors.blame(peer(n), "protocol")
+
+
+async def test_a_banned_peer_is_hung_up_on_and_stays_out(doors):
+    heard: list[str] = []
+    doors.on_ban(heard.append)
+    visit, again = come(doors, 1), come(doors, 1)
+    ban(doors, 1)
+    assert visit.hung_up
+    assert again.hung_up
+    assert heard == [peer(1)]
+    assert doors.limiter.open == 0
+    assert come(doors, 1) is None
+    assert doors.dialled(peer(1), HOME) is None
+    assert come(doors, 2) is not None, "its neighbour may come"
+    assert doors.statistics()["refused"] == {"ban": 2}
+
+
+async def test_bans_and_acquaintance_survive_a_restart(tmp_path):
+    file = tmp_path / "bans.json"
+    first = Doors(Limits(), peers_max=8, file=file)
+    ban(first, 1)
+    first.ban("203.0.113.0/24", 5)
+    first.standing.linked(peer(2), GOOD_TENURE_MS, 0)
+    await first.save()
+    second = Doors(Limits(), peers_max=8, file=file)
+    assert second.banned(peer(1))
+    assert {row.subject for row in second.bans()} == {peer(1), "203.0.113.0/24"}
+    assert second.enter(HOME) is None
+    assert second.peer(peer(2))["linked_s"] == GOOD_TENURE_MS // 1000
+    assert second.unban("203.0.113.99/24")
+    assert second.enter(HOME) is not None
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"bans": {"a": 1}, "tenures": {}}', '{"bans": 3, "tenures": 4}'])
+async def test_a_damaged_file_of_bans_is_said_and_ignored(tmp_path, caplog, damage):
+    file = tmp_path / "bans.json"
+    file.write_text(damage)
+    assert not Doors(Limits(), peers_max=8, file=file).bans()
+    assert "cannot be read" in caplog.text
+
+
+async def test_many_bad_identities_bring_their_address_into_disgrace_but_not_its_good_peers(doors):
+    doors.standing.linked(peer(99), GOOD_TENURE_MS, 0)
+    bad = 0
+    while not any(row.subject == HOME for row in doors.bans()):
+        assert come(doors, bad) is not None
+        ban(doors, bad)
+        bad += 1
+    assert 1 / ADDRESS_SHARE <= bad <= 1 / ADDRESS_SHARE + 1
+    stranger = doors.enter(HOME)
+    assert not stranger.known(peer(50)), "a stranger is not let in"
+    stranger.leave()
+    good = doors.enter(HOME)
+    assert good.known(peer(99)), "a neighbour that has shown how it behaves is"
+    refused = sum(doors.enter(HOME) is None for _ in range(20))
+    assert refused >= 18, "and only a trickle of handshakes is spent on that address"
+    assert come(doors, 51, "198.51.100.1") is not None
+
+
+async def test_an_operator_shuts_an_address_out_and_hangs_up_on_who_is_there(doors):
+    visit, undecided = come(doors, 1), doors.enter(HOME)
+    other = come(doors, 2, "198.51.100.1")
+    row = doors.ban(HOME, 10)
+    assert row.by_operator
+    assert 595 < row.left_s <= 600
+    assert visit.hung_up
+    assert undecided.hung_up
+    assert not other.hung_up
+    assert doors.enter(HOME) is None
+    assert doors.unban(HOME)
+    assert doors.enter(HOME) is not None
+    with pytest.raises(RequestError, match="neither a peer nor an address"):
+        doors.ban("somebody", 1)
+
+
+async def test_fresh_identities_of_one_subnet_do_not_use_up_the_places(doors):
+    friends = [come(doors, n, f"198.51.{n}.1") for n in range(3)]
+    crowd = [come(doors, 100 + n, f"203.0.113.{n}") for n in range(30)]
+    assert not any(visit.hung_up for visit in friends)
+    assert 1 <= sum(visit is not None and not visit.hung_up for visit in crowd) <= 3
+    late = come(doors, 200, "192.0.2.1")
+    assert late is not None, "somebody from elsewhere still finds a place"
+    assert not any(visit.hung_up for visit in friends)
+    assert doors.dialled(peer(300), "192.0.2.9") is not None, "and the node can still dial"
+    assert doors.statistics()["refused"]["peers"] > 20
+
+
+async def test_pinned_peers_and_dialled_ones_are_never_evicted(doors):
+    doors.pin(peer(1))
+    pinned = come(doors, 1)
+    dialled = doors.dialled(peer(2), HOME)
+    for n in range(3, 30):
+        come(doors, n, f"198.51.{n}.1")
+    assert not pinned.hung_up
+    assert not dialled.hung_up
+
+
+async def test_a_peer_that_goes_on_above_its_limits_floods_and_is_banned():
+    doors = Doors(Limits(calls_max=1), peers_max=8)
+    come(doors, 1)
+    meter = doors.meter(peer(1))
+    assert meter.start_call() == ""
+    refusals = 0
+    while not doors.banned(peer(1)):
+        assert "calls_per_peer" in meter.start_call()
+        refusals += 1
+        assert refusals < 50 * FLOOD_BURST
+    assert refusals > 5 * FLOOD_BURST, "a burst is no flood"
+    assert doors.statistics()["faults"]["flood"] >= BAN_AT // FAULTS["flood"].weight
+    meter.end_call()
+
+
+async def test_the_log_names_a_limit_once_in_a_while(doors, caplog):
+    caplog.set_level(logging.WARNING)
+    for n in range(200):
+        come(doors, n)
+    assert caplog.text.count("limit connections_per_minute_per_address") <= 1
+    assert caplog.text.count("limit peers") == 1
+    assert len(caplog.records) <= 3
+
+
+async def test_a_silent_handshake_makes_room(monkeypatch):
+    monkeypatch.setattr("p2p.core.doors.GRACE_S", 0.0)
+    doors = Doors(Limits(undecided_per_address_max=2), peers_max=8)
+    closed: list[int] = []
+    visits = []
+    for n in range(3):
+        visits.append(doors.enter(HOME))
+        visits[n].on_hang_up(lambda n=n: closed.append(n))
+    assert closed == [0]
+    assert not visits[0].known(peer(1)), "who was hung up on does not come in late"
+    assert visits[2].known(peer(2))
+    for visit in visits:
+        visit.leave()
+        visit.leave()
+    assert (doors.limiter.open, doors.limiter.undecided) == (0, 0)
+
+
+async def test_time_together_is_counted(doors, autojump_clock):
+    visit = come(doors, 1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(doors.run)
+        await trio.sleep(3 * doors_module.TENURE_SECONDS)
+        nursery.cancel_scope.cancel()
+    await trio.sleep(30)
+    visit.leave()
+    assert doors.peer(peer(1))["linked_s"] == pytest.approx(210, abs=6)
+
+
+async def test_what_the_operator_sees_is_json(doors):
+    come(doors, 1)
+    doors.blame(peer(1), "slow")
+    ban(doors, 2)
+    shown = [doors.peer(peer(1)), doors.peer(peer(2)), doors.statistics()]
+    json.dumps(shown)
+    assert shown[0]["score"] == 100 - FAULTS["slow"].weight
+    assert shown[0]["fault"] == "slow"
+    assert shown[1]["ban"]["reason"] == "protocol"
