@@ -39,6 +39,11 @@ class P2pSettings:
     dns_servers: tuple[str, ...] = _setting(
         (), "DNS servers to resolve seeds with, address or address:port. Empty: the system's."
     )
+    mdns: str = _setting(
+        "auto",
+        "Find peers on the LAN by multicast DNS; auto: where the node listens on a private address, not loopback.",
+        choices=("auto", "on", "off"),
+    )
     seeds_file: str = _setting("", "A seed-list file: one multiaddr a line, # starts a comment.")
     allow: tuple[str, ...] = _setting(
         (), "Peer ids that may connect, besides this node's own seeds; empty: everybody (who has the swarm's key)."

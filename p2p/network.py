@@ -22,7 +22,7 @@ from config import seeds
 from config.errors import ConfigError, IntegrityError, LocalError, RemoteError, RiosError
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
-from p2p import clock, trace
+from p2p import clock, mdns, trace
 from p2p.blobs import PeerBlobs
 from p2p.core.advert import Advert
 from p2p.core.doors import Limits
@@ -230,6 +230,10 @@ class PeerNetwork:
         await self.directory.exchange(peer_id)
         await self._host.join(peer_id)
 
+    def found(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """Somebody says that this peer is near."""
+        self._mesh.found(peer_id, addresses)
+
     def run(self) -> None:
         """Start the background work."""
         self._gossip.subscribe(TOPIC, self.directory.on_gossip)
@@ -299,6 +303,9 @@ async def open_network(
                 lanes = Lanes(keys, front, nursery.start_soon, admits, frame_bytes_max=settings.frame_bytes_max)
                 network = PeerNetwork(identity, settings, host, nursery, book, listed, names, first, front, lanes)
                 network.run()
+                if hosts := mdns.wanted(settings.mdns, _reachable(host.addresses)):
+                    near = [f"{text}/p2p/{identity.peer_id}" for text in _reachable(host.addresses)]
+                    nursery.start_soon(mdns.Mdns(hosts, near, swarm_key, network.found).run)
                 try:
                     yield network
                 except Exception as error:
