@@ -5,6 +5,8 @@ in, and how many may be undecided (``doors``).
 
 A socket that begins with multistream's length byte goes to libp2p. One that begins with :data:`MAGIC` says what it
 wants in an 8-byte preamble (magic, version u8, kind u8, number u16; big-endian) and goes to the handler of that kind.
+One of another version, or of a kind that nobody takes here, is answered with this node's own preamble of kind 0: the
+peer learns which version to speak, and is not blamed for asking.
 
 Invariants:
 1. Nothing is read from a socket that the doors did not admit; a socket says what it is within :data:`PEEK_SECONDS`.
@@ -14,6 +16,7 @@ Invariants:
 import logging
 import socket as plain_socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
 from weakref import WeakKeyDictionary
@@ -30,8 +33,10 @@ MULTISTREAM = 0x13
 MAGIC = b"rios"
 VERSION = 1
 PREAMBLE = Struct("!4sBBH")
-LANE, SPLICE = 1, 2
-"""Kinds: the handshake of a direct lane; the way through a relay (the ends' own preambles follow)."""
+REFUSED, LANE, SPLICE = 0, 1, 2
+"""Kinds: the answer to what is not spoken here; the handshake of a direct lane; the way through a relay (the ends' own
+preambles follow)."""
+_LIBP2P, _UNKNOWN = 0, -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class Front:
         self.doors = doors
         self.strange = 0
         """Sockets that spoke no protocol of ours, or none in time."""
+        self.refused = 0
+        """Preambles of versions and kinds that are not spoken here."""
         self._handlers: dict[int, Handler] = {}
         self._visits: WeakKeyDictionary[trio.socket.SocketType, tuple[Visit, trio.CancelScope]] = WeakKeyDictionary()
 
@@ -86,7 +93,11 @@ class Front:
             self.strange += 1
             visit.blame("handshake")
             log.debug("a socket from %s said nothing we know", host)
-        elif preamble[0] == 0:
+        elif preamble[0] == _UNKNOWN:
+            self.refused += 1
+            with suppress(OSError):
+                await socket.send(PREAMBLE.pack(MAGIC, VERSION, REFUSED, 0))
+        elif preamble[0] == _LIBP2P:
             with trio.CancelScope() as scope:
                 self._visits[socket] = visit, scope
                 await libp2p()
@@ -94,12 +105,12 @@ class Front:
             await self._handlers[preamble[0]](Arrival(socket, visit, preamble[1], host))
 
     async def _ask(self, socket: trio.socket.SocketType) -> tuple[int, int] | None:
-        """Kind and number of the preamble (kind 0: libp2p), or None."""
+        """Kind and number of the preamble (or ``_LIBP2P``, ``_UNKNOWN``), or None."""
         with trio.move_on_after(PEEK_SECONDS):
             try:
                 first = await socket.recv(1, plain_socket.MSG_PEEK)
                 if first and first[0] == MULTISTREAM:
-                    return 0, 0
+                    return _LIBP2P, 0
                 return await self._preamble(socket) if first == MAGIC[:1] else None
             except OSError:
                 return None
@@ -113,7 +124,9 @@ class Front:
                 return None
             data += part
         magic, version, kind, number = PREAMBLE.unpack(data)
-        return (kind, number) if magic == MAGIC and version == VERSION and kind in self._handlers else None
+        if magic != MAGIC:
+            return None
+        return (kind, number) if version == VERSION and kind in self._handlers else (_UNKNOWN, 0)
 
     # -- libp2p's own handshake and its end happen in ``p2p/secure``
 
@@ -130,7 +143,7 @@ class Front:
 
     def statistics(self) -> dict[str, int]:
         """Numbers for people."""
-        return {"strange": self.strange}
+        return {"strange": self.strange, "refused": self.refused}
 
 
 def preamble(kind: int, number: int = 0) -> bytes:

@@ -28,6 +28,7 @@ from noise.connection import Keypair, NoiseConnection  # type: ignore[import-unt
 
 from config.errors import IntegrityError, RemoteError
 from config.vocabulary import PeerId
+from p2p import front
 from p2p.core import payload
 from p2p.core.identity import Identity
 
@@ -127,7 +128,14 @@ async def _write(socket: trio.socket.SocketType, message: bytes) -> None:
 
 
 async def _read(socket: trio.socket.SocketType) -> bytes:
-    size = int.from_bytes(await _exactly(socket, 2), "big")
+    head = await _exactly(socket, 2)
+    if head == front.MAGIC[:2]:  # no message is that long: it is a front door's answer
+        _, version, _, _ = front.PREAMBLE.unpack(head + await _exactly(socket, front.PREAMBLE.size - 2))
+        what = (
+            "takes no lanes" if version == front.VERSION else f"speaks version {version} of the front door's preamble"
+        )
+        raise RemoteError("unavailable", f"lane: the peer {what}; this node speaks version {front.VERSION}")
+    size = int.from_bytes(head, "big")
     if size > MESSAGE_BYTES_MAX:
         raise IntegrityError("too_large", f"lane: a handshake message of {size} bytes")
     return await _exactly(socket, size)

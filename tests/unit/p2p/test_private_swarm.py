@@ -12,6 +12,7 @@ from multiaddr import Multiaddr
 
 from config.errors import ConfigError, RemoteError
 from config.settings import P2pSettings
+from p2p import front
 from p2p.core.identity import Identity
 from p2p.face import Call, Reply
 from p2p.network import PeerNetwork, open_network
@@ -101,21 +102,34 @@ async def test_a_stock_libp2p_host_gets_nowhere(nodes):
     assert str(host.get_id()) not in member._host.connected()
 
 
-async def test_the_first_message_of_a_stranger_ends_the_handshake(nodes):
+LIBP2P = b"\x13/multistream/1.0.0\n\x16/rios/noise-psk/1.0.0\n"
+
+
+@pytest.mark.parametrize("hello", [LIBP2P, front.preamble(front.LANE)], ids=["libp2p", "lane"])
+@pytest.mark.parametrize("size", [32, 48], ids=["no key", "another key"])
+async def test_the_first_message_of_a_stranger_ends_the_handshake(nodes, hello, size):
     """Somebody who speaks the protocol but has no key learns nothing: no identity, no answer."""
     member = await nodes("a", KEY)
     port = int(member.addresses[0].split("/tcp/")[1].split("/")[0])
     heard = b""
-    stream = await trio.open_tcp_stream("127.0.0.1", port)
-    async with stream:
-        for line in (b"/multistream/1.0.0\n", b"/rios/noise-psk/1.0.0\n"):
-            await stream.send_all(bytes([len(line)]) + line)
-        await stream.send_all((48).to_bytes(2, "big") + bytes(range(48)))
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(hello + size.to_bytes(2, "big") + bytes(range(size)))
         with trio.fail_after(10):
             async for data in stream:
                 heard += data
-    heard = heard.replace(b"\x13/multistream/1.0.0\n", b"").replace(b"\x16/rios/noise-psk/1.0.0\n", b"")
-    assert heard == b""
+    assert heard == (LIBP2P if hello == LIBP2P else b"")  # multistream repeats what was agreed on
+
+
+async def test_members_use_the_lane_with_their_key(nodes):
+    a = await nodes("a", KEY)
+    b = await nodes("b", KEY, a)
+    await b.call(a.peer_id, "echo", {}, deadline_ms=5000)
+    await until(lambda: b.links.ready(a.peer_id).carrier.kind == "lane")
+    other = await nodes("c", OTHER_KEY)
+    for stranger in (other, await nodes("d", None)):
+        with pytest.raises(RemoteError, match="hung up during the handshake"):
+            await stranger.lanes.dial(a.peer_id, a.addresses)
+    assert a.lanes.refused >= 2
 
 
 async def test_an_allow_list_admits_whom_it_names(nodes):
