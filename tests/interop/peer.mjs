@@ -188,6 +188,7 @@ const commands = {
     const pick = event => event.name === 'PEER_RESPONSE' && event.messageName === 'PUT_VALUE' ? [event.from.toString()] : []
     return { stored_at: await values(node.services.dht.put(Buffer.from(`/rios/node/${identity.peerId}`), own), pick) }
   },
+  taken: async ({ peer }) => ({ advert: await until(() => taken.get(peer)) }),
   heard: async ({ peer }) => ({ sender: await until(() => heard.get(peer)) }),
   lane: async ({ name, peer, address, aes, psk }) => {
     const [, , host, , port] = address.split('/')

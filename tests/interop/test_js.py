@@ -1,6 +1,9 @@
 """A peer of another make, written from docs/protocol.md over js-libp2p, meets real RiOS node processes."""
 
+import time
 from typing import Any
+
+from node.rig import Swarm
 
 MODEL = "5a" * 32
 OTHER = "c3" * 32
@@ -74,3 +77,28 @@ def test_a_javascript_peer_calls_and_is_refused_properly(start_js, start_node):
     for nonsense in ("ff" * 20, "00000000" + "09" + "00" * 15, "474554202f20485454502f312e300d0a0d0a"):
         assert js.ask("nonsense", peer=peer_a, bytes=nonsense + "00" * 20)["ended"]
     assert rpc("echo", {"n": 8})["header"]["n"] == 8
+
+
+def test_a_javascript_peer_reads_a_whole_daemon(start_js, tmp_path):
+    with Swarm(tmp_path / "swarm") as swarm:
+        node = swarm.add("one", {"ledger.witness": True, "node.region": "eu-north"}, ("--new-network",))
+        swarm.start(node)
+        js = start_js("js")
+        peer = js.ask("dial", address=node.ask("status")["network"]["addresses"][0])["peer"]
+        assert peer == node.peer_id
+
+        def rpc(method: str, header: dict[str, Any]) -> dict[str, Any]:
+            return js.ask("rpc", peer=peer, method=method, header=header, buffers=[], deadline_ms=5000)
+
+        # its advert, signed, with what it measured on itself; the ledger network in it is the one it serves
+        assert rpc("advert.exchange", {"known": {}})["kind"] == "response"
+        advert = js.ask("taken", peer=peer)["advert"]
+        assert advert["region"] == "eu-north"
+        assert advert["hardware"][1] >= 1
+        terms = rpc("ledger.terms", {})["header"]
+        assert terms["net"] == advert["net"]
+        assert rpc("ledger.buckets", {"net": "x"})["header"]["code"] == "conflict"
+        assert abs(rpc("clock.read", {})["header"]["unix_ms"] - time.time() * 1000) < 60_000
+        assert rpc("model.have", {"model": MODEL})["header"] == {"shards": {"hex": ""}}
+        assert rpc("model.manifest", {"model": MODEL})["header"]["code"] == "not_found"
+        assert rpc("expert.run", {"model": MODEL})["header"]["code"] == "invalid_request"
