@@ -1,6 +1,6 @@
 """A node process for the tests beside: opens a network, takes one JSON command a line on stdin, answers on stdout.
 
-Not a test. Arguments: data folder, listen address, seeds (comma separated).
+Not a test. Arguments: data folder, listen address, seeds (comma separated), the key of a private swarm (hex, optional).
 """
 
 import json
@@ -84,7 +84,8 @@ async def main() -> None:
     path = folder / "key"
     identity = keyfile.load(path) if path.exists() else keyfile.create(path)
     settings = P2pSettings(listen=(listen,), seeds=tuple(seeds))
-    async with open_network(identity, settings, data_dir=folder, version="test") as network:
+    key = bytes.fromhex(sys.argv[4]) if len(sys.argv) > 4 else None
+    async with open_network(identity, settings, data_dir=folder, version="test", swarm_key=key) as network:
         for name, handler in (("echo", echo), ("crash", crash), ("slow", slow)):
             network.serve(name, handler)
         print(json.dumps({"peer_id": network.peer_id, "address": network.addresses[0]}), flush=True)

@@ -112,10 +112,10 @@ def start_node(tmp_path: Path) -> Iterator[Any]:
     running: list[Process] = []
     program = HERE.parent / "e2e" / "p2p_node.py"
 
-    def start(name: str, seeds: list[str]) -> Process:
+    def start(name: str, seeds: list[str], *swarm_key: str) -> Process:
         folder = tmp_path / name
         folder.mkdir()
-        command = [sys.executable, str(program), str(folder), "/ip4/127.0.0.1/tcp/0", ",".join(seeds)]
+        command = [sys.executable, str(program), str(folder), "/ip4/127.0.0.1/tcp/0", ",".join(seeds), *swarm_key]
         running.append(Process(command, tmp_path / f"{name}.stderr"))
         return running[-1]
 

@@ -3,7 +3,7 @@
 import { connect } from 'node:net'
 import { decode, encode } from './msgpack.mjs'
 import { peerIdOf, verify } from './identity.mjs'
-import { AES, CHACHA, Handshake, KeyPair, nonceOf, open, seal } from './noise.mjs'
+import { AES, CHACHA, Handshake, KeyPair, nextKey, nonceOf, open, seal } from './noise.mjs'
 
 const PREAMBLE = Buffer.from('72696f7301010000', 'hex')
 const PROLOGUE = Buffer.from('/rios/lane/1.0.0')
@@ -14,8 +14,48 @@ const MESSAGE_BYTES_MAX = 4352
 const RECORD_BYTES_MAX = 131_088
 const CUT_BYTES = 65_536
 const GRANT_BYTES = 2 << 20
+const HEAD_BYTES = 4
+const REKEY_BYTES = 2 ** 35
 export const MAIN = 0
 export const BULK = 1
+
+// One direction of a lane: seals or opens record after record.
+export class Direction {
+  constructor (cipher, key) {
+    this.cipher = cipher
+    this.key = key
+    this.number = 0
+    this.used = 0
+  }
+
+  seal (kind, plain) {
+    const head = Buffer.alloc(HEAD_BYTES)
+    head.writeUInt8(kind)
+    head.writeUIntBE(plain.length + 16, 1, 3)
+    const record = Buffer.concat([head, seal(this.cipher, this.key, nonceOf(this.number++), plain, head)])
+    this.#count(record.length)
+    return record
+  }
+
+  open (head, sealed) {
+    const plain = open(this.cipher, this.key, nonceOf(this.number++), sealed, head)
+    this.#count(HEAD_BYTES + sealed.length)
+    return plain
+  }
+
+  renew () {
+    this.key = nextKey(this.cipher, this.key)
+    this.used = 0
+  }
+
+  #count (bytes) {
+    this.used += bytes
+    if (this.used > REKEY_BYTES) this.renew()
+  }
+}
+
+export const openWelcome = (cipher, key, sealed) => open(cipher, key, WELCOME_NONCE, sealed, PROLOGUE).toString()
+export const newHandshake = options => new Handshake({ prologue: PROLOGUE, ...options })
 
 // -- who it is
 
@@ -105,7 +145,7 @@ export class Lane {
 
   static async #greet (socket, reader, { identity, peerId, aes, psk }) {
     const statics = new KeyPair()
-    const noise = new Handshake({ initiator: true, prologue: PROLOGUE, psk, statics, ephemerals: new KeyPair() })
+    const noise = newHandshake({ initiator: true, psk, statics, ephemerals: new KeyPair() })
     const send = message => socket.write(Buffer.concat([size(message), message]))
     const receive = async () => {
       const length = (await reader.take(2)).readUInt16BE()
@@ -119,19 +159,17 @@ export class Lane {
     send(noise.write(encodePayload(identity, statics.public, { aes })))
     const [sealing, opening] = noise.split()
     const cipher = aes && offer.aes === true ? AES : CHACHA
-    const refusal = open(cipher, opening, WELCOME_NONCE, await receive(), PROLOGUE).toString()
+    const refusal = openWelcome(cipher, opening, await receive())
     if (refusal) throw new Error(`lane: refused: ${refusal}`)
-    return new Lane(socket, reader, cipher, sealing, opening)
+    return new Lane(socket, reader, new Direction(cipher, sealing), new Direction(cipher, opening))
   }
 
-  constructor (socket, reader, cipher, sealing, opening) {
+  constructor (socket, reader, outgoing, incoming) {
     this.socket = socket
     this.reader = reader
-    this.cipher = cipher
-    this.sealing = sealing
-    this.opening = opening
-    this.sent = 0
-    this.received = 0
+    this.cipher = outgoing.cipher
+    this.outgoing = outgoing
+    this.incoming = incoming
     this.consumed = [0, 0]
     this.sinks = [() => {}, () => {}]
     this.ended = new Promise(resolve => { this.end = resolve })
@@ -146,11 +184,10 @@ export class Lane {
   async run () {
     try {
       while (true) {
-        const head = await this.reader.take(4)
+        const head = await this.reader.take(HEAD_BYTES)
         const length = head.readUIntBE(1, 3)
         if (length > RECORD_BYTES_MAX) throw new Error('lane: too long a record')
-        const plain = open(this.cipher, this.opening, nonceOf(this.received++), await this.reader.take(length), head)
-        this.#take(head[0], plain)
+        this.#take(head[0], this.incoming.open(head, await this.reader.take(length)))
       }
     } catch (error) {
       this.close()
@@ -174,10 +211,7 @@ export class Lane {
   }
 
   record (kind, plain) {
-    const head = Buffer.alloc(4)
-    head.writeUInt8(kind)
-    head.writeUIntBE(plain.length + 16, 1, 3)
-    this.socket.write(Buffer.concat([head, seal(this.cipher, this.sealing, nonceOf(this.sent++), plain, head)]))
+    this.socket.write(this.outgoing.seal(kind, plain))
   }
 
   close () {

@@ -27,6 +27,10 @@ export function nonceOf (number) {
   return nonce
 }
 
+// the key that follows a key, by Noise's rekey
+const REKEY_NONCE = Buffer.concat([Buffer.alloc(11, 0xff), Buffer.from([0xfe])])
+export const nextKey = (cipher, key) => seal(cipher, key, REKEY_NONCE, Buffer.alloc(32), Buffer.from('rekey')).subarray(0, 32)
+
 export class KeyPair {
   constructor (secret) {
     this.secret = secret === undefined

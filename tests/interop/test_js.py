@@ -73,10 +73,16 @@ def test_a_javascript_peer_calls_and_is_refused_properly(start_js, start_node):
     assert rpc("crash", {})["header"]["code"] == "internal"
     assert rpc("slow", {}, deadline_ms=200)["header"]["code"] == "deadline"
 
-    # nonsense costs its carrier; the node lives, and so does a new carrier
-    for nonsense in ("ff" * 20, "00000000" + "09" + "00" * 15, "474554202f20485454502f312e300d0a0d0a"):
-        assert js.ask("nonsense", peer=peer_a, bytes=nonsense + "00" * 20)["ended"]
+    # nonsense costs its carrier, not the connection; repeated, it costs the door, for this peer only
+    assert js.ask("nonsense", peer=peer_a, bytes="474554202f20485454502f312e300d0a0d0a" + "00" * 20)["ended"]
     assert rpc("echo", {"n": 8})["header"]["n"] == 8
+    for nonsense in ("ff" * 20, "00000000" + "09" + "00" * 15):
+        js.ask("nonsense", peer=peer_a, bytes=nonsense + "00" * 20)
+    assert "header" not in rpc("echo", {"n": 9})
+    other = start_js("other")
+    assert other.ask("dial", address=a.hello["address"])["peer"] == peer_a
+    answer = other.ask("rpc", peer=peer_a, method="echo", header={"n": 10}, buffers=[], deadline_ms=5000)
+    assert answer["header"]["n"] == 10
 
 
 def test_a_javascript_peer_reads_a_whole_daemon(start_js, tmp_path):

@@ -6,7 +6,9 @@ import { BEAT_FIELDS, FIELDS, openAdvert, openHeartbeat } from './advert.mjs'
 import { modelKey, shardKey } from './directory.mjs'
 import { Machine, unpackHeader } from './frames.mjs'
 import { Identity, peerIdOf, publicKeyOf, verify } from './identity.mjs'
+import { decodePayload, Direction, encodePayload, newHandshake, openWelcome } from './lane.mjs'
 import { encode } from './msgpack.mjs'
+import { AES, CHACHA, KeyPair } from './noise.mjs'
 import { decodeRows, kflop, leaf } from './tensors.mjs'
 
 const vectors = JSON.parse(readFileSync(process.argv[2]))
@@ -104,6 +106,23 @@ for (const [index, { made, data, events, refused: reason, name }] of vectors.fra
     })
   }
 }
+for (const lane of vectors.lanes) {
+  check(`lane ${lane.name}`, () => shakeHands(lane))
+  check(`records of ${lane.name}`, () => {
+    const cipher = lane.aes[1] ? AES : CHACHA
+    same(openWelcome(cipher, bytes(lane.keys[1]), bytes(lane.welcome)), lane.refusal)
+    const [sealing, opening] = [0, 1].map(() => new Direction(cipher, bytes(lane.keys[0])))
+    const records = [...lane.records_of_dialler, null, lane.after_the_next_key]
+    for (const each of records) {
+      if (each === null) [sealing, opening].forEach(direction => direction.renew())
+      else {
+        const { kind, plain, record } = each
+        same(sealing.seal(kind, bytes(plain)).toString('hex'), record)
+        same(opening.open(bytes(record).subarray(0, 4), bytes(record).subarray(4)).toString('hex'), plain)
+      }
+    }
+  })
+}
 for (const { name, header, buffer, read, refused: reason } of vectors.tensors) {
   check(`tensor ${name}`, () => {
     const decode = () => decodeRows(parse(header), bytes(buffer))
@@ -119,6 +138,26 @@ for (const call of vectors.expert_calls) {
     same(leaf(model, layer, groups, buffers, bytes(call.answer)).toString('hex'), call.leaf)
     same(kflop(call.experts_of_groups, call.flops_per_row, shape[0], buffers[1]), call.kflop)
   })
+}
+
+// both sides, with the keys of the vector: every message has to be the vector's, byte by byte
+function shakeHands (lane) {
+  const psk = lane.psk === null ? undefined : bytes(lane.psk)
+  const identities = lane.identities.map(seed => new Identity(bytes(seed)))
+  const statics = lane.static_keys.map(key => new KeyPair(bytes(key)))
+  const sides = [0, 1].map(index => newHandshake({
+    initiator: index === 0, psk, statics: statics[index], ephemerals: new KeyPair(bytes(lane.ephemeral_keys[index]))
+  }))
+  const payloads = [0, 1].map(index => encodePayload(identities[index], statics[index].public, { aes: lane.aes[index] }))
+  same(payloads.map(payload => payload.toString('hex')), lane.payloads)
+  const sent = [Buffer.alloc(0), payloads[1], payloads[0]]
+  sent.forEach((payload, number) => {
+    const message = sides[number % 2].write(payload)
+    same(message.toString('hex'), lane.messages[number])
+    same(sides[1 - number % 2].read(message).toString('hex'), payload.toString('hex'))
+  })
+  same(decodePayload(payloads[1], sides[0].remoteStatic), { peerId: identities[1].peerId, offer: { aes: lane.aes[1] } })
+  for (const side of sides) same(side.split().map(key => key.toString('hex')), lane.keys)
 }
 
 function feedAll (made, data, step) {

@@ -5,6 +5,7 @@ file is a change of the protocol. What is refused names the rule of docs/protoco
 """
 
 import json
+import warnings
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from typing import Any
 import msgpack
 import msgspec
 import numpy as np
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+from noise.connection import Keypair, NoiseConnection
 
 from dmoe.core import calls, wire
+from p2p import handshake, lane
 from p2p.core import advert as adverts
-from p2p.core import frames, headers, heartbeat, providing
+from p2p.core import frames, headers, heartbeat, payload, providing
 from p2p.core.advert import Advert, Gpu, Hardware, ModelOffer
 from p2p.core.heartbeat import Heartbeat
 from p2p.core.identity import Identity
@@ -42,6 +48,7 @@ def make() -> dict[str, Any]:
         "provider_keys": _provider_keys(),
         "headers": _headers(),
         "frames": _frames(),
+        "lanes": _lanes(),
         "tensors": _tensors(),
         "expert_calls": _expert_calls(),
     }
@@ -325,6 +332,79 @@ def feed(made: int, data: bytes) -> list[frames.Event]:
 def _event(event: frames.Event) -> dict[str, Any]:
     fields = {name: getattr(event, name) for name in event.__struct_fields__ if name != "size_bytes"}
     return {"event": type(event).__name__.lower(), **_plain(fields)}
+
+
+# -- the lane
+
+
+def _lanes() -> list[dict[str, Any]]:
+    return [_lane(psk, aes) for psk in (None, b"\x77" * 32) for aes in (False, True)]
+
+
+def _lane(psk: bytes | None, aes: bool) -> dict[str, Any]:
+    """A whole handshake with fixed keys, and the records that follow it."""
+    statics, ephemerals = (b"\x11" * 32, b"\x21" * 32), (b"\x12" * 32, b"\x22" * 32)
+    dialler, listener = (_side(psk, statics[i], ephemerals[i], initiator=not i) for i in range(2))
+    payloads = [
+        payload.encode(identity, _x25519(secret), {"aes": offer})
+        for identity, secret, offer in ((ALICE, statics[0], True), (BOB, statics[1], aes))
+    ]
+    messages = [bytes(dialler.write_message())]
+    assert not listener.read_message(messages[0])
+    messages.append(bytes(listener.write_message(payloads[1])))
+    assert dialler.read_message(messages[1]) == payloads[1]
+    messages.append(bytes(dialler.write_message(payloads[0])))
+    assert listener.read_message(messages[2]) == payloads[0]
+    state = dialler.noise_protocol
+    keys = (state.cipher_state_encrypt.k, state.cipher_state_decrypt.k)
+    make = AESGCM if aes else ChaCha20Poly1305
+    refusal = b"" if psk is None else b"this node is full"
+    sealing = lane._Key(make(keys[0]))
+    plain = [
+        (lane.DATA + lane.MAIN, b"\x01\x02"),
+        (lane.DATA + lane.BULK, bytes(40)),
+        (lane.WINDOW, bytes(4)),
+        (200, b""),
+    ]
+    records = [{"kind": kind, "plain": data.hex(), "record": sealing.seal(kind, data).hex()} for kind, data in plain]
+    sealing.renew()
+    rekeyed = {"kind": 0, "plain": "03", "record": sealing.seal(0, b"\x03").hex()}
+    return {
+        "name": f"{'public' if psk is None else 'private'} swarm, {'AES-256-GCM' if aes else 'ChaCha20-Poly1305'}",
+        "psk": psk.hex() if psk else None,
+        "identities": [ALICE.seed.hex(), BOB.seed.hex()],
+        "static_keys": [secret.hex() for secret in statics],
+        "ephemeral_keys": [secret.hex() for secret in ephemerals],
+        "aes": [True, aes],
+        "payloads": [data.hex() for data in payloads],
+        "messages": [message.hex() for message in messages],
+        "keys": [key.hex() for key in keys],
+        "welcome": make(keys[1]).encrypt(handshake._WELCOME_NONCE, refusal, handshake.PROLOGUE).hex(),
+        "refusal": refusal.decode(),
+        "records_of_dialler": records,
+        "after_the_next_key": rekeyed,
+    }
+
+
+def _side(psk: bytes | None, static: bytes, ephemeral: bytes, *, initiator: bool) -> NoiseConnection:
+    noise = NoiseConnection.from_name(handshake.XX if psk is None else handshake.XX_PSK)
+    noise.set_prologue(handshake.PROLOGUE)
+    if psk:
+        noise.set_psks(psk)
+    noise.set_keypair_from_private_bytes(Keypair.STATIC, static)
+    noise.set_keypair_from_private_bytes(Keypair.EPHEMERAL, ephemeral)
+    (noise.set_as_initiator if initiator else noise.set_as_responder)()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # a fixed ephemeral key is meant for vectors only, and these are some
+        noise.start_handshake()
+    return noise
+
+
+def _x25519(secret: bytes) -> bytes:
+    public = X25519PrivateKey.from_private_bytes(secret).public_key()
+    return public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
 
 
 # -- tensors and expert calls
