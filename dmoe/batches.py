@@ -36,6 +36,8 @@ CROWD_SECONDS = 0.0001
 """A call that starts so soon after the last one ended has waited for it: calls are crowding."""
 CROWD_MEMORY_SECONDS = 0.005
 """How long calls queue after they were last seen to crowd, so that the loop receives while a batch runs."""
+LIMITS = ("queue_rows_max", "deadline", "paused")
+"""Why a call is refused here: the setting ``dmoe.queue_rows_max``, its own deadline, or the operator's wish."""
 PART_ROWS_MIN = 32
 """A batch is divided into parts of at least so many rows: fewer would waste more on loading weights than they save."""
 
@@ -44,7 +46,8 @@ class Batches:
     """The queues of a worker's shards and the threads that empty them. :meth:`later` needs :meth:`run` to run."""
 
     def __init__(self, *, threads: int, queue_rows_max: int, batch_rows_max: int) -> None:
-        self.refused = 0
+        self.refused = dict.fromkeys(LIMITS, 0)
+        """Calls told busy, by the limit that was hit."""
         self.idle = trio.Event()
         """Set whenever a call or a batch has ended; whoever waits for calm replaces it first."""
         self._threads = Threads(threads)
@@ -146,11 +149,19 @@ class Batches:
     def _check_room(self, shards: Sequence[LoadedShard], rows: int, deadline: float) -> None:
         time_left = deadline - trio.current_time()
         for loaded in shards:
+            if not loaded.rows_waiting:
+                continue
             wait = (loaded.rows_waiting + rows) * loaded.row_seconds
-            if loaded.rows_waiting and (loaded.rows_waiting + rows > self._queue_rows_max or wait > time_left):
-                self.refused += 1
-                message = f"{loaded.plan.shard_id}: {loaded.rows_waiting} rows wait already"
-                raise BusyError(message, "ask another replica", retry_after_ms=max(1, int(wait * 1000)))
+            if loaded.rows_waiting + rows > self._queue_rows_max:
+                limit = "queue_rows_max"
+                why = f"{rows} more would exceed dmoe.queue_rows_max = {self._queue_rows_max}"
+            elif wait > time_left:
+                limit, why = "deadline", f"they take {wait:.3f} s, the call's deadline is in {time_left:.3f} s"
+            else:
+                continue
+            self.refused[limit] += 1
+            message = f"{loaded.plan.shard_id}: {loaded.rows_waiting} rows wait already; {why}"
+            raise BusyError(message, "ask another replica", retry_after_ms=max(1, int(wait * 1000)))
 
     def _put(self, loaded: LoadedShard, job: Job) -> None:
         if loaded.free:

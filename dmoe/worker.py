@@ -69,7 +69,7 @@ class Worker:
         self._stopping = False
         self._uncounted: deque[tuple[Call, ExpertCall, list[LoadedShard], memoryview]] = deque()
         self._to_count = trio.Event()
-        network.serve(calls.METHOD, self._serve)
+        network.serve(calls.METHOD, self._serve, quick=self._quick)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled (call :meth:`drain` first to finish what is in flight), then free every shard."""
@@ -149,8 +149,10 @@ class Worker:
         return {
             "calls": self._calls,
             "quick_calls": self._quick_calls,
-            "refused": self._batches.refused,
+            "refused": sum(self._batches.refused.values()),
+            "refused_by": dict(self._batches.refused),
             "active": self._active,
+            "batches": sum(loaded.batches for loaded in self._shards.values()),
             "shards": shards,
         }
 
@@ -175,7 +177,7 @@ class Worker:
         if self._stopping:
             raise RemoteError("unavailable", "this node is shutting down", "ask another replica")
         if self.paused:
-            self._batches.refused += 1
+            self._batches.refused["paused"] += 1
             raise RemoteError("unavailable", "this node is paused by its operator", "ask another replica")
         start = perf_counter()
         self._active += 1

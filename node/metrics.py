@@ -33,7 +33,14 @@ class NodeCollector(Collector):
         yield from _doors(node)
         work = node.worker.statistics()
         yield _counter("rios_expert_calls", "Expert calls served", work["calls"])
-        yield _counter("rios_expert_calls_refused", "Expert calls refused as busy", work["refused"])
+        yield _counter("rios_expert_calls_quick", "Expert calls answered at once, without a queue", work["quick_calls"])
+        yield _counter(
+            "rios_expert_batches", "Times that experts ran: rows / batches is how well calls share", work["batches"]
+        )
+        refused = CounterMetricFamily("rios_expert_calls_refused", "Expert calls refused, by limit", labels=["limit"])
+        for limit, count in work["refused_by"].items():
+            refused.add_metric([limit], count)
+        yield refused
         yield _counter("rios_expert_rows", "Expert rows computed", node.expert_rows())
         yield _gauge("rios_expert_rows_waiting", "Expert rows in queues", node.worker.rows_waiting())
         yield _gauge("rios_shards_served", "Shards loaded and served", node.shards_served())
