@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 INLINE_SECONDS_MAX = 0.002
 """Work expected to take no longer may run on the event loop."""
-CROWD_SECONDS = 0.0001
+CROWD_SECONDS = 0.00015
 """A call that starts so soon after the last one ended has waited for it: calls are crowding."""
 CROWD_MEMORY_SECONDS = 0.005
 """How long calls queue after they were last seen to crowd, so that the loop receives while a batch runs."""
@@ -74,6 +74,13 @@ class Batches:
 
     # --- at once
 
+    def crowded(self, *, followed: bool = False) -> bool:
+        """Whether calls compete, so that they had better queue. ``followed``: another waits behind this one."""
+        now = perf_counter()
+        if followed or now - self._last_end < CROWD_SECONDS:
+            self._crowd_until = now + CROWD_MEMORY_SECONDS
+        return now < self._crowd_until
+
     def now(
         self,
         shards: Sequence[LoadedShard],
@@ -83,15 +90,15 @@ class Batches:
         weights: Weights | None,
     ) -> list[FloatRows] | None:
         """The unrounded partial sums of one layer, a matrix per shard, at once; None if they should queue."""
+        if self.crowded():
+            return None
         start = perf_counter()
-        if start - self._last_end < CROWD_SECONDS:
-            self._crowd_until = start + CROWD_MEMORY_SECONDS
         expected = 0.0
         for loaded in shards:
             if not loaded.free:
                 return None
             expected += loaded.row_seconds
-        if expected * len(rows) > INLINE_SECONDS_MAX or start < self._crowd_until:
+        if expected * len(rows) > INLINE_SECONDS_MAX:
             return None
         out = []
         for loaded in shards:
@@ -178,7 +185,9 @@ class Batches:
             if loaded.waiting and not loaded.running:  # its callers may have gone
                 _Batch(loaded, loaded.take(self._batch_rows_max), self._ended).start(self._threads)
 
-    def _ended(self, loaded: LoadedShard) -> None:
+    def _ended(self, loaded: LoadedShard, calls: int) -> None:
+        if calls > 1:
+            self._crowd_until = perf_counter() + CROWD_MEMORY_SECONDS
         if loaded.waiting:
             self._ready.append(loaded)
         self.idle.set()
@@ -188,7 +197,7 @@ class Batches:
 class _Batch:
     """Jobs of one shard and layer that run together, in one thread or in parts."""
 
-    def __init__(self, loaded: LoadedShard, jobs: Sequence[Job], ended: Callable[[LoadedShard], None]) -> None:
+    def __init__(self, loaded: LoadedShard, jobs: Sequence[Job], ended: Callable[[LoadedShard, int], None]) -> None:
         self._loaded = loaded
         self._jobs = jobs
         self._ended = ended
@@ -228,7 +237,7 @@ class _Batch:
         if self._error is None:
             loaded.ran(len(self._rows), perf_counter() - self._begun)
         self._give()
-        self._ended(loaded)
+        self._ended(loaded, len(self._jobs))
 
     def _give(self) -> None:
         """Every job its own rows."""

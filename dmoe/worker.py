@@ -162,6 +162,8 @@ class Worker:
         """Answer in the reader if that is quick; None: :meth:`_serve` does it (or says what is wrong)."""
         if self._stopping or self.paused or not call.buffers or len(call.buffers[0]) > QUICK_BYTES_MAX:
             return None
+        if self._batches.crowded(followed=call.followed):
+            return None
         start = perf_counter()
         try:
             asked, shards, paid = self._open(call)

@@ -27,6 +27,10 @@ class Carrier(Protocol):
     def congested(self) -> bool:
         """Whether much waits to be sent: :meth:`drain` before sending more."""
 
+    @property
+    def more(self) -> bool:
+        """Whether more has been received than what is being delivered right now (False where nobody can tell)."""
+
     def open(self, receive: Callable[[memoryview], None], lost: Callable[[], None]) -> None:
         """Start delivery. Both callbacks run in the reader: they must not block or raise."""
 

@@ -23,7 +23,8 @@ Header = Mapping[str, Any]
 @dataclass(slots=True)
 class Call:
     """An incoming call. ``deadline`` is a trio time; work past it is of no use to the caller. ``trace`` is the caller's
-    W3C traceparent or empty; calls made while this one is served carry it on."""
+    W3C traceparent or empty; calls made while this one is served carry it on. ``followed``: more has arrived on its
+    connection already and waits behind it."""
 
     peer_id: PeerId
     method: str
@@ -31,6 +32,7 @@ class Call:
     buffers: tuple[memoryview, ...]
     deadline: float
     trace: str = ""
+    followed: bool = False
 
 
 @dataclass(slots=True)

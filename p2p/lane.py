@@ -32,6 +32,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from struct import Struct
+from time import perf_counter
 from typing import Any
 
 import trio
@@ -50,6 +51,8 @@ CUT_BYTES = 1 << 16
 RECEIVE_BYTES = 5 << 16
 READS_PER_TURN = 16
 """Reads after which other tasks get a turn, however much data waits."""
+GATHER_SECONDS = 0.0001
+"""A frame so soon after another is one of many: those written in this turn of the event loop share records."""
 RECORDS_PER_TURN = 16
 """Records written before other tasks get a turn."""
 WINDOW_BYTES = 4 << 20
@@ -143,6 +146,11 @@ class LaneChannel:
         """Whether this side dialled."""
         return self._lane.outbound
 
+    @property
+    def more(self) -> bool:
+        """See :class:`p2p.carrier.Carrier`."""
+        return self._lane.more
+
     def open(self, receive: Callable[[memoryview], None], lost: Callable[[], None]) -> None:
         """Start delivery; the lane's reader must not run before."""
         self._receive, self._lost = receive, lost
@@ -158,6 +166,11 @@ class LaneChannel:
         data: Any = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         lane = self._lane
         if self._window > 0 and not self._waiting and self._begun is None and lane.idle_for(self._data):
+            if len(data) <= CUT_BYTES and lane.in_a_row():
+                self._waiting.append(bytes(data))
+                self._waiting_bytes += len(data)
+                lane.gather()
+                return
             self._window -= len(data)
             self.bytes_out += len(data)
             if len(data) <= CUT_BYTES:
@@ -172,7 +185,8 @@ class LaneChannel:
         # a copy, so that the caller may use its buffers again
         (self._urgent if urgent else self._waiting).append(bytes(data))
         self._waiting_bytes += len(data)
-        lane.pump()
+        if not lane.gathering:
+            lane.pump()
 
     def next_piece(self) -> tuple[int, Buffer] | None:
         """The next record to send on this channel: its kind and plaintext."""
@@ -181,9 +195,9 @@ class LaneChannel:
             return self._grants, _U32.pack(granted)
         if self._begun is None:
             if self._urgent and self._window > -URGENT_BYTES:
-                frame = self._urgent.popleft()
+                frame = _first(self._urgent)
             elif self._waiting and self._window > 0:
-                frame = self._waiting.popleft()
+                frame = _first(self._waiting)
             else:
                 return None
             self._window -= len(frame)
@@ -299,6 +313,9 @@ class Lane:
         self._seal, self._open = _Key(secured.seal), _Key(secured.open)
         self._rest = memoryview(b"")  # of the one record that the socket did not take whole
         self._more = self._writing = False
+        self.gathering = False
+        """Whether frames wait for the end of the turn."""
+        self._wrote_at = 0.0
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._start = self._end = 0
         self.main, self.bulk = LaneChannel(self, MAIN), LaneChannel(self, BULK)
@@ -307,6 +324,11 @@ class Lane:
         if sys.platform == "linux":
             # so that bulk data does not stand between the main channel and the wire
             socket.setsockopt(plain_socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+    @property
+    def more(self) -> bool:
+        """Whether more was received than is being delivered."""
+        return self._end > self._start
 
     # -- sending
 
@@ -318,6 +340,7 @@ class Lane:
         """Seal a record and write what the socket takes; only when nothing else is half-written."""
         record = self._seal.seal(kind, data)
         count = self._write(record)
+        self._wrote_at = perf_counter()
         if count < len(record):
             self._rest = memoryview(record)[count:]
             self._need_writer()
@@ -343,6 +366,20 @@ class Lane:
             self.write(*piece)
         self._more = True
         self._need_writer()
+
+    def in_a_row(self) -> bool:
+        """Whether the last record was written just now."""
+        return perf_counter() - self._wrote_at < GATHER_SECONDS
+
+    def gather(self) -> None:
+        """Write what waits once the tasks that run in this turn have added theirs."""
+        if not self.gathering:
+            self.gathering = True
+            self._spawn(self._end_turn)
+
+    async def _end_turn(self) -> None:
+        self.gathering = False
+        self.pump()
 
     def _need_writer(self) -> None:
         if not self._writing and not self.closed:
@@ -461,6 +498,19 @@ class Lane:
         self._visit.leave()
         for channel in self._channels:
             channel.on_closed()
+
+
+def _first(frames: deque[bytes]) -> bytes:
+    """The next frame, and those after it that fit into the same record."""
+    frame = frames.popleft()
+    room = CUT_BYTES - len(frame)
+    if not frames or len(frames[0]) > room:
+        return frame
+    together = [frame]
+    while frames and len(frames[0]) <= room:
+        room -= len(frames[0])
+        together.append(frames.popleft())
+    return b"".join(together)
 
 
 def _nothing() -> None:

@@ -115,6 +115,7 @@ class Connection:
         self._running: dict[int, trio.CancelScope] = {}
         self._pings: dict[int, trio.Event] = {}
         self._ping_number = 0
+        self._behind = 0
         self._held = 0
         self._owed = 0
         carrier.open(self._received, self._on_lost)
@@ -218,7 +219,10 @@ class Connection:
     def _received(self, data: memoryview) -> None:
         self.heard_at = _current_time()
         try:
-            for event in self._machine.feed(data):
+            events = self._machine.feed(data)
+            self._behind = len(events)
+            for event in events:
+                self._behind -= 1
                 _ACTIONS[type(event)](self, event)
         except IntegrityError as error:
             log.warning("peer %s broke the RPC protocol: %s", self.peer_id, error)
@@ -312,7 +316,8 @@ class Connection:
             self._refuse(request, BusyError(most, retry_after_ms=50))
             return
         deadline = _current_time() + request.deadline_ms / 1000
-        call = Call(self.peer_id, request.method, request.header, request.buffers, deadline, trace.off(request.header))
+        traced, followed = trace.off(request.header), self._behind > 0 or self.carrier.more
+        call = Call(self.peer_id, request.method, request.header, request.buffers, deadline, traced, followed)
         if service.quick is not None and not self.carrier.congested:
             chunks = self._answer_quickly(service.quick, call, request.call_id)
             if chunks is not None:

@@ -56,6 +56,8 @@ class Channel:
         """Who is at the other end; proved by the Noise handshake."""
         return str(self._yamux.peer_id)
 
+    more = False
+
     @property
     def outbound(self) -> bool:
         """Whether this side opened the stream."""
