@@ -14,7 +14,9 @@ Invariants:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
+from struct import pack
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ GROUPS_MAX = 1024
 LAYERS_MAX = 1 << 16
 TOP_K_MAX = 256
 CHANNEL_BYTES_MAX = 64
+SMALL = 64
+"""Up to so many elements Python's own containers are quicker than numpy."""
 _LEAF_TAG = b"rios/leaf/1\0"
 
 Indices = NDArray[np.int32]
@@ -102,18 +106,26 @@ def kflop(
 def leaf(model_id: str, layer: int, groups: Sequence[int], request: Sequence[Buffer], answer: Buffer) -> bytes:
     """The 32-byte digest of a call: what was asked of which experts (a shard follows from model, layer and group) and
     what was answered."""
-    asked = sha256()
-    for buffer in request:
+    asked = sha256(request[0])
+    for buffer in request[1:]:
         asked.update(buffer)
-    what = np.array([layer, *groups], "<u4").tobytes()
-    return sha256(_LEAF_TAG + bytes.fromhex(model_id) + what + asked.digest() + sha256(answer).digest()).digest()
+    what = pack(f"<{1 + len(groups)}I", layer, *groups)
+    return sha256(b"".join((_LEAF_TAG, _bytes_of(model_id), what, asked.digest(), sha256(answer).digest()))).digest()
 
 
 def _times_chosen(experts: Indices, members: Sequence[int]) -> int:
+    if experts.size <= SMALL:
+        wanted = frozenset(members)
+        return sum(expert in wanted for expert in experts.ravel().tolist())
     first, last = members[0], members[-1]
     if last - first + 1 == len(members):  # ascending, so without gaps: much cheaper than a search
         return int(np.count_nonzero((experts >= first) & (experts <= last)))
     return int(np.count_nonzero(np.isin(experts, members)))
+
+
+@lru_cache(maxsize=256)
+def _bytes_of(model_id: str) -> bytes:
+    return bytes.fromhex(model_id)
 
 
 def _integer(header: Mapping[str, Any], name: str, limit: int) -> int:
