@@ -66,7 +66,8 @@ def test_every_method_stands_in_a_table(method):
 
 def test_the_page_lists_no_method_that_nobody_serves():
     listed = set(re.findall(r"^\| `([a-z]+\.[a-z]+)` \|", PAGE, re.MULTILINE))
-    assert listed <= SERVED.keys()
+    listed -= {method for method in listed if method.startswith(("reach.", "relay."))}  # served from a table
+    assert listed == SERVED.keys()
 
 
 def test_every_topic_stands_on_the_page():
