@@ -77,13 +77,14 @@ def _ledger_line(ledger: Mapping[str, Any] | None) -> str:
 def peers(context: Context) -> Output:
     """``rios peers``"""
     data = _ask(context, "peers")
-    rows = [["PEER", "LINK", "RTT", "SCORE", "CORES", "RAM", "SPEED", "SHARDS", "PRICE/TFLOP", "VERSION"]]
+    rows = [["PEER", "LINK", "RTT", "REGION", "SCORE", "CORES", "RAM", "SPEED", "SHARDS", "PRICE/TFLOP", "VERSION"]]
     for peer in data:
         rows.append(
             [
                 peer["peer_id"] + (" (this node)" if peer["self"] else ""),
                 _link(peer),
-                f"{peer['link']['round_trip_ms']:.1f} ms" if peer["link"] else "-",
+                _distance(peer),
+                _region(peer),
                 _score(peer),
                 str(peer["cores"]),
                 _size(peer["ram_bytes"]),
@@ -101,6 +102,18 @@ def _link(peer: Mapping[str, Any]) -> str:
     if not link:
         return "-" if peer["self"] else "yes" if peer["linked"] else "no"
     return f"{'to' if link['outbound'] else 'from'} {link.get('carrier', 'it')}"
+
+
+def _distance(peer: Mapping[str, Any]) -> str:
+    """The round trip: measured on a link, or estimated (~)."""
+    if peer["self"] or peer["distance_ms"] is None:
+        return "-"
+    return f"{'' if peer['linked'] else '~'}{peer['distance_ms']:.1f} ms"
+
+
+def _region(peer: Mapping[str, Any]) -> str:
+    """As configured there, or inferred from round trips (~)."""
+    return f"{'~' if peer['region_inferred'] else ''}{peer['region']}" if peer["region"] else "-"
 
 
 def _score(peer: Mapping[str, Any]) -> str:

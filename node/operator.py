@@ -127,6 +127,7 @@ async def _health(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN40
 async def _peers(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
     linked = set(node.network.peers())
     links = node.network.links.statistics()
+    regions = node.network.locator.regions()
     rows = []
     for peer_id, advert in sorted(node.network.directory.adverts().items()):
         offers = advert.models
@@ -137,7 +138,9 @@ async def _peers(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401
                 "linked": peer_id in linked or peer_id == node.identity.peer_id,
                 "addresses": list(advert.addresses),
                 "version": advert.version,
-                "region": advert.region,
+                "region": regions[peer_id][0],
+                "region_inferred": regions[peer_id][1],
+                "distance_ms": node.network.directory.distance_ms(peer_id),
                 "roles": list(advert.roles),
                 "cpu": advert.hardware.cpu,
                 "cores": advert.hardware.cores,

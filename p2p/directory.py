@@ -66,6 +66,11 @@ def _blame_nobody(_peer_id: PeerId, _fault: str) -> None:
     """Where nobody keeps scores."""
 
 
+def _unknown(_peer_id: PeerId) -> float | None:
+    """How far a peer is before anything was measured."""
+    return None
+
+
 class PeerDirectory:
     """:class:`p2p.face.Directory` over the swarm."""
 
@@ -88,6 +93,7 @@ class PeerDirectory:
         self.view = View(identity.peer_id)
         self.announcements = Announcements()
         self.finder = Finder(self, host, caller)
+        self.measure: Callable[[PeerId], float | None] = _unknown
         self._changed = trio.Event()
         self._dirty = trio.Event()
         self._beat_due = trio.Event()
@@ -109,7 +115,7 @@ class PeerDirectory:
     def update(self, change: Callable[[Advert], Advert]) -> None:
         """Change the own advert; the view shows it at once, the others soon."""
         before, self._own = self._own, change(self._own)
-        if msgspec.structs.replace(self._own, load=before.load) != before:
+        if msgspec.structs.replace(self._own, load=before.load, coordinate=before.coordinate) != before:
             self._renew()
             self._dirty.set()
         else:
@@ -132,6 +138,10 @@ class PeerDirectory:
     async def find_providers(self, model_id: str, index: int | None = None) -> Sequence[PeerId]:
         """See :meth:`p2p.face.Directory.find_providers`."""
         return await self.finder.find(model_id, index)
+
+    def distance_ms(self, peer_id: PeerId) -> float | None:
+        """See :meth:`p2p.face.Directory.distance_ms`."""
+        return self.measure(peer_id)
 
     def accept_records(self, namespace: str, rule: RecordRule) -> None:
         """See :meth:`p2p.face.Directory.accept_records`."""

@@ -143,6 +143,9 @@ class Directory(Protocol):
         and the DHT are asked and what they name is added to the view (seconds: never on the hot path). Raises
         RequestError for what is no model id or index."""
 
+    def distance_ms(self, peer_id: PeerId) -> float | None:
+        """The round trip to a peer: measured where there is a link, else estimated; None if nothing is known."""
+
     def accept_records(self, namespace: str, rule: RecordRule) -> None:
         """Take part in storing records of a namespace; without a rule its records are neither put nor kept."""
 

@@ -158,6 +158,10 @@ class MemoryDirectory:
             return self.providers(model_id, index)
         return tuple(peer for peer, advert in self.adverts().items() if advert.offer(model_id) is not None)
 
+    def distance_ms(self, peer_id: PeerId) -> float | None:
+        """Two mean delays."""
+        return sum(self._hub.delay_s) * 1000 if peer_id != self._peer_id else 0.0
+
     def accept_records(self, namespace: str, rule: RecordRule) -> None:
         """Check what this node puts."""
         self._rules[namespace] = rule

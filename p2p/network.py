@@ -36,6 +36,7 @@ from p2p.handshake import Keys
 from p2p.host import Host, open_host, parse_address
 from p2p.lanes import PROTOCOL, Lanes
 from p2p.links import Links
+from p2p.locating import Locator
 from p2p.mesh import Mesh, by_peer
 from p2p.names import Names
 from p2p.own import own_call, own_stream
@@ -101,6 +102,8 @@ class PeerNetwork:
             blame=self.doors.blame,
             takes_lanes=self._takes_lanes,
         )
+        self.locator = Locator(self.links, self.directory)
+        self.directory.measure = self.locator.distance_ms
         self._book = book
         self._mesh = Mesh(host, self.links, self.directory, book, listed, names, peers_max=settings.peers_max)
         self._gossip = Gossip(host, nursery)
@@ -238,7 +241,14 @@ class PeerNetwork:
         """Start the background work."""
         self._gossip.subscribe(TOPIC, self.directory.on_gossip)
         self._gossip.subscribe(BEAT_TOPIC, self.directory.on_beat)
-        for task in (self.doors.run, self.links.run, self._mesh.run, self.directory.run_upkeep, self.directory.run_dht):
+        for task in (
+            self.doors.run,
+            self.links.run,
+            self._mesh.run,
+            self.locator.run,
+            self.directory.run_upkeep,
+            self.directory.run_dht,
+        ):
             self._nursery.start_soon(task)
         self._nursery.start_soon(self.directory.run, self.publish)
 

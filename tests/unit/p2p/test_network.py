@@ -235,6 +235,20 @@ def _must_start(value: bytes) -> None:
         raise IntegrityError("integrity", "it must start with v")
 
 
+async def test_how_far_others_are_and_in_which_region(nodes, monkeypatch):
+    monkeypatch.setattr("p2p.locating.FIRST_ROUNDS_S", 0.1)
+    monkeypatch.setattr("p2p.locating.ROUND_S", 0.1)
+    a = await nodes("a", advert_seconds=1)
+    b = await nodes("b", a, advert_seconds=1)
+    assert a.directory.distance_ms(Identity.from_seed(b"x" * 32).peer_id) is None
+    a.directory.update(lambda own: msgspec.structs.replace(own, region="here"))
+    await until(lambda: b.locator.regions().get(b.peer_id) == ("here", True))
+    assert b.locator.regions()[a.peer_id] == ("here", False)
+    assert 0 < b.directory.distance_ms(a.peer_id) < 5000
+    b.locator._rtts_us.clear()
+    await until(lambda: b.directory.distance_ms(a.peer_id) is not None)
+
+
 async def test_gossip_reaches_others_and_is_bounded(pair):
     a, b = pair
     got: list[tuple[str, bytes]] = []
