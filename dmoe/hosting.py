@@ -13,6 +13,7 @@ Invariants:
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -43,6 +44,23 @@ HOLDERS_ASKED_MAX = 64
 LOAD_SECONDS = 0.5
 MODELS_MAX = 64
 """Models in one advert."""
+
+
+@dataclass(slots=True)
+class Bringing:
+    """How far a model is that somebody waits for (:meth:`Hosting.ensure_trunk`, :meth:`Hosting.ensure_whole`)."""
+
+    name: str = ""
+    bytes_total: int = 0
+    bytes_finished: int = 0
+    current: Progress | None = None
+    error: str = ""
+    """Why the last attempt failed."""
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes that are here."""
+        return self.bytes_finished + (self.current.bytes_done if self.current else 0)
 
 
 class Hosting:
@@ -142,14 +160,14 @@ class Hosting:
             raise RequestError("not_found", f"this node did not deploy model {model_id[:12]}")
         await self.deployments.announce(await self.fetcher.manifest(model_id, ()), 0)
 
-    async def ensure_trunk(self, name_or_id: str) -> Manifest:
+    async def ensure_trunk(self, name_or_id: str, watched: Bringing | None = None) -> Manifest:
         """Bring here what a node needs to answer requests with a model: its trunk and its tokenizer, by id or by name.
         Tries until it succeeds (bound it with a cancel scope); raises only if the publisher is not allowed."""
-        return await self._ensure(name_or_id, whole=False)
+        return await self._ensure(name_or_id, watched or Bringing(), whole=False)
 
-    async def ensure_whole(self, name_or_id: str) -> Manifest:
+    async def ensure_whole(self, name_or_id: str, watched: Bringing | None = None) -> Manifest:
         """The same with every shard, for a node that runs the whole model alone."""
-        return await self._ensure(name_or_id, whole=True)
+        return await self._ensure(name_or_id, watched or Bringing(), whole=True)
 
     def status(self) -> dict[str, Any]:
         """What is deployed and how far it is here, JSON-able."""
@@ -312,23 +330,34 @@ class Hosting:
         log.info("%s: shard %s is dropped: enough others have it", manifest.name, shard.id)
         await self._remember()
 
-    async def _ensure(self, name_or_id: str, *, whole: bool) -> Manifest:
+    async def _ensure(self, name_or_id: str, watched: Bringing, *, whole: bool) -> Manifest:
         pause = RETRY_FIRST_SECONDS / 4
         while True:
             try:
                 manifest = await self._find(name_or_id)
                 if manifest is not None:
                     self._pinned.add(manifest.model_id)
-                    for index, shard in enumerate(manifest.shards):
-                        if whole or shard.kind == "trunk":
-                            await self._taker.store_only(manifest, index)
+                    await self._bring(manifest, whole, watched)
                     return manifest
             except RiosError as error:
                 if error.code == "forbidden":
                     raise
+                watched.error = str(error)
                 log.warning("%s is not here yet: %s; next try in %.0f s", name_or_id, error, pause)
             await trio.sleep(pause)
             pause = min(2 * pause, 30.0)
+
+    async def _bring(self, manifest: Manifest, whole: bool, watched: Bringing) -> None:
+        wanted = {i: shard for i, shard in enumerate(manifest.shards) if whole or shard.kind == "trunk"}
+        watched.name, watched.bytes_finished = manifest.name, 0
+        watched.bytes_total = sum(shard.size_bytes for shard in wanted.values()) + manifest.tokenizer.size_bytes
+        for index, shard in wanted.items():
+            key = (manifest.model_id, index)
+            watched.current = self._taker.progress.setdefault(key, Progress(bytes_total=shard.size_bytes))
+            await self._taker.store_only(manifest, index)
+            watched.current, watched.error = None, ""
+            watched.bytes_finished += shard.size_bytes
+        watched.bytes_finished = watched.bytes_total
 
     async def _find(self, name_or_id: str) -> Manifest | None:
         """A manifest by id or name, from disk, from peers, or by way of the deployments known."""

@@ -267,6 +267,10 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     deploy = command(model, "deploy", _online("model_deploy"), "Ask the swarm to hold a model.")
     deploy.add_argument("model")
     deploy.add_argument("--replicas", type=int, default=None)
+    deploy.add_argument("--wait", action="store_true", help="return once the swarm holds every replica")
+    fetch = command(model, "fetch", _online("model_fetch"), "Bring here what answering with a model needs.")
+    fetch.add_argument("model", help="its name or id")
+    fetch.add_argument("--whole", action="store_true", help="every shard, to answer without the swarm")
     undeploy = command(model, "undeploy", _online("model_undeploy"), "Withdraw a deployment made here.")
     undeploy.add_argument("model")
 

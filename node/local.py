@@ -18,7 +18,7 @@ from config.load import Loaded, render_reference, to_toml
 from config.paths import Paths, cache_dir
 from config.settings import sections
 from config.vocabulary import format_credits
-from node import threads
+from node import progress, threads
 from node.cli import VERSION, Context, Output, parse_credits
 from p2p.core.identity import Identity
 
@@ -172,9 +172,6 @@ def id_import(context: Context) -> Output:
 
 def model_import(context: Context) -> Output:
     """``rios model import``"""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import Progress  # noqa: PLC0415
-
     count = context.settings().settings.dmoe.threads
     threads.bound(count)
     from dmoe.importer import build, bundled  # noqa: PLC0415
@@ -186,18 +183,12 @@ def model_import(context: Context) -> Output:
         raise LocalError("not_found", f"there is no file {source}", "give a .gguf file, or `bundled`")
     identity, paths = own_identity(context)
     store = ModelStore(paths.models)
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("importing", total=None)
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
+    with progress.bar("files") as show:
         if args.source == "bundled":
             source = bundled.fetch_bundled(cache_dir(os.environ, Path.home()))
             name = name or source.name.partition(".")[0]
         manifest = build.import_gguf(
-            source, store, identity, name=name, quantisation=args.format, progress=progress, threads=count
+            source, store, identity, name=name, quantisation=args.format, progress=show, threads=count
         )
     data: dict[str, Any] = {
         "model_id": manifest.model_id,

@@ -1,14 +1,16 @@
 """Commands that ask the running daemon over its control socket, and how their answers look to people."""
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from config.errors import EXIT_FAILED, EXIT_OK, ConfigError, RiosError
 from config.vocabulary import GIB, MIB, format_credits
-from node import control
+from node import control, progress
 from node.cli import Context, Output, parse_credits
 
+WATCH_SECONDS = 0.5
 HEALTH_SECONDS_MAX = 4.0
 """A node that says nothing for so long is not healthy (less than the patience of whoever asks regularly)."""
 SCORE_CLEAN = 100
@@ -278,7 +280,38 @@ def model_ls(context: Context) -> Output:
 def model_deploy(context: Context) -> Output:
     """``rios model deploy``"""
     data = _ask(context, "model.deploy", model=context.args.model, replicas=context.args.replicas)
+    if context.args.wait:
+        _watch_replicas(context, data)
+        return Output(data, f"deployed {data['name']}: the swarm holds {data['replicas']} replicas of every shard")
     return Output(data, f"deployed {data['name']} with {data['replicas']} replicas; watch it: rios model ls")
+
+
+def _watch_replicas(context: Context, deployed: Mapping[str, Any]) -> None:
+    """Return once every shard has its replicas; ask as often as they change."""
+    with progress.bar("replicas") as show:
+        while True:
+            rows = [row for row in _ask(context, "model.list") if row["id"] == deployed["model_id"]]
+            shards = rows[0]["detail"] if rows else []
+            wanted = deployed["replicas"] * len(shards)
+            there = sum(min(shard["replicas"], deployed["replicas"]) for shard in shards)
+            show(there, wanted, deployed["name"])
+            if wanted and there == wanted:
+                return
+            time.sleep(WATCH_SECONDS)
+
+
+def model_fetch(context: Context) -> Output:
+    """``rios model fetch``"""
+    asked, result = {"model": context.args.model, "whole": context.args.whole}, None
+    with progress.bar("bytes") as show:
+        for kind, value in control.request(context.paths().control, "model.fetch", asked):
+            if kind == "result":
+                result = value
+            else:
+                show(value["done"], value["total"], value["error"] or value["name"] or f"looking for {asked['model']}")
+    if result is None:
+        raise RiosError("internal", "the node sent no answer")
+    return Output(result, f"{result['name']} is here: {_size(result['bytes'])} ({result['model_id'][:16]})")
 
 
 def model_undeploy(context: Context) -> Output:

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import trio
 
-from config.errors import ConfigError, IntegrityError, LocalError, RequestError
+from config.errors import ConfigError, IntegrityError, LocalError, RequestError, RiosError
 from config.generation import Delta, Finished, GenerationRequest, Message, Sampling
 from dmoe.core.manifest import Manifest
+from dmoe.hosting import Bringing
 from ledger.ledger import Ledger
 from node.cli import VERSION
 from node.control import Command, Send
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from node.daemon import Node
 
 Args = Mapping[str, Any]
+REPORT_SECONDS = 0.2
+"""Between reports about something that takes its time."""
 
 
 def commands(node: "Node") -> Mapping[str, Command]:
@@ -46,6 +50,7 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "model.health": _model_health,
             "model.holdings": _model_holdings,
             "model.progress": _model_progress,
+            "model.fetch": _model_fetch,
             "ledger.balance": _ledger_balance,
             "ledger.statement": _ledger_statement,
             "ledger.verify": _ledger_verify,
@@ -347,6 +352,36 @@ async def _model_progress(node: "Node", _args: Args, _send: Send) -> Any:  # noq
         "bytes_fetched": node.network.blobs.fetched_bytes,
         "errors": [f"{shard['id']}: {shard['error']}" for shard in shards if shard["error"]],
     }
+
+
+async def _model_fetch(node: "Node", args: Args, send: Send) -> Any:  # noqa: ANN401 - JSON
+    """Bring a model's trunk here, or all of it; events tell how far it is."""
+    name, watched = str(args.get("model", "")), Bringing()
+    manifest: Manifest | None = None
+    refused: RiosError | None = None
+    ensure = node.hosting.ensure_whole if args.get("whole") else node.hosting.ensure_trunk
+
+    async def say() -> None:
+        event = {"name": watched.name, "done": watched.bytes_done, "total": watched.bytes_total}
+        await send({**event, "error": watched.error})
+
+    async def report() -> None:
+        while True:
+            await say()
+            await trio.sleep(REPORT_SECONDS)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(report)
+        try:
+            manifest = await ensure(name, watched)
+        except RiosError as error:
+            refused = error
+        nursery.cancel_scope.cancel()
+    if refused is not None:
+        raise refused  # outside of the nursery, which would wrap it
+    assert manifest is not None
+    await say()
+    return {"model_id": manifest.model_id, "name": manifest.name, "bytes": watched.bytes_total}
 
 
 # --- ledger

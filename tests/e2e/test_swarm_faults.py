@@ -502,6 +502,21 @@ def test_a_worker_with_a_full_disk_says_so_and_the_others_answer(rig: Rig, text:
             rig.swarm.nodes.remove(node)
 
 
+def test_a_model_is_fetched_and_deployed_with_a_word_on_how_far_it_is(rig: Rig, text: str) -> None:
+    worker = rig.workers[0]
+    events = list(worker.request("model.fetch", model="tiny", whole=True))
+    assert events[-1][0] == "result"
+    assert events[-1][1]["bytes"] > 0
+    assert events[-2][1]["done"] == events[-2][1]["total"] == events[-1][1]["bytes"]
+    manifest = json.loads((worker.data / "models" / rig.model / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        for file in shard["files"]:
+            assert (worker.data / "models" / rig.model / file["path"]).stat().st_size == file["size_bytes"]
+    assert "is here" in rios(worker, "model", "fetch", "tiny")
+    assert "holds 2 replicas" in rios(rig.orchestrator, "model", "deploy", "tiny", "--replicas", "2", "--wait")
+    assert rig.ask()[0] == text
+
+
 def test_a_paused_worker_is_left_at_once_keeps_its_place_and_comes_back(rig: Rig, text: str) -> None:
     rig.wait_ready()
     paused, other = rig.workers
