@@ -6,6 +6,7 @@ Not a test. Arguments: data folder, listen address, seeds (comma separated), the
 import json
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -16,12 +17,22 @@ from config.settings import P2pSettings
 from config.vocabulary import PeerId
 from p2p import keyfile
 from p2p.core.advert import ModelOffer
-from p2p.face import Call, Reply
+from p2p.face import Call, Header, Reply
 from p2p.network import PeerNetwork, open_network
 
 
 async def echo(call: Call) -> Reply:
     return Reply({"from": call.peer_id, **call.header}, call.buffers)
+
+
+async def traced(call: Call) -> Reply:
+    return Reply({"trace": call.trace, "fields": list(call.header)})
+
+
+async def count(call: Call, send: Callable[[Reply], Awaitable[None]]) -> Header:
+    for number in range(call.header["items"]):
+        await send(Reply({"n": number}, [bytes(1000)]))
+    return {"total": call.header["items"]}
 
 
 async def crash(call: Call) -> Reply:
@@ -86,8 +97,9 @@ async def main() -> None:
     settings = P2pSettings(listen=(listen,), seeds=tuple(seeds))
     key = bytes.fromhex(sys.argv[4]) if len(sys.argv) > 4 else None
     async with open_network(identity, settings, data_dir=folder, version="test", swarm_key=key) as network:
-        for name, handler in (("echo", echo), ("crash", crash), ("slow", slow)):
+        for name, handler in (("echo", echo), ("traced", traced), ("crash", crash), ("slow", slow)):
             network.serve(name, handler)
+        network.serve_stream("count", count)
         print(json.dumps({"peer_id": network.peer_id, "address": network.addresses[0]}), flush=True)
         stdin = trio.lowlevel.FdStream(0)
         line = b""

@@ -82,6 +82,12 @@ export class Machine {
     return [this.lastMade, packFrame('request', { callId: this.lastMade, number: deadlineMs, method, header, buffers })]
   }
 
+  grant (callId, items) {
+    if (!this.made.has(callId)) return Buffer.alloc(0)
+    this.made.set(callId, this.made.get(callId) + items)
+    return packFrame('credit', { callId, number: items })
+  }
+
   feed (bytes) {
     if (this.dead) throw new ProtocolError('dead', 'bytes after the protocol was broken')
     try {

@@ -159,6 +159,10 @@ const commands = {
   rpc: async ({ peer, method, header, buffers, deadline_ms: deadlineMs }) => {
     return await (await rpcTo(peer)).call(method, header, buffers.map(hex => Buffer.from(hex, 'hex')), deadlineMs)
   },
+  rpc_stream: async ({ peer, method, header, deadline_ms: deadlineMs }) => {
+    const { items, end } = await (await rpcTo(peer)).stream(method, header, deadlineMs)
+    return { numbers: items.map(item => item.header.n), bytes: items.reduce((sum, item) => sum + item.buffers[0].length, 0), end }
+  },
   rpc_ping: async ({ peer, number }) => await (await rpcTo(peer)).ping(number),
   nonsense: async ({ peer, bytes }) => {
     const rpc = attach(await node.dialProtocol(peerIdFromString(peer), RPC_PROTOCOL))

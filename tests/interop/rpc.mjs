@@ -10,6 +10,7 @@ export class Rpc {
     this.handlers = handlers
     this.machine = new Machine(FRAME_BYTES_MAX)
     this.waiting = new Map()
+    this.streams = new Map()
     this.pings = new Map()
     this.ended = new Promise(resolve => { this.end = resolve })
     this.ended.then(reason => {
@@ -22,6 +23,21 @@ export class Rpc {
     const answer = new Promise(resolve => this.waiting.set(callId, resolve))
     this.carrier.send(bytes)
     return answer
+  }
+
+  // a streaming call: every item, granted again one by one as it comes, then the end
+  async stream (method, header, deadlineMs) {
+    const items = []
+    const [callId, bytes] = this.machine.request(method, header, [], deadlineMs)
+    const over = new Promise(resolve => this.waiting.set(callId, resolve))
+    this.streams.set(callId, item => {
+      items.push(item)
+      this.carrier.send(this.machine.grant(callId, 1))
+    })
+    this.carrier.send(bytes)
+    const end = await over
+    this.streams.delete(callId)
+    return { items, end }
   }
 
   ping (number) {
@@ -43,7 +59,9 @@ export class Rpc {
   #on (event) {
     if (event.kind === 'request') {
       this.#serve(event)
-    } else if (event.kind === 'response' || event.kind === 'error') {
+    } else if (event.kind === 'item') {
+      this.streams.get(event.callId)?.(event)
+    } else if (['response', 'end', 'error'].includes(event.kind)) {
       this.waiting.get(event.callId)?.(event)
       this.waiting.delete(event.callId)
     } else if (event.kind === 'ping') {

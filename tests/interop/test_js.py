@@ -66,6 +66,14 @@ def test_a_javascript_peer_calls_and_is_refused_properly(start_js, start_node):
     assert exchanged["buffers"]
     assert js.ask("rpc_ping", peer=peer_a, number=77) == {"kind": "pong", "number": 77}
 
+    # the trace is taken out of the header; a stream longer than its credit arrives whole
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    assert rpc("traced", {"tp": trace, "n": 1})["header"] == {"trace": trace, "fields": ["n"]}
+    stream = js.ask("rpc_stream", peer=peer_a, method="count", header={"items": 100}, deadline_ms=5000)
+    assert stream["numbers"] == list(range(100))
+    assert stream["bytes"] == 100_000
+    assert stream["end"]["header"] == {"total": 100}
+
     # refusals say why, by name
     assert rpc("no.such.method", {})["header"]["code"] == "not_found"
     assert rpc("advert.exchange", {"known": 3})["header"]["code"] == "protocol"

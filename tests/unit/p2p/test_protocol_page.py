@@ -10,10 +10,13 @@ import msgspec
 import pytest
 
 from config.errors import CODES
+from config.settings import P2pSettings
 from dmoe.core import calls, wire
 from dmoe.core.deployment import REPLICAS_MAX
 from p2p.core import advert, failures, frames, headers, heartbeat, providing
 from p2p.core.chunks import CHUNK_BYTES
+from p2p.core.identity import Identity
+from p2p.network import open_network
 
 REPOSITORY = Path(__file__).parents[3]
 PAGE = (REPOSITORY / "docs" / "protocol.md").read_text()
@@ -62,6 +65,13 @@ def test_there_are_methods_to_check():
 @pytest.mark.parametrize("method", SERVED)
 def test_every_method_stands_in_a_table(method):
     assert f"\n| `{method}` |" in PAGE, f"{SERVED[method]} serves it: describe it in the table of docs/protocol.md"
+
+
+async def test_every_method_of_a_running_network_stands_in_a_table(tmp_path):
+    settings = P2pSettings(listen=("/ip4/127.0.0.1/tcp/0",))
+    async with open_network(Identity.from_seed(b"p" * 32), settings, data_dir=tmp_path, version="test") as network:
+        for method in network._services:
+            assert f"\n| `{method}` |" in PAGE, method
 
 
 def test_the_page_lists_no_method_that_nobody_serves():
