@@ -87,6 +87,26 @@ class P2pSettings:
     )
     loopback_limits: bool = _setting(False, "Count connections of this very machine for address and subnet limits too.")
     lane: bool = _setting(True, "Make and take direct connections for calls; false: libp2p streams only.")
+    upnp: bool = _setting(True, "Behind a router, ask it by UPnP to forward the port.")
+    relay: str = _setting(
+        "auto",
+        "auto: be reached through public peers if nobody can dial this node, and pass connections (encrypted, within "
+        "the limits below) on for such peers if it is public itself. off: neither.",
+        choices=("auto", "off"),
+    )
+    relay_reservations_max: int = _setting(
+        128, "Most peers that may be reached through this one.", minimum=0, maximum=100_000
+    )
+    relay_circuits_max: int = _setting(64, "Most connections passed on at the same time.", minimum=0, maximum=100_000)
+    relay_bytes_per_second_max: int = _setting(
+        8 << 20, "Bytes a second passed on for all together.", minimum=1 << 10, maximum=1 << 40
+    )
+    relay_circuit_bytes_max: int = _setting(
+        4 << 30, "Bytes passed on over one connection before it is closed.", minimum=1 << 16, maximum=1 << 50
+    )
+    relay_circuit_seconds_max: int = _setting(
+        3600, "Seconds after which a connection that is passed on is closed.", minimum=1, maximum=7 * 24 * 3600
+    )
     advert_seconds: int = _setting(60, "Time between heartbeats of the own advert.", minimum=1, maximum=3600)
 
 

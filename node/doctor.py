@@ -124,6 +124,22 @@ def _daemon(patient: Patient) -> Iterator[Finding]:
         yield Finding("warn", f"no work comes in: {reason}", "an idle node earns nothing", "rios peers; rios model ls")
 
 
+def _reach(patient: Patient) -> Iterator[Finding]:
+    """a node that nobody can dial serves through relays, or nobody"""
+    if not patient.running:
+        return
+    network = control.ask(patient.paths.control, "status", seconds=ANSWER_SECONDS_MAX)["network"]
+    what = f"reach: {network['reach']}: {network['why']}"
+    if network["reach"] == "public":
+        yield Finding("ok", what)
+    elif network["reach"] == "relayed":
+        yield Finding("warn", what, "calls take a detour, with the relays' limits", network["fix"])
+    elif network["reach"] == "private":
+        yield Finding("warn", what, "only peers that this node dials itself can call it", network["fix"])
+    else:
+        yield Finding("warn", what, "whether others can reach this node is not known", network["fix"])
+
+
 def _key(patient: Patient) -> Iterator[Finding]:
     """the key is the node's identity and its account"""
     from p2p import keyfile  # noqa: PLC0415 - only this check needs it
@@ -349,4 +365,5 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     _schema,
     _ledger,
     _daemon,
+    _reach,
 )

@@ -31,6 +31,7 @@ class NodeCollector(Collector):
         yield _gauge("rios_peers_linked", "Peers with a live link", len(node.network.peers()))
         yield _gauge("rios_peers_known", "Nodes with a valid advert", len(node.network.directory.adverts()))
         yield from _doors(node)
+        yield from _reach(node)
         work = node.worker.statistics()
         yield _counter("rios_expert_calls", "Expert calls served", work["calls"])
         yield _counter("rios_expert_calls_quick", "Expert calls answered at once, without a queue", work["quick_calls"])
@@ -83,6 +84,22 @@ def _doors(node: "Node") -> Iterator[Metric]:
     scores = GaugeMetricFamily("rios_peer_score_min", "The lowest score of a linked peer (100: clean)")
     scores.add_metric([], min((node.network.doors.peer(p)["score"] for p in node.network.peers()), default=100))
     yield scores
+
+
+def _reach(node: "Node") -> Iterator[Metric]:
+    found = node.network.statistics()["reachability"]
+    reach = GaugeMetricFamily("rios_reach", "1 for what this node is: public, relayed, private", labels=["reach"])
+    word = node.network.directory.own().reach
+    for each in ("public", "relayed", "private"):
+        reach.add_metric([each], int(each == word))
+    yield reach
+    yield _gauge("rios_relay_reservations", "Peers that are reached through this node", found["relay"]["reservations"])
+    yield _gauge("rios_relay_circuits", "Connections passed on now", found["relay"]["circuits"])
+    yield _counter("rios_relay_bytes", "Bytes passed on", found["relay"]["passed_bytes"])
+    refused = CounterMetricFamily("rios_relay_refused", "What relaying refused, by the limit hit", labels=["limit"])
+    for limit, count in found["relay"]["refused"].items():
+        refused.add_metric([limit], count)
+    yield refused
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

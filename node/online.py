@@ -47,6 +47,8 @@ def status(context: Context) -> Output:
         ["", f"RiOS {node['version']}, up {_duration(node['uptime_s'])}, {_size(node['rss_bytes'])} resident"],
         ["Network", f"{network['links']} links, {network['known']} nodes known{_swarm(network['swarm'])}"],
         *(["", address] for address in network["addresses"]),
+        ["", f"{network['reach']}: {network['why']}"],
+        *([["", f"to be dialled directly: {network['fix']}"]] if network["fix"] else []),
         ["Work", f"{work['shards']} shards served on {work['device']}, {work['expert_rows']} expert rows computed"],
         *(
             [["", f"paused by its operator, {work['worker']['active']} calls in flight; rios resume"]]

@@ -91,6 +91,7 @@ async def _status(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN40
             "addresses": list(node.network.addresses),
             "links": len(node.network.peers()),
             "known": len(node.network.directory.adverts()),
+            **node.network.standing(),
             "swarm": node.swarm,
             "details": network,
         },

@@ -20,6 +20,10 @@ class Carrier(Protocol):
         """The proven peer at the other end."""
 
     @property
+    def host(self) -> str:
+        """The IP address that the connection leads to (a relay's, if it is relayed); empty if it is gone."""
+
+    @property
     def outbound(self) -> bool:
         """Whether this side opened it."""
 

@@ -30,10 +30,12 @@ from p2p.core.advert import Advert, BadAdvert, open_advert, peer_of, sign
 from p2p.core.heartbeat import Heartbeat
 from p2p.core.identity import Identity
 from p2p.core.providing import GAP_MS, Announcements
+from p2p.core.reach import PRIVATE, RELAYED, worth_dialling
 from p2p.core.view import VIEW_MAX, View, is_news
 from p2p.face import Buffer, Call, RecordRule, Reply
 from p2p.finding import NAMESPACE, Caller, Finder, sample
 from p2p.host import Host
+from p2p.networks import own_networks
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +178,10 @@ class PeerDirectory:
         reason = self.view.offer(signed, now_ms(), self._caller.peers)
         if reason:
             return reason
-        self._host.learn(peer_id, direct(signed.advert.addresses))
+        advert = signed.advert
+        self._host.learn(peer_id, worth_dialling(direct(advert.addresses), advert.reach, own_networks))
+        if advert.reach in (RELAYED, PRIVATE):
+            self._host.leave(peer_id)
         if is_news(before, signed.advert):
             self._wake()
         return ""

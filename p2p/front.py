@@ -33,9 +33,9 @@ MULTISTREAM = 0x13
 MAGIC = b"rios"
 VERSION = 1
 PREAMBLE = Struct("!4sBBH")
-REFUSED, LANE, SPLICE = 0, 1, 2
-"""Kinds: the answer to what is not spoken here; the handshake of a direct lane; the way through a relay (the ends' own
-preambles follow)."""
+REFUSED, LANE, SPLICE, PROBE = 0, 1, 2, 3
+"""Kinds: the answer to what is not spoken here; the handshake of a direct lane; the way through a relay (its token
+follows, then what the ends say to each other); a dial-back (the secret of the question follows)."""
 _LIBP2P, _UNKNOWN = 0, -1
 
 
@@ -102,7 +102,10 @@ class Front:
                 self._visits[socket] = visit, scope
                 await libp2p()
         else:
-            await self._handlers[preamble[0]](Arrival(socket, visit, preamble[1], host))
+            try:
+                await self._handlers[preamble[0]](Arrival(socket, visit, preamble[1], host))
+            except OSError as error:
+                log.debug("a socket from %s broke: %s", host, error)
 
     async def _ask(self, socket: trio.socket.SocketType) -> tuple[int, int] | None:
         """Kind and number of the preamble (or ``_LIBP2P``, ``_UNKNOWN``), or None."""
@@ -149,3 +152,18 @@ class Front:
 def preamble(kind: int, number: int = 0) -> bytes:
     """What a dialled socket says first."""
     return PREAMBLE.pack(MAGIC, VERSION, kind, number)
+
+
+async def hear(socket: trio.socket.SocketType) -> int:
+    """The kind in the preamble of who is at the other end of a socket that this node dialled; 0 if there is none."""
+    data = b""
+    with trio.move_on_after(PEEK_SECONDS):
+        try:
+            while len(data) < PREAMBLE.size and (part := await socket.recv(PREAMBLE.size - len(data))):
+                data += part
+        except OSError as error:
+            log.debug("no preamble: %s", error)
+    if len(data) < PREAMBLE.size:
+        return 0
+    magic, version, kind, _ = PREAMBLE.unpack(data)
+    return int(kind) if magic == MAGIC and version == VERSION else 0

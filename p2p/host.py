@@ -28,6 +28,7 @@ from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import THandler, TProtocol
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.kad_dht import value_store as value_store_module
+from libp2p.kad_dht.common import PROTOCOL_ID as KAD_PROTOCOL
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
@@ -47,6 +48,7 @@ from config.vocabulary import PeerId
 from p2p import kademlia
 from p2p.core.doors import Limits
 from p2p.core.identity import Identity
+from p2p.core.reach import CIRCUIT
 from p2p.doors import Doors
 from p2p.face import RecordRule
 from p2p.front import Front
@@ -191,11 +193,12 @@ class Host:
     # -- dialling and streams
 
     def learn(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
-        """Remember where a peer can be dialled. Addresses that are none are skipped."""
+        """Remember where a peer can be dialled (no address: nowhere). Addresses that are none are skipped."""
         usable = [a for text in addresses if (a := parse_address(text)) is not None]
-        if usable:
-            store: Any = self._host.get_peerstore()
+        store: Any = self._host.get_peerstore()
+        if usable or not addresses:
             store.clear_addrs(_id(peer_id))
+        if usable:
             store.add_addrs(_id(peer_id), usable, ADDRESS_SECONDS)
 
     def known_addresses(self, peer_id: PeerId) -> tuple[str, ...]:
@@ -249,6 +252,29 @@ class Host:
     async def join(self, peer_id: PeerId) -> None:
         """Use a connected peer for DHT look-ups."""
         await self._dht.add_peer(_id(peer_id), skip_server_mode_check=True)
+
+    def serve_dht(self, serve: bool) -> None:
+        """Whether others may ask this node: one that nobody can dial is a client only, and says so in identify.
+
+        The library's own switch also empties the routing table, and drops our guard around its handler."""
+        if serve == (self._dht.mode is DHTMode.SERVER):
+            return
+        self._dht.mode = DHTMode.SERVER if serve else DHTMode.CLIENT
+        if serve:
+            self._host.set_stream_handler(KAD_PROTOCOL, _guarded(self._dht.handle_stream))
+        else:
+            self._host.remove_stream_handler(KAD_PROTOCOL)
+
+    def keep_out(self, kept_out: Callable[[PeerId], bool]) -> None:
+        """Peers that are never taken into the routing table: the library takes whoever asks it something."""
+        table: Any = self._dht.routing_table
+        add = table.add_peer
+
+        async def add_peer(peer: PeerInfo | ID, **more: Any) -> bool:  # noqa: ANN401 - passed on
+            peer_id = peer if isinstance(peer, ID) else peer.peer_id
+            return not kept_out(PeerId(str(peer_id))) and bool(await add(peer, **more))
+
+        table.add_peer = add_peer
 
     def leave(self, peer_id: PeerId) -> None:
         """Do not ask this peer any more: dead peers make look-ups slow."""
@@ -410,7 +436,9 @@ def tame_logging() -> None:
 
 
 def parse_address(text: str) -> Multiaddr | None:
-    """A dialable TCP address without its ``/p2p/...`` part, or None."""
+    """A dialable TCP address without its ``/p2p/...`` part, or None (a way through a relay begins with the relay's)."""
+    if CIRCUIT in text:
+        return None
     try:
         address = Multiaddr(text.partition("/p2p/")[0])
         names = [protocol.name for protocol in address.protocols()]

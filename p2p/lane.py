@@ -42,6 +42,7 @@ from config.vocabulary import PeerId
 from p2p.carrier import Buffer
 from p2p.doors import Visit
 from p2p.handshake import Cipher, Secured
+from p2p.networks import peer_host
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,11 @@ class LaneChannel:
     def peer_id(self) -> str:
         """Who is at the other end; proved by the handshake."""
         return self._lane.peer_id
+
+    @property
+    def host(self) -> str:
+        """The IP address at the other end of the socket."""
+        return self._lane.host
 
     @property
     def outbound(self) -> bool:
@@ -306,6 +312,7 @@ class Lane:
         self.overdraft = frame_bytes_max + URGENT_BYTES + (64 << 10)
         """What a peer may be past its window: frames are sent whole."""
         self._socket = socket
+        self.host = peer_host(socket)
         self._fd = socket.fileno()
         self._spawn = spawn
         self._blame = blame

@@ -74,15 +74,30 @@ class Lanes:
                 arrival.visit.blame("handshake")
                 raise
             peer_id = secured.peer_id
-            refusal = judge(peer_id)
-            if not self._admits(peer_id):
-                refusal = "p2p.allow of this node does not list it"
+            refusal = self._refusal(judge, peer_id)
             if not refusal and not arrival.visit.known(peer_id):
                 refusal = "the doors keep this peer out"
             await welcome(arrival.socket, secured, refusal)
         if refusal:
             raise RemoteError("unavailable", f"{peer_id} was refused: {refusal}", peer_id=peer_id)
         return self._made(arrival.socket, secured, arrival.visit, outbound=False)
+
+    def _refusal(self, judge: Judge, peer_id: PeerId) -> str:
+        return judge(peer_id) if self._admits(peer_id) else "p2p.allow of this node does not list it"
+
+    async def answer(self, socket: trio.socket.SocketType, peer_id: PeerId, host: str, judge: Judge) -> Lane:
+        """The responder's part on a socket that this node dialled, and that leads to a peer that begins."""
+        if await front.hear(socket) != front.LANE:
+            raise RemoteError("unavailable", f"{peer_id} did not begin a lane", peer_id=peer_id)
+        async with self._handshakes:
+            secured = await shake(socket, self._keys, initiator=False, expected=peer_id)
+            refusal = self._refusal(judge, peer_id)
+            visit = None if refusal else self._front.doors.dialled(peer_id, host)
+            refusal = refusal or ("" if visit else "the doors keep this peer out")
+            await welcome(socket, secured, refusal)
+        if visit is None:
+            raise RemoteError("unavailable", f"{peer_id} was refused: {refusal}", peer_id=peer_id)
+        return self._made(socket, secured, visit, outbound=False)
 
     def _made(self, socket: trio.socket.SocketType, secured: Secured, visit: Visit, *, outbound: bool) -> Lane:
         """The lane on a socket whose handshake is done."""

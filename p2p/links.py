@@ -5,8 +5,9 @@ is made beside a lane too: DHT and gossip live there.
 
 Invariants:
 1. At most one dial per peer is under way; a caller that gives up does not end it for the others.
-2. A lane is preferred to a stream. Of two links of one kind that both sides dialled at once, both ends prefer the one
-   that the smaller peer id opened. Others are closed by their opener once nothing is in flight on them.
+2. A direct link is preferred to a relayed one, a lane to a stream. Of two links of one kind that both sides dialled at
+   once, both ends prefer the one that the smaller peer id opened. Others are closed by their opener once nothing is in
+   flight on them.
 3. Where a lane could not be dialled, or died young, it is left alone for :data:`LANE_RETRY_S`, longer each time; then
    it is tried again in the background, and calls move to it.
 4. A peer that answers no ping for :data:`PING_TIMEOUT_S` is reported as down and its links are closed. A peer whose
@@ -15,7 +16,7 @@ Invariants:
 
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -42,7 +43,17 @@ TICK_S = 2.0
 PING_TIMEOUT_S = 3.0
 REDIAL_S = (0.05, 0.7, 1.8)
 LINKS_PER_PEER_MAX = 4
+DIRECT = PeerId("")
+DIRECT_RETRY_S = (1.0, 240.0)
+"""Between attempts to replace a relayed link by a direct one."""
 SHUTTING_DOWN = "shutting down"
+
+Way = Callable[[PeerId], Awaitable[None]]
+"""A way to a link with a peer. Raises RiosError."""
+
+
+async def _no_way(peer_id: PeerId) -> None:
+    raise RemoteError("unavailable", f"no relay leads to {peer_id}", peer_id=peer_id)
 
 
 class _Dial:
@@ -96,6 +107,12 @@ class Links:
         self._bulk_dials: dict[PeerId, trio.Event] = {}
         self._reviving: set[PeerId] = set()
         self._no_lane: dict[PeerId, tuple[float, float]] = {}  # try again when, then wait how long
+        self._direct_due: dict[PeerId, tuple[float, float]] = {}
+        self._added = trio.Event()
+        self.detour: Way = _no_way
+        """Reaches a peer that cannot be dialled."""
+        self.straighten: Way = _no_way
+        """Tries to have a direct link beside a relayed one."""
         self.closing = False
         host.accept_channels(self._accept)
         if lanes is not None:
@@ -154,24 +171,33 @@ class Links:
     # -- dialling
 
     async def _dial(self, peer_id: PeerId, dial: _Dial) -> None:
-        connecting = _Dial()
-        self._nursery.start_soon(self._connect, peer_id, connecting)
         try:
-            if await self._dial_lane(peer_id):
-                return
-            await connecting.done.wait()
-            if connecting.error is not None:
-                raise connecting.error
-            if peer_id not in self._best:
-                with trio.fail_after(DIAL_TIMEOUT_S):
-                    self._add(await self._host.open_channel(peer_id))
+            await self._dial_directly(peer_id)
         except RiosError as error:
             dial.error = error
         except trio.TooSlowError:
             dial.error = RemoteError("unavailable", f"no stream within {DIAL_TIMEOUT_S:.0f} s", peer_id=peer_id)
+        try:
+            if peer_id not in self._best:
+                await self.detour(peer_id)
+        except RiosError as error:
+            if dial.error is None or self._host.known_addresses(peer_id) == ():
+                dial.error = error
         finally:
             del self._dials[peer_id]
             dial.done.set()
+
+    async def _dial_directly(self, peer_id: PeerId) -> None:
+        connecting = _Dial()
+        self._nursery.start_soon(self._connect, peer_id, connecting)
+        if await self._dial_lane(peer_id):
+            return
+        await connecting.done.wait()
+        if connecting.error is not None:
+            raise connecting.error
+        if peer_id not in self._best:
+            with trio.fail_after(DIAL_TIMEOUT_S):
+                self._add(await self._host.open_channel(peer_id))
 
     async def _connect(self, peer_id: PeerId, dial: _Dial) -> None:
         """libp2p's connection."""
@@ -200,6 +226,57 @@ class Links:
         self._add_lane(lane)
         self._nursery.start_soon(self._read_lane, lane)
         return True
+
+    # -- ways that are found elsewhere (``relay``, ``punch``)
+
+    def host_of(self, peer_id: PeerId) -> str:
+        """The host at the other end of a direct link to a peer; empty if there is none."""
+        return next((link.carrier.host for link in self._links.get(peer_id, ()) if not link.relay), "")
+
+    def far_host(self, peer_id: PeerId) -> str:
+        """Where the relay of the only link to a peer sees that peer come from; empty if there is a direct one."""
+        link = self._best.get(peer_id)
+        return link.far_host if link is not None and link.relay else ""
+
+    def round_trip_s(self, peer_id: PeerId) -> float:
+        """The last round trip to a linked peer, 0 if it was not measured yet."""
+        link = self._best.get(peer_id)
+        return link.round_trip_s if link is not None else 0.0
+
+    async def wait_linked(self, peer_id: PeerId) -> None:
+        """Return when there is a link to a peer."""
+        while peer_id not in self._best:
+            await self._added.wait()
+
+    async def dial_at(self, peer_id: PeerId, texts: Sequence[str]) -> None:
+        """Have a direct lane to a peer at one of these addresses. Raises RemoteError ``unavailable``."""
+        if self._lanes is None or self.closing:
+            raise RemoteError("unavailable", "this node makes no lanes (p2p.lane is off)", peer_id=peer_id)
+        lane = await self._lanes.dial(peer_id, texts)
+        self._add_lane(lane)
+        self._nursery.start_soon(self._read_lane, lane)
+
+    async def adopt(
+        self, socket: trio.socket.SocketType, peer_id: PeerId, relay: PeerId, far_host: str, *, initiator: bool
+    ) -> None:
+        """Make a link of a socket that leads to a peer (``relay``: through it). Raises RemoteError ``unavailable``."""
+        if self._lanes is None or self.closing:
+            socket.close()
+            raise RemoteError("unavailable", "this node makes no lanes (p2p.lane is off)", peer_id=peer_id)
+        try:
+            host = str(socket.getpeername()[0])
+            if initiator:
+                lane = await self._lanes.greet(socket, peer_id, host)
+            else:
+                lane = await self._lanes.answer(socket, peer_id, host, self._refusal)
+        except OSError as error:
+            socket.close()
+            raise RemoteError("unavailable", f"connection lost: {error}", peer_id=peer_id) from error
+        except BaseException:
+            socket.close()
+            raise
+        self._add_lane(lane, relay, far_host)
+        self._nursery.start_soon(self._read_lane, lane, bool(relay))
 
     def _lane_due(self, peer_id: PeerId) -> bool:
         return self._takes_lanes(peer_id) is not False and self._no_lane.get(peer_id, (0, 0))[0] <= trio.current_time()
@@ -240,21 +317,23 @@ class Links:
         self._add_lane(lane)
         await self._read_lane(lane)
 
-    async def _read_lane(self, lane: Lane) -> None:
+    async def _read_lane(self, lane: Lane, relayed: bool = False) -> None:
         began = trio.current_time()
         await lane.run()
-        if trio.current_time() - began < LANE_YOUNG_S and not self.closing:
+        if not relayed and trio.current_time() - began < LANE_YOUNG_S and not self.closing:
             self._avoid_lane(lane.peer_id)
 
     # -- the set of links
 
-    def _add_lane(self, lane: Lane) -> None:
+    def _add_lane(self, lane: Lane, relay: PeerId = DIRECT, far_host: str = "") -> None:
         bulk = Connection(lane.bulk, self._context, _not_watched)
-        self._add(lane.main, bulk)
+        self._add(lane.main, bulk, relay, far_host)
 
-    def _add(self, carrier: Carrier, bulk: Connection | None = None) -> Connection:
+    def _add(
+        self, carrier: Carrier, bulk: Connection | None = None, relay: PeerId = DIRECT, far_host: str = ""
+    ) -> Connection:
         link = Connection(carrier, self._context, self._on_lost)
-        link.bulk = bulk
+        link.bulk, link.relay, link.far_host = bulk, relay, far_host
         if link.alive:
             self._links.setdefault(link.peer_id, []).append(link)
             self._choose(link.peer_id)
@@ -272,12 +351,15 @@ class Links:
             self._links.pop(peer_id, None)
             self._best.pop(peer_id, None)
             return
-        # lanes first, then the smaller peer id's own; min() keeps the oldest of equals
+        # direct ones first, then lanes, then the smaller peer id's own; min() keeps the oldest of equals
         we_are_smaller = self._host.identity.peer_id < peer_id
         known = peer_id in self._best
         self._best[peer_id] = min(
-            usable, key=lambda link: (link.carrier.kind != "lane", link.carrier.outbound != we_are_smaller)
+            usable,
+            key=lambda link: (link.relay != "", link.carrier.kind != "lane", link.carrier.outbound != we_are_smaller),
         )
+        added, self._added = self._added, trio.Event()
+        added.set()
         if not known:
             self._up(peer_id)
 
@@ -328,8 +410,26 @@ class Links:
                         self.pool.submit(partial(self._probe, link))
                     if link is not self._best.get(peer_id) and link.carrier.outbound:
                         self._fold(link)
-                if self._best[peer_id].carrier.kind != "lane" and self._lanes is not None and self._lane_due(peer_id):
+                if self._best[peer_id].relay:
+                    self._straighten(peer_id)
+                elif self._best[peer_id].carrier.kind != "lane" and self._lanes is not None and self._lane_due(peer_id):
                     self.pool.submit(partial(self._upgrade, peer_id))
+
+    def _straighten(self, peer_id: PeerId) -> None:
+        """Try to replace a relayed link by a direct one, less and less often."""
+        due, wait_s = self._direct_due.get(peer_id, (0.0, DIRECT_RETRY_S[0]))
+        now = trio.current_time()
+        if due <= now:
+            self._direct_due[peer_id] = now + wait_s * random.uniform(0.7, 1.3), min(4 * wait_s, DIRECT_RETRY_S[1])
+            while len(self._direct_due) > 4 * self._peers_max:
+                del self._direct_due[next(iter(self._direct_due))]
+            self.pool.submit(partial(self._go_straight, peer_id))
+
+    async def _go_straight(self, peer_id: PeerId) -> None:
+        try:
+            await self.straighten(peer_id)
+        except RiosError as error:
+            log.debug("the link to %s stays relayed: %s", peer_id, error)
 
     async def _upgrade(self, peer_id: PeerId) -> None:
         if await self._dial_lane(peer_id):

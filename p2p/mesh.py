@@ -20,6 +20,7 @@ from p2p.core import dnsaddr
 from p2p.core.advert import Advert
 from p2p.core.diversity import choose
 from p2p.core.identity import public_key_of
+from p2p.core.reach import PRIVATE, RELAYED
 from p2p.directory import PeerDirectory, direct
 from p2p.host import Host, parse_address
 from p2p.links import Links
@@ -29,6 +30,8 @@ from p2p.peerbook import Peerbook
 log = logging.getLogger(__name__)
 
 SEED_RETRY_S = (1.0, 60.0)
+ALONE_RETRY_S = 8.0
+"""At most, while no peer at all is linked: then it may be this node's own line."""
 PEER_RETRY_S = (2.0, 120.0)
 DIALS_MAX = 8
 SECOND_DIAL_S = 0.7
@@ -124,7 +127,7 @@ class Mesh:
                     if not warned:
                         log.warning("seed %s does not answer; going on without it: %s", peer_id, error.message)
                         warned = True
-                    wait_s = min(wait_s * 2, SEED_RETRY_S[1])
+                    wait_s = min(wait_s * 2, SEED_RETRY_S[1] if self._links.peers() else ALONE_RETRY_S)
             await trio.sleep((wait_s if self._links.ready(peer_id) is None else 5.0) * random.uniform(0.7, 1.3))
 
     async def _dial_seed(self, peer_id: PeerId) -> None:
@@ -211,6 +214,8 @@ class Mesh:
         """Whether a peer should be dialled now. The larger peer id waits a moment for the other's dial."""
         if peer_id == self._own or self._links.ready(peer_id) is not None or not advert.addresses:
             return False
+        if advert.reach in (RELAYED, PRIVATE) and not self._host.known_addresses(peer_id):
+            return False  # it dials us if it can; else a call goes through its relays
         planned = self._next_try.get(peer_id)
         if planned is None and self._own > peer_id:
             self._next_try[peer_id] = (now + SECOND_DIAL_S, PEER_RETRY_S[0])

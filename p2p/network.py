@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import trio
 
 from config import seeds
@@ -27,6 +26,7 @@ from p2p.blobs import PeerBlobs
 from p2p.core.advert import Advert
 from p2p.core.doors import Limits
 from p2p.core.identity import Identity, public_key_of
+from p2p.core.reach import CIRCUIT
 from p2p.directory import BEAT_TOPIC, TOPIC, PeerDirectory
 from p2p.doors import Doors
 from p2p.face import Buffer, GossipHandler, Handler, Header, Items, Quick, Reply, StreamHandler
@@ -39,14 +39,15 @@ from p2p.links import Links
 from p2p.locating import Locator
 from p2p.mesh import Mesh, by_peer
 from p2p.names import Names
+from p2p.networks import filled_in
 from p2p.own import own_call, own_stream
 from p2p.peerbook import Peerbook
+from p2p.reachability import Reachability
 from p2p.rpc import Connection, NotSentError
 from p2p.services import Service, Services
 
 log = logging.getLogger(__name__)
 
-ADDRESSES_MAX = 8
 REGION_MAX = 256
 FILES_KEPT = 256
 """Open files left for models, the ledger, the gateway's users and handshakes under way."""
@@ -75,10 +76,8 @@ class PeerNetwork:
         self._host = host
         self._nursery = nursery
         self._services = Services()
-        bare = advert.addresses or settings.announce or _reachable(host.addresses)
-        self.addresses = tuple(f"{a.partition('/p2p/')[0]}/p2p/{identity.peer_id}" for a in bare)[:ADDRESSES_MAX]
         lane = PROTOCOL if settings.lane else ""
-        own = msgspec.structs.replace(advert, peer_id=identity.peer_id, addresses=self.addresses, lane=lane)
+        own = msgspec.structs.replace(advert, peer_id=identity.peer_id, lane=lane)
         self.directory = PeerDirectory(
             identity, host, self, own, advert_seconds=settings.advert_seconds, blame=self.doors.blame
         )
@@ -98,12 +97,25 @@ class PeerNetwork:
             calls_max=settings.calls_per_peer_max,
             peers_max=settings.peers_max,
             up=self._link_up,
-            down=self.directory.link_down,
+            down=self._link_down,
             blame=self.doors.blame,
             takes_lanes=self._takes_lanes,
         )
         self.locator = Locator(self.links, self.directory)
         self.directory.measure = self.locator.distance_ms
+        self.reachability = Reachability(
+            identity.peer_id,
+            settings,
+            front,
+            host,
+            self.links,
+            self.directory,
+            self.call,
+            nursery,
+            lambda: settings.announce or filled_in(host.addresses),
+        )
+        for method, handler in self.reachability.handlers().items():
+            self.serve(method, handler)
         self._book = book
         self._mesh = Mesh(host, self.links, self.directory, book, listed, names, peers_max=settings.peers_max)
         self._gossip = Gossip(host, nursery)
@@ -119,6 +131,16 @@ class PeerNetwork:
     def peer_id(self) -> PeerId:
         """This node's peer id."""
         return self.identity.peer_id
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where this node can be dialled, with its peer id; where it listens, if it cannot be dialled."""
+        told = [address for address in self.directory.own().addresses if CIRCUIT not in address]
+        return tuple(told or (f"{a}/p2p/{self.peer_id}" for a in self.reachability.reach.listening()))
+
+    def standing(self) -> Mapping[str, Any]:
+        """Public, relayed or private (``reach``), ``why``, what to do (``fix``), and the addresses ``advertised``."""
+        return self.reachability.standing()
 
     def serve(self, method: str, handler: Handler, *, quick: Quick | None = None) -> None:
         """Register the handler of a method."""
@@ -221,13 +243,19 @@ class PeerNetwork:
             "doors": self.doors.statistics(),
             "front": self.front.statistics(),
             "blobs": self.blobs.statistics(),
+            "reachability": self.reachability.statistics(),
             **self._host.statistics(),
         }
 
     def _link_up(self, peer_id: PeerId) -> None:
         self.directory.link_up(peer_id)
         self._mesh.link_up(peer_id)
+        self.reachability.link_up(peer_id)
         self._nursery.start_soon(self._greet, peer_id)
+
+    def _link_down(self, peer_id: PeerId) -> None:
+        self.directory.link_down(peer_id)
+        self.reachability.link_down(peer_id)
 
     async def _greet(self, peer_id: PeerId) -> None:
         await self.directory.exchange(peer_id)
@@ -250,6 +278,7 @@ class PeerNetwork:
             self.directory.run_dht,
         ):
             self._nursery.start_soon(task)
+        self.reachability.run()
         self._nursery.start_soon(self.directory.run, self.publish)
 
     async def close(self) -> None:
@@ -313,8 +342,8 @@ async def open_network(
                 lanes = Lanes(keys, front, nursery.start_soon, admits, frame_bytes_max=settings.frame_bytes_max)
                 network = PeerNetwork(identity, settings, host, nursery, book, listed, names, first, front, lanes)
                 network.run()
-                if hosts := mdns.wanted(settings.mdns, _reachable(host.addresses)):
-                    near = [f"{text}/p2p/{identity.peer_id}" for text in _reachable(host.addresses)]
+                if hosts := mdns.wanted(settings.mdns, filled_in(host.addresses)):
+                    near = [f"{text}/p2p/{identity.peer_id}" for text in filled_in(host.addresses)]
                     nursery.start_soon(mdns.Mdns(hosts, near, swarm_key, network.found).run)
                 try:
                     yield network
@@ -370,18 +399,3 @@ def _only_error(group: BaseExceptionGroup[BaseException]) -> Exception | None:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error if isinstance(error, RiosError) else None
-
-
-def _reachable(addresses: Sequence[str]) -> tuple[str, ...]:
-    """Listen addresses with every interface filled in for 0.0.0.0 (loopback only if there is nothing else)."""
-    found: list[str] = []
-    for address in addresses:
-        if not address.startswith(("/ip4/0.0.0.0/", "/ip6/::/")):
-            found.append(address)
-            continue
-        family, _, rest = address[1:].split("/", 2)[0], None, address.split("/", 3)[3]
-        kind = 2 if family == "ip4" else 10
-        names = [a.address for nics in psutil.net_if_addrs().values() for a in nics if int(a.family) == kind]
-        outer = [n for n in names if not n.startswith(("127.", "::1", "fe80"))] or names
-        found += [f"/{family}/{name}/{rest}" for name in outer]
-    return tuple(dict.fromkeys(found))

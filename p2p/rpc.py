@@ -102,6 +102,9 @@ class Connection:
         self.round_trip_s = 0.0
         self.bulk: Connection | None = None
         """The connection for bulk calls beside this one, if there is one yet."""
+        self.relay = PeerId("")
+        """The peer that passes this connection on, empty for a direct one; ``far_host`` is where it sees the peer."""
+        self.far_host = ""
         self.leaving = self._said_goodbye = False
         self.farewell = ""
         self.calls_made = self.calls_served = 0
@@ -411,6 +414,7 @@ class Connection:
             "in_flight": self.in_flight,
             "round_trip_ms": round(self.round_trip_s * 1000, 3),
             "outbound": self.carrier.outbound,
+            "relay": self.relay,
             "calls_made": self.calls_made,
             "calls_served": self.calls_served,
             **self.carrier.statistics(),

@@ -42,6 +42,7 @@ from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux
 from noise.connection import NoiseConnection  # type: ignore[import-untyped]
 
 from config.vocabulary import PeerId
+from p2p.networks import peer_host
 
 BACKLOG_BYTES = 1 << 20
 OVERFLOW_BYTES = 256 << 20
@@ -111,6 +112,7 @@ class Session(SecureSession):
         self._sent, self._received = sending.n, receiving.n
         stream: Any = raw
         self._socket: trio.socket.SocketType = stream.stream.stream.socket
+        self.host = peer_host(self._socket)
         self._spawn = spawn
         self._ended = ended
         self._claims: dict[int, Sink] = {}

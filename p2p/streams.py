@@ -59,6 +59,11 @@ class Channel:
     more = False
 
     @property
+    def host(self) -> str:
+        """The IP address at the other end of the connection."""
+        return self._session.host
+
+    @property
     def outbound(self) -> bool:
         """Whether this side opened the stream."""
         return self._stream.is_initiator

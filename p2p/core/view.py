@@ -215,8 +215,13 @@ class View:
         return self.remove(peer_id)
 
     def back(self, peer_id: PeerId) -> None:
-        """A peer is there (again): its old advert may come back."""
-        self._gone.pop(peer_id, None)
+        """A peer is there (again): its old advert may come back.
+
+        If it had been reported gone, perhaps this node's own line was down: the old adverts of the others may come
+        back, too. Those who are gone indeed leave again as soon as they are dialled.
+        """
+        if self._gone.pop(peer_id, None) is not None:
+            self._gone.clear()
 
     def _make_room(self, peer_id: PeerId, size: int, linked: Callable[[], Collection[PeerId]]) -> bool:
         """Whether the advert may come in; strangers leave for a linked peer's."""
