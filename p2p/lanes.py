@@ -22,7 +22,7 @@ from p2p.core import addresses
 from p2p.doors import Visit
 from p2p.front import Arrival, Front
 from p2p.handshake import Keys, Secured, await_welcome, shake, welcome
-from p2p.lane import Lane, Spawn
+from p2p.lane import Lane, Scratch, Spawn
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Lanes:
         self._front = door
         self._spawn = spawn
         self._admits = admits
+        self._scratch = Scratch()
         self._frame_bytes_max = frame_bytes_max
         self._handshakes = trio.CapacityLimiter(HANDSHAKES_MAX)
         self.refused = 0
@@ -105,6 +106,7 @@ class Lanes:
             socket,
             secured,
             visit,
+            self._scratch,
             outbound=outbound,
             spawn=self._spawn,
             frame_bytes_max=self._frame_bytes_max,
