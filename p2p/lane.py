@@ -55,8 +55,8 @@ IN_PLACE_BYTES = 8 << 10
 READS_PER_TURN = 16
 """Reads after which other tasks get a turn, however much data waits."""
 GATHER_SECONDS = 0.0001
-"""A frame so soon after another, with nothing read between them, is one of many: those written in this turn of the event
-loop share records."""
+"""A frame so soon after another, with nothing read between them, is one of many: those written in this turn of the
+event loop share records."""
 RECORDS_PER_TURN = 8
 """Records written before other tasks get a turn."""
 WINDOW_BYTES = 4 << 20
