@@ -37,6 +37,7 @@ DIALS_MAX = 8
 SECOND_DIAL_S = 0.7
 SAVE_SECONDS = 30.0
 NAME_REFRESH_S = 600.0
+BOOK_PAUSE_S = (2.0, 60.0)
 CONSIDERED_MAX = 256
 TRIES_MAX = 20_000
 
@@ -91,7 +92,9 @@ class Mesh:
         self._next_try: dict[PeerId, tuple[float, float]] = {}
         self._dialling = trio.CapacityLimiter(DIALS_MAX)
         self._nursery: trio.Nursery | None = None
-        for peer_id, addresses in {**book.peers(), **self._seeds}.items():
+        for peer_id, met in book.peers().items():
+            host.learn(peer_id, direct(met.addresses))
+        for peer_id, addresses in self._seeds.items():
             host.learn(peer_id, direct(addresses))
 
     async def run(self) -> None:
@@ -102,9 +105,7 @@ class Mesh:
                 nursery.start_soon(self._keep_seed, peer_id)
             for seed in self._named:
                 nursery.start_soon(self._keep_name, seed)
-            for peer_id in list(self._book.peers())[:DIALS_MAX]:
-                if peer_id not in self._seeds and peer_id != self._own:
-                    nursery.start_soon(self._try, peer_id)
+            nursery.start_soon(self._try_book, nursery)
             nursery.start_soon(self._save_book)
             while True:
                 self._dial_known(nursery)
@@ -112,6 +113,24 @@ class Mesh:
                     await self._directory.wait_change()
                 # a large view is gone through less often
                 await trio.sleep(0.05 + len(self._directory.view) / 10_000)
+
+    async def _try_book(self, nursery: trio.Nursery) -> None:
+        """Dial peers met before, the most recent first, a few at a time until one is linked; then again and again, as
+        long as this node is alone."""
+        pause_s = BOOK_PAUSE_S[0]
+        while True:
+            peers = [peer for peer in self._book.peers() if peer not in self._seeds and peer != self._own]
+            for at in range(0, len(peers), DIALS_MAX):
+                for peer_id in peers[at : at + DIALS_MAX]:
+                    nursery.start_soon(self._try, peer_id)
+                await trio.sleep(BOOK_PAUSE_S[0] * random.uniform(0.8, 1.2))
+                if self._links.peers():
+                    break
+            while self._links.peers():
+                pause_s = BOOK_PAUSE_S[0]
+                await trio.sleep(BOOK_PAUSE_S[1])
+            await trio.sleep(pause_s * random.uniform(0.8, 1.2))
+            pause_s = min(2 * pause_s, BOOK_PAUSE_S[1])
 
     # -- seeds
 
@@ -232,9 +251,12 @@ class Mesh:
     def link_up(self, peer_id: PeerId) -> None:
         """A peer was reached: remember it, and try it at once when it is lost."""
         self._next_try.pop(peer_id, None)
-        advert = self._directory.adverts().get(peer_id)
+        self._remember(peer_id)
+
+    def _remember(self, peer_id: PeerId) -> None:
+        advert = self._directory.view.get(peer_id)
         if advert is not None:
-            self._book.met(peer_id, advert.addresses)
+            self._book.met(peer_id, advert.addresses, advert.lane)
 
     async def _save_book(self) -> None:
         while True:
@@ -244,7 +266,5 @@ class Mesh:
 
     def remember(self) -> None:
         """Put every linked peer's addresses into the book."""
-        adverts = self._directory.adverts()
         for peer_id in self._links.peers():
-            if peer_id in adverts:
-                self._book.met(peer_id, adverts[peer_id].addresses)
+            self._remember(peer_id)

@@ -213,9 +213,9 @@ class PeerNetwork:
             items.close()
 
     def _takes_lanes(self, peer_id: PeerId) -> bool | None:
-        """Whether a peer's advert says so; None: nobody knows."""
-        advert = self.directory.adverts().get(peer_id)
-        return None if advert is None else advert.lane == PROTOCOL
+        """Whether a peer's advert says so, or said when it was met; None: nobody knows."""
+        known = self.directory.view.get(peer_id) or self._book.get(peer_id)
+        return None if known is None else known.lane == PROTOCOL
 
     async def publish(self, topic: str, payload: bytes) -> None:
         """See :meth:`p2p.face.Network.publish`."""

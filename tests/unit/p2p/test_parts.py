@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 
 from config.errors import BusyError, ConfigError, IntegrityError, RemoteError
 from p2p.core import failures, headers
+from p2p.core.advert import Advert
 from p2p.core.chunks import Plan, chunk_count, chunk_span
+from p2p.core.diversity import choose
 from p2p.core.identity import Identity
 from p2p.mesh import by_peer
-from p2p.peerbook import Peerbook
+from p2p.peerbook import Met, Peerbook
 
 PEER = Identity.from_seed(b"p" * 32).peer_id
 
@@ -114,12 +116,34 @@ def test_a_chunk_is_in_flight_with_one_peer_and_a_helper_at_most(steps):
 def test_the_peer_book_survives_a_restart_and_damage(tmp_path):
     path = tmp_path / "peers.json"
     book = Peerbook(path)
-    book.met(PEER, ["/ip4/127.0.0.1/tcp/1"])
+    book.met(PEER, ["/ip4/127.0.0.1/tcp/1"], "/rios/lane/1.0.0")
     book.save()
-    assert dict(Peerbook(path).peers()) == {PEER: ["/ip4/127.0.0.1/tcp/1"]}
-    for damage in ("", "{", "[]", '{"peers": 3}', '{"peers": {"a": 3}}'):
+    known = Peerbook(path)
+    assert known.get(PEER) == Met(("/ip4/127.0.0.1/tcp/1",), "/rios/lane/1.0.0")
+    before = path.stat().st_mtime_ns
+    known.met(PEER, ["/ip4/127.0.0.1/tcp/1"], "/rios/lane/1.0.0")
+    known.save()
+    assert path.stat().st_mtime_ns == before, "nothing changed, nothing is written"
+    for damage in (
+        "",
+        "{",
+        "[]",
+        '{"peers": 3}',
+        '{"peers": {"a": 3, "b": [5, "x"], "c": {"addresses": 1}}}',
+        "[" * 99999,
+    ):
         path.write_text(damage)
         assert not Peerbook(path).peers()
+    path.write_text('{"peers": {"old": ["/ip4/127.0.0.1/tcp/1"]}}')
+    assert Peerbook(path).peers() == {"old": Met(("/ip4/127.0.0.1/tcp/1",))}
+
+
+def test_the_peer_book_forgets_whom_it_met_longest_ago(tmp_path, monkeypatch):
+    monkeypatch.setattr("p2p.peerbook.PEERS_MAX", 3)
+    book = Peerbook(tmp_path / "peers.json")
+    for name in "abcad":
+        book.met(name, ["/ip4/127.0.0.1/tcp/1"])
+    assert list(book.peers()) == ["d", "a", "c"]
 
 
 def test_seeds_by_peer():
@@ -149,3 +173,20 @@ def test_errors_travel():
 def test_hostile_headers_are_refused(data):
     with pytest.raises(IntegrityError):
         headers.unpack(data)
+
+
+def test_of_many_peers_those_in_other_networks_are_dialled_first():
+    def advert(name: str, *hosts: str) -> Advert:
+        return Advert(name, 1, 1, addresses=tuple(f"/ip4/{host}/tcp/1" for host in hosts))
+
+    crowd = {f"crowd{n}": advert(f"crowd{n}", f"10.0.0.{n}") for n in range(50)}
+    others = {"b": advert("b", "10.0.1.1"), "c": advert("c", "10.0.2.1")}
+    boaster = {"boaster": advert("boaster", "10.0.0.99", *(f"10.9.{n}.1" for n in range(9)))}
+    linked = [advert("x", "10.0.0.200"), advert("y", "10.0.1.200")]
+    dice = iter(range(1000))
+    chosen = choose({**crowd, **boaster, **others}, linked, 4, lambda: next(dice))
+    assert chosen[0] == "c", "nobody is linked there"
+    assert len(chosen) == len(set(chosen)) == 4
+    assert "b" in chosen
+    assert sum(peer.startswith("crowd") for peer in chosen) <= 2
+    assert len(choose(crowd, [], 99, lambda: 0.5)) == 50, "one network only is no reason to stay alone"
