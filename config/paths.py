@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+PAUSE_NOTE = "rios pause was asked for; rios resume removes this file\n"
+"""What stands in :attr:`Paths.paused`: the file itself says it all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Paths:

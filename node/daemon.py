@@ -30,7 +30,7 @@ from prometheus_client import CollectorRegistry
 
 from config.errors import EXIT_OK, LocalError, RiosError
 from config.files import naming, write_whole
-from config.paths import Paths
+from config.paths import PAUSE_NOTE, Paths
 from config.settings import Settings
 from config.vocabulary import KFLOP_PER_TFLOP, MIB
 from dmoe import hardware
@@ -104,7 +104,7 @@ class Node:
     def pause(self, paused: bool) -> None:
         """Take no work from now on, or take it again; remembered across restarts, and told to the others."""
         if paused:
-            write_whole(self.paths.paused, "rios pause was asked for; rios resume removes this file\n")
+            write_whole(self.paths.paused, PAUSE_NOTE)
         else:
             self.paths.paused.unlink(missing_ok=True)
         self.worker.paused = paused

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from config.errors import EXIT_FAILED, EXIT_OK, ConfigError, RiosError
+from config.files import write_whole
+from config.paths import PAUSE_NOTE
 from config.vocabulary import GIB, MIB, format_credits
 from node import control, progress
 from node.cli import Context, Output, parse_credits
@@ -158,14 +160,28 @@ def peers_unban(context: Context) -> Output:
 
 def pause(context: Context) -> Output:
     """``rios pause``"""
-    data = _ask(context, "pause", wait=context.args.wait)
+    try:
+        data = _ask(context, "pause", wait=context.args.wait)
+    except RiosError as error:
+        if error.code != "not_running":
+            raise
+        paths = context.paths()
+        paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(paths.paused, PAUSE_NOTE)
+        return Output({"paused": True, "in_flight": 0}, "the node is not running; it will start paused")
     rest = f"{data['in_flight']} calls in flight are finished first" if data["in_flight"] else "nothing is in flight"
     return Output(data, f"paused: no new work is taken, also after a restart; {rest}\n  rios resume ends it")
 
 
 def resume(context: Context) -> Output:
     """``rios resume``"""
-    return Output(_ask(context, "resume"), "this node takes work again")
+    try:
+        return Output(_ask(context, "resume"), "this node takes work again")
+    except RiosError as error:
+        if error.code != "not_running":
+            raise
+    context.paths().paused.unlink(missing_ok=True)
+    return Output({"paused": False}, "the node is not running; it will take work once it runs")
 
 
 def health(context: Context) -> Output:

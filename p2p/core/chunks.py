@@ -43,6 +43,9 @@ class Plan(Generic[Peer]):
         self._lacks: dict[Peer, set[int]] = {}
         self._lacking: Counter[int] = Counter()
         self._partial: set[Peer] = set()
+        self._queues: dict[Peer, list[int]] = {}
+        """What to ask a peer for, the first at the end; what came or left meanwhile is passed over when it is its turn.
+        Made again when peers say what they have: sorting for every chunk would cost more than the chunk."""
 
     @property
     def done(self) -> bool:
@@ -63,6 +66,7 @@ class Plan(Generic[Peer]):
     def drop(self, peer: Peer) -> None:
         """Ask this peer no more; what was in flight with it is free again."""
         self._peers.pop(peer, None)
+        self._queues.pop(peer, None)
         self._partial.discard(peer)
         self._set_lacks(peer, set())
         for index in [i for i, asked in self._flying.items() if peer in asked]:
@@ -74,13 +78,19 @@ class Plan(Generic[Peer]):
         """The next chunk to ask this peer for: the one that the fewest others can give."""
         if not self._is_free(peer):
             return None
-        lacks = self._lacks.get(peer, ())
-        open_ = [index for index in self.missing if index not in self._flying and index not in lacks]
-        if not open_:
-            return None
+        lacks, queue = self._lacks.get(peer, ()), self._queues.get(peer)
+        if queue is None:
+            queue = self._queues[peer] = self._in_order(peer)
+        while queue:
+            index = queue.pop()
+            if index in self.missing and index not in self._flying and index not in lacks:
+                return self._send(index, peer, now)
+        return None
+
+    def _in_order(self, peer: Peer) -> list[int]:
         # equally rare chunks: each peer starts somewhere else, so that downloaders do not all fetch the same ones
         turn, lacking = self._peers[peer] * 7919, self._lacking
-        return self._send(min(open_, key=lambda index: (-lacking[index], (index * 31 + turn) % 1009, index)), peer, now)
+        return sorted(self.missing, key=lambda index: (lacking[index], -((index * 31 + turn) % 1009), -index))
 
     def help(self, peer: Peer, now: float, patience: float) -> int | None:
         """A chunk that has been in flight with others for longer than ``patience``, the oldest one, to be asked of this
@@ -124,6 +134,8 @@ class Plan(Generic[Peer]):
             self._load[peer] -= 1
             if not asked:
                 del self._flying[index]
+                for queue in self._queues.values():
+                    queue.append(index)
 
     def lacks(self, peer: Peer, index: int) -> None:
         """The peer does not have this chunk."""
@@ -137,7 +149,10 @@ class Plan(Generic[Peer]):
         """The peer has these chunks and will have others later: it is fetching the file itself."""
         if peer in self._peers:
             self._partial.add(peer)
-            self._set_lacks(peer, self.missing.difference(indices))
+            lacks = self.missing.difference(indices)
+            if lacks != self._lacks.get(peer, set()):
+                self._set_lacks(peer, lacks)
+                self._queues.clear()
 
     def is_partial(self, peer: Peer) -> bool:
         """Whether the peer is fetching the file itself."""
@@ -147,6 +162,7 @@ class Plan(Generic[Peer]):
         """Providers may have got chunks in the meantime: ask them again."""
         self._lacks.clear()
         self._lacking.clear()
+        self._queues.clear()
 
     def _set_lacks(self, peer: Peer, indices: set[int]) -> None:
         old = self._lacks.pop(peer, set())

@@ -257,3 +257,14 @@ def test_closed_standard_streams_are_no_fault(home):
     with subprocess.Popen(["sh", "-c", '"$@" <&- >&-', "sh", *command], stderr=subprocess.PIPE, text=True) as process:
         assert "no question" in process.communicate()[1]
     assert process.returncode == 2
+
+
+def test_pause_and_resume_wait_for_a_node_that_is_not_running(home, capsys):
+    assert main(["init"]) == 0
+    mark = home / "data" / "rios" / "paused"
+    assert main(["pause"]) == 0
+    assert "will start paused" in capsys.readouterr().out
+    assert mark.exists()
+    assert main(["resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"paused": False}
+    assert not mark.exists()
