@@ -80,7 +80,8 @@ def _install(npm: str) -> None:
     except subprocess.TimeoutExpired:
         pytest.skip(f"npm did not install the JavaScript peer within {INSTALL_SECONDS} s")
     if done.returncode:
-        pytest.skip(f"npm could not install the JavaScript peer: {done.stderr.strip()[-300:]}")
+        said = " ".join(line.removeprefix("npm error").strip() for line in done.stderr.splitlines()[:4])
+        pytest.skip(f"npm could not install the JavaScript peer: {said[:300]}")
 
 
 @pytest.fixture(scope="session")
