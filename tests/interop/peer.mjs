@@ -149,10 +149,10 @@ const commands = {
     const connection = await node.dial(multiaddr(address))
     return { peer: connection.remotePeer.toString(), encryption: connection.encryption, multiplexer: connection.multiplexer }
   },
-  protocols: async ({ peer }) => ({
-    protocols: await until(async () => {
+  speaks: async ({ peer, protocols }) => ({
+    all: await until(async () => {
       const known = (await node.peerStore.get(peerIdFromString(peer))).protocols
-      return known.length ? known : null
+      return protocols.every(protocol => known.includes(protocol))
     })
   }),
   ping: async ({ peer }) => ({ ms: await node.services.ping.ping(peerIdFromString(peer)) }),
