@@ -85,11 +85,13 @@ class PeerDirectory:
         *,
         advert_seconds: int,
         blame: Callable[[PeerId, str], None] = _blame_nobody,
+        banned: Callable[[PeerId], bool] = lambda peer_id: False,
     ) -> None:
         self._identity = identity
         self._host = host
         self._caller = caller
         self._blame = blame
+        self._banned = banned
         self._heartbeat_s = float(advert_seconds)
         self._life_ms = max(LIVES * advert_seconds, 30) * 1000
         self.view = View(identity.peer_id)
@@ -174,6 +176,9 @@ class PeerDirectory:
     def _offer(self, data: bytes) -> str:
         signed = open_advert(data, now_ms=now_ms())
         peer_id = peer_of(signed.advert)
+        if self._banned(peer_id):
+            self.view.refused["banned"] += 1
+            return "banned"
         before = self.view.get(peer_id)
         reason = self.view.offer(signed, now_ms(), self._caller.peers)
         if reason:

@@ -37,6 +37,8 @@ log = logging.getLogger("rios.security.doors")
 SAVE_SECONDS = 5.0
 TENURE_SECONDS = 60.0
 TENURES_KEPT = 512
+EVICTED_SECONDS = 60.0
+"""For so long a peer that gave up its place is not dialled."""
 OPERATOR_MS_MAX = 10 * 365 * 24 * 3600_000
 
 
@@ -119,6 +121,10 @@ class Meter:
         """A call is done."""
         self._doors.limiter.end_call(self._entry)
 
+    def over(self, limit: str) -> None:
+        """A call was refused elsewhere, for a limit of this name."""
+        self._doors.refused(Refusal(limit, "calls were refused"), self._peer_id)
+
     def open_stream(self) -> str:
         """One more stream; what is wrong with that, empty if nothing. :meth:`close_stream` once it is done."""
         refusal = self._doors.limiter.open_stream(self._entry, trio.current_time())
@@ -152,6 +158,7 @@ class Doors:
         self._visits: dict[PeerId, dict[Visit, None]] = {}
         self._anonymous: dict[Entry, Visit] = {}
         self._pinned: set[str] = set()
+        self._evicted: dict[str, float] = {}
         self._bans_watched: list[Callable[[PeerId], None]] = []
         self._tenure_at = trio.current_time()
         self._dirty = False
@@ -238,6 +245,9 @@ class Doors:
         if victim is None:
             return Refusal("peers", f"{len(seats)} peers are connected")
         self.refused(Refusal("peers", f"{victim.peer_id} made room for {peer_id}"), victim.peer_id)
+        self._evicted[victim.peer_id] = trio.current_time() + EVICTED_SECONDS
+        while len(self._evicted) > self._peers_max:
+            del self._evicted[next(iter(self._evicted))]
         self.hang_up(PeerId(victim.peer_id))
         return None
 
@@ -345,6 +355,15 @@ class Doors:
     def banned(self, peer_id: str) -> bool:
         """Whether a peer is shut out now."""
         return self.standing.banned(peer_id, _now_ms()) is not None
+
+    def unwanted(self, peer_id: str) -> bool:
+        """Whether this node should not dial a peer: it is shut out, or just gave up its place."""
+        until = self._evicted.get(peer_id)
+        if until is not None:
+            if trio.current_time() < until:
+                return True
+            del self._evicted[peer_id]
+        return self.banned(peer_id)
 
     def ban(self, text: str, minutes: int) -> BanRow:
         """The operator shuts a peer, an address or a subnet out. Raises RequestError for anything else."""

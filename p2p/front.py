@@ -62,7 +62,8 @@ class Front:
         self.refused = 0
         """Preambles of versions and kinds that are not spoken here."""
         self._handlers: dict[int, Handler] = {}
-        self._visits: WeakKeyDictionary[trio.socket.SocketType, tuple[Visit, trio.CancelScope]] = WeakKeyDictionary()
+        self._visits: WeakKeyDictionary[trio.socket.SocketType, tuple[Visit, Callable[[], None]]] = WeakKeyDictionary()
+        """Of libp2p's sockets, and what ends their task here."""
 
     def accept(self, kind: int, handler: Handler) -> None:
         """Give sockets whose preamble names ``kind`` to ``handler``."""
@@ -99,8 +100,10 @@ class Front:
                 await socket.send(PREAMBLE.pack(MAGIC, VERSION, REFUSED, 0))
         elif preamble[0] == _LIBP2P:
             with trio.CancelScope() as scope:
-                self._visits[socket] = visit, scope
+                self._visits[socket] = visit, scope.cancel
                 await libp2p()
+            if not visit.peer_id and not visit.hung_up:
+                visit.blame("handshake")
         else:
             try:
                 await self._handlers[preamble[0]](Arrival(socket, visit, preamble[1], host))
@@ -138,11 +141,24 @@ class Front:
         visit = self._visits.get(socket)
         return visit is None or visit[0].known(peer_id)
 
+    def dialled(self, socket: trio.socket.SocketType, peer_id: PeerId, close: Callable[[], None]) -> bool:
+        """libp2p dialled a peer: whether it may stay. ``close`` ends the connection when the doors want it."""
+        try:
+            host = str(socket.getpeername()[0])
+        except OSError:
+            return False  # gone already
+        visit = self.doors.dialled(peer_id, host)
+        if visit is None:
+            return False
+        visit.on_hang_up(close)
+        self._visits[socket] = visit, visit.leave
+        return True
+
     def ended(self, socket: trio.socket.SocketType) -> None:
         """libp2p's connection on this socket is over; the library itself would keep its task for ever."""
         visit = self._visits.pop(socket, None)
         if visit is not None:
-            visit[1].cancel()
+            visit[1]()
 
     def statistics(self) -> dict[str, int]:
         """Numbers for people."""

@@ -52,6 +52,7 @@ from p2p.core.reach import CIRCUIT
 from p2p.doors import Doors
 from p2p.face import RecordRule
 from p2p.front import Front
+from p2p.guards import Guards
 from p2p.secure import Connection, Muxer, Noise
 from p2p.streams import Channel
 
@@ -65,6 +66,8 @@ RECORD_BYTES_MAX = 64 << 10
 RECORDS_MAX = 1024
 GOSSIP_HEARTBEAT_SECONDS = 3
 ADDRESS_SECONDS = 24 * 3600
+LOOKUPS_MAX = 64
+"""DHT streams served at a time, of all peers; ``guards`` has a smaller number for each."""
 NAMESPACE = "rios"
 
 # the library's own bound is 50,000 values
@@ -167,7 +170,7 @@ class Host:
     """A running libp2p host."""
 
     def __init__(
-        self, identity: Identity, host: IHost, noise: Noise, dht: KadDHT, pubsub: Pubsub, rules: _Rules
+        self, identity: Identity, host: IHost, noise: Noise, dht: KadDHT, pubsub: Pubsub, rules: _Rules, guards: Guards
     ) -> None:
         self.identity = identity
         self._host = host
@@ -176,6 +179,7 @@ class Host:
         self._dht = dht
         self._pubsub = pubsub
         self._rules = rules
+        self._guards = guards
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -234,7 +238,7 @@ class Host:
             async def handle(stream: INetStream, bulk: bool = bulk) -> None:
                 await accept(Channel(stream), bulk)
 
-            self._host.set_stream_handler(protocol, _guarded(handle))
+            self._host.set_stream_handler(protocol, self._guards.wrap(str(protocol), handle))
 
     async def disconnect(self, peer_id: PeerId) -> None:
         """Close every connection to a peer."""
@@ -261,7 +265,7 @@ class Host:
             return
         self._dht.mode = DHTMode.SERVER if serve else DHTMode.CLIENT
         if serve:
-            self._host.set_stream_handler(KAD_PROTOCOL, _guarded(self._dht.handle_stream))
+            self._host.set_stream_handler(KAD_PROTOCOL, self._guards.wrap(str(KAD_PROTOCOL), self._dht.handle_stream))
         else:
             self._host.remove_stream_handler(KAD_PROTOCOL)
 
@@ -368,7 +372,7 @@ async def open_host(
     pair = create_new_key_pair(identity.seed)
     noise = Noise(pair, noise_privkey=create_noise_key_pair().private_key)
     noise.spawn, noise.swarm_key, noise.admits, noise.refused = nursery.start_soon, swarm_key, admits, {}
-    noise.known, noise.ended = door.known, door.ended
+    noise.door = door
     tcp = _Tcp(door)
     host = new_host(
         key_pair=pair,
@@ -393,6 +397,8 @@ async def open_host(
         max_peers_per_subnet=0 if all(_is_loopback(a) for a in addresses) else None,
     )
     kademlia.bound_providers(dht.provider_store)
+    dht._inbound_limiter = trio.CapacityLimiter(LOOKUPS_MAX)
+    guards = Guards(door.doors)
     router = GossipSub(
         protocols=[GOSSIP_PROTOCOL],
         degree=6,
@@ -416,9 +422,9 @@ async def open_host(
         await pubsub.wait_until_ready()
         for protocol, handler in list(host.get_mux().handlers.items()):
             if handler is not None and protocol is not None:
-                host.set_stream_handler(protocol, _guarded(handler))
+                host.set_stream_handler(protocol, guards.wrap(str(protocol), handler))
         try:
-            yield Host(identity, host, noise, dht, pubsub, rules)
+            yield Host(identity, host, noise, dht, pubsub, rules, guards)
         finally:
             with trio.move_on_after(1.0, shield=True):
                 await host.close()
@@ -487,22 +493,6 @@ def _limits(peers_max: int) -> ConnectionConfig:
     return ConnectionConfig(
         max_connections=most, high_watermark=most, low_watermark=0, min_connections=0, auto_connect_interval=3600.0
     )
-
-
-def _guarded(handle: Callable[[INetStream], Awaitable[None]]) -> Callable[[INetStream], Awaitable[None]]:
-    """An exception in a libp2p stream handler would end the whole host: it ends the stream instead."""
-
-    async def guarded(stream: INetStream) -> None:
-        try:
-            await handle(stream)
-        except Exception as error:
-            log.debug("stream handler: %s", _short(error), exc_info=True)
-            try:
-                await stream.reset()
-            except Exception as reset_error:
-                log.debug("resetting a stream: %s", _short(reset_error), exc_info=True)
-
-    return guarded
 
 
 def _id(peer_id: PeerId) -> ID:

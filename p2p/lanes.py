@@ -5,7 +5,7 @@ peers are dialled, when; what a lane carries.
 
 Invariants:
 1. A lane comes to be only with the peer that was meant, and that neither side's doors keep out.
-2. At most :data:`HANDSHAKES_MAX` inbound handshakes are under way; each ends within the deadline.
+2. Each inbound handshake ends within its deadline; the doors bound how many are under way.
 3. The caller of :meth:`Lanes.dial` gets RemoteError ``unavailable`` for every way in which it can fail.
 """
 
@@ -30,7 +30,6 @@ PROTOCOL = "/rios/lane/1.0.0"
 """What an advert's ``lane`` says when its addresses take lanes of this version."""
 CONNECT_SECONDS = 4.0
 ADDRESSES_MAX = 4
-HANDSHAKES_MAX = 64
 
 Judge = Callable[[PeerId], str]
 """Why a peer that proved itself is refused all the same, or nothing."""
@@ -50,7 +49,6 @@ class Lanes:
         self._admits = admits
         self._scratch = Scratch()
         self._frame_bytes_max = frame_bytes_max
-        self._handshakes = trio.CapacityLimiter(HANDSHAKES_MAX)
         self.refused = 0
 
     def accept(self, judge: Judge, serve: Serve) -> None:
@@ -68,17 +66,16 @@ class Lanes:
         self._front.accept(front.LANE, handle)
 
     async def _receive(self, arrival: Arrival, judge: Judge) -> Lane:
-        async with self._handshakes:
-            try:
-                secured = await shake(arrival.socket, self._keys, initiator=False)
-            except RiosError:
-                arrival.visit.blame("handshake")
-                raise
-            peer_id = secured.peer_id
-            refusal = self._refusal(judge, peer_id)
-            if not refusal and not arrival.visit.known(peer_id):
-                refusal = "the doors keep this peer out"
-            await welcome(arrival.socket, secured, refusal)
+        try:
+            secured = await shake(arrival.socket, self._keys, initiator=False)
+        except RiosError:
+            arrival.visit.blame("handshake")
+            raise
+        peer_id = secured.peer_id
+        refusal = self._refusal(judge, peer_id)
+        if not refusal and not arrival.visit.known(peer_id):
+            refusal = "the doors keep this peer out"
+        await welcome(arrival.socket, secured, refusal)
         if refusal:
             raise RemoteError("unavailable", f"{peer_id} was refused: {refusal}", peer_id=peer_id)
         return self._made(arrival.socket, secured, arrival.visit, outbound=False)
@@ -90,12 +87,11 @@ class Lanes:
         """The responder's part on a socket that this node dialled, and that leads to a peer that begins."""
         if await front.hear(socket) != front.LANE:
             raise RemoteError("unavailable", f"{peer_id} did not begin a lane", peer_id=peer_id)
-        async with self._handshakes:
-            secured = await shake(socket, self._keys, initiator=False, expected=peer_id)
-            refusal = self._refusal(judge, peer_id)
-            visit = None if refusal else self._front.doors.dialled(peer_id, host)
-            refusal = refusal or ("" if visit else "the doors keep this peer out")
-            await welcome(socket, secured, refusal)
+        secured = await shake(socket, self._keys, initiator=False, expected=peer_id)
+        refusal = self._refusal(judge, peer_id)
+        visit = None if refusal else self._front.doors.dialled(peer_id, host)
+        refusal = refusal or ("" if visit else "the doors keep this peer out")
+        await welcome(socket, secured, refusal)
         if visit is None:
             raise RemoteError("unavailable", f"{peer_id} was refused: {refusal}", peer_id=peer_id)
         return self._made(socket, secured, visit, outbound=False)

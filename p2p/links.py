@@ -24,7 +24,9 @@ import trio
 from config.errors import RemoteError, RiosError
 from config.vocabulary import PeerId
 from p2p.carrier import Carrier
+from p2p.core.doors import Refusal
 from p2p.deadlines import Deadlines
+from p2p.doors import Doors
 from p2p.host import Host
 from p2p.lane import Lane
 from p2p.lanes import Lanes
@@ -81,7 +83,7 @@ class Links:
         peers_max: int,
         up: Callable[[PeerId], None],
         down: Callable[[PeerId], None],
-        blame: Callable[[PeerId, str], None],
+        doors: Doors,
         takes_lanes: Callable[[PeerId], bool | None],
     ) -> None:
         self._host = host
@@ -95,8 +97,11 @@ class Links:
             deadlines=self._deadlines,
             frame_bytes_max=frame_bytes_max,
             calls_max=calls_max,
-            blame=blame,
+            blame=doors.blame,
+            meter=doors.meter,
         )
+        self._doors = doors
+        doors.on_ban(lambda peer_id: self.pool.submit(partial(self.drop, peer_id)))
         self._peers_max = peers_max
         self._up = up
         self._down = down
@@ -138,6 +143,9 @@ class Links:
             return link
         if self.closing:
             raise RemoteError("unavailable", "this node is shutting down")
+        if self._doors.banned(peer_id):
+            hint = "rios peers bans says why; rios peers unban lets it in again"
+            raise RemoteError("forbidden", f"this node shut {peer_id} out", hint, peer_id=peer_id)
         dial = self._dials.get(peer_id)
         if dial is None:
             dial = self._dials[peer_id] = _Dial()
@@ -294,8 +302,6 @@ class Links:
         """Why no more links of this peer are taken, or nothing."""
         if self.closing:
             return SHUTTING_DOWN
-        if self.full and peer_id not in self._best:
-            return f"{self._peers_max} peers are linked (p2p.peers_max)"
         if len(self._links.get(peer_id, ())) >= LINKS_PER_PEER_MAX:
             return f"more than {LINKS_PER_PEER_MAX} links of one peer"
         return ""
@@ -372,7 +378,7 @@ class Links:
             self._choose(link.peer_id)
             if link.peer_id in self._best or self.closing:
                 return
-            if link.farewell == SHUTTING_DOWN:
+            if link.farewell == SHUTTING_DOWN or self._doors.unwanted(link.peer_id):
                 self._down(link.peer_id)
             elif link.peer_id not in self._reviving:
                 self._reviving.add(link.peer_id)
@@ -406,7 +412,9 @@ class Links:
             now = trio.current_time()
             for peer_id, links in list(self._links.items()):
                 for link in list(links):
-                    if now - link.heard_at >= tick_s:
+                    if self._is_stuck(link, now):
+                        self.pool.submit(link.carrier.close)
+                    elif now - link.heard_at >= tick_s:
                         self.pool.submit(partial(self._probe, link))
                     if link is not self._best.get(peer_id) and link.carrier.outbound:
                         self._fold(link)
@@ -430,6 +438,14 @@ class Links:
             await self.straighten(peer_id)
         except RiosError as error:
             log.debug("the link to %s stays relayed: %s", peer_id, error)
+
+    def _is_stuck(self, link: Connection, now: float) -> bool:
+        """Whether a peer sends a frame so slowly that it can only be meant to keep us waiting."""
+        stuck = link.is_stuck(now) or (link.bulk is not None and link.bulk.is_stuck(now))
+        if stuck:
+            self._doors.refused(Refusal("frame_seconds", "a frame comes on too slowly"), link.peer_id)
+            self._doors.blame(link.peer_id, "slow")
+        return stuck
 
     async def _upgrade(self, peer_id: PeerId) -> None:
         if await self._dial_lane(peer_id):

@@ -10,7 +10,7 @@ Invariants:
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
@@ -78,6 +78,7 @@ class Mesh:
         names: Names,
         *,
         peers_max: int,
+        unwanted: Callable[[PeerId], bool],
     ) -> None:
         """``seeds``: multiaddrs with a peer id, and dnsaddrs."""
         self._host = host
@@ -85,6 +86,7 @@ class Mesh:
         self._directory = directory
         self._book = book
         self._names = names
+        self._unwanted = unwanted
         self._own = host.identity.peer_id
         self._seeds = {peer: addresses for peer, addresses in by_peer(seeds).items() if peer != self._own}
         self._named = [seed for seed in seeds if dnsaddr.parse(seed) is not None]
@@ -235,6 +237,8 @@ class Mesh:
             return False
         if advert.reach in (RELAYED, PRIVATE) and not self._host.known_addresses(peer_id):
             return False  # it dials us if it can; else a call goes through its relays
+        if self._unwanted(peer_id):
+            return False
         planned = self._next_try.get(peer_id)
         if planned is None and self._own > peer_id:
             self._next_try[peer_id] = (now + SECOND_DIAL_S, PEER_RETRY_S[0])

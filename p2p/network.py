@@ -79,8 +79,15 @@ class PeerNetwork:
         lane = PROTOCOL if settings.lane else ""
         own = msgspec.structs.replace(advert, peer_id=identity.peer_id, lane=lane)
         self.directory = PeerDirectory(
-            identity, host, self, own, advert_seconds=settings.advert_seconds, blame=self.doors.blame
+            identity,
+            host,
+            self,
+            own,
+            advert_seconds=settings.advert_seconds,
+            blame=self.doors.blame,
+            banned=self.doors.banned,
         )
+        self.doors.on_ban(self.directory.link_down)
         self.blobs = PeerBlobs(
             self,
             identity.peer_id,
@@ -98,7 +105,7 @@ class PeerNetwork:
             peers_max=settings.peers_max,
             up=self._link_up,
             down=self._link_down,
-            blame=self.doors.blame,
+            doors=self.doors,
             takes_lanes=self._takes_lanes,
         )
         self.locator = Locator(self.links, self.directory)
@@ -117,7 +124,16 @@ class PeerNetwork:
         for method, handler in self.reachability.handlers().items():
             self.serve(method, handler)
         self._book = book
-        self._mesh = Mesh(host, self.links, self.directory, book, listed, names, peers_max=settings.peers_max)
+        self._mesh = Mesh(
+            host,
+            self.links,
+            self.directory,
+            book,
+            listed,
+            names,
+            peers_max=settings.peers_max,
+            unwanted=self.doors.unwanted,
+        )
         self._gossip = Gossip(host, nursery)
         self.serve("advert.exchange", self.directory.serve_exchange)
         self.serve("advert.push", self.directory.serve_push)

@@ -7,8 +7,9 @@ Invariants:
 1. Every call ends: with an answer, an error, its deadline, or ``unavailable`` when the carrier is lost. A call that was
    not sent says so (:class:`NotSentError`), so that it may go another way.
 2. A handler that raises fails its call only. It runs under the call's deadline and is cancelled with the call.
-3. A peer has at most ``calls_max`` calls in flight here (more are told busy); while its calls hold more than
-   :data:`HELD_BYTES_MAX` its window is not opened further.
+3. A peer has at most ``calls_max`` calls in flight here, and its address and subnet what the doors allow (more are told
+   busy); while its calls hold more than :data:`HELD_BYTES_MAX`, or come faster than the doors allow, its window is not
+   opened further.
 4. A peer that breaks the protocol loses the carrier, and is blamed; nobody else notices.
 """
 
@@ -16,7 +17,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -34,6 +35,11 @@ from p2p.streaming import Incoming, Outgoing
 log = logging.getLogger(__name__)
 
 HELD_BYTES_MAX = 128 << 20
+HELD_BYTES_TOTAL, HELD_BYTES_CROWDED = 512 << 20, 4 << 20
+"""When the calls of all peers hold the first, each connection may hold the second."""
+COUNTED_CALLS, COUNTED_BYTES = 32, 256 << 10
+"""After how many the doors are told: asking them each time would show in small calls."""
+STUCK_SECONDS, STUCK_BYTES_PER_SECOND = 30.0, 256
 _current_time = trio.current_time
 _current_task = trio.lowlevel.current_task
 _wait = trio.lowlevel.wait_task_rescheduled
@@ -49,6 +55,42 @@ def _nobody(_peer_id: PeerId, _fault: str) -> None:
     return
 
 
+class Meter(Protocol):
+    """Counts what a peer does (``p2p/doors.Meter``)."""
+
+    def start_call(self) -> str:
+        """One more call in flight; the limit that is in its way, if any."""
+
+    def end_call(self) -> None:
+        """A call is done."""
+
+    def over(self, limit: str) -> None:
+        """A call was refused here, for a limit of this name."""
+
+    def spend(self, calls: int, size: int, now: float) -> float:
+        """Calls and bytes came in: for how many seconds no more should."""
+
+
+class _Free:
+    """No limits."""
+
+    def start_call(self) -> str:
+        return ""
+
+    def end_call(self) -> None:
+        return
+
+    def over(self, limit: str) -> None:
+        return
+
+    def spend(self, calls: int, size: int, now: float) -> float:
+        return 0.0
+
+
+def _free(_peer_id: PeerId) -> Meter:
+    return _Free()
+
+
 @dataclass(slots=True, kw_only=True)
 class Context:
     """What the connections of a node share."""
@@ -59,6 +101,9 @@ class Context:
     frame_bytes_max: int
     calls_max: int
     blame: Callable[[PeerId, str], None] = field(default=_nobody)
+    meter: Callable[[PeerId], Meter] = field(default=_free)
+    held: int = 0
+    """Bytes of calls in progress, of all peers."""
 
 
 class _Waiter:
@@ -84,12 +129,28 @@ class _Waiter:
         """Its deadline came."""
         self.connection.give_up(self.call_id)
         self.settle(self.connection.late(self.method))
+        self.connection.missed()
 
     def abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
         """The caller was cancelled."""
         self.over = True
         self.connection.give_up(self.call_id)
         return _SUCCEEDED
+
+
+class _Pause:
+    """A peer was too fast: its window stays shut for a while."""
+
+    __slots__ = ("_connection", "over")
+
+    def __init__(self, connection: "Connection") -> None:
+        self._connection = connection
+        self.over = False
+
+    def expire(self) -> None:
+        """The while is over."""
+        self.over = True
+        self._connection.go_on()
 
 
 class Connection:
@@ -121,6 +182,10 @@ class Connection:
         self._behind = 0
         self._held = 0
         self._owed = 0
+        self._meter = context.meter(self.peer_id)
+        self._uncounted = self._uncounted_calls = 0
+        self._paused = False
+        self._progress: tuple[object, int, float] | None = None
         carrier.open(self._received, self._on_lost)
 
     @property
@@ -189,6 +254,10 @@ class Connection:
         self._send(self._machine.grant(call_id, items), urgent=True)
         self.release(size_bytes)
 
+    def missed(self) -> None:
+        """A peer did not answer in time."""
+        self._context.blame(self.peer_id, "deadline")
+
     def late(self, method: str) -> RemoteError:
         """The error of a call that missed its deadline."""
         return RemoteError("deadline", f"{method} at {self.peer_id} missed its deadline", peer_id=self.peer_id)
@@ -232,19 +301,59 @@ class Connection:
             self._context.blame(self.peer_id, "protocol")
             self._context.pool.submit(self.carrier.close)
             return
-        if self._held < HELD_BYTES_MAX:
-            self.carrier.consumed(len(data))
+        size = len(data)
+        self._uncounted += size
+        if self._uncounted >= COUNTED_BYTES or self._uncounted_calls >= COUNTED_CALLS:
+            self._count()
+        if self._may_send_on():
+            self.carrier.consumed(size)
         else:
-            self._owed += len(data)
+            self._owed += size
+
+    def _count(self) -> None:
+        """Tell the doors what came since the last time."""
+        wait_s = self._meter.spend(self._uncounted_calls, self._uncounted, self.heard_at)
+        self._uncounted = self._uncounted_calls = 0
+        if wait_s and not self._paused:
+            self._paused = True
+            self._context.deadlines.add(self.heard_at + wait_s, _Pause(self))
+
+    def go_on(self) -> None:
+        """The pause is over."""
+        self._paused = False
+        self.release(0)
+
+    def is_stuck(self, now: float) -> bool:
+        """Whether a frame from the peer has begun and comes on slower than anybody's line. Asked now and then."""
+        begun = self._machine.partial
+        if begun is None:
+            self._progress = None
+            return False
+        mark, filled = begun
+        if self._progress is None or self._progress[0] is not mark:
+            self._progress = (mark, filled, now)
+            return False
+        _, before, since = self._progress
+        if now - since < STUCK_SECONDS:
+            return False
+        self._progress = (mark, filled, now)
+        return filled - before < STUCK_BYTES_PER_SECOND * (now - since)
+
+    def _may_send_on(self) -> bool:
+        """Whether the peer's window is opened further."""
+        crowded = self._context.held > HELD_BYTES_TOTAL
+        return self._held < (HELD_BYTES_CROWDED if crowded else HELD_BYTES_MAX) and not self._paused
 
     def hold(self, size_bytes: int) -> None:
         """Received bytes stay in use here."""
         self._held += size_bytes
+        self._context.held += size_bytes
 
     def release(self, size_bytes: int) -> None:
         """They do not any more."""
         self._held -= size_bytes
-        if self._owed and self._held < HELD_BYTES_MAX:
+        self._context.held -= size_bytes
+        if self._owed and self._may_send_on():
             owed, self._owed = self._owed, 0
             self.carrier.consumed(owed)
 
@@ -310,11 +419,14 @@ class Connection:
             outgoing.granted()
 
     def _on_request(self, request: frames.Request) -> None:
+        self._uncounted_calls += 1
         service = self._context.services.get(request.method)
         if service is None:
+            self._meter.over("calls_of_unknown_methods")
             self._refuse(request, RemoteError("not_found", f"{request.method[:80]!r} is not served here"))
             return
         if self._machine.open_taken > self._context.calls_max:
+            self._meter.over("calls_per_connection")
             most = f"more than {self._context.calls_max} calls in flight (p2p.calls_per_peer_max)"
             self._refuse(request, BusyError(most, retry_after_ms=50))
             return
@@ -327,7 +439,11 @@ class Connection:
                 self._send(chunks)
                 self.calls_served += 1
                 return
-        self._held += request.size_bytes
+        refusal = self._meter.start_call()
+        if refusal:
+            self._refuse(request, BusyError(refusal, retry_after_ms=50))
+            return
+        self.hold(request.size_bytes)
         self._context.pool.submit(partial(self._serve, service, call, request))
 
     def _refuse(self, request: frames.Request, error: RiosError) -> None:
@@ -365,6 +481,7 @@ class Connection:
             self.calls_served += 1
         finally:
             self._running.pop(call_id, None)
+            self._meter.end_call()
             self.release(request.size_bytes)
 
     async def _answer(self, service: Service, call: Call, call_id: int) -> frames.Chunks:

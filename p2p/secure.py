@@ -12,6 +12,8 @@ Invariants:
    :data:`STALL_SECONDS`, or lets :data:`OVERFLOW_BYTES` pile up, loses its connection.
 3. A claimed stream keeps yamux's flow control: windows are respected and granted. A peer that sends past the window it
    was granted, on any stream, loses its connection.
+4. A peer that opens streams without end loses its connection and is blamed: :data:`STREAMS_MAX` may be open,
+   :data:`STREAMS_PER_SECOND` may come. What it may leave unread in them is bounded by that.
 
 This file, ``streams`` and ``host`` are the only importers of libp2p.
 """
@@ -42,12 +44,17 @@ from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux
 from noise.connection import NoiseConnection  # type: ignore[import-untyped]
 
 from config.vocabulary import PeerId
+from p2p.core.buckets import Bucket
+from p2p.core.doors import Refusal
+from p2p.doors import Doors
 from p2p.networks import peer_host
 
 BACKLOG_BYTES = 1 << 20
 OVERFLOW_BYTES = 256 << 20
 STALL_SECONDS = 20.0
 RECEIVE_BYTES = 256 << 10
+STREAMS_MAX = 128
+STREAMS_PER_SECOND, STREAMS_BURST = 50.0, 200.0
 READS_PER_TURN = 16
 """Reads after which other tasks get a turn, however much data waits."""
 
@@ -59,7 +66,7 @@ NOISE_PLAIN_MAX = 65535 - 16
 YAMUX_HEAD = Struct("!BBHII")
 _NONCE = Struct("<4xQ")
 PAYLOAD_MAX = NOISE_PLAIN_MAX - YAMUX_HEAD.size
-DATA, WINDOW_UPDATE, _FIN, _RST = 0, 1, 4, 8
+DATA, WINDOW_UPDATE, _SYN, _FIN, _RST = 0, 1, 1, 4, 8
 _IOV_MAX = 512
 
 # one yamux frame then fits one Noise message
@@ -72,6 +79,7 @@ OTHER_KEY = "it broke off at the swarm key: it has another one; compare `rios sw
 LEFT_OUT = "it hung up once it knew who calls: its p2p.allow does not list this node, perhaps"
 OTHER_PEER = "another peer answers at that address: has the node got a new key?"
 NOT_LISTED = "p2p.allow of this node does not list it"
+KEPT_OUT = "the doors of this node keep it out: see rios peers bans"
 
 Buffer = bytes | bytearray | memoryview
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]
@@ -90,12 +98,27 @@ class Sink(Protocol):
         """The stream or its connection ended. Called once."""
 
 
+class Door(Protocol):
+    """What a session needs of ``p2p/front.Front``."""
+
+    @property
+    def doors(self) -> Doors:
+        """Whom to blame."""
+
+    def known(self, socket: trio.socket.SocketType, peer_id: PeerId) -> bool:
+        """The handshake on an accepted socket proved who it is: whether that peer may stay."""
+
+    def dialled(self, socket: trio.socket.SocketType, peer_id: PeerId, close: Callable[[], None]) -> bool:
+        """A dialled socket leads to this peer: whether it may stay; how to hang up on it."""
+
+    def ended(self, socket: trio.socket.SocketType) -> None:
+        """A session and its socket are over."""
+
+
 class Session(SecureSession):
     """A Noise session that owns its socket."""
 
-    def __init__(
-        self, plain: SecureSession, raw: IRawConnection, spawn: Spawn, ended: Callable[[trio.socket.SocketType], None]
-    ) -> None:
+    def __init__(self, plain: SecureSession, raw: IRawConnection, spawn: Spawn, door: Door) -> None:
         super().__init__(
             local_peer=plain.local_peer,
             local_private_key=plain.local_private_key,
@@ -114,11 +137,13 @@ class Session(SecureSession):
         self._socket: trio.socket.SocketType = stream.stream.stream.socket
         self.host = peer_host(self._socket)
         self._spawn = spawn
-        self._ended = ended
+        self._door = door
         self._claims: dict[int, Sink] = {}
         self.framed = False
         self.window_of: Callable[[int], int] = lambda stream_id: DEFAULT_WINDOW_SIZE
         """What the peer may still send on a stream that yamux handles."""
+        self.streams_open: Callable[[], int] = lambda: 0
+        self._streams_rate = Bucket(STREAMS_PER_SECOND, STREAMS_BURST)
         self._closed = False
         # receiving: ciphertext ring and the plaintext of the current message
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
@@ -130,6 +155,10 @@ class Session(SecureSession):
         self._outbox: deque[memoryview] = deque()
         self._backlog = 0
         self._drained = trio.Event()
+
+    def allowed(self) -> bool:
+        """Whether the doors let a session that this node dialled be."""
+        return self._door.dialled(self._socket, PeerId(str(self.remote_peer)), self.fail)
 
     # -- receiving
 
@@ -224,7 +253,9 @@ class Session(SecureSession):
             sink = self._claims.get(stream_id)
             if sink is None or kind > WINDOW_UPDATE:
                 if kind == DATA and length > self.window_of(stream_id):
-                    raise ConnectionClosedError("the peer sends more than its window allows")
+                    raise self._break("window", "the peer sends more than its window allows")
+                if flags & _SYN and kind <= WINDOW_UPDATE:
+                    self._check_streams()
                 return header
             if kind == WINDOW_UPDATE:
                 sink.on_window(length)
@@ -234,6 +265,20 @@ class Session(SecureSession):
                 if flags & (_FIN | _RST):
                     self.release(stream_id)
                 return YAMUX_HEAD.pack(0, WINDOW_UPDATE, flags, stream_id, 0)
+
+    def _check_streams(self) -> None:
+        """One more stream comes."""
+        if self.streams_open() >= STREAMS_MAX:
+            raise self._break("streams_per_connection", f"more than {STREAMS_MAX} streams are open")
+        if not self._streams_rate.take(1, trio.current_time()):
+            raise self._break("streams_per_second_per_connection", "streams come too fast")
+
+    def _break(self, limit: str, text: str) -> ConnectionClosedError:
+        """A peer goes over a limit that every implementation keeps: the end of its connection."""
+        peer_id = PeerId(str(self.remote_peer))
+        self._door.doors.refused(Refusal(limit, text), peer_id)
+        self._door.doors.blame(peer_id, "flood", text)
+        return ConnectionClosedError(text)
 
     async def _deliver(self, sink: Sink, length: int) -> None:
         while length:
@@ -349,7 +394,7 @@ class Session(SecureSession):
             for stream_id in list(self._claims):
                 self.release(stream_id)
             self._socket.close()
-            self._ended(self._socket)
+            self._door.ended(self._socket)
 
     async def close(self) -> None:
         """Close the connection."""
@@ -365,10 +410,7 @@ class Noise(NoiseTransport):
     swarm_key: bytes | None = None
     admits: Callable[[str], bool] = staticmethod(lambda peer_id: True)
     """Whether a peer whose identity was just proved may stay."""
-    known: Callable[[trio.socket.SocketType, PeerId], bool]
-    """Whether the peer that an accepted socket turned out to belong to may stay."""
-    ended: Callable[[trio.socket.SocketType], None]
-    """A session and its socket are over."""
+    door: Door
     refused: dict[str, Exception]
     """Peer -> why the last handshake with it failed."""
 
@@ -387,15 +429,19 @@ class Noise(NoiseTransport):
         """Answer a handshake."""
         session = _plain(await super().secure_inbound(conn))
         stream: Any = conn
-        if not self.known(stream.stream.stream.socket, PeerId(str(session.remote_peer))):
-            raise HandshakeFailure("the doors keep this peer out")
+        if not self.door.known(stream.stream.stream.socket, PeerId(str(session.remote_peer))):
+            raise HandshakeFailure(KEPT_OUT)
         return await self._admitted(session, conn)
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
         """Begin a handshake with this very peer."""
         self.refused.pop(str(peer_id), None)
         try:
-            return await self._admitted(_plain(await super().secure_outbound(conn, peer_id)), conn)
+            session = await self._admitted(_plain(await super().secure_outbound(conn, peer_id)), conn)
+            if not session.allowed():
+                await session.close()
+                raise HandshakeFailure(KEPT_OUT)
+            return session
         except Exception as error:
             if len(self.refused) < REFUSED_MAX:  # the library reports one of several addresses' errors, or none
                 self.refused[str(peer_id)] = error
@@ -405,15 +451,15 @@ class Noise(NoiseTransport):
         if not self.admits(str(session.remote_peer)):
             await session.close()
             raise HandshakeFailure(NOT_LISTED)
-        return Session(session, conn, self.spawn, self.ended)
+        return Session(session, conn, self.spawn, self.door)
 
     def why_refused(self, peer_id: str, error: BaseException) -> str:
         """What a failed dial says about swarm keys, in words that tell what to do; empty if nothing."""
         refused = self.refused.pop(peer_id, None)
         if isinstance(refused, PeerIDMismatchesPubkey):
             return OTHER_PEER
-        if isinstance(refused, HandshakeFailure) and str(refused) == NOT_LISTED:
-            return NOT_LISTED
+        if isinstance(refused, HandshakeFailure) and str(refused) in (NOT_LISTED, KEPT_OUT):
+            return str(refused)
         text = f"{error} {error.__cause__} {error.__context__}"
         if "negotiate the secure protocol" in text:
             return NEEDS_KEY if self.swarm_key is None else OTHER_SWARM
@@ -450,6 +496,7 @@ class Connection(Yamux):
         session: Any = self.secured_conn
         session.framed = True
         session.window_of = self._window_of
+        session.streams_open = lambda: len(self.streams)
         await super().start()
 
     def _window_of(self, stream_id: int) -> int:

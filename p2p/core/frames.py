@@ -6,7 +6,8 @@ length u32; big-endian), then the buffer sizes (u32 each), the method, the msgpa
 Owns: the encoding, which frame is allowed when, streamed items' credit. Does not own: deadlines, who runs what.
 
 Invariants:
-1. A body longer than ``frame_bytes_max`` is refused before a byte of it is stored.
+1. A body longer than ``frame_bytes_max`` is refused before a byte of it is stored; memory for one that is announced
+   grows with what has come of it, from :data:`BODY_BYTES_FIRST` on.
 2. Hostile bytes only ever raise :class:`IntegrityError` (``protocol``, ``too_large``); then the machine is dead.
 3. Each side numbers its own calls, strictly increasing. Answers to a call that is not open any more are ignored (they
    crossed our cancel); answers to one never made break the protocol.
@@ -26,6 +27,7 @@ REQUEST, RESPONSE, ITEM, END, ERROR, CANCEL, PING, PONG, CREDIT, GOODBYE = range
 
 HEAD = Struct("!IBBHIII")
 HEAD_BYTES = HEAD.size
+BODY_BYTES_FIRST = 1 << 20
 BUFFERS_MAX = 256
 METHOD_BYTES_MAX = 255
 CALL_ID_MAX = (1 << 32) - 1
@@ -232,6 +234,13 @@ class Machine:
         """The peer's calls that wait for an answer from here."""
         return len(self._taken)
 
+    @property
+    def partial(self) -> tuple[object, int] | None:
+        """What marks the frame that has come in part, and how many bytes of its body have; None between frames."""
+        if self._body is not None:
+            return self._fields, self._filled
+        return (self._head, len(self._head)) if self._head else None
+
     def _frame(
         self,
         kind: int,
@@ -297,16 +306,18 @@ class Machine:
                 self._take(fields, view[at : at + length], events)
                 at += length
             else:
-                self._fields, self._body, self._filled = fields, bytearray(length), 0
+                self._fields, self._body, self._filled = fields, bytearray(min(length, BODY_BYTES_FIRST)), 0
         return events
 
     def _fill(self, view: memoryview, at: int, events: list[Event]) -> int:
         body = self._body
         assert body is not None
+        if self._filled == len(body):
+            body += bytes(min(len(body), self._fields[0] - len(body)))
         count = min(len(body) - self._filled, len(view) - at)
         body[self._filled : self._filled + count] = view[at : at + count]
         self._filled += count
-        if self._filled == len(body):
+        if self._filled == self._fields[0]:
             self._body = None
             self._take(self._fields, memoryview(body), events)
         return at + count
