@@ -1,7 +1,7 @@
 # Everything a developer or a curious stranger needs. `make help` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench fuzz clean
+.PHONY: help setup tools run test check bench fuzz netns clean
 PY := .venv/bin/python
 ARGS ?=
 
@@ -14,7 +14,10 @@ setup:  ## everything that run and test need, in .venv
 run: setup  ## a swarm of three nodes answers a question (rios demo; ARGS="--once --json")
 	@.venv/bin/rios demo $(ARGS)
 
-test: setup  ## all tests (ARGS are pytest's)
+tools:
+	@config/deploy/test_tools.sh
+
+test: setup tools  ## all tests (ARGS are pytest's)
 	@$(PY) -m pytest $(ARGS)
 
 check: setup  ## format, lint, types, import contracts
@@ -25,6 +28,9 @@ check: setup  ## format, lint, types, import contracts
 
 bench: setup  ## benchmarks; NAME=rpc|generate|ledger runs one
 	@for file in tests/bench/bench_$(or $(NAME),*).py; do echo "# $$file" >&2; $(PY) $$file || exit 1; done
+
+netns: setup tools  ## the tests in network namespaces, with what they measured (NAT, partition, loss, delay)
+	@$(PY) -m pytest -q -s tests/netns $(ARGS)
 
 fuzz: setup  ## a million hostile inputs of each kind (ARGS="frames --count 1000 --seed 7")
 	@$(PY) -m tests.fuzz.fuzz $(ARGS)

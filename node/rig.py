@@ -35,6 +35,8 @@ class NodeProcess:
     folder: Path
     process: subprocess.Popen[bytes] | None = None
     status: Mapping[str, Any] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    """What starts the command, e.g. ``ip netns exec NAME``."""
 
     @property
     def config_file(self) -> Path:
@@ -78,7 +80,7 @@ class NodeProcess:
         """Start the daemon; :meth:`wait_started` tells when it answers."""
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [*rios_command(), "--config", str(self.config_file), "run", "--until-stdin-closes"],
+                [*self.prefix, *rios_command(), "--config", str(self.config_file), "run", "--until-stdin-closes"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

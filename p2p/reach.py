@@ -134,10 +134,10 @@ class Reach:
 
     async def _round(self) -> None:
         verdicts = await self._ask_some()
-        after = reach.settle(self.state, verdicts)
+        after = reach.settle(self.state, verdicts, self._place.listening())
         if after.reach == reach.PRIVATE and self._place.upnp and await self._mapped():
             again = await self._ask_some()
-            after = reach.settle(self.state, again or verdicts)
+            after = reach.settle(self.state, again or verdicts, self._place.listening())
         self.rounds += 1
         before, self.state = self.state, after
         if (before.reach, before.addresses) != (after.reach, after.addresses):

@@ -96,7 +96,9 @@ class Reachability:
         host.keep_out(self._is_client)
         links.detour, links.straighten = self.connect, self.straighten
         front.accept(PROBE, self.reach.on_probe)
-        front.accept(SPLICE, Splicer(self.relay.books).serve)
+        splicer = Splicer(self.relay.books)
+        front.accept(SPLICE, splicer.serve)
+        front.doors.on_ban(splicer.end)
         self._changed()
 
     def handlers(self) -> Mapping[str, Callable[[Call], Awaitable[Reply]]]:

@@ -38,6 +38,8 @@ class _Waiting:
         self.socket = socket
         self.taken = trio.Event()
         self.done = trio.Event()
+        self.gone = trio.CancelScope()
+        """Ends the circuit when this end's socket is about to be closed."""
 
 
 class Splicer:
@@ -46,6 +48,7 @@ class Splicer:
     def __init__(self, books: Books) -> None:
         self._books = books
         self._waiting: dict[int, _Waiting] = {}
+        self._ends: dict[PeerId, set[trio.CancelScope]] = {}
         rate = books.limits.relay_bytes_per_second_max
         self._rate = Bucket(rate, max(rate / 4, COPY_BYTES))
 
@@ -59,25 +62,44 @@ class Splicer:
                     return
                 token += part
         found = self._books.arrive(token, trio.current_time())
-        if found is None or not arrival.visit.known(found[1]):
+        if found is None:
             arrival.visit.blame("handshake")
             log.debug("%s came with a token that opens nothing", arrival.host)
             return
-        circuit = found[0]
-        if circuit.tokens:
-            await self._wait(circuit, arrival.socket)
-        else:
-            await self._join(circuit, arrival.socket)
+        circuit, peer_id = found
+        arrival.visit.leave()  # from here on it is a circuit, and counts by the limits of those
+        with trio.CancelScope() as scope:
+            self._ends.setdefault(peer_id, set()).add(scope)
+            try:
+                if circuit.tokens:
+                    await self._wait(circuit, arrival.socket)
+                else:
+                    await self._join(circuit, arrival.socket)
+            finally:
+                self._forget(peer_id, scope)
+
+    def _forget(self, peer_id: PeerId, scope: trio.CancelScope) -> None:
+        scopes = self._ends.get(peer_id, set())
+        scopes.discard(scope)
+        if not scopes:
+            self._ends.pop(peer_id, None)
+
+    def end(self, peer_id: PeerId) -> None:
+        """Close every circuit of a peer: it is banned."""
+        for scope in list(self._ends.get(peer_id, ())):
+            scope.cancel()
 
     async def _wait(self, circuit: Circuit, socket: trio.socket.SocketType) -> None:
         waiting = self._waiting[circuit.number] = _Waiting(socket)
-        with trio.move_on_after(TOKEN_SECONDS):
-            await waiting.taken.wait()
-        if waiting.taken.is_set():
-            await waiting.done.wait()
-        else:
-            self._waiting.pop(circuit.number, None)
-            self._books.close(circuit)
+        try:
+            with trio.move_on_after(TOKEN_SECONDS):
+                await waiting.taken.wait()
+            if waiting.taken.is_set():
+                await waiting.done.wait()
+        finally:
+            waiting.gone.cancel()
+            if self._waiting.pop(circuit.number, None) is not None:
+                self._books.close(circuit)
 
     async def _join(self, circuit: Circuit, socket: trio.socket.SocketType) -> None:
         first = self._waiting.pop(circuit.number, None)
@@ -88,7 +110,7 @@ class Splicer:
             for each in (first.socket, socket):
                 each.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
                 await each.send(GO)
-            with trio.CancelScope(deadline=circuit.expires) as scope:
+            with trio.CancelScope(deadline=circuit.expires) as scope, first.gone:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._copy, circuit, first.socket, socket, nursery.cancel_scope)
                     nursery.start_soon(self._copy, circuit, socket, first.socket, nursery.cancel_scope)

@@ -10,9 +10,12 @@ shows a secret of this round.
 Invariants:
 1. Peers on the same site (private or loopback addresses) are heard only if nobody further away was asked.
 2. A settled state changes after :data:`DOUBTS` contradicting rounds in a row, not after one.
-3. A helper dials only the IP address from which the question came, so nobody can point it at somebody else.
+3. Nobody alone talks this node into a foreign address: one that is not its own interface's counts if most of those
+   asked see this node come from its host.
+4. A helper dials only the IP address from which the question came, so nobody can point it at somebody else.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_interface, ip_network
@@ -102,17 +105,23 @@ def _same(host: str, observed: str) -> bool:
         return False
 
 
-def settle(state: State, verdicts: Sequence[Verdict]) -> State:
-    """The state after one round."""
+def settle(state: State, verdicts: Sequence[Verdict], listening: Sequence[str] = ()) -> State:
+    """The state after one round; ``listening`` are the addresses of this node's own interfaces."""
     far = [verdict for verdict in verdicts if not is_site(verdict.observed)] or list(verdicts)
     if not far:
         return state
-    reached = tuple(dict.fromkeys(address for verdict in verdicts for address in verdict.reached))
-    agree = sum(1 for verdict in far if verdict.reached)
+    observed = Counter(verdict.observed for verdict in far).most_common(1)[0][0]
+    believed = [_believed(verdict, observed, listening) for verdict in verdicts]
+    reached = tuple(dict.fromkeys(address for some in believed for address in some))
+    agree = sum(1 for verdict, some in zip(verdicts, believed, strict=True) if some and verdict in far)
     found = PUBLIC if 2 * agree >= len(far) else PRIVATE
     if state.reach not in (UNKNOWN, found) and state.doubts + 1 < DOUBTS:
-        return State(state.reach, state.addresses, far[0].observed, len(far), state.doubts + 1)
-    return State(found, reached, far[0].observed, len(far), 0)
+        return State(state.reach, state.addresses, observed, len(far), state.doubts + 1)
+    return State(found, reached, observed, len(far), 0)
+
+
+def _believed(verdict: Verdict, observed: str, listening: Sequence[str]) -> tuple[str, ...]:
+    return tuple(a for a in verdict.reached if a in listening or host_of(a) == observed)
 
 
 def next_round_s(state: State) -> float:

@@ -51,10 +51,19 @@ def test_the_first_round_settles_and_a_settled_state_takes_two_rounds_to_change(
     assert (gone.reach, gone.addresses) == (PRIVATE, ())
 
 
+def test_one_liar_cannot_give_this_node_somebody_else_s_address():
+    victim = "/ip4/198.51.100.7/tcp/4701"
+    lie = Verdict(A, "198.51.100.7", (victim,))
+    assert settle(State(), [lie, yes(B), yes(C)]).addresses == (HERE,)
+    assert settle(State(), [lie, no(B), no(C)]) == State(PRIVATE, (), WIDE, 3)
+    # this node's own interface needs no majority
+    assert settle(State(), [yes(A, "198.51.100.7", victim), yes(B), yes(C)], [victim]).addresses == (victim, HERE)
+
+
 def test_peers_on_the_same_site_count_only_where_nobody_else_was_asked():
     near = yes(A, SITE, INSIDE)
     assert settle(State(), [near]).reach == PUBLIC
-    mixed = settle(State(), [near, near, no(B)])
+    mixed = settle(State(), [near, near, no(B)], [INSIDE])
     assert (mixed.reach, mixed.addresses) == (PRIVATE, (INSIDE,))  # neighbours may still dial it there
     assert advertised(mixed, (INSIDE,), ()) == (INSIDE,)
 
