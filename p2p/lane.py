@@ -70,6 +70,8 @@ UNSENT_BYTES = 128 << 10
 REKEY_BYTES = 1 << 35
 """AES-GCM stays far from its limits below 2**36 bytes of large records: RFC 8446, section 5.5."""
 
+CLOSED_HERE = "closed here"
+
 HEAD_BYTES, TAG_BYTES = 4, 16
 DATA, WINDOW = 0, 2
 MAIN, BULK = 0, 1
@@ -296,7 +298,7 @@ class LaneChannel:
 
     async def close(self) -> None:
         """Close the lane, the other channel with it."""
-        self._lane.fail("closed here")
+        self._lane.fail(CLOSED_HERE)
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> dict[str, Any]:
@@ -495,7 +497,7 @@ class Lane:
             (head,) = _unpack_head(buffer, start)
             size = head & 0xFFFFFF
             if not TAG_BYTES <= size <= RECORD_BYTES_MAX + TAG_BYTES:
-                self.fail(f"a record of {size} bytes", "protocol")
+                self._tampered(f"a record of {size} bytes")
                 return
             stop = start + HEAD_BYTES + size
             if stop > end:
@@ -514,8 +516,7 @@ class Lane:
         try:
             plain = self._open.open(record)
         except InvalidTag:
-            # anybody on the way can cause this: nobody is blamed
-            self.fail("a record that does not decrypt")
+            self._tampered("a record that does not decrypt")
             return False
         self._deliver(record[0], plain)
         return not self.closed
@@ -530,6 +531,14 @@ class Lane:
             self.fail(f"a record of the unknown kind {kind}", "protocol")
 
     # -- the end
+
+    def _tampered(self, reason: str) -> None:
+        """Something is wrong outside what the cipher vouches for: anybody on the way can cause that, so the address
+        answers for it, not the peer."""
+        if not self.closed:
+            self._visit.blame("handshake")
+            log.warning("the lane to %s is closed: %s", self.peer_id, reason)
+            self.fail(reason)
 
     def fail(self, reason: str, fault: str = "") -> None:
         """The lane is over: nothing more is sent, both channels learn it."""

@@ -28,7 +28,7 @@ from p2p.core.doors import Refusal
 from p2p.deadlines import Deadlines
 from p2p.doors import Doors
 from p2p.host import Host
-from p2p.lane import Lane
+from p2p.lane import CLOSED_HERE, Lane
 from p2p.lanes import Lanes
 from p2p.pool import Pool
 from p2p.rpc import Connection, Context
@@ -326,7 +326,8 @@ class Links:
     async def _read_lane(self, lane: Lane, relayed: bool = False) -> None:
         began = trio.current_time()
         await lane.run()
-        if not relayed and trio.current_time() - began < LANE_YOUNG_S and not self.closing:
+        young = trio.current_time() - began < LANE_YOUNG_S and lane.reason != CLOSED_HERE
+        if lane.outbound and not relayed and young and not self.closing:
             self._avoid_lane(lane.peer_id)
 
     # -- the set of links

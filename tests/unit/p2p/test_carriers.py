@@ -8,10 +8,11 @@ import trio
 
 from config.errors import RemoteError
 from config.settings import P2pSettings
-from p2p import trace
+from p2p import rpc, trace
 from p2p.core.identity import Identity
 from p2p.face import Call, Reply
 from p2p.network import open_network
+from p2p.rpc import NotSentError
 
 ANY = ("/ip4/127.0.0.1/tcp/0",)
 
@@ -136,3 +137,162 @@ async def test_the_trace_travels_with_calls_made_while_serving(pair):
     assert reply.header == {"trace": parent, "keys": ["k"]}
     reply = await a.call(b.peer_id, "outer", {}, deadline_ms=5000)
     assert reply.header == {"trace": "", "keys": ["k"]}
+
+
+async def test_hundreds_in_flight_keep_apart(pair):
+    a, b = pair
+    release = trio.Event()
+    waiting = 0
+
+    async def wait(call: Call) -> Reply:
+        nonlocal waiting
+        waiting += 1
+        if waiting == 200:
+            release.set()
+        await release.wait()
+        return Reply({"n": call.header["n"]}, call.buffers)
+
+    b.serve("wait", wait)
+    done = []
+
+    async def one(number: int) -> None:
+        data = bytes([number]) * (number * 2000)
+        reply = await a.call(b.peer_id, "wait", {"n": number}, [data], deadline_ms=20_000)
+        assert (reply.header, bytes(reply.buffers[0])) == ({"n": number}, data)
+        done.append(number)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(200):
+            nursery.start_soon(one, number)
+    assert sorted(done) == list(range(200))
+    assert a.links.ready(b.peer_id).in_flight == 0
+
+
+async def test_deadline_cancellation_and_the_caller_s_end_reach_the_handler(pair):
+    a, b = pair
+    ended: list[str] = []
+    began = trio.Event()
+
+    async def slow(call: Call) -> Reply:
+        began.set()
+        assert call.deadline - trio.current_time() < 61
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.append(call.header["why"])
+        raise AssertionError
+
+    b.serve("slow", slow)
+    for source, target, deadline_ms in ((a, b, 100), (a, b, 1)):
+        with pytest.raises(RemoteError) as error:
+            await source.call(target.peer_id, "slow", {"why": "deadline"}, deadline_ms=deadline_ms)
+        assert error.value.code == "deadline"
+    began = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def caller() -> None:
+            await a.call(b.peer_id, "slow", {"why": "cancel"}, deadline_ms=60_000)
+
+        nursery.start_soon(caller)
+        await began.wait()
+        nursery.cancel_scope.cancel()
+    with trio.fail_after(5):
+        while ended[-1:] != ["cancel"]:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    link = a.links.ready(b.peer_id)
+    assert link.in_flight == 0
+    b.serve("echo", echo)
+    assert (await a.call(b.peer_id, "echo", {"still": 1}, deadline_ms=5000)).header["still"] == 1
+
+
+async def test_a_handler_that_holds_what_it_got_stops_the_sender_not_the_link(pair, monkeypatch):
+    monkeypatch.setattr(rpc, "HELD_BYTES_MAX", 4 << 20)
+    a, b = pair
+    release = trio.Event()
+    held = 0
+
+    async def hold(call: Call) -> Reply:
+        nonlocal held
+        held += len(call.buffers[0])
+        await release.wait()
+        held -= len(call.buffers[0])
+        return Reply({})
+
+    b.serve("hold", hold)
+    done = 0
+
+    async def one() -> None:
+        nonlocal done
+        await a.call(b.peer_id, "hold", {}, [bytes(1 << 20)], deadline_ms=20_000)
+        done += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(40):
+            nursery.start_soon(one)
+        await trio.sleep(1)
+        assert 4 << 20 <= held <= 16 << 20, "about what may be held and a window"
+        release.set()
+    assert done == 40
+
+
+async def test_bulk_never_stands_in_the_way(pair):
+    a, b = pair
+    arrived = trio.Event()
+
+    async def take(call: Call) -> Reply:
+        return Reply({}, [bytes(30 << 20)])
+
+    b.serve("take", take)
+    b.serve("quick", echo, quick=quick_echo)
+    between = 0
+
+    async def download() -> None:
+        await a.call(b.peer_id, "take", {}, deadline_ms=20_000, bulk=True)
+        arrived.set()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(download)
+        while not arrived.is_set():
+            await a.call(b.peer_id, "quick", {}, deadline_ms=2000)
+            between += 1
+    assert between > 3, "calls are answered while 90 MiB are on their way"
+    bulk = a.statistics()["links"][b.peer_id]["bulk"]
+    assert bulk["bytes_in"] > 90 << 20
+    assert a.statistics()["links"][b.peer_id]["bytes_in"] < 1 << 20
+
+
+async def test_a_broken_link_fails_what_runs_and_the_next_call_works(pair, carrier):
+    a, b = pair
+    began, ended = trio.Event(), trio.Event()
+
+    async def wait(call: Call) -> Reply:
+        began.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+        raise AssertionError
+
+    b.serve("wait", wait)
+    b.serve("echo", echo)
+    async with trio.open_nursery() as nursery:
+
+        async def caller() -> None:
+            with pytest.raises(RemoteError) as error:
+                await a.call(b.peer_id, "wait", {}, deadline_ms=20_000)
+            assert error.value.code == "unavailable"
+
+        nursery.start_soon(caller)
+        await began.wait()
+        broken = a.links.ready(b.peer_id)
+        await broken.carrier.close()
+    with pytest.raises(NotSentError):
+        await broken.call("echo", {}, (), trio.current_time() + 5)
+    with trio.fail_after(5):
+        await ended.wait()  # the handler is cancelled with the link
+    assert (await a.call(b.peer_id, "echo", {"again": 1}, deadline_ms=9000)).header["again"] == 1
+    assert a.links.ready(b.peer_id).carrier.kind == carrier
+    with trio.fail_after(10):
+        while any(len(links) != 1 for node in pair for links in node.links._links.values()):  # noqa: ASYNC110
+            await trio.sleep(0.05)
