@@ -179,11 +179,14 @@ class Batches:
         self._filled.set()
 
     def _start(self) -> None:
-        """Give free threads something to do."""
-        while self._threads.free and self._ready:
+        """Give free threads something to do. In a crowd one thread stays idle: the event loop needs a core, and fewer
+        batches at a time are larger ones."""
+        kept = 1 if self._threads.count > 1 and perf_counter() < self._crowd_until else 0
+        while self._threads.free > kept and self._ready:
             loaded = self._ready.popleft()
             if loaded.waiting and not loaded.running:  # its callers may have gone
-                _Batch(loaded, loaded.take(self._batch_rows_max), self._ended).start(self._threads)
+                batch = _Batch(loaded, loaded.take(self._batch_rows_max), self._ended)
+                batch.start(self._threads, self._threads.free - kept)
 
     def _ended(self, loaded: LoadedShard, calls: int) -> None:
         if calls > 1:
@@ -207,10 +210,10 @@ class _Batch:
         self._error: BaseException | None = None
         self._begun = 0.0
 
-    def start(self, threads: Threads) -> None:
-        """Hand it to free threads."""
+    def start(self, threads: Threads, most: int) -> None:
+        """Hand it to free threads, ``most`` of them at most."""
         count = len(self._rows)
-        parts = max(1, min(threads.free, count // PART_ROWS_MIN))
+        parts = max(1, min(most, count // PART_ROWS_MIN))
         self._left, self._answers, self._begun = parts, [None] * parts, perf_counter()
         self._loaded.running = 1
         bounds = [count * n // parts for n in range(parts + 1)]
