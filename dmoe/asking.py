@@ -99,10 +99,9 @@ class Work:
 class Request:
     """What one peer is sent of a :class:`Work`. ``chosen``: the rows that go there, None for all."""
 
-    __slots__ = ("buffers", "chosen", "experts", "places", "shape")
+    __slots__ = ("buffers", "chosen", "experts", "shape")
 
     def __init__(self, work: Work, places: Sequence[Place]) -> None:
-        self.places = places
         self.chosen = chosen = work.rows_for([place.group for place in places])
         self.shape, buffer, self.experts, weights = work.shape, work.buffer, work.experts, work.weights
         if chosen is not None:

@@ -12,10 +12,11 @@ import trio
 from dmoe.core.dispatch import Dispatcher
 from dmoe.core.manifest import Manifest
 from dmoe.core.routes import ModelMap, Table, map_of
+from dmoe.jobs import Shared
 from dmoe.ports import Buyer
 from dmoe.purse import Purse
 from dmoe.replicas import Replicas
-from dmoe.session import CallerReport, CallerSession, Shared
+from dmoe.session import CallerReport, CallerSession
 from dmoe.worker import Worker
 from p2p.face import Network
 

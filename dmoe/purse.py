@@ -43,19 +43,20 @@ class Purse:
         self.buyer = buyer
         self._opening: dict[PeerId, trio.Lock] = {}
 
-    def ready(self, worker: PeerId) -> bytes | None:
+    def ready(self, worker: PeerId, quote: Quote) -> bytes | None:
         """The channel to name in a call at once; None if one has to be asked for (:meth:`channel`)."""
-        return b"" if self.buyer is None else self.buyer.channel(worker)
+        channel = self.buyer.channel(worker) if self.buyer is not None else None
+        if channel is None and (self.buyer is None or not quote.microcredits_per_tflop):
+            return b""
+        return channel
 
     async def channel(self, worker: PeerId, quote: Quote, *, reopen: bool = False) -> bytes:
         """The channel to pay a worker with; opened first where there is none (or ``reopen``)."""
         if self.buyer is None:
             return b""
-        channel = None if reopen else self.buyer.channel(worker)
+        channel = None if reopen else self.ready(worker, quote)
         if channel is not None:
             return channel
-        if not quote.microcredits_per_tflop and not reopen:
-            return b""
         lock = self._opening.setdefault(worker, trio.Lock())
         async with lock:  # calls that wait here find it open
             channel = None if reopen else self.buyer.channel(worker)

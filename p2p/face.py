@@ -156,6 +156,19 @@ class Directory(Protocol):
         """Read such a value back."""
 
 
+class Pending(Protocol):
+    """A call that was sent and that nobody need wait for yet."""
+
+    answered_ns: int
+    """``perf_counter_ns`` when its answer came; 0 before."""
+
+    async def wait(self) -> Reply:
+        """The answer; once. Raises as :meth:`Network.call`; a cancelled wait cancels the call."""
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more. Does nothing once it has come."""
+
+
 class Network(Protocol):
     """Everything a node needs of the network."""
 
@@ -194,6 +207,13 @@ class Network(Protocol):
         """Call a peer. Raises RemoteError (``deadline``, ``unavailable`` if it cannot be reached or the link broke,
         or the code the peer answered with) or BusyError. Calling oneself runs the handler directly. ``bulk`` calls
         (megabytes in the background) never stand in the way of others."""
+
+    def begin(
+        self, peer_id: PeerId, method: str, header: Header, buffers: Sequence[Buffer] = (), *, deadline_ms: int
+    ) -> Pending | None:
+        """:meth:`call` in two steps, so that several calls are on their way without a task each: it is sent before
+        this returns. None if that would have to wait, for a link or for room: then :meth:`call` does it. What is begun
+        must be waited for or cancelled."""
 
     def stream(
         self,
@@ -235,6 +255,7 @@ __all__ = [
     "Header",
     "Items",
     "Network",
+    "Pending",
     "Quick",
     "RecordRule",
     "Reply",

@@ -29,7 +29,7 @@ from p2p.core.identity import Identity, public_key_of
 from p2p.core.reach import CIRCUIT
 from p2p.directory import BEAT_TOPIC, TOPIC, PeerDirectory
 from p2p.doors import Doors
-from p2p.face import Buffer, GossipHandler, Handler, Header, Items, Quick, Reply, StreamHandler
+from p2p.face import Buffer, GossipHandler, Handler, Header, Items, Pending, Quick, Reply, StreamHandler
 from p2p.front import Front
 from p2p.gossip import Gossip
 from p2p.handshake import Keys
@@ -191,6 +191,19 @@ class PeerNetwork:
             log.debug("a call of %s to %s goes another way", method, peer_id)
         link = await self._link(peer_id, bulk, deadline)
         return await link.call(method, header, buffers, deadline)
+
+    def begin(
+        self, peer_id: PeerId, method: str, header: Header, buffers: Sequence[Buffer] = (), *, deadline_ms: int
+    ) -> Pending | None:
+        """See :meth:`p2p.face.Network.begin`."""
+        link = self.links.ready(peer_id)
+        if link is None or link.carrier.congested:
+            return None
+        try:
+            deadline = trio.current_time() + deadline_ms / 1000
+            return link.begin(method, trace.on(header) if trace.current.get() else header, buffers, deadline)
+        except NotSentError:
+            return None
 
     async def _link(self, peer_id: PeerId, bulk: bool, deadline: float) -> Connection:
         """The connection to a peer. Raises RemoteError ``deadline`` or ``unavailable``."""

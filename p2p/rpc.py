@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter_ns
 from typing import Any, Protocol
 
 import trio
@@ -107,9 +108,9 @@ class Context:
 
 
 class _Waiter:
-    """A unary call of ours on its way."""
+    """A unary call of ours on its way: :class:`p2p.face.Pending`."""
 
-    __slots__ = ("call_id", "connection", "method", "outcome", "over", "task")
+    __slots__ = ("answered_ns", "call_id", "connection", "method", "outcome", "over", "task")
 
     def __init__(self, connection: "Connection", call_id: int, method: str) -> None:
         self.connection = connection
@@ -118,10 +119,30 @@ class _Waiter:
         self.task: trio.lowlevel.Task | None = None
         self.outcome: Reply | RiosError | None = None
         self.over = False
+        self.answered_ns = 0
+
+    async def wait(self) -> Reply:
+        """See :meth:`p2p.face.Pending.wait`."""
+        if self.outcome is None:
+            self.task = _current_task()
+            await _wait(self.abort)
+        else:
+            await trio.lowlevel.checkpoint()
+        outcome, self.outcome = self.outcome, None  # the timer keeps the waiter for a while, not the answer
+        if type(outcome) is Reply:
+            return outcome
+        assert isinstance(outcome, RiosError)
+        raise outcome
+
+    def cancel(self) -> None:
+        """See :meth:`p2p.face.Pending.cancel`."""
+        if not self.over:
+            self.over = True
+            self.connection.give_up(self.call_id)
 
     def settle(self, outcome: Reply | RiosError) -> None:
         """The call is over."""
-        self.outcome, self.over = outcome, True
+        self.outcome, self.over, self.answered_ns = outcome, True, perf_counter_ns()
         if self.task is not None:
             _reschedule(self.task)
 
@@ -204,20 +225,16 @@ class Connection:
         """See :meth:`p2p.face.Network.call`; ``deadline`` is a trio time."""
         if self.carrier.congested:
             await self._make_room(method, deadline)
+        return await self.begin(method, header, buffers, deadline).wait()
+
+    def begin(self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float) -> _Waiter:
+        """Send a call; nobody waits for it yet. Not when the carrier is congested."""
         call_id, chunks = self._begin(method, header, buffers, deadline)
         waiter = self._waiters[call_id] = _Waiter(self, call_id, method)
         self.carrier.send(chunks)
         if waiter.outcome is None:
-            waiter.task = _current_task()
             self._context.deadlines.add(deadline, waiter)
-            await _wait(waiter.abort)
-        else:
-            await trio.lowlevel.checkpoint()
-        outcome, waiter.outcome = waiter.outcome, None  # the timer keeps the waiter for a while, not the answer
-        if type(outcome) is Reply:
-            return outcome
-        assert isinstance(outcome, RiosError)
-        raise outcome
+        return waiter
 
     def stream(self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float) -> Incoming:
         """Begin a streaming call; leave it with :meth:`p2p.streaming.Incoming.close`."""

@@ -1,0 +1,244 @@
+"""One peer's part of a layer: its call is sent, waited for, checked, counted; or the part is computed here.
+
+Owns: a call from its form to its partial sums or its failure, what a generation reports about who computed what, and
+which answers are still to be counted for payment. Does not own: who is asked and when to try again (``session``), the
+form itself (``asking``), money (``purse``).
+
+Invariants:
+1. A job never raises RiosError: what went wrong stands in the :class:`dmoe.asking.Work`; the peer or its shards rest.
+2. What was begun is taken or dropped; either way the dispatcher sees it end.
+3. Every answer that arrives is counted for payment, once, by :meth:`Jobs.settle`.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Any
+
+import trio
+
+from config.errors import BusyError, RemoteError, RiosError
+from config.vocabulary import PeerId
+from dmoe.asking import Request, Work, answer_of
+from dmoe.core import calls, wire
+from dmoe.core.dispatch import PEER_WIDE, Need
+from dmoe.core.routes import ModelMap, Place, Table
+from dmoe.ports import Quote
+from dmoe.purse import Owed, Purse
+from dmoe.replicas import Replicas
+from dmoe.worker import Worker
+from p2p.face import Network, Pending, Reply
+
+log = logging.getLogger(__name__)
+
+PATIENCE_MS = 2_000
+"""How long a call may take before another replica is asked, where there is one and nothing better is known."""
+_PEER_FAULTS = frozenset(("unavailable", "deadline", "payment_required", "protocol", "integrity"))
+"""Failures that say something about the peer, not about one of its shards."""
+_FREE = Quote(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all sessions of a node use."""
+
+    network: Network
+    worker: Worker | None
+    purse: Purse
+    replicas: Replicas
+    call_timeout_ms: int
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The groups one peer shall answer; ``replaceable`` if somebody else could answer one of them too. ``pending``: the
+    call has left already."""
+
+    peer: PeerId
+    groups: list[int]
+    replaceable: bool
+    group_rows: int
+    places: Sequence[Place]
+    quote: Quote
+    start_ns: int = 0
+    channel: bytes = b""
+    request: Request | None = None
+    pending: Pending | None = None
+
+
+class Jobs:
+    """The jobs of one generation, and what they add up to."""
+
+    def __init__(self, shared: Shared, model: ModelMap) -> None:
+        self.rows: dict[PeerId, int] = {}
+        """Rows (times groups) that each peer computed."""
+        self.served: dict[PeerId, set[tuple[int, int]]] = {}
+        """(layer, group) that each peer computed."""
+        self._shared = shared
+        self._model = model
+        self._me = shared.network.peer_id
+        self._dispatcher = shared.replicas.dispatcher
+        self._owed: list[Owed] = []
+
+    def job(self, work: Work, peer: PeerId, needs: Sequence[Need], table: Table) -> Job:
+        """What one peer shall do of a layer."""
+        groups = [need.group for need in needs]
+        replaceable = any(len(need.replicas) > 1 for need in needs)
+        places = [self._model.layers[work.layer][group] for group in groups]
+        return Job(peer, groups, replaceable, len(groups) * work.count, places, table.quotes.get(peer, _FREE))
+
+    def begin(self, work: Work, job: Job) -> bool:
+        """Send a job's call now, if nothing has to be waited for first."""
+        channel = self._shared.purse.ready(job.peer, job.quote)
+        if channel is None:
+            return False
+        job.start_ns = perf_counter_ns()
+        header, buffers = self._form(work, job, channel)
+        left_ms = self._left_ms(work, job)
+        try:
+            job.pending = self._shared.network.begin(job.peer, calls.METHOD, header, buffers, deadline_ms=left_ms)
+        except RiosError:
+            return False  # the slow way meets it again and deals with it
+        if job.pending is None:
+            return False
+        self._dispatcher.started(job.peer, job.group_rows)
+        return True
+
+    def drop(self, job: Job) -> None:
+        """Nobody waits for a job's answer any more."""
+        if job.pending is not None:
+            job.pending.cancel()
+            job.pending = None
+            self._dispatcher.ended(job.peer, job.group_rows)
+
+    async def ask(self, work: Work, job: Job) -> None:
+        """Let one peer answer its groups; puts partial sums, or the failure, into ``work``. Never raises RiosError."""
+        peer, places = job.peer, job.places
+        if job.pending is None:
+            self._dispatcher.started(peer, job.group_rows)
+            job.start_ns = perf_counter_ns()
+        try:
+            if peer == self._me:
+                service_us = await self._compute(work, job.groups)
+                total_us = (perf_counter_ns() - job.start_ns) / 1000
+            else:
+                service_us, total_us = await self._call(work, job)
+            shards = [place.shard for place in places]
+            self._dispatcher.answered(peer, shards, job.group_rows, total_us, service_us if service_us else total_us)
+            self.rows[peer] = self.rows.get(peer, 0) + job.group_rows
+            served = self.served.setdefault(peer, set())
+            for group in job.groups:
+                served.add((work.layer, group))
+        except RiosError as error:
+            self._failed(work, peer, places, error)
+        finally:
+            job.pending = None
+            self._dispatcher.ended(peer, job.group_rows)
+
+    def _failed(self, work: Work, peer: PeerId, places: Sequence[Place], error: RiosError) -> None:
+        log.debug("layer %d at %s failed: %s", work.layer, peer, error)
+        work.error = error
+        work.calls_failed += 1
+        shards = [place.shard for place in places]
+        if isinstance(error, BusyError):
+            pause_ms = max(5, error.retry_after_ms)
+            self._dispatcher.rest(peer, shards, now_us(), pause_ms * 1000)
+            for place in places:
+                work.busy_ms[place.group] = min(pause_ms, work.busy_ms.get(place.group, pause_ms))
+        else:
+            wide = error.code in _PEER_FAULTS
+            self._dispatcher.failed(peer, (PEER_WIDE,) if wide else shards, now_us())
+        for place in places:
+            work.tried.setdefault(place.group, set()).add(peer)
+
+    async def _compute(self, work: Work, groups: Sequence[int]) -> float:
+        worker, model_id = self._shared.worker, self._model.model_id
+        assert worker is not None
+        start = perf_counter_ns()
+        loaded = [worker.local(model_id, work.layer, group) for group in groups]
+        here = [shard for shard in loaded if shard is not None]
+        if len(here) < len(groups):
+            raise RemoteError("not_found", f"a shard of layer {work.layer} was unloaded meanwhile")
+        partials = await worker.compute(here, work.layer, work.rows, work.experts, work.weights, work.deadline)
+        for group, partial in zip(groups, partials, strict=True):
+            work.partials[group] = wire.rounded(partial, self._model.dtype)
+        return (perf_counter_ns() - start) / 1000
+
+    def _form(self, work: Work, job: Job, channel: bytes) -> tuple[dict[str, Any], Sequence[calls.Buffer]]:
+        """Header and buffers of a job's call, paid on this channel."""
+        request = job.request = job.request or Request(work, job.places)
+        job.channel = channel
+        model, number = self._model, job.quote.number
+        shape, top_k = request.shape, model.top_k
+        return calls.build(model.model_id, work.layer, job.groups, number, channel, shape, top_k), request.buffers
+
+    async def _call(self, work: Work, job: Job) -> tuple[float, float]:
+        """Take a peer's answer; how long it says it computed, and how long all of it took (us)."""
+        try:
+            if job.pending is not None:
+                reply = await job.pending.wait()
+                answered_ns = job.pending.answered_ns
+            else:
+                ready = self._shared.purse.ready(job.peer, job.quote)
+                reply = await self._send(work, job, ready if ready is not None else await self._channel(work, job))
+                answered_ns = perf_counter_ns()
+        except RemoteError as error:
+            if error.code != "payment_required" or self._shared.purse.buyer is None:
+                raise
+            reply = await self._send(work, job, await self._channel(work, job, reopen=True))
+            answered_ns = perf_counter_ns()
+        request = job.request
+        assert request is not None
+        answer, service_us = answer_of(reply, job.peer, len(job.groups), request.shape)
+        if job.channel:
+            self._owe(work, job, request, reply)
+        for group, partial in zip(job.groups, answer, strict=True):
+            work.partials[group] = request.spread(work, partial)
+        return service_us, (answered_ns - job.start_ns) / 1000
+
+    def _owe(self, work: Work, job: Job, request: Request, reply: Reply) -> None:
+        owed = Owed(
+            job.peer,
+            job.channel,
+            job.quote,
+            self._model.model_id,
+            work.layer,
+            job.places,
+            request.rows,
+            request.experts,
+            request.buffers,
+            reply.buffers[0],
+        )
+        self._owed.append(owed)
+
+    def settle(self) -> None:
+        """Count the answers that arrived, for payment: hashing them can wait while others are waited for."""
+        while self._owed:
+            self._shared.purse.count(self._owed.pop())
+
+    async def _channel(self, work: Work, job: Job, *, reopen: bool = False) -> bytes:
+        """The channel to the job's peer; a peer that lets one wait for it is left like one that does not answer."""
+        left_ms = self._left_ms(work, job)
+        with trio.move_on_after(left_ms / 1000):
+            return await self._shared.purse.channel(job.peer, job.quote, reopen=reopen)
+        message = f"no payment channel to {job.peer} came about in {left_ms} ms"
+        raise RemoteError("deadline", message, peer_id=job.peer)
+
+    async def _send(self, work: Work, job: Job, channel: bytes) -> Reply:
+        header, buffers = self._form(work, job, channel)
+        left_ms = self._left_ms(work, job)
+        return await self._shared.network.call(job.peer, calls.METHOD, header, buffers, deadline_ms=left_ms)
+
+    def _left_ms(self, work: Work, job: Job) -> int:
+        """How long this peer may keep the layer waiting."""
+        left_ms = (work.deadline - trio.current_time()) * 1000
+        if job.replaceable and not work.tried:  # a second try may wait as long as there is time
+            expected_us = self._dispatcher.estimate(job.peer).finish_us(work.count * len(job.groups))
+            left_ms = min(left_ms, max(PATIENCE_MS, 20 * expected_us / 1000))
+        return max(1, int(left_ms))
+
+
+def now_us() -> int:
+    """The dispatcher's clock."""
+    return perf_counter_ns() // 1000
