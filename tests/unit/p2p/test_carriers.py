@@ -296,3 +296,65 @@ async def test_a_broken_link_fails_what_runs_and_the_next_call_works(pair, carri
     with trio.fail_after(10):
         while any(len(links) != 1 for node in pair for links in node.links._links.values()):  # noqa: ASYNC110
             await trio.sleep(0.05)
+
+
+async def test_calls_begun_together_are_under_way_together(pair):
+    a, b = pair
+    inside, gate, gone = [], trio.Event(), trio.Event()
+
+    async def meet(call: Call) -> Reply:
+        inside.append(call.header["n"])
+        try:
+            await gate.wait()
+        finally:
+            if not gate.is_set():
+                gone.set()
+        return Reply({"n": call.header["n"]}, call.buffers)
+
+    a.serve("meet", meet)
+    a.serve("echo", echo)
+    with trio.fail_after(20):
+        begun = [b.begin(a.peer_id, "meet", {"n": n}, [bytes([n])], deadline_ms=9000) for n in range(5)]
+        while len(inside) < 5:  # noqa: ASYNC110 - all of them, and this task waited for none
+            await trio.sleep(0.01)
+        begun[4].cancel()
+        await gone.wait()
+        gate.set()
+        for n in (3, 0, 2, 1):
+            reply = await begun[n].wait()
+            assert reply.header == {"n": n}
+            assert bytes(reply.buffers[0]) == bytes([n])
+            assert begun[n].answered_ns
+        early = b.begin(a.peer_id, "echo", {}, deadline_ms=9000)
+        await b.call(a.peer_id, "echo", {}, deadline_ms=9000)
+        while not early.answered_ns:  # noqa: ASYNC110 - its answer came before anybody waited
+            await trio.sleep(0.01)
+        early.cancel()
+        assert (await early.wait()).header["from"] == b.peer_id
+
+
+async def test_what_was_begun_ends_with_its_deadline_its_wait_or_its_link(pair):
+    a, b = pair
+    stopped = []
+
+    async def never(call: Call) -> Reply:
+        try:
+            await trio.sleep_forever()
+        finally:
+            stopped.append(call.header["n"])
+
+    a.serve("never", never)
+    with trio.fail_after(20):
+        late = b.begin(a.peer_id, "never", {"n": 0}, deadline_ms=50)
+        with pytest.raises(RemoteError, match="deadline"):
+            await late.wait()
+        given_up = b.begin(a.peer_id, "never", {"n": 1}, deadline_ms=9000)
+        with trio.move_on_after(0.05):
+            await given_up.wait()
+        while stopped != [0, 1]:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        cut = b.begin(a.peer_id, "never", {"n": 2}, deadline_ms=9000)
+        await b.links.drop(a.peer_id)
+        with pytest.raises(RemoteError, match="broke"):
+            await cut.wait()
+    assert b.begin("nobody", "never", {}, deadline_ms=50) is None
