@@ -286,6 +286,54 @@ def test_a_killed_orchestrator_goes_on_as_itself_with_its_money(rig: Rig, text: 
     _check_money(rig)
 
 
+def test_a_model_is_fetched_and_deployed_with_a_word_on_how_far_it_is(rig: Rig, text: str) -> None:
+    worker = rig.workers[0]
+    events = list(worker.request("model.fetch", model="tiny", whole=True))
+    assert events[-1][0] == "result"
+    assert events[-1][1]["bytes"] > 0
+    assert events[-2][1]["done"] == events[-2][1]["total"] == events[-1][1]["bytes"]
+    manifest = json.loads((worker.data / "models" / rig.model / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        for file in shard["files"]:
+            assert (worker.data / "models" / rig.model / file["path"]).stat().st_size == file["size_bytes"]
+    assert "is here" in rios(worker, "model", "fetch", "tiny")
+    assert "holds 2 replicas" in rios(rig.orchestrator, "model", "deploy", "tiny", "--replicas", "2", "--wait")
+    assert rig.ask()[0] == text
+
+
+def test_a_paused_worker_is_left_at_once_keeps_its_place_and_comes_back(rig: Rig, text: str) -> None:
+    rig.wait_ready()
+    paused, other = rig.workers
+    held = rig.held(paused)
+    rested, details = rig.ask(lambda count: rios(paused, "pause", "--wait") if count == STOP_AFTER else None)
+    assert rested == text
+    assert paused.ask("status")["work"]["worker"]["active"] == 0
+    wait_for(lambda: _seen(rig, paused)["paused"], "the others to know", 10)
+    before = rig.rows(paused)
+    assert rig.ask()[0] == text
+    assert rig.rows(paused) == before
+    assert rig.held(paused) == held
+    assert "paused by its operator" in rios(paused, "status")
+
+    paused.stop()
+    rig.swarm.start(paused)  # still paused
+    wait_for(lambda: rig.held(paused) == held, "its shards from disk", 20)
+    assert "paused by its operator" in rios(paused, "status")
+    wait_for(lambda: _seen(rig, paused)["paused"], "the others to know again", 10)
+    _, details = rig.ask()
+    assert set(details["serving"]) == {other.peer_id}
+    assert rig.rows(paused) == 0
+
+    rios(paused, "resume")
+    wait_for(lambda: rig.ask()[0] == text and rig.rows(paused) > 0, "the worker to be used again", 30)
+    assert "paused" not in rios(paused, "status")
+    _check_money(rig)
+
+
+def _seen(rig: Rig, node: NodeProcess) -> Any:
+    return next((peer for peer in rig.orchestrator.ask("peers") if peer["peer_id"] == node.peer_id), {"paused": None})
+
+
 def _promised(node: NodeProcess) -> dict[str, int]:
     return {each["channel"]: each["promised"] for each in node.ask("ledger.channels") if each["side"] == "buy"}
 
@@ -500,51 +548,3 @@ def test_a_worker_with_a_full_disk_says_so_and_the_others_answer(rig: Rig, text:
         finally:
             assert node.stop() == 0
             rig.swarm.nodes.remove(node)
-
-
-def test_a_model_is_fetched_and_deployed_with_a_word_on_how_far_it_is(rig: Rig, text: str) -> None:
-    worker = rig.workers[0]
-    events = list(worker.request("model.fetch", model="tiny", whole=True))
-    assert events[-1][0] == "result"
-    assert events[-1][1]["bytes"] > 0
-    assert events[-2][1]["done"] == events[-2][1]["total"] == events[-1][1]["bytes"]
-    manifest = json.loads((worker.data / "models" / rig.model / "manifest.json").read_text())
-    for shard in manifest["shards"]:
-        for file in shard["files"]:
-            assert (worker.data / "models" / rig.model / file["path"]).stat().st_size == file["size_bytes"]
-    assert "is here" in rios(worker, "model", "fetch", "tiny")
-    assert "holds 2 replicas" in rios(rig.orchestrator, "model", "deploy", "tiny", "--replicas", "2", "--wait")
-    assert rig.ask()[0] == text
-
-
-def test_a_paused_worker_is_left_at_once_keeps_its_place_and_comes_back(rig: Rig, text: str) -> None:
-    rig.wait_ready()
-    paused, other = rig.workers
-    held = rig.held(paused)
-    rested, details = rig.ask(lambda count: rios(paused, "pause", "--wait") if count == STOP_AFTER else None)
-    assert rested == text
-    assert paused.ask("status")["work"]["worker"]["active"] == 0
-    wait_for(lambda: _seen(rig, paused)["paused"], "the others to know", 10)
-    before = rig.rows(paused)
-    assert rig.ask()[0] == text
-    assert rig.rows(paused) == before
-    assert rig.held(paused) == held
-    assert "paused by its operator" in rios(paused, "status")
-
-    paused.stop()
-    rig.swarm.start(paused)  # still paused
-    wait_for(lambda: rig.held(paused) == held, "its shards from disk", 20)
-    assert "paused by its operator" in rios(paused, "status")
-    wait_for(lambda: _seen(rig, paused)["paused"], "the others to know again", 10)
-    _, details = rig.ask()
-    assert set(details["serving"]) == {other.peer_id}
-    assert rig.rows(paused) == 0
-
-    rios(paused, "resume")
-    wait_for(lambda: rig.ask()[0] == text and rig.rows(paused) > 0, "the worker to be used again", 30)
-    assert "paused" not in rios(paused, "status")
-    _check_money(rig)
-
-
-def _seen(rig: Rig, node: NodeProcess) -> Any:
-    return next((peer for peer in rig.orchestrator.ask("peers") if peer["peer_id"] == node.peer_id), {"paused": None})
