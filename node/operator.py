@@ -157,6 +157,7 @@ async def _peers(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401
                 "offered_bytes": advert.offered_bytes,
                 "full": advert.full,
                 "paused": advert.paused,
+                "reach": advert.reach,
                 "load": advert.load,
                 "shards": sum(byte.bit_count() for offer in offers for byte in offer.shards),
                 "models": [offer.model_id for offer in offers],

@@ -7,6 +7,7 @@ with ``--force``, and the old swarm file stays beside the new one; only ``invite
 import getpass
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from config import seeds
@@ -22,8 +23,11 @@ from node.init import init
 from p2p import swarmfile
 from p2p.core import invite as invites
 from p2p.core.invite import INVITE_CHARS_MAX, NAME_CHARS_MAX, SEEDS_MAX, Invite, Swarm
+from p2p.core.reach import PUBLIC
 
 OWN_ADDRESSES_MAX = 8
+MEMBERS_MAX = 4
+"""Other members in an invite."""
 
 
 def new(context: Context) -> Output:
@@ -162,22 +166,36 @@ def _check_network(loaded: Loaded, paths: Paths, genesis: Genesis, *, force: boo
 
 
 def _own_addresses(context: Context, loaded: Loaded, paths: Paths) -> list[str]:
-    """Where this node can be dialled, as far as it knows: loopback only where there is nothing else."""
+    """Where this node can be dialled as far as it knows, and a few members that everybody can dial."""
     try:
-        found = control.ask(paths.control, "status", seconds=local.ANSWER_SECONDS_MAX)["network"]["addresses"]
+        network = control.ask(paths.control, "status", seconds=local.ANSWER_SECONDS_MAX)["network"]
     except RiosError as error:
         if error.code != "not_running":
             raise
         identity, _ = local.own_identity(context)
-        found = [f"{a.partition('/p2p/')[0]}/p2p/{identity.peer_id}" for a in loaded.settings.p2p.announce]
-        if not found:
+        announced = loaded.settings.p2p.announce
+        if not announced:
             _note("the node is not running: its own addresses are not known, and not in the invite")
+        return [f"{address.partition('/p2p/')[0]}/p2p/{identity.peer_id}" for address in announced]
+    members = [
+        peer
+        for peer in control.ask(paths.control, "peers", seconds=local.ANSWER_SECONDS_MAX)
+        if peer["reach"] == PUBLIC and not peer["self"]
+    ]
+    if network["reach"] not in (PUBLIC, "") and not members:
+        _note(f"beware: this node is {network['reach']}: {network['why']}; name a member that can be dialled: --seed")
+    known = [_seeds_among(peer["addresses"])[:1] for peer in members[:MEMBERS_MAX]]
+    return [*_seeds_among(network["addresses"]), *(address for each in known for address in each)]
+
+
+def _seeds_among(addresses: Sequence[str]) -> list[str]:
+    """Those that are dialled directly: a relayed address is no seed."""
     usable = []
-    for address in found:
+    for address in addresses:
         try:
             usable.append(seeds.check(address, "p2p.announce"))
         except ConfigError:
-            continue  # a relayed address: a seed is dialled directly
+            continue
     return usable[:OWN_ADDRESSES_MAX]
 
 
