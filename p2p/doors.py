@@ -30,6 +30,7 @@ from p2p.core.identity import public_key_of
 from p2p.core.places import place_of, subject_of
 from p2p.core.slots import Seat, choose_victim
 from p2p.core.standing import ADDRESS_SHARE, BAN_AT, FAULTS, SUBNET_SHARE, TENURE_MAX_MS, Ban, Standing
+from p2p.pace import NO_LIMITS, Paces
 from p2p.refusals import Refusals
 
 log = logging.getLogger("rios.security.doors")
@@ -149,9 +150,11 @@ class Meter:
 class Doors:
     """Everything the node lets in or keeps out. Made once, before anything listens."""
 
-    def __init__(self, limits: Limits, *, peers_max: int, file: Path | None = None) -> None:
+    def __init__(self, limits: Limits, *, peers_max: int, file: Path | None = None, paces: Paces = NO_LIMITS) -> None:
         self.limiter = Limiter(limits)
         self.standing = Standing()
+        self.paces = paces
+        """This node's own limits on bandwidth, for its carriers."""
         self._limits = limits
         self._peers_max = peers_max
         self._file = file
@@ -417,6 +420,7 @@ class Doors:
             "remembered": self.limiter.size(),
             "refused": dict(self.refusals.by_limit),
             "faults": dict(self.faults),
+            "waited": {name: pace.waited for name, pace in self.paces._asdict().items() if pace is not None},
             "banned": sum(1 for _ in self.standing.in_force(now_ms)),
             "bans_made": self.bans_made,
         }

@@ -43,6 +43,7 @@ from p2p.carrier import Buffer
 from p2p.doors import Visit
 from p2p.handshake import Cipher, Secured
 from p2p.networks import peer_host
+from p2p.pace import Paces
 
 log = logging.getLogger(__name__)
 
@@ -193,14 +194,14 @@ class LaneChannel:
         data: Any = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         lane = self._lane
         if self._window > 0 and not self._waiting and self._begun is None and lane.idle_for(self._data):
-            if len(data) <= RECORD_BYTES_MAX and lane.in_a_row():
+            if len(data) <= lane.cut and lane.in_a_row():
                 self._waiting.append(bytes(data))
                 self._waiting_bytes += len(data)
                 lane.gather()
                 return
             self._window -= len(data)
             self.bytes_out += len(data)
-            if len(data) <= RECORD_BYTES_MAX:
+            if len(data) <= lane.cut:
                 lane.write(self._data, data)
                 return
             self._begun = memoryview(data)
@@ -233,7 +234,8 @@ class LaneChannel:
             self._begun = memoryview(frame)
             if self._waiting_bytes <= BACKLOG_BYTES:
                 self._wake()
-        piece, rest = self._begun[:RECORD_BYTES_MAX], self._begun[RECORD_BYTES_MAX:]
+        cut = self._lane.cut
+        piece, rest = self._begun[:cut], self._begun[cut:]
         self._begun = rest if rest else None
         return self._data, piece
 
@@ -320,6 +322,7 @@ class Lane:
         secured: Secured,
         visit: Visit,
         scratch: Scratch,
+        paces: Paces,
         *,
         outbound: bool,
         spawn: Spawn,
@@ -348,7 +351,12 @@ class Lane:
         self._read_since = True
         self.more = False
         """Whether more was received than is being delivered."""
+        self._upload, download = paces
+        self._download = download
+        self.cut = RECORD_BYTES_MAX if self._upload is None else min(RECORD_BYTES_MAX, self._upload.piece)
+        """The longest record that is sent."""
         self._scratch = scratch
+        self._room = scratch.read if download is None else scratch.read[: max(HEAD_BYTES, download.piece)]
         self._head = b""  # the first bytes of a record, fewer than a head has
         self._partial = memoryview(b"")  # a record of which only the beginning came
         self._filled = 0
@@ -363,11 +371,15 @@ class Lane:
 
     def idle_for(self, kind: int) -> bool:
         """Whether a frame on this channel may be written at once."""
+        if self._upload is not None and self._upload.wait_s(bulk=kind != DATA + MAIN):
+            return False
         return not self._rest and (kind == DATA + MAIN or self.main.quiet)
 
     def write(self, kind: int, data: Buffer) -> None:
         """Seal a record and write what the socket takes; only when nothing else is half-written."""
         record = self._seal.seal(kind, data, self._scratch.seal)
+        if self._upload is not None:
+            self._upload.used(len(record))
         count = self._write(record)
         self._wrote_at = perf_counter()
         self._read_since = False
@@ -389,6 +401,8 @@ class Lane:
         for _ in range(RECORDS_PER_TURN):
             if self._rest or self.closed:
                 return
+            if self._upload is not None and self._upload.wait_s(bulk=self.main.quiet):
+                break
             piece = self.main.next_piece() or self.bulk.next_piece()
             if piece is None:
                 self._more = False
@@ -420,6 +434,10 @@ class Lane:
         """The writer: runs while the socket is full, or while there is more than a turn's worth."""
         try:
             while (self._rest or self._more) and not self.closed:
+                if self._upload is not None:
+                    await self._upload.room(bulk=self.main.quiet)
+                    if self.closed:
+                        return
                 with trio.move_on_after(STALL_SECONDS) as stalled:
                     await trio.lowlevel.wait_writable(self._socket)
                 if stalled.cancelled_caught:
@@ -450,12 +468,18 @@ class Lane:
                     await trio.lowlevel.checkpoint()
                     if self.closed:
                         return
+                if self._download is not None:
+                    await self._download.room()
+                    if self.closed:
+                        return
                 try:
                     count, room = self._read()
                 except BlockingIOError:
                     waiting = True
                     continue
                 reads += 1
+                if self._download is not None:
+                    self._download.used(count)
                 waiting = count < room
                 if count == 0:
                     self.fail("closed by the peer")
@@ -467,7 +491,7 @@ class Lane:
 
     def _read(self) -> tuple[int, int]:
         """Read once and deliver the records that are complete: bytes read, bytes that there was room for."""
-        buffer = self._scratch.read
+        buffer = self._room
         if self._partial:
             rest = self._partial[self._filled :]
             count = os.readv(self._fd, (rest, buffer))
@@ -479,7 +503,7 @@ class Lane:
                 self.more = count > len(rest)
                 if self._take(record):
                     self._split(buffer, count - len(rest))
-            return count, len(rest) + READ_BYTES
+            return count, len(rest) + len(buffer)
         have = len(self._head)
         if have:
             buffer[:have] = self._head
@@ -488,7 +512,7 @@ class Lane:
         if count:
             self._head = b""
             self._split(buffer, have + count)
-        return count, READ_BYTES - have
+        return count, len(buffer) - have
 
     def _split(self, buffer: memoryview, end: int) -> None:
         """Deliver the records in ``buffer``, keep what is left."""

@@ -103,6 +103,7 @@ class Lanes:
             secured,
             visit,
             self._scratch,
+            self._front.doors.paces,
             outbound=outbound,
             spawn=self._spawn,
             frame_bytes_max=self._frame_bytes_max,

@@ -41,6 +41,7 @@ from p2p.mesh import Mesh, by_peer
 from p2p.names import Names
 from p2p.networks import filled_in
 from p2p.own import own_call, own_stream
+from p2p.pace import Paces, pace_of
 from p2p.peerbook import Peerbook
 from p2p.reachability import Reachability
 from p2p.rpc import Connection, NotSentError
@@ -349,7 +350,8 @@ async def open_network(
         await trio.Path(data_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LocalError("local", f"cannot make the folder {data_dir}: {error.strerror or error}") from error
-    doors = Doors(_limits(settings), peers_max=settings.peers_max, file=data_dir / "bans.json")
+    paces = Paces(pace_of(settings.upload_bytes_per_second_max), pace_of(settings.download_bytes_per_second_max))
+    doors = Doors(_limits(settings), peers_max=settings.peers_max, file=data_dir / "bans.json", paces=paces)
     for peer_id in (*seed_addresses, *settings.allow):
         doors.pin(peer_id)
     front = Front(doors)

@@ -9,6 +9,8 @@ Invariants:
 2. Background transfers (``bulk``) leave :data:`RESERVE` of the burst to calls: what people wait for goes first.
 """
 
+from typing import NamedTuple
+
 import trio
 
 from p2p.core.buckets import Bucket
@@ -54,6 +56,16 @@ class Pace:
         while (wait_s := self.wait_s(bulk=bulk)) > 0:
             self.waited += 1
             await trio.sleep(wait_s)
+
+
+class Paces(NamedTuple):
+    """Both directions of a node; None: no limit."""
+
+    upload: Pace | None = None
+    download: Pace | None = None
+
+
+NO_LIMITS = Paces()
 
 
 def pace_of(bytes_per_second: int) -> Pace | None:

@@ -21,6 +21,7 @@ This file, ``streams`` and ``host`` are the only importers of libp2p.
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 from struct import Struct
 from typing import Any, Protocol
 
@@ -152,6 +153,7 @@ class Session(SecureSession):
         self._message = b""
         self._at = 0
         # sending: what the socket did not take at once
+        self._upload, self._download = door.doors.paces
         self._outbox: deque[memoryview] = deque()
         self._backlog = 0
         self._drained = trio.Event()
@@ -222,7 +224,11 @@ class Session(SecureSession):
             rest = bytes(self._buffer[self._start : self._end])
             self._buffer[: len(rest)] = rest
             self._start, self._end = 0, len(rest)
-        room = (self._buffer[self._end :],)
+        if self._download is None:
+            room = (self._buffer[self._end :],)
+        else:
+            await self._download.room()
+            room = (self._buffer[self._end : self._end + self._download.piece],)
         self._reads += 1
         if self._reads % READS_PER_TURN == 0:
             await trio.lowlevel.checkpoint()
@@ -240,6 +246,8 @@ class Session(SecureSession):
         if count == 0:
             raise ConnectionClosedError("connection closed by the peer")
         self._end += count
+        if self._download is not None:
+            self._download.used(count)
 
     async def _next_header(self) -> bytes:
         while True:
@@ -323,7 +331,13 @@ class Session(SecureSession):
             if self._outbox:
                 self._queue(size, sealed)
                 continue
+            if self._upload is not None and self._upload.wait_s():
+                self._spawn(self._flush)
+                self._queue(size, sealed)
+                continue
             written = self._write_some((size, sealed))
+            if self._upload is not None:
+                self._upload.used(written)
             if written < len(sealed) + 2:
                 self._spawn(self._flush)
                 self._queue(size[written:], sealed[max(0, written - 2) :])
@@ -346,6 +360,10 @@ class Session(SecureSession):
     async def _flush(self) -> None:
         """The writer: runs while the socket is full."""
         while self._outbox and not self._closed:
+            if self._upload is not None:
+                await self._upload.room()
+                if self._closed:
+                    return
             with trio.move_on_after(STALL_SECONDS) as stalled:
                 try:
                     await trio.lowlevel.wait_writable(self._socket)
@@ -356,10 +374,12 @@ class Session(SecureSession):
                 self.fail()
                 return
             try:
-                count = self._write_some(list(self._outbox)[:_IOV_MAX])
+                count = self._write_some(self._next_parts())
             except ConnectionClosedError:
                 return
             self._backlog -= count
+            if self._upload is not None:
+                self._upload.used(count)
             while count:
                 first = self._outbox[0]
                 if count < len(first):
@@ -369,6 +389,19 @@ class Session(SecureSession):
                 self._outbox.popleft()
             if self._backlog <= BACKLOG_BYTES:
                 self._wake()
+
+    def _next_parts(self) -> list[memoryview]:
+        """What to write next; with a limit on bandwidth no more than a piece."""
+        parts = list(islice(self._outbox, _IOV_MAX))
+        if self._upload is None:
+            return parts
+        left, chosen = self._upload.piece, []
+        for part in parts:
+            chosen.append(part[:left])
+            left -= len(part)
+            if left <= 0:
+                break
+        return chosen
 
     @property
     def congested(self) -> bool:
