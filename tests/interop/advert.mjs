@@ -153,7 +153,7 @@ function open (data, fields, tag, bytesMax) {
 function unpack (data) {
   let value
   try {
-    value = decode(data)
+    value = decode(data, { lenient: true })
   } catch (error) {
     throw new BadAdvert('malformed', error.message)
   }

@@ -11,7 +11,7 @@ const SIGNED = Buffer.from('noise-libp2p-static-key:')
 const ED25519 = Buffer.from('08011220', 'hex')
 const WELCOME_NONCE = Buffer.alloc(12, 0xff)
 const MESSAGE_BYTES_MAX = 4352
-const RECORD_BYTES_MAX = 131_088
+const RECORD_BYTES_MAX = 266_240 + 16
 const CUT_BYTES = 65_536
 const GRANT_BYTES = 2 << 20
 const HEAD_BYTES = 4
@@ -33,13 +33,13 @@ export class Direction {
     head.writeUInt8(kind)
     head.writeUIntBE(plain.length + 16, 1, 3)
     const record = Buffer.concat([head, seal(this.cipher, this.key, nonceOf(this.number++), plain, head)])
-    this.#count(record.length)
+    this.#count(plain.length)
     return record
   }
 
   open (head, sealed) {
     const plain = open(this.cipher, this.key, nonceOf(this.number++), sealed, head)
-    this.#count(HEAD_BYTES + sealed.length)
+    this.#count(plain.length)
     return plain
   }
 

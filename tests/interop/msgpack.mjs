@@ -1,4 +1,5 @@
-// msgpack, strictly: shortest form out; in, no extension types, no broken UTF-8, text keys only, nothing behind the value.
+// msgpack: shortest form out; in, no extension types, no broken UTF-8, text keys only, nothing behind the value. A lenient
+// reading makes `undefined` of what is not allowed, which is for what a later version appended and nobody looks at.
 // Integers beyond 2**53 are BigInts. Maps are objects without prototype.
 
 const UTF8 = new TextDecoder('utf-8', { fatal: true })
@@ -10,8 +11,8 @@ export function encode (value) {
   return Buffer.concat(parts)
 }
 
-export function decode (data) {
-  const reader = { data: Buffer.from(data.buffer, data.byteOffset, data.byteLength), at: 0 }
+export function decode (data, { lenient = false } = {}) {
+  const reader = { data: Buffer.from(data.buffer, data.byteOffset, data.byteLength), at: 0, lenient }
   const value = read(reader, 0)
   if (reader.at !== reader.data.length) throw new Error('msgpack: bytes behind the value')
   return value
@@ -98,7 +99,7 @@ function read (reader, depth) {
   if (code >= 0xe0) return code - 256
   if (code <= 0x8f) return readMap(reader, code & 15, depth)
   if (code <= 0x9f) return readArray(reader, code & 15, depth)
-  if (code <= 0xbf) return UTF8.decode(take(reader, code & 31))
+  if (code <= 0xbf) return text(reader, code & 31)
   if (code === 0xc0) return null
   if (code === 0xc2 || code === 0xc3) return code === 0xc3
   if (code >= 0xc4 && code <= 0xc6) return take(reader, unsigned(reader, 1 << (code - 0xc4)))
@@ -108,10 +109,25 @@ function read (reader, depth) {
   if (code === 0xcf) return small(take(reader, 8).readBigUInt64BE())
   if (code >= 0xd0 && code <= 0xd2) return take(reader, 1 << (code - 0xd0)).readIntBE(0, 1 << (code - 0xd0))
   if (code === 0xd3) return small(take(reader, 8).readBigInt64BE())
-  if (code >= 0xd9 && code <= 0xdb) return UTF8.decode(take(reader, unsigned(reader, 1 << (code - 0xd9))))
+  if (code >= 0xd9 && code <= 0xdb) return text(reader, unsigned(reader, 1 << (code - 0xd9)))
   if (code === 0xdc || code === 0xdd) return readArray(reader, unsigned(reader, 2 << (code - 0xdc)), depth)
   if (code === 0xde || code === 0xdf) return readMap(reader, unsigned(reader, 2 << (code - 0xde)), depth)
+  if (reader.lenient && code >= 0xc7 && code <= 0xc9) return skip(reader, 1 + unsigned(reader, 1 << (code - 0xc7)))
+  if (reader.lenient && code >= 0xd4 && code <= 0xd8) return skip(reader, 1 + (1 << (code - 0xd4)))
   throw new Error(`msgpack: the byte ${code}`)
+}
+
+function skip (reader, count) {
+  take(reader, count)
+}
+
+function text (reader, count) {
+  const data = take(reader, count)
+  try {
+    return UTF8.decode(data)
+  } catch (error) {
+    if (!reader.lenient) throw error
+  }
 }
 
 function readArray (reader, length, depth) {
@@ -124,7 +140,7 @@ function readMap (reader, length, depth) {
   const map = Object.create(null)
   for (let index = 0; index < length; index++) {
     const key = read(reader, depth + 1)
-    if (typeof key !== 'string') throw new Error('msgpack: a key that is no text')
+    if (typeof key !== 'string' && !reader.lenient) throw new Error('msgpack: a key that is no text')
     map[key] = read(reader, depth + 1)
   }
   return map

@@ -170,6 +170,12 @@ const commands = {
     const late = new Promise(resolve => setTimeout(resolve, WAIT_MS, null).unref())
     return { ended: await Promise.race([rpc.ended, late]) }
   },
+  find: async ({ peer, model, shard }) => ({
+    adverts: await until(async () => {
+      const { buffers } = await (await rpcTo(peer)).call('advert.find', { model, shard }, [], 5000)
+      return buffers.length ? buffers.map(data => openAdvert(data, Date.now())) : null
+    })
+  }),
   dht_advert: async ({ peer }) => ({
     advert: await until(async () => {
       const key = Buffer.from(`/rios/node/${peer}`)

@@ -165,6 +165,10 @@ def _adverts() -> list[dict[str, Any]]:
     valid = [
         ("every field", _sealed(body)),
         ("fields appended by a later version", _sealed(msgspec.msgpack.encode(later))),
+        (
+            "values appended that this version cannot read",
+            _sealed(_appended(body, len(fields), b"\xd4\x05\x00", b"\xa1\xff")),
+        ),
         ("three fields, the rest defaults", _sealed(msgspec.msgpack.encode(minimal))),
         ("a body in a longer encoding", _sealed(b"\xdc" + len(fields).to_bytes(2, "big") + _tail(body))),
     ]
@@ -216,6 +220,10 @@ def _provider_keys() -> list[dict[str, Any]]:
     for index in (0, 300):
         shown.append({"model": MODEL, "shard": index, "key": providing.shard_key(MODEL, index).hex()})
     return shown
+
+
+def _appended(body: bytes, fields: int, *values: bytes) -> bytes:
+    return b"\xdc" + (fields + len(values)).to_bytes(2, "big") + _tail(body) + b"".join(values)
 
 
 def _tail(body: bytes) -> bytes:
@@ -366,9 +374,9 @@ def _lane(psk: bytes | None, aes: bool) -> dict[str, Any]:
         (lane.WINDOW, bytes(4)),
         (200, b""),
     ]
-    records = [{"kind": kind, "plain": data.hex(), "record": sealing.seal(kind, data).hex()} for kind, data in plain]
+    records = [_record(sealing, kind, data) for kind, data in plain]
     sealing.renew()
-    rekeyed = {"kind": 0, "plain": "03", "record": sealing.seal(0, b"\x03").hex()}
+    rekeyed = _record(sealing, 0, b"\x03")
     return {
         "name": f"{'public' if psk is None else 'private'} swarm, {'AES-256-GCM' if aes else 'ChaCha20-Poly1305'}",
         "psk": psk.hex() if psk else None,
@@ -384,6 +392,11 @@ def _lane(psk: bytes | None, aes: bool) -> dict[str, Any]:
         "records_of_dialler": records,
         "after_the_next_key": rekeyed,
     }
+
+
+def _record(sealing: lane._Key, kind: int, data: bytes) -> dict[str, Any]:
+    record = sealing.seal(kind, data, memoryview(bytearray(1024)))
+    return {"kind": kind, "plain": data.hex(), "record": bytes(record).hex()}
 
 
 def _side(psk: bytes | None, static: bytes, ephemeral: bytes, *, initiator: bool) -> NoiseConnection:

@@ -1,7 +1,6 @@
 """The wire vectors: the code makes exactly these bytes, reads them back and refuses what must be refused."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from p2p.core.advert import BadAdvert, open_advert
 from p2p.core.heartbeat import open_heartbeat
 from p2p.core.identity import public_key_of, verify
 
-VECTORS = Path(__file__).parents[1] / "vectors"
+VECTORS = Path(__file__).parents[2] / "vectors"
 WIRE: dict[str, Any] = json.loads((VECTORS / "wire.json").read_text())
 
 sys.path.insert(0, str(VECTORS))
@@ -78,12 +77,3 @@ def test_tensors_that_are_refused(case):
     header = {name: bytes.fromhex(v["hex"]) if isinstance(v, dict) else v for name, v in case["header"].items()}
     with pytest.raises(RiosError):
         wire.decode(header, bytes.fromhex(case["buffer"]))
-
-
-def test_javascript_agrees_on_every_vector(javascript, node22):
-
-    program, file = str(javascript / "vectors.mjs"), str(VECTORS / "wire.json")
-    done = subprocess.run([node22, program, file], capture_output=True, text=True, timeout=60, check=True)
-    result = json.loads(done.stdout)
-    assert result["failures"] == []
-    assert result["checked"] >= sum(len(cases) for cases in WIRE.values() if isinstance(cases, list))
