@@ -272,7 +272,8 @@ class Node:
         self.name = name
         folder = host.rig.folder / name
         folder.mkdir(exist_ok=True)
-        settings = {"listen": ["/ip4/0.0.0.0/tcp/4701"], "seeds": list(seeds), **settings}
+        # the bridge is one LAN where it should be an internet: no mDNS
+        settings = {"listen": ["/ip4/0.0.0.0/tcp/4701"], "seeds": list(seeds), "mdns": "off", **settings}
         self.log = folder / "stderr"
         with self.log.open("ab") as log:
             self.process = host.start(

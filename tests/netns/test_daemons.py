@@ -22,7 +22,7 @@ def swarm(rig):
 
 
 def place(swarm: Swarm, host: Host, name: str, settings: dict[str, Any]) -> NodeProcess:
-    node = swarm.add(name, {"p2p.listen": LISTEN, "dmoe.threads": 1, **settings})
+    node = swarm.add(name, {"p2p.listen": LISTEN, "p2p.mdns": "off", "dmoe.threads": 1, **settings})
     node.prefix = ("ip", "netns", "exec", host.namespace)
     return node
 

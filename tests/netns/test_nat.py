@@ -54,6 +54,9 @@ def test_a_public_caller_reaches_a_node_behind_nat_by_reversal(rig):
     after = relaying(relay)
     assert after["reversed"] >= 1
     assert after["passed_bytes"] == 0  # the relay only said hello
+    # who cannot be dialled stands in nobody's routing table, but is linked
+    until(lambda: relay.ask("look")["statistics"]["dht_peers"] == 1, 10)
+    assert set(relay.ask("look")["peers"]) == {hidden.peer_id, caller.peer_id}
     first_ms = first["seconds"][0] * 1000
     print(f"\nreversal: relayed after {took_s:.1f} s, first call {first_ms:.0f} ms, then {figures(caller, hidden)}")
 
@@ -95,6 +98,7 @@ def test_two_nodes_behind_nat_open_a_direct_way(rig):
     before = relaying(relay)["passed_bytes"]
     line = figures(caller, hidden)
     assert relaying(relay)["passed_bytes"] - before < 64 << 10  # the calls go directly
+    assert caller.ask("look")["statistics"]["reachability"]["holes_punched"] == 1
     print(f"\nhole punched {took_s:.1f} s after the first call; then {line}")
 
 

@@ -42,9 +42,9 @@ def test_a_partition_heals(rig):
 
 def test_200_ms_and_5_percent_loss_every_call_succeeds(rig):
     hosts = [rig.host("a"), rig.host("b")]
-    with rig.slow_line(hosts, delay_ms=100, loss_percent=5) as (first, _):
-        a = Node(hosts[0], "a")
-        b = Node(hosts[1], "b", [f"/ip4/{first}/tcp/4701/p2p/{a.peer_id}"])
+    with rig.slow_line(hosts, delay_ms=100, loss_percent=5) as (first, second):
+        a = Node(hosts[0], "a", listen=[f"/ip4/{first}/tcp/4701"])
+        b = Node(hosts[1], "b", [f"/ip4/{first}/tcp/4701/p2p/{a.peer_id}"], listen=[f"/ip4/{second}/tcp/4701"])
         until(lambda: a.peer_id in b.ask("look")["peers"], 40)
         seconds = []
         for caller, called in ((b, a), (a, b)):

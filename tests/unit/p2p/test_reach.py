@@ -95,6 +95,17 @@ def test_candidates_and_what_a_helper_dials():
     assert reach.allowed(["/ip6/2001:0db8::1/tcp/9"], "2001:db8::1") == ("/ip6/2001:0db8::1/tcp/9",)
 
 
+def test_who_says_that_he_cannot_be_dialled_is_dialled_next_door_only():
+    circuit = f"{HERE}/p2p/12D3KooWEkzZRggNaCZw3jRFaqkiyufhHMhUvQ89UhenNLdqKkZx/p2p-circuit"
+
+    def dialled(word: str, *networks: str) -> tuple[str, ...]:
+        return reach.worth_dialling((INSIDE, circuit, HERE), word, lambda: networks)
+
+    assert dialled(UNKNOWN) == dialled(PUBLIC) == (INSIDE, HERE)
+    assert dialled(PRIVATE) == dialled(reach.RELAYED, "10.0.0.7/255.0.0.0") == ()
+    assert dialled(reach.RELAYED, "192.168.1.99/255.255.255.0", "nonsense") == (INSIDE,)
+
+
 def test_every_state_is_explained_with_what_to_do():
     def told(state: State, relays=(), loopback=False) -> tuple[str, str, str]:
         return reach.explain(state, relays=relays, port=4701, host=SITE, loopback=loopback)
