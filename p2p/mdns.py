@@ -2,7 +2,7 @@
 
 Owns: the sockets (one per address of this machine), when to ask and to answer. Does not own: messages (``core.mdns``),
 dialling (``mesh``). IPv4 only. The library's own discovery runs threads that answer a stop late and announces no
-addresses that it was not given (``docs/decisions/0009-directory.md``).
+addresses that it was not given (``docs/decisions/0009``).
 
 Invariants:
 1. Whatever arrives, it answers at most once in :data:`ANSWER_GAP_S` and looks at :data:`FINDS_PER_MINUTE` answers.

@@ -184,6 +184,7 @@ class Run:
     def run(self) -> None:
         """Everything."""
         self.form()
+        print(f"# joined: {self.figures}", file=sys.stderr)
         newcomer = self.newcomer(self._count + 1)
         self.figures["new_join_s"] = round(newcomer.join_s, 3)  # type: ignore[attr-defined]
         everything = list(range(SHARDS))
