@@ -50,6 +50,8 @@ PULL_PEERS = 2
 PUSH_PEERS = 16
 LIVES = 5
 """Heartbeats an advert lives."""
+SMALL_SWARM = 8
+SETTLE_SECONDS = (3.0, 12.0)
 EXCHANGE_BYTES_MAX = 1 << 20
 BUFFERS_MAX = 200
 FAULTS = frozenset(("malformed", "too_large", "signature", "absurd"))
@@ -369,6 +371,8 @@ class PeerDirectory:
                 self._host.withdraw(key)
             if not self._caller.peers():
                 continue
+            if not stored_seq and len(self.view) > SMALL_SWARM:
+                await trio.sleep(random.uniform(*SETTLE_SECONDS))  # first links, then records; not everybody at once
             signed = self.view.signed(self._identity.peer_id)
             assert signed is not None
             if not stored_seq or signed.advert.seq - stored_seq > self._life_ms // 2:
