@@ -40,6 +40,8 @@ PLAN_ROWS_MAX = 8
 ROUNDS_MAX = 1000
 OPEN_SECONDS_MAX = 3.0
 """How long a generation waits for channels to be opened before it starts; what is late opens at first use."""
+SEARCHED_MAX = 4
+"""Shards looked for at the same time."""
 GRACE_SECONDS = 1.0
 """How long a layer without a replica waits for an advert of a new one: shards move while they are called."""
 
@@ -222,7 +224,7 @@ class CallerSession:
         planned = {position for positions in plan.values() for position in positions}
         lost = [need.group for position, need in enumerate(needs) if position not in planned]
         gone = [group for group in lost if group not in work.busy_ms]
-        if gone and not await self._wait_change(work):
+        if gone and not await self._wait_change(work, gone):
             raise self._no_replica(work, gone[0])
         if gone:
             return False
@@ -235,16 +237,28 @@ class CallerSession:
         await trio.sleep(max(0.0, min(pause, work.deadline - trio.current_time())))
         return False
 
-    async def _wait_change(self, work: Work) -> bool:
-        """Wait for the directory to change; False once the grace is over, or if money is what is missing."""
+    async def _wait_change(self, work: Work, gone: Sequence[int]) -> bool:
+        """Wait for the directory to change, and look for replicas beyond its view meanwhile; False once the grace is
+        over, or if money is what is missing."""
         if work.error is not None and work.error.code == "payment_required":
             return False
         now = trio.current_time()
         work.grace_until = work.grace_until or min(work.deadline, now + GRACE_SECONDS)
         with trio.move_on_at(work.grace_until):
-            await self._replicas.changed.wait()
+            async with trio.open_nursery() as nursery:
+                for group in gone[:SEARCHED_MAX]:
+                    nursery.start_soon(self._search, self._model.layers[work.layer][group].shard)
+                await self._replicas.changed.wait()
+                nursery.cancel_scope.cancel()
             return True
         return False
+
+    async def _search(self, shard: int) -> None:
+        """Ask the swarm who serves a shard; whoever is found changes the directory."""
+        try:
+            await self._shared.network.directory.find_providers(self._model.model_id, shard)
+        except RiosError as error:
+            log.debug("looking for shard %d of %s: %s", shard, self._model.name, error)
 
     def _no_replica(self, work: Work, group: int) -> RiosError:
         if work.error is not None and work.error.code == "payment_required":

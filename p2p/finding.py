@@ -30,6 +30,8 @@ NAMESPACE = "node"
 ASKED_PEERS = 6
 PEERS_SECONDS = 1.0
 DHT_SECONDS = 12.0
+SEARCHES_MAX = 8
+"""DHT look-ups at the same time; others wait within their time."""
 GIVEN_MAX = 8
 CONTACT_MS = 2000
 CONTACTS_MAX = 20
@@ -77,6 +79,7 @@ class Finder:
         self._caller = caller
         self.searches = 0
         self.dht_searches = 0
+        self._searching = trio.CapacityLimiter(SEARCHES_MAX)
 
     async def find(self, model_id: str, index: int | None) -> Sequence[PeerId]:
         """See :meth:`p2p.face.Directory.find_providers`."""
@@ -137,7 +140,7 @@ class Finder:
         keys = [model_key(model_id)] + ([shard_key(model_id, index)] if index is not None else [])
         search = _Search(self, model_id, index)
         with trio.move_on_after(DHT_SECONDS):
-            async with trio.open_nursery() as nursery:
+            async with self._searching, trio.open_nursery() as nursery:
                 for key in keys:
                     nursery.start_soon(self._host.find_providers, key, partial(search.named, nursery))
         return tuple(search.confirmed)

@@ -232,6 +232,28 @@ async def test_a_replica_that_comes_up_meanwhile_is_waited_for_briefly():
         await answer(session, manifest, rows(1))
 
 
+async def test_a_replica_the_view_does_not_know_is_looked_for(monkeypatch):
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        here = await s.node(())
+        session = (await s.caller()).session(manifest)
+        sought = []
+
+        async def come():
+            await s.node((*FIRST, *SECOND))
+
+        async def find(model_id, index=None):
+            if not sought:
+                s.nursery.start_soon(come)
+            sought.append((model_id, index))
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(here.directory, "find_providers", find)
+        await answer(session, manifest, rows(1))
+        assert sought[0][0] == manifest.model_id
+        assert {index for _, index in sought} <= set(range(LAYERS * GROUPS))
+
+
 async def test_a_shard_nobody_ever_had_is_said_to_be_so(autojump_clock):
     manifest = make_manifest()
     async with swarm(manifest) as s:
