@@ -248,6 +248,14 @@ def _swarm_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     for made in (new, join):
         made.add_argument("--force", action="store_true", help="leave the swarm (and network) this node is in")
         made.set_defaults(**as_init)
+    for verb, text in (
+        ("allow", "Admit a peer; a list that did not exist begins with the members known now."),
+        ("deny", "Do not admit a peer any more (the others need to do the same)."),
+    ):
+        made = command(swarm, verb, _command("swarm", verb), text)
+        made.add_argument("peer", nargs="?" if verb == "allow" else None, default="", help="a peer id")
+        if verb == "allow":
+            made.add_argument("--everybody", action="store_true", help="do without a list: who has the key may come")
     command(swarm, "show", _command("swarm", "show"), "The swarm this node is in; never its key.")
 
 

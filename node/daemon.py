@@ -245,7 +245,8 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
     if swarm is not None:
         node.swarm = {"name": swarm.name, "id": swarm.id}
     listed = membership.seeds_of(settings.p2p, paths.config_file.parent, swarm)
-    p2p_settings = replace(settings.p2p, seeds=listed, seeds_file="")
+    allow = (*settings.p2p.allow, *(swarm.allow if swarm else ()))
+    p2p_settings = replace(settings.p2p, seeds=listed, seeds_file="", allow=allow)
     async with AsyncExitStack() as stack:
         node.network = await stack.enter_async_context(
             open_network(

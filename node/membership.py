@@ -1,8 +1,10 @@
-"""Which swarm a node is in: the seeds it starts from, and joining another one.
+"""Which swarm a node is in: the seeds it starts from, whom it admits, and joining another one.
 
 Fails as: a node that is in another private swarm, or another network, already -> ConfigError; nothing is written then.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from config import seeds
@@ -11,6 +13,7 @@ from config.paths import Paths
 from config.settings import P2pSettings
 from p2p import swarmfile
 from p2p.core.invite import Swarm
+from p2p.network import PeerNetwork
 
 
 def seeds_of(settings: P2pSettings, beside: Path, swarm: Swarm | None) -> tuple[str, ...]:
@@ -35,6 +38,30 @@ def check_free(paths: Paths, wanted: Swarm | None, *, force: bool) -> Swarm | No
             "--force leaves it for the other one; a node with another node.data_dir can be in both at the same time",
         )
     return here
+
+
+def change_allowed(
+    paths: Paths, network: PeerNetwork, peer_id: str, *, deny: bool, configured: Sequence[str]
+) -> list[str]:
+    """Admit one more peer or one less, now and after a restart; an empty ``peer_id``: everybody who has the key. Where
+    there was no list, it begins with the members known now. Returns whom this hung up on."""
+    swarm = swarmfile.load(paths.swarm)
+    if swarm is None:
+        hint = "rios peers ban shuts a peer out; p2p.allow in the config lists whom a node of a public swarm admits"
+        raise ConfigError("usage", "this node is in no private swarm", hint)
+    if (deny or not peer_id) and (peer_id in configured or (configured and not peer_id)):
+        what = peer_id or f"{len(configured)} peers"
+        raise ConfigError("usage", f"p2p.allow in the config lists {what}", "take it out there, and restart the node")
+    listed: set[str] = set()
+    if peer_id:
+        listed = set(network.allowed.listed) or {*network.directory.adverts(), network.peer_id}
+        listed = listed - {peer_id} if deny else listed | {peer_id}
+    swarmfile.save(paths.swarm, replace(swarm, allow=tuple(sorted(listed - set(configured)))))
+    network.allowed.listed = frozenset(listed)
+    out = [peer for peer in network.peers() if not network.allowed.admits(peer)]
+    for peer in out:
+        network.doors.hang_up(peer)
+    return [str(peer) for peer in out]
 
 
 def describe(swarm: Swarm) -> str:

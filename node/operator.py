@@ -16,9 +16,10 @@ from config.generation import Delta, Finished, GenerationRequest, Message, Sampl
 from dmoe.core.manifest import Manifest
 from dmoe.hosting import Bringing
 from ledger.ledger import Ledger
+from node import membership
 from node.cli import VERSION
 from node.control import Command, Send
-from p2p import clock
+from p2p import allow, clock
 from p2p.core.identity import peer_id_of, public_key_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "peers.bans": _peers_bans,
             "peers.ban": _peers_ban,
             "peers.unban": _peers_unban,
+            "swarm.allow": _swarm_allow,
             "clock": _clock,
             "pause": _pause,
             "resume": _resume,
@@ -190,6 +192,18 @@ async def _peers_unban(node: "Node", args: Args, _send: Send) -> Any:  # noqa: A
     was_banned = node.network.doors.unban(subject)
     await node.network.doors.save()
     return {"subject": subject, "was_banned": was_banned}
+
+
+async def _swarm_allow(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    """Put a peer on the list of those admitted, or off it (``deny``), or do without a list (``everybody``)."""
+    hung_up = membership.change_allowed(
+        node.paths,
+        node.network,
+        "" if args.get("everybody") else allow.checked(str(args.get("peer", "")), "PEER"),
+        deny=bool(args.get("deny")),
+        configured=node.settings.p2p.allow,
+    )
+    return {"allow": sorted(node.network.allowed.listed), "hung_up": hung_up}
 
 
 async def _clock(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON

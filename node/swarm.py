@@ -1,4 +1,4 @@
-"""``rios swarm``: start a private swarm, invite to it, join it, show it.
+"""``rios swarm``: start a private swarm, invite to it, join it, show it, say whom this node admits.
 
 Invariants: nothing is written before everything that was given is read and right; a key or a network is replaced only
 with ``--force``, and the old swarm file stays beside the new one; only ``invite`` ever prints the key.
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from config import seeds
 from config.errors import ConfigError, RiosError
@@ -68,7 +69,7 @@ def invite(context: Context) -> Output:
     if not known:
         hint = "start it first (rios run), or name an address it has: --seed /ip4/.../tcp/4701/p2p/12D3KooW..."
         raise ConfigError("usage", "no address of this node or of a seed is known: nobody could join through it", hint)
-    text = invites.dumps(Invite(replace(swarm, seeds=known), genesis.to_json().encode() if genesis else b""))
+    text = invites.dumps(Invite(replace(swarm, seeds=known, allow=()), genesis.to_json().encode() if genesis else b""))
     _note(f"an invite to the private swarm {membership.describe(swarm)}, through {len(known)} addresses")
     _note("it contains the swarm's key: hand it over in secret; it does not expire. On the new node: rios swarm join -")
     if all("/ip4/127." in seed or "/ip6/::1/" in seed for seed in known):
@@ -92,11 +93,12 @@ def join(context: Context) -> Output:
     begun = init(context)
     if genesis is not None:
         founding.join(paths, genesis, force=force)
-    _write(paths, swarm)
+    again = here is not None and here.key == swarm.key
+    _write(paths, replace(swarm, allow=here.allow) if here is not None and again else swarm)
     text = [line for line in _without_next(begun.text) if not line.startswith("network ")]
     text += [
         f"network   {genesis.net.hex()} ({genesis.tolerance})" if genesis else "network   none: nobody pays here",
-        f"swarm     {membership.describe(swarm)}, private ({'was in it already' if here == swarm else 'joined'})",
+        f"swarm     {membership.describe(swarm)}, private ({'was in it already' if again else 'joined'})",
         *(f"seed      {seed}" for seed in swarm.seeds),
         "next      rios run, then rios peers",
     ]
@@ -104,20 +106,40 @@ def join(context: Context) -> Output:
     return Output({**data, **_public(swarm, paths)}, "\n".join(text))
 
 
+def allow(context: Context) -> Output:
+    """``rios swarm allow``"""
+    if bool(context.args.peer) == context.args.everybody:
+        raise ConfigError("usage", "name one peer, or give --everybody", "e.g. rios swarm allow 12D3KooW...")
+    return _change(context, peer=context.args.peer, everybody=context.args.everybody)
+
+
+def deny(context: Context) -> Output:
+    """``rios swarm deny``"""
+    return _change(context, peer=context.args.peer, deny=True)
+
+
+def _change(context: Context, **args: Any) -> Output:  # noqa: ANN401 - JSON
+    data = control.ask(context.paths().control, "swarm.allow", args)
+    who = f"{len(data['allow'])} peers and the seeds" if data["allow"] else "everybody who has the key"
+    rows = [f"admitted: {who}", *(f"  {peer}" for peer in data["allow"])]
+    return Output(data, "\n".join([*rows, *(f"hung up on {peer}" for peer in data["hung_up"])]))
+
+
 def show(context: Context) -> Output:
     """``rios swarm show``"""
     loaded = context.settings()
     paths = context.paths(loaded)
-    swarm, allow = swarmfile.load(paths.swarm), loaded.settings.p2p.allow
+    swarm = swarmfile.load(paths.swarm)
+    listed_peers = (*loaded.settings.p2p.allow, *(swarm.allow if swarm else ()))
     listed = membership.seeds_of(loaded.settings.p2p, paths.config_file.parent, swarm)
-    admitted = f"{len(allow)} listed peers and the seeds (p2p.allow)" if allow else "everybody"
+    admitted = f"{len(listed_peers)} listed peers and the seeds" if listed_peers else "everybody"
     rows = [
         f"swarm   {membership.describe(swarm)}, private" if swarm else "swarm   public: it needs no key",
         f"admits  {admitted}{' who has the key' if swarm else ''}",
         *(f"seed    {seed}" for seed in listed),
     ]
     data = {"private": swarm is not None, "name": swarm.name if swarm else "", "id": swarm.id if swarm else ""}
-    return Output({**data, "seeds": list(listed), "allow": list(allow)}, "\n".join(rows))
+    return Output({**data, "seeds": list(listed), "allow": list(listed_peers)}, "\n".join(rows))
 
 
 def _public(swarm: Swarm, paths: Paths) -> dict[str, str]:

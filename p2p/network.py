@@ -9,7 +9,7 @@ Invariants:
 
 import logging
 import resource
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ import msgspec
 import trio
 
 from config import seeds
-from config.errors import ConfigError, IntegrityError, LocalError, RemoteError, RiosError
+from config.errors import ConfigError, LocalError, RemoteError, RiosError
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
 from p2p import clock, mdns, trace
+from p2p.allow import AllowList
 from p2p.blobs import PeerBlobs
 from p2p.core.advert import Advert
 from p2p.core.doors import Limits
-from p2p.core.identity import Identity, public_key_of
+from p2p.core.identity import Identity
 from p2p.core.reach import CIRCUIT
 from p2p.directory import BEAT_TOPIC, TOPIC, PeerDirectory
 from p2p.doors import Doors
@@ -56,6 +57,8 @@ FILES_KEPT = 256
 
 class PeerNetwork:
     """:class:`p2p.face.Network` over libp2p. Made by :func:`open_network`."""
+
+    allowed: AllowList
 
     def __init__(
         self,
@@ -341,7 +344,7 @@ async def open_network(
     for text in settings.announce:
         if parse_address(text) is None:
             raise ConfigError("config", f"p2p.announce: {text!r} is not a TCP multiaddr")
-    admits = _admitted(settings.allow, seed_addresses)
+    allowed = AllowList(settings.allow, (*seed_addresses, identity.peer_id))
     first = advert or Advert(peer_id=identity.peer_id, seq=0, expires_ms=0)
     first = msgspec.structs.replace(first, version=version)
     if not first.region.isprintable() or len(first.region) > REGION_MAX:
@@ -364,14 +367,15 @@ async def open_network(
                 peers_max=settings.peers_max,
                 nursery=outer,
                 swarm_key=swarm_key,
-                admits=admits,
+                admits=allowed.admits,
                 door=front,
             )
             async with host_context as host, trio.open_nursery() as nursery:
                 book = Peerbook(data_dir / "peers.json")
                 keys = Keys(identity, swarm_key)
-                lanes = Lanes(keys, front, nursery.start_soon, admits, frame_bytes_max=settings.frame_bytes_max)
+                lanes = Lanes(keys, front, nursery.start_soon, allowed.admits, frame_bytes_max=settings.frame_bytes_max)
                 network = PeerNetwork(identity, settings, host, nursery, book, listed, names, first, front, lanes)
+                network.allowed = allowed
                 network.run()
                 if hosts := mdns.wanted(settings.mdns, filled_in(host.addresses)):
                     near = [f"{text}/p2p/{identity.peer_id}" for text in filled_in(host.addresses)]
@@ -407,18 +411,6 @@ def _limits(settings: P2pSettings) -> Limits:
         bytes_per_second=settings.peer_bytes_per_second_max,
         loopback_exempt=not settings.loopback_limits,
     )
-
-
-def _admitted(allow: Sequence[str], seed_addresses: Collection[PeerId]) -> Callable[[str], bool]:
-    """Who may connect: those listed and the seeds, or everybody if none is listed. Raises ConfigError."""
-    for peer_id in allow:
-        try:
-            public_key_of(peer_id)
-        except IntegrityError as error:
-            hint = "list peer ids as `rios id` prints them, e.g. 12D3KooW..."
-            raise ConfigError("config", f"p2p.allow: {error.message}", hint) from error
-    listed = frozenset((*allow, *seed_addresses))
-    return listed.__contains__ if allow else lambda peer_id: True
 
 
 def _only_error(group: BaseExceptionGroup[BaseException]) -> Exception | None:

@@ -1,7 +1,7 @@
-"""The private swarm of a node, on disk: its key, its name and the seeds that came with the invite.
+"""The private swarm of a node, on disk: its key, its name, seeds that came with the invite, whom it admits.
 
-Format: one JSON object: ``version`` 1, ``name``, ``key`` (64 hex digits), ``seeds``. A node without the file is in a
-public swarm.
+Format: one JSON object: ``version`` 1, ``name``, ``key`` (64 hex digits), ``seeds``, ``allow``. A node without the file
+is in a public swarm.
 
 Invariants:
 1. The file appears whole or not at all, with mode 0600 from its first moment; one that others can read is refused.
@@ -29,6 +29,7 @@ def make(name: str = "") -> Swarm:
 def save(path: Path, swarm: Swarm) -> None:
     """Write the file, in the place of an old one too."""
     fields = {"version": 1, "name": swarm.name, "key": swarm.key.hex(), "seeds": list(swarm.seeds)}
+    fields["allow"] = list(swarm.allow)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(path, json.dumps(fields, indent=1) + "\n")
@@ -65,7 +66,15 @@ def _parsed(fields: dict[str, object]) -> Swarm:
     name, key, seeds = fields["name"], fields["key"], fields["seeds"]
     if fields["version"] != 1 or not isinstance(name, str) or not isinstance(key, str) or not isinstance(seeds, list):
         raise ValueError("wrong fields")
-    swarm = Swarm(bytes.fromhex(key), name[:NAME_CHARS_MAX], tuple(str(seed) for seed in seeds[:SEEDS_MAX]))
+    allow = fields.get("allow", [])
+    if not isinstance(allow, list):
+        raise ValueError("wrong fields")
+    swarm = Swarm(
+        bytes.fromhex(key),
+        name[:NAME_CHARS_MAX],
+        tuple(str(seed) for seed in seeds[:SEEDS_MAX]),
+        tuple(str(peer_id) for peer_id in allow),
+    )
     if len(swarm.key) != KEY_BYTES:
         raise ValueError("wrong size")
     return swarm

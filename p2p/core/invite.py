@@ -38,11 +38,13 @@ _HINT = "ask for the invite again, and copy all of it; it begins with " + PREFIX
 
 @dataclass(frozen=True, slots=True)
 class Swarm:
-    """A private swarm as a member knows it. ``seeds``: multiaddrs with ``/p2p/...`` to join through."""
+    """A private swarm as a member knows it. ``seeds``: multiaddrs with ``/p2p/...`` to join through; ``allow``: whom
+    this member admits (empty: everybody who has the key), which is its own affair and in no invite."""
 
     key: bytes = field(repr=False)
     name: str = ""
     seeds: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:

@@ -1,6 +1,7 @@
 """A private swarm of real daemons: founded, invited to, joined; a stranger who knows the seed gets nowhere."""
 
 import json
+import socket
 import subprocess
 
 import pytest
@@ -15,7 +16,10 @@ def swarm(tmp_path):
 
 
 def test_from_new_to_a_working_swarm(swarm):
-    founder = swarm.add("founder", {"ledger.witness": True})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    founder = swarm.add("founder", {"ledger.witness": True, "p2p.listen": (f"/ip4/127.0.0.1/tcp/{port}",)})
     made = json.loads(rios(founder, "swarm", "new", "--name", "home", "--json"))
     swarm.start(founder)
     assert founder.status["network"]["swarm"] == {"name": "home", "id": made["swarm"]}
@@ -43,6 +47,20 @@ def test_from_new_to_a_working_swarm(swarm):
         [*rios_command(), "--config", str(member.config_file), "doctor"],
         capture_output=True, text=True, env=_environ(), timeout=60, check=False,
     ).stdout  # fmt: skip
+    rios(founder, "swarm", "deny", member.peer_id)
+    wait_for(lambda: founder.ask("status")["network"]["links"] == 0, "the denied member to be hung up on", 10)
+    founder.stop()
+    member.stop()
+    swarm.start(founder)
+    swarm.start(member)  # it dials its seed at once
+    wait_for(lambda: "p2p.allow" in member.log_file.read_text(), "the denied member to be told", 20)
+    assert founder.ask("status")["network"]["links"] == 0, "the list outlives a restart"
+    rios(founder, "swarm", "allow", member.peer_id)
+    member.stop()
+    swarm.start(member)
+    wait_for(lambda: founder.ask("status")["network"]["links"] == 1, "the member to come back", 20)
+    assert member.peer_id in rios(founder, "swarm", "allow", stranger.peer_id)
+    assert "everybody who has the key" in rios(founder, "swarm", "allow", "--everybody")
     key = json.loads((founder.data / "swarm.json").read_text())["key"]
     for node in swarm.nodes:
         assert key not in json.dumps(node.ask("status"))
