@@ -381,8 +381,9 @@ class Lane:
         if self._upload is not None:
             self._upload.used(len(record))
         count = self._write(record)
-        self._wrote_at = perf_counter()
-        self._read_since = False
+        if kind < WINDOW:
+            self._wrote_at = perf_counter()
+            self._read_since = False
         if count < len(record):
             self._rest = memoryview(bytes(record[count:]))
             self._need_writer()
