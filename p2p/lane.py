@@ -194,18 +194,20 @@ class LaneChannel:
         data: Any = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         lane = self._lane
         if self._window > 0 and not self._waiting and self._begun is None and lane.idle_for(self._data):
-            if len(data) <= lane.cut and lane.in_a_row():
+            size = len(data)
+            if size > lane.cut:
+                self._window -= size
+                self.bytes_out += size
+                self._begun = memoryview(data)
+                lane.pump()
+            elif lane.in_a_row():
                 self._waiting.append(bytes(data))
-                self._waiting_bytes += len(data)
+                self._waiting_bytes += size
                 lane.gather()
-                return
-            self._window -= len(data)
-            self.bytes_out += len(data)
-            if len(data) <= lane.cut:
+            else:
+                self._window -= size
+                self.bytes_out += size
                 lane.write(self._data, data)
-                return
-            self._begun = memoryview(data)
-            lane.pump()
             return
         if len(self._waiting) + len(self._urgent) >= WAITING_MAX or self._waiting_bytes > OVERFLOW_BYTES:
             lane.fail("the peer does not read what it asks for")
@@ -267,7 +269,7 @@ class LaneChannel:
         size = len(data)
         self.bytes_in += size
         self._allowed -= size
-        if self._allowed < -self._lane.overdraft or self._receive is None:
+        if self._receive is None or self._allowed < -self._lane.overdraft:
             self._lane.fail("the peer sends more than its window allows", "flood")
         else:
             self._receive(memoryview(data))
@@ -534,7 +536,7 @@ class Lane:
             if not self._take(buffer[start:stop]):
                 return
             start = stop
-        self._head = bytes(buffer[start:end])
+        self._head = bytes(buffer[start:end]) if start < end else b""
 
     def _take(self, record: memoryview) -> bool:
         """Deliver a record; whether to go on."""
@@ -543,13 +545,16 @@ class Lane:
         except InvalidTag:
             self._tampered("a record that does not decrypt")
             return False
-        self._deliver(record[0], plain)
+        kind = record[0]
+        if kind < WINDOW:
+            self._channels[kind].on_data(plain)
+        else:
+            self._deliver(kind, plain)
         return not self.closed
 
     def _deliver(self, kind: int, plain: bytes) -> None:
-        if kind < WINDOW:
-            self._channels[kind].on_data(plain)
-        elif kind < WINDOW + 2 and len(plain) == _U32.size:
+        """What is no data."""
+        if kind < WINDOW + 2 and len(plain) == _U32.size:
             self._channels[kind - WINDOW].on_window(_U32.unpack(plain)[0])
             self.pump()
         elif kind < IGNORED:

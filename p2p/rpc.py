@@ -41,7 +41,6 @@ HELD_BYTES_TOTAL, HELD_BYTES_CROWDED = 512 << 20, 4 << 20
 COUNTED_CALLS, COUNTED_BYTES = 32, 256 << 10
 """After how many the doors are told: asking them each time would show in small calls."""
 STUCK_SECONDS, STUCK_BYTES_PER_SECOND = 30.0, 256
-_current_time = trio.current_time
 _current_task = trio.lowlevel.current_task
 _wait = trio.lowlevel.wait_task_rescheduled
 _reschedule = trio.lowlevel.reschedule
@@ -180,7 +179,8 @@ class Connection:
     def __init__(self, carrier: Carrier, context: Context, lost: Callable[["Connection"], None]) -> None:
         self.peer_id = PeerId(carrier.peer_id)
         self.carrier = carrier
-        self.heard_at = trio.current_time()
+        self._now = trio.lowlevel.current_clock().current_time  # trio.current_time() takes three calls to get there
+        self.heard_at = self._now()
         self.round_trip_s = 0.0
         self.bulk: Connection | None = None
         """The connection for bulk calls beside this one, if there is one yet."""
@@ -246,7 +246,7 @@ class Connection:
     def _begin(
         self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float
     ) -> tuple[int, frames.Chunks]:
-        left_ms = int((deadline - _current_time()) * 1000)
+        left_ms = int((deadline - self._now()) * 1000)
         if left_ms <= 0:
             raise self.late(method)
         if self._said_goodbye or self.ended.is_set():
@@ -306,7 +306,7 @@ class Connection:
     # -- what arrives
 
     def _received(self, data: memoryview) -> None:
-        self.heard_at = _current_time()
+        self.heard_at = self._now()
         try:
             events = self._machine.feed(data)
             self._behind = len(events)
@@ -447,7 +447,7 @@ class Connection:
             most = f"more than {self._context.calls_max} calls in flight (p2p.calls_per_peer_max)"
             self._refuse(request, BusyError(most, retry_after_ms=50))
             return
-        deadline = _current_time() + request.deadline_ms / 1000
+        deadline = self.heard_at + request.deadline_ms / 1000
         traced, followed = trace.off(request.header), self._behind > 0 or self.carrier.more
         call = Call(self.peer_id, request.method, request.header, request.buffers, deadline, traced, followed)
         if service.quick is not None and not self.carrier.congested:

@@ -27,6 +27,7 @@ REQUEST, RESPONSE, ITEM, END, ERROR, CANCEL, PING, PONG, CREDIT, GOODBYE = range
 
 HEAD = Struct("!IBBHIII")
 HEAD_BYTES = HEAD.size
+_HEAD_AND_SIZE = Struct("!IBBHIIII")
 BODY_BYTES_FIRST = 1 << 20
 BUFFERS_MAX = 256
 METHOD_BYTES_MAX = 255
@@ -256,6 +257,13 @@ class Machine:
             if length > self.frame_bytes_max:
                 raise _too_large(length, self.frame_bytes_max)
             return [HEAD.pack(length, kind, len(name), 0, call_id, number, len(packed)) + name + packed]
+        if len(buffers) == 1:  # most calls
+            only = buffers[0] if type(buffers[0]) is bytes else memoryview(buffers[0]).cast("B")
+            length = 4 + len(name) + len(packed) + len(only)
+            if length > self.frame_bytes_max:
+                raise _too_large(length, self.frame_bytes_max)
+            head = _HEAD_AND_SIZE.pack(length, kind, len(name), 1, call_id, number, len(packed), len(only))
+            return [head + name + packed, only]
         if len(buffers) > BUFFERS_MAX:
             raise RequestError("too_large", f"{len(buffers)} buffers in a frame, at most {BUFFERS_MAX} are allowed")
         views: Chunks = [b if type(b) is bytes else memoryview(b).cast("B") for b in buffers]
@@ -354,7 +362,7 @@ class Machine:
         buffers: tuple[memoryview, ...] = ()
         if count:
             buffers = _split(body, count, at + name_size + header_size)
-        name = bytes(body[at : at + name_size]) if name_size else b""
+        name = _text(body[at : at + name_size]) if name_size else ""
         at += name_size
         header = headers.unpack(body[at : at + header_size]) if header_size else _EMPTY
         if kind == REQUEST:
@@ -362,7 +370,7 @@ class Machine:
                 raise _broken(f"a deadline of {number} ms")
             self._last_taken = call_id
             self._taken[call_id] = STREAM_CREDIT
-            events.append(Request(call_id, _text(name), number, header, buffers, length))
+            events.append(Request(call_id, name, number, header, buffers, length))
         elif kind in (RESPONSE, ITEM, END, ERROR):
             self._take_answer(kind, call_id, header, buffers, events)
         elif kind == CANCEL:
@@ -430,9 +438,9 @@ def _split(body: memoryview, count: int, at: int) -> tuple[memoryview, ...]:
     return tuple(buffers)
 
 
-def _text(name: bytes) -> str:
+def _text(name: memoryview) -> str:
     try:
-        return name.decode()
+        return str(name, "utf-8")
     except UnicodeDecodeError:
         raise _broken("a method name is not UTF-8") from None
 
