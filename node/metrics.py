@@ -30,6 +30,7 @@ class NodeCollector(Collector):
         yield _counter("rios_cpu_seconds", "CPU time used", times.user + times.system)
         yield _gauge("rios_peers_linked", "Peers with a live link", len(node.network.peers()))
         yield _gauge("rios_peers_known", "Nodes with a valid advert", len(node.network.directory.adverts()))
+        yield from _directory(node)
         yield from _doors(node)
         yield from _reach(node)
         work = node.worker.statistics()
@@ -65,6 +66,18 @@ class NodeCollector(Collector):
         if node.ledger is not None:
             yield _gauge("rios_ledger_balance_microcredits", "Free balance of this node", node.ledger.balance())
             yield _counter("rios_ledger_entries", "Entries applied", node.ledger.statistics()["entries"])
+
+
+def _directory(node: "Node") -> Iterator[Metric]:
+    figures = node.network.directory.statistics()
+    refused = CounterMetricFamily(
+        "rios_adverts_refused", "Adverts and heartbeats not taken, by reason", labels=["reason"]
+    )
+    for reason, count in figures["refused"].items():
+        refused.add_metric([reason], count)
+    yield refused
+    yield _counter("rios_provider_searches", "Searches for a shard beyond the local view", figures["searches"])
+    yield _counter("rios_provider_searches_dht", "Those that went as far as the DHT", figures["dht_searches"])
 
 
 def _doors(node: "Node") -> Iterator[Metric]:

@@ -167,6 +167,8 @@ class PeerDirectory:
             "adverts": len(self.view),
             "refused": dict(self.view.refused),
             "announced": len(self.announcements.announced),
+            "searches": self.finder.searches,
+            "dht_searches": self.finder.dht_searches,
         }
 
     # -- the view
