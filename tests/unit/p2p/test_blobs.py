@@ -81,6 +81,9 @@ async def test_a_peer_that_stalls_costs_the_end_little(nodes, tmp_path):
     assert asked, "it was waited for"
     assert sum(done) == len(DATA)
     assert c.blobs.fetched_bytes == len(DATA)
+    link = c.links.ready(honest.peer_id)
+    assert link is not None
+    assert link.bulk is not None, "chunks stay out of the way of calls"
 
 
 async def test_who_fetches_the_same_file_gives_what_it_has(nodes, tmp_path, nursery):
