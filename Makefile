@@ -26,7 +26,7 @@ check: setup  ## format, lint, types, import contracts
 	@$(PY) -m mypy
 	@.venv/bin/lint-imports
 
-bench: setup  ## benchmarks; NAME=rpc|generate|ledger runs one
+bench: setup  ## benchmarks; NAME=rpc|generate|ledger|expert|... runs one
 	@for file in tests/bench/bench_$(or $(NAME),*).py; do echo "# $$file" >&2; $(PY) $$file || exit 1; done
 
 netns: setup tools  ## the tests in network namespaces, with what they measured (NAT, partition, loss, delay)
