@@ -4,8 +4,9 @@ Owns: the queues' bounds, the threads, what is run together. Does not own: who a
 
 A call that is expected to be quick and finds nobody waiting runs at once: a thread hop costs as much as a row, and a
 token needs a call per layer in sequence. Everything else queues per shard. Whenever a thread is free, a shard that has
-something waiting gets all of it, up to a row budget, run once: batches grow with the load, without a timer, while the
-loop goes on receiving. A large batch is divided over the threads that are free; its rows do not notice.
+something waiting gets all of it, up to a row budget, run once (on the loop itself if that is quicker than a hop):
+batches grow with the load, without a timer, while the loop goes on receiving. A large batch is divided over the threads
+that are free; its rows do not notice.
 
 Invariants:
 1. A call is refused (busy, with a hint) before it is queued, never dropped after.
@@ -31,11 +32,15 @@ from dmoe.threads import Threads
 log = logging.getLogger(__name__)
 
 INLINE_SECONDS_MAX = 0.002
-"""Work expected to take no longer may run on the event loop."""
+"""Work expected to take no longer may run on the event loop, when nobody waits."""
+HOP_SECONDS = 0.0003
+"""A batch expected to take no longer runs on the event loop even in a crowd: a thread would cost as much again."""
 CROWD_SECONDS = 0.00015
 """A call that starts so soon after the last one ended has waited for it: calls are crowding."""
 CROWD_MEMORY_SECONDS = 0.005
 """How long calls queue after they were last seen to crowd, so that the loop receives while a batch runs."""
+PASSED_OVER_MAX = 4
+"""So many batches of others may run before a shard's few rows do."""
 LIMITS = ("queue_rows_max", "deadline", "paused")
 """Why a call is refused here: the setting ``dmoe.queue_rows_max``, its own deadline, or the operator's wish."""
 PART_ROWS_MIN = 32
@@ -57,7 +62,7 @@ class Batches:
         self._filled = trio.Event()
         self._last_end = 0.0
         self._crowd_until = 0.0
-        self._running = False
+        self._running = self._starting = False
 
     async def run(self) -> None:
         """Start what was queued since the last turn of the loop, so that what arrived together runs together."""
@@ -181,12 +186,37 @@ class Batches:
     def _start(self) -> None:
         """Give free threads something to do. In a crowd one thread stays idle: the event loop needs a core, and fewer
         batches at a time are larger ones."""
+        if self._starting:
+            return
         kept = 1 if self._threads.count > 1 and perf_counter() < self._crowd_until else 0
         while self._threads.free > kept and self._ready:
-            loaded = self._ready.popleft()
-            if loaded.waiting and not loaded.running:  # its callers may have gone
-                batch = _Batch(loaded, loaded.take(self._batch_rows_max), self._ended)
+            loaded = self._next()
+            if not loaded.waiting or loaded.running:  # its callers may have gone
+                continue
+            batch = _Batch(loaded, loaded.take(self._batch_rows_max), self._ended)
+            if batch.seconds > HOP_SECONDS:
                 batch.start(self._threads, self._threads.free - kept)
+                continue
+            self._starting = True
+            try:
+                batch.run()
+            finally:
+                self._starting = False
+            self._filled.set()  # the rest in the next turn: the loop receives between two batches
+            return
+
+    def _next(self) -> LoadedShard:
+        """The shard with most rows waiting: small batches waste most, and grow meanwhile. One that was passed over
+        :data:`PASSED_OVER_MAX` times comes first."""
+        ready = self._ready
+        loaded = ready[0]
+        if len(ready) > 1 and loaded.passed_over < PASSED_OVER_MAX:
+            loaded = max(ready, key=_rows_waiting)
+            for other in ready:
+                other.passed_over += 1
+        ready.remove(loaded)
+        loaded.passed_over = 0
+        return loaded
 
     def _ended(self, loaded: LoadedShard, calls: int) -> None:
         if calls > 1:
@@ -195,6 +225,10 @@ class Batches:
             self._ready.append(loaded)
         self.idle.set()
         self._start()
+
+
+def _rows_waiting(loaded: LoadedShard) -> int:
+    return loaded.rows_waiting
 
 
 class _Batch:
@@ -210,18 +244,32 @@ class _Batch:
         self._error: BaseException | None = None
         self._begun = 0.0
 
+    @property
+    def seconds(self) -> float:
+        """How long it is expected to take on one thread."""
+        return self._loaded.row_seconds * len(self._rows)
+
+    def run(self) -> None:
+        """Run it here and now."""
+        self._begin(1)
+        self._run(0, slice(None))
+        self._part_done()
+
     def start(self, threads: Threads, most: int) -> None:
         """Hand it to free threads, ``most`` of them at most."""
         count = len(self._rows)
         parts = max(1, min(most, count // PART_ROWS_MIN))
-        self._left, self._answers, self._begun = parts, [None] * parts, perf_counter()
-        self._loaded.running = 1
+        self._begin(parts)
         bounds = [count * n // parts for n in range(parts + 1)]
         for n in range(parts):
             threads.submit(partial(self._run, n, slice(bounds[n], bounds[n + 1])), self._part_done)
 
+    def _begin(self, parts: int) -> None:
+        self._left, self._answers, self._begun = parts, [None] * parts, perf_counter()
+        self._loaded.running = 1
+
     def _run(self, part: int, rows: slice) -> None:
-        """In a thread."""
+        """One part; in a thread where there are several."""
         try:
             experts = None if self._experts is None else self._experts[rows]
             weights = None if self._weights is None else self._weights[rows]

@@ -87,6 +87,8 @@ class LoadedShard:
     waiting: deque[Job] = field(default_factory=deque)
     rows_waiting: int = 0
     running: int = 0
+    passed_over: int = 0
+    """Batches of other shards that ran while rows waited here."""
     row_seconds: float = 0.0002
     rows: int = 0
     rows_computed: int = 0

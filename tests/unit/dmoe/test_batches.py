@@ -9,7 +9,7 @@ import trio
 
 from dmoe import batches as batches_module
 from dmoe.batches import PART_ROWS_MIN, Batches
-from dmoe.loaded import LoadedShard, plan_of
+from dmoe.loaded import Job, LoadedShard, plan_of
 from dmoe.runtime import weighted_sum
 from dmoe.threads import Threads
 from tests.unit.dmoe.swarm_kit import HIDDEN, FakeShard, make_manifest
@@ -21,9 +21,10 @@ def rows(count, seed=0):
     return np.random.default_rng(seed).normal(size=(count, HIDDEN)).astype(np.float32)
 
 
-def loaded(index=0):
+def loaded(index=0, *, seconds=0.001):
+    """A shard believed to take so long per row: by default long enough for a thread, not too long for the loop."""
     shard = MANIFEST.shards[index]
-    return LoadedShard(plan_of(MANIFEST, shard), FakeShard(shard))
+    return LoadedShard(plan_of(MANIFEST, shard), FakeShard(shard), row_seconds=seconds)
 
 
 def forever():
@@ -39,6 +40,21 @@ async def running(*, threads=2, **limits):
         await trio.testing.wait_all_tasks_blocked()
         yield made
         nursery.cancel_scope.cancel()
+
+
+async def test_what_is_quicker_than_a_thread_runs_on_the_loop_even_in_a_crowd():
+    async with running() as made:
+        shard, home, used = loaded(seconds=1e-6), get_ident(), []
+        compute = shard.shard.partial
+        shard.shard.partial = lambda *args: used.append(get_ident()) or compute(*args)
+        async with trio.open_nursery() as nursery:
+            for n in range(1, 6):
+                nursery.start_soon(made.later, [shard], 0, rows(n), None, None, forever())
+        assert used == [home]
+        assert shard.shard.batches == [15]
+        shard.row_seconds = 1.0
+        await made.later([shard], 0, rows(1), None, None, forever())
+        assert used[1] != home
 
 
 async def test_a_small_call_that_finds_nobody_runs_at_once():
@@ -133,6 +149,43 @@ async def test_what_comes_while_a_batch_runs_is_one_batch_after_it():
         assert shard.shard.batches == [1, sum(range(2, 9))]
         for n, answer in got.items():
             assert answer.tobytes() == shard.shard.partial(0, rows(n, n), None, None).tobytes()
+
+
+async def test_most_rows_first_but_nobody_waits_for_ever():
+    async with running(threads=1) as made:
+        busy, few, many = (loaded(index) for index in range(3))
+        order = []
+        for shard, name in ((few, "few"), (many, "many")):
+            compute = shard.shard.partial
+            shard.shard.partial = lambda *args, c=compute, n=name: order.append(n) or c(*args)
+        busy.shard.gate.clear()
+
+        async def ask(shard, count, times=1):
+            for _ in range(times):
+                await made.later([shard], 0, rows(count), None, None, forever())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, busy, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(ask, few, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(ask, many, 9)
+            await trio.testing.wait_all_tasks_blocked()
+            busy.shard.gate.set()
+        assert order == ["many", "few"]
+
+        made._ready.extend((few, many))
+        few.put(Job(0, rows(1), None, None, lambda: None))
+        taken = []
+        for _ in range(2 * (batches_module.PASSED_OVER_MAX + 1)):
+            many.rows_waiting = 9
+            shard = made._next()
+            taken.append(shard is few)
+            made._ready.appendleft(few) if shard is few else made._ready.append(many)
+        many.rows_waiting = 0
+        few.forget(few.waiting[0])
+        made._ready.clear()
+        assert taken.count(True) == 2
 
 
 async def test_a_caller_that_goes_takes_its_rows_out_of_the_queue():
