@@ -212,7 +212,7 @@ class Doors:
         if visit.entry.left or visit.hung_up:
             return False
         self._anonymous.pop(visit.entry, None)
-        refusal = self._refuse_peer(visit.entry, peer_id)
+        refusal = self._refuse_peer(peer_id)
         if refusal is None and peer_id not in self._visits:
             refusal = self._make_room(visit.entry, peer_id)
         if refusal is None:
@@ -224,13 +224,11 @@ class Doors:
         self._add(visit, peer_id)
         return True
 
-    def _refuse_peer(self, entry: Entry, peer_id: PeerId) -> Refusal | None:
+    def _refuse_peer(self, peer_id: PeerId) -> Refusal | None:
         now_ms = _now_ms()
         ban = self.standing.banned(peer_id, now_ms)
         if ban is not None:
             return Refusal("ban", f"{peer_id} is banned: {ban.reason}")
-        if entry.strict and not self.standing.is_good(peer_id, now_ms):
-            return Refusal("ban", f"{peer_id} is a stranger from an address in disgrace")
         return None
 
     def _make_room(self, entry: Entry, peer_id: PeerId) -> Refusal | None:

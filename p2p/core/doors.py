@@ -27,8 +27,8 @@ ADDRESS_TIMES, SUBNET_TIMES = 4, 8
 TABLE_MIN = 4096
 GRACE_S = 2.0
 """An undecided handshake younger than this is not ousted: an honest one over a bad link needs that long."""
-STRICT_PER_MINUTE = 6
-"""Handshakes a minute that a place in disgrace still gets."""
+STRICT_PER_MINUTE = 12
+"""Handshakes a minute that a place in disgrace still gets: a flooder's neighbours come in through these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class Source(Party):
         super().__init__(whom, key, times, limits)
         per_minute = limits.connections_per_minute * times / ADDRESS_TIMES
         self.entered = _bucket(per_minute / 60, 30)
-        self.strict_rate = Bucket(STRICT_PER_MINUTE / 60, 2)
+        self.strict_rate = Bucket(STRICT_PER_MINUTE / 60, 4)
 
     def idle(self, now: float) -> bool:
         """Whether forgetting it changes nothing."""
@@ -141,8 +141,6 @@ class Doors:
         place = place_of(host)
         exempt = place.loopback and self.limits.loopback_exempt
         sources = () if exempt else self._sources(place, now)
-        if not self._handshakes.take(1, now):
-            return Refusal("connections_per_second", f"more than {self.limits.connections_per_second} a second come")
         refusal = self._refuse_entry(sources, now, strict=strict)
         if refusal is not None:
             return refusal
@@ -150,6 +148,9 @@ class Doors:
         ousted = self._oust(sources, now)
         if isinstance(ousted, Refusal):
             return ousted
+        # last, so that whoever is refused for himself uses up nothing that all share
+        if not self._handshakes.take(1, now):
+            return Refusal("connections_per_second", f"more than {self.limits.connections_per_second} a second come")
         if ousted is not None:
             self.leave(ousted)
             entry.ousted = ousted
@@ -218,7 +219,7 @@ class Doors:
             if source.entered is not None and source.entered.wait_s(now):
                 return Refusal(f"connections_per_minute_per_{source.whom}", f"{source.key} connects too often")
         if strict and not all(source.strict_rate.take(1, now) for source in sources):
-            return Refusal("ban", "the address or its subnet is in disgrace")
+            return Refusal("disgrace", "of the address or its subnet: it gets a few handshakes a minute")
         return None
 
     def _oust(self, sources: tuple[Source, ...], now: float) -> Entry | Refusal | None:

@@ -8,7 +8,8 @@ Every subject (a peer id, an address, a subnet) has demerits: a fault adds its w
 Invariants:
 1. Soft faults (slowness, missed deadlines) alone never ban: an overloaded peer is used less, not shut out.
 2. Identities are free, so a peer's hard faults also count, diluted, against its address and its subnet. A place that
-   was banned by that is *strict*: it keeps a trickle of handshakes, through which peers of good standing still come.
+   was banned by that is in *disgrace*: a trickle of handshakes is all it gets, so that the neighbours behind one NAT
+   still come in, sooner or later. Who is in stays in.
 3. Only the operator shuts a place out entirely, and only the operator's word ends an operator's ban early.
 4. Tables are bounded; forgotten first are those of whom least is known, and the bans nearest to their end.
 5. What the operator trusts is never banned by itself.
@@ -54,8 +55,8 @@ ADDRESS_SHARE, SUBNET_SHARE = 0.25, 0.0625
 TABLE_MAX = 8192
 BANS_MAX = 4096
 TENURE_MAX_MS = 24 * 3600_000
-GOOD_TENURE_MS = 10 * 60_000
-"""Linked so long in total without demerits: a peer of good standing."""
+TENURE_KEPT_MS = 10 * 60_000
+"""Who was linked so long in total is kept in a full table like one that is about to be banned."""
 
 
 @dataclass(slots=True)
@@ -136,12 +137,6 @@ class Standing:
         record = self._records.get(subject)
         return 0 if record is None else record.tenure_ms
 
-    def is_good(self, subject: str, now_ms: int) -> bool:
-        """Whether a peer has shown over some time that it behaves, or the operator trusts it."""
-        if subject in self.trusted:
-            return True
-        return self.tenure_ms(subject) >= GOOD_TENURE_MS and self.score(subject, now_ms) > BAN_AT // 2
-
     def tenures(self, count: int) -> dict[str, int]:
         """The longest known peers."""
         long = [(record.tenure_ms, subject) for subject, record in self._records.items() if record.tenure_ms]
@@ -205,7 +200,7 @@ class Standing:
 
         def weight(subject: str) -> float:
             record = self._records[subject]
-            return record.demerits + BAN_AT * record.tenure_ms / GOOD_TENURE_MS
+            return record.demerits + BAN_AT * record.tenure_ms / TENURE_KEPT_MS
 
         for subject in sorted(self._records, key=weight)[: max(1, self._table_max // 8)]:
             del self._records[subject]

@@ -10,7 +10,7 @@ from p2p.core.buckets import Bucket
 from p2p.core.doors import GRACE_S, Doors, Entry, Limits, Refusal
 from p2p.core.places import place_of, subject_of
 from p2p.core.slots import Seat, choose_victim
-from p2p.core.standing import BAN_MS, BAN_MS_MAX, FAULTS, GOOD_TENURE_MS, GROWTH, HALF_LIFE_MS, Ban, Standing
+from p2p.core.standing import BAN_MS, BAN_MS_MAX, FAULTS, GROWTH, HALF_LIFE_MS, Ban, Standing
 
 HOUR_MS = 3600_000
 
@@ -89,6 +89,17 @@ def test_connections_per_minute_by_address():
             assert refused(outcome) == "connections_per_minute_per_address"
     assert let_in == pytest.approx(30 + 120, abs=3)
     assert doors.undecided == 0
+
+
+def test_who_is_refused_for_himself_uses_up_nothing_that_all_share():
+    doors = Doors(Limits(connections_per_second=10, undecided_per_address_max=4))
+    for _ in range(1000):
+        doors.enter("203.0.113.1", 0.0)
+    entered(doors, "198.51.100.1", 0.0, "elsewhere")
+    hosts = [f"198.51.{n}.1" for n in range(100)]
+    outcomes = [doors.enter(host, 0.0) for host in hosts]
+    assert sum(isinstance(outcome, Entry) for outcome in outcomes) == 15
+    assert refused(outcomes[-1]) == "connections_per_second"
 
 
 def test_loopback_is_exempt_only_while_the_setting_says_so():
@@ -239,10 +250,10 @@ def test_one_proof_of_cheating_bans_and_the_trusted_are_never_banned_by_themselv
 
 def test_a_ban_of_an_earlier_run_cannot_outlast_the_longest_one():
     standing = Standing()
-    standing.restore({"a": Ban(1 << 60, "x", 3), "b": Ban(1 << 60, "x", 0, True)}, {"old": 2 * GOOD_TENURE_MS}, 0)
+    standing.restore({"a": Ban(1 << 60, "x", 3), "b": Ban(1 << 60, "x", 0, True)}, {"old": HOUR_MS}, 0)
     assert not standing.banned("a", BAN_MS_MAX)
     assert standing.banned("b", BAN_MS_MAX)
-    assert standing.is_good("old", 0)
+    assert standing.tenure_ms("old") == HOUR_MS
 
 
 def test_tables_of_subjects_are_bounded_and_keep_whom_they_know_best():
@@ -252,7 +263,7 @@ def test_tables_of_subjects_are_bounded_and_keep_whom_they_know_best():
     for n in range(1000):
         standing.blame(f"id-{n}", "deadline", 0)
     assert len(standing._records) <= 100
-    assert standing.is_good("friend", 0)
+    assert standing.tenure_ms("friend") == 24 * HOUR_MS
     assert standing.score("worst", 0) == 50
     standing.ban("by hand", HOUR_MS, "operator", 0)
     for n in range(100):
