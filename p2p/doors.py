@@ -122,9 +122,9 @@ class Meter:
         """A call is done."""
         self._doors.limiter.end_call(self._entry)
 
-    def over(self, limit: str) -> None:
-        """A call was refused elsewhere, for a limit of this name."""
-        self._doors.refused(Refusal(limit, "calls were refused"), self._peer_id)
+    def over(self, limit: str) -> bool:
+        """A call was refused elsewhere, for a limit of this name; whether that makes a flood: hang up."""
+        return self._doors.refused(Refusal(limit, "calls were refused"), self._peer_id)
 
     def open_stream(self) -> str:
         """One more stream; what is wrong with that, empty if nothing. :meth:`close_stream` once it is done."""
@@ -391,10 +391,12 @@ class Doors:
 
     # -- counting
 
-    def refused(self, refusal: Refusal, who: str) -> None:
-        """Count a refusal under its limit's name; a peer that goes on and on floods."""
-        if self.refusals.count(refusal, who, trio.current_time()) and PeerId(who) in self._visits:
+    def refused(self, refusal: Refusal, who: str) -> bool:
+        """Count a refusal under its limit's name; whether that makes a flood, which a peer is blamed for."""
+        flood = self.refusals.count(refusal, who, trio.current_time())
+        if flood and PeerId(who) in self._visits:
             self.blame(who, "flood", refusal.limit)
+        return flood
 
     def peer(self, peer_id: PeerId) -> dict[str, Any]:
         """What ``rios peers`` shows of one peer."""

@@ -51,6 +51,9 @@ RECORD_BYTES_MAX = (256 << 10) + 4096
 """Plaintext in a record: a frame with a tensor of 256 KiB fits one. Measured: fewer, larger records are faster than a
 pipeline of small ones, since a record more is a wake-up more."""
 READ_BYTES = 1 << 20
+READ_BYTES_MIN = 64 << 10
+TURN_SECONDS = 0.004
+"""What was read should be served in so long; else others get a turn, and less is read at once."""
 IN_PLACE_BYTES = 8 << 10
 """Records from this size on are sealed into the shared buffer."""
 READS_PER_TURN = 16
@@ -359,6 +362,7 @@ class Lane:
         """The longest record that is sent."""
         self._scratch = scratch
         self._room = scratch.read if download is None else scratch.read[: max(HEAD_BYTES, download.piece)]
+        self._room_max = len(self._room)
         self._head = b""  # the first bytes of a record, fewer than a head has
         self._partial = memoryview(b"")  # a record of which only the beginning came
         self._filled = 0
@@ -475,12 +479,16 @@ class Lane:
                     await self._download.room()
                     if self.closed:
                         return
+                began = perf_counter()
                 try:
                     count, room = self._read()
                 except BlockingIOError:
                     waiting = True
                     continue
                 reads += 1
+                self._adapt(perf_counter() - began)
+                if perf_counter() - began > TURN_SECONDS:
+                    reads = READS_PER_TURN
                 if self._download is not None:
                     self._download.used(count)
                 waiting = count < room
@@ -491,6 +499,15 @@ class Lane:
             self.fail(f"connection lost: {error}")
         finally:
             self.fail("no longer read")
+
+    def _adapt(self, spent_s: float) -> None:
+        """Read less at once from a peer whose bytes take long to serve: others want a turn, too."""
+        size = len(self._room)
+        if spent_s > TURN_SECONDS:
+            if size > READ_BYTES_MIN:
+                self._room = self._scratch.read[: max(READ_BYTES_MIN, size // 2)]
+        elif size < self._room_max and spent_s < TURN_SECONDS / 4:
+            self._room = self._scratch.read[: min(2 * size, self._room_max)]
 
     def _read(self) -> tuple[int, int]:
         """Read once and deliver the records that are complete: bytes read, bytes that there was room for."""

@@ -16,7 +16,7 @@ log = logging.getLogger("rios.security.doors")
 
 LOG_SECONDS = 10.0
 WHO_MAX = 1024
-FLOOD_PER_SECOND, FLOOD_BURST = 100.0, 2000.0
+FLOOD_PER_SECOND, FLOOD_BURST = 100.0, 1000.0
 """Refusals above this are no eager caller's: whoever is told "busy" waits before it asks again."""
 
 _NONE: Mapping[str, int] = MappingProxyType({})

@@ -64,8 +64,8 @@ class Meter(Protocol):
     def end_call(self) -> None:
         """A call is done."""
 
-    def over(self, limit: str) -> None:
-        """A call was refused here, for a limit of this name."""
+    def over(self, limit: str) -> bool:
+        """A call was refused here, for a limit of this name; whether that makes a flood."""
 
     def spend(self, calls: int, size: int, now: float) -> float:
         """Calls and bytes came in: for how many seconds no more should."""
@@ -80,8 +80,8 @@ class _Free:
     def end_call(self) -> None:
         return
 
-    def over(self, limit: str) -> None:
-        return
+    def over(self, limit: str) -> bool:
+        return False
 
     def spend(self, calls: int, size: int, now: float) -> float:
         return 0.0
@@ -158,6 +158,10 @@ class _Waiter:
         return _SUCCEEDED
 
 
+class _Flood(Exception):
+    """A peer goes on calling although it is refused."""
+
+
 class _Pause:
     """A peer was too fast: its window stays shut for a while."""
 
@@ -205,7 +209,7 @@ class Connection:
         self._owed = 0
         self._meter = context.meter(self.peer_id)
         self._uncounted = self._uncounted_calls = 0
-        self._paused = False
+        self._paused = self._broken_off = False
         self._progress: tuple[object, int, float] | None = None
         carrier.open(self._received, self._on_lost)
 
@@ -306,6 +310,8 @@ class Connection:
     # -- what arrives
 
     def _received(self, data: memoryview) -> None:
+        if self._broken_off:
+            return
         self.heard_at = self._now()
         try:
             events = self._machine.feed(data)
@@ -316,7 +322,11 @@ class Connection:
         except IntegrityError as error:
             log.warning("peer %s broke the RPC protocol: %s", self.peer_id, error)
             self._context.blame(self.peer_id, "protocol")
-            self._context.pool.submit(self.carrier.close)
+            self._break_off()
+            return
+        except _Flood as limit:
+            log.warning("peer %s is hung up on: it goes on calling above %s", self.peer_id, limit)
+            self._break_off()
             return
         size = len(data)
         self._uncounted += size
@@ -355,6 +365,11 @@ class Connection:
             return False
         self._progress = (mark, filled, now)
         return filled - before < STUCK_BYTES_PER_SECOND * (now - since)
+
+    def _break_off(self) -> None:
+        """Hear no more of this peer."""
+        self._broken_off = True
+        self._context.pool.submit(self.carrier.close)
 
     def _may_send_on(self) -> bool:
         """Whether the peer's window is opened further."""
@@ -439,13 +454,13 @@ class Connection:
         self._uncounted_calls += 1
         service = self._context.services.get(request.method)
         if service is None:
-            self._meter.over("calls_of_unknown_methods")
             self._refuse(request, RemoteError("not_found", f"{request.method[:80]!r} is not served here"))
+            self._over("calls_of_unknown_methods")
             return
         if self._machine.open_taken > self._context.calls_max:
-            self._meter.over("calls_per_connection")
             most = f"more than {self._context.calls_max} calls in flight (p2p.calls_per_peer_max)"
             self._refuse(request, BusyError(most, retry_after_ms=50))
+            self._over("calls_per_connection")
             return
         deadline = self.heard_at + request.deadline_ms / 1000
         traced, followed = trace.off(request.header), self._behind > 0 or self.carrier.more
@@ -462,6 +477,10 @@ class Connection:
             return
         self.hold(request.size_bytes)
         self._context.pool.submit(partial(self._serve, service, call, request))
+
+    def _over(self, limit: str) -> None:
+        if self._meter.over(limit):
+            raise _Flood(limit)
 
     def _refuse(self, request: frames.Request, error: RiosError) -> None:
         self._send(self._machine.fail(request.call_id, failures.to_header(error)))

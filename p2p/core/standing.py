@@ -32,7 +32,7 @@ FAULTS: Mapping[str, Fault] = {
     "bad_advert": Fault(10, True),  # its own signature, sequence or bounds are wrong
     "bad_record": Fault(10, True),  # a DHT record its rule refuses
     "bad_chunk": Fault(34, True),  # bytes that do not have the hash they were asked by
-    "flood": Fault(10, True),  # goes on above a limit it was told of
+    "flood": Fault(25, True),  # goes on above a limit it was told of
     "handshake": Fault(7, True),  # opened a connection and proved nothing
     "cheat": Fault(1000, True),  # proved wrong about its work
     "refused": Fault(2, False),  # comes back although refused

@@ -66,6 +66,37 @@ def test_two_daemons_never_share_a_data_folder(swarm, node):
     assert node.ask("health")["ok"] is True
 
 
+def test_an_operator_shuts_a_peer_out_and_lets_it_in_again(swarm, node):
+    swarm.start(node)
+    other = swarm.add(
+        "two", {"p2p.seeds": tuple(node.status["network"]["addresses"])}, ("--genesis", str(node.data / "genesis.json"))
+    )
+    swarm.start(other)
+    wait_for(lambda: node.ask("status")["network"]["links"] == 1, "the two to be linked", 30)
+    row = next(r for r in json.loads(rios("peers", "--json", config=node.config_file).stdout) if not r["self"])
+    assert (row["peer_id"], row["linked"], row["score"], row["ban"]) == (other.peer_id, True, 100, None)
+    assert row["link"]["round_trip_ms"] >= 0
+    assert "100" in rios("peers", config=node.config_file).stdout
+
+    told = rios("peers", "ban", other.peer_id, "--minutes", "5", config=node.config_file)
+    assert "is shut out for" in told.stdout
+    wait_for(lambda: node.ask("status")["network"]["links"] == 0, "the link to end", 10)
+    shown = rios("peers", "bans", config=node.config_file).stdout
+    assert other.peer_id in shown
+    assert "by the operator" in shown
+    wait_for(lambda: node.ask("peers.bans")["refused"].get("ban", 0) > 0, "the peer to be refused", 30)
+    told = rios("peers", "unban", other.peer_id, config=node.config_file)
+    assert "may come in again" in told.stdout
+    assert node.ask("peers.bans")["bans"] == []
+    assert rios("peers", "ban", "203.0.113.9/24", config=node.config_file).returncode == 0
+    node.stop()
+    swarm.start(node)
+    assert node.ask("peers.bans")["bans"][0]["subject"] == "203.0.113.0/24", "a restart forgets no ban"
+    refused = rios("peers", "ban", "somebody", config=node.config_file)
+    assert refused.returncode == 1
+    assert "neither a peer nor an address" in refused.stderr
+
+
 def test_a_taken_port_is_named(swarm):
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
