@@ -1,8 +1,10 @@
 """Peer-to-peer layer: the only importer of libp2p.
 
 ``face`` is what others see; ``network`` implements it over libp2p, ``memory`` in memory; ``core/`` holds the sans-IO
-protocol parts. From the bottom up: ``secure`` (Noise session and yamux, made quick), ``streams`` (one stream of them)
-and ``host`` (libp2p, tamed) are the only importers of libp2p; ``carrier`` says what ``rpc`` needs of a byte stream,
+protocol parts. From the bottom up: ``noise`` (its handshake, with or without a swarm key), ``secure`` (Noise session
+and yamux, made quick), ``streams`` (one stream of them), ``kademlia`` (its DHT, bounded) and ``host`` (libp2p, tamed)
+are the only importers of libp2p; ``carrier`` says what ``rpc`` needs of a byte stream,
 ``pool`` runs handlers, ``links`` keeps one link per peer; ``directory``, ``gossip`` and ``blobs`` are built on calls;
-``mesh`` dials, ``peerbook`` remembers; ``keyfile`` keeps the identity.
+``fetch`` brings a file from several peers; ``mesh`` dials, ``peerbook`` remembers; ``keyfile`` keeps the identity,
+``swarmfile`` a private swarm's key.
 """

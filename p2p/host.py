@@ -53,7 +53,8 @@ from p2p.doors import Doors
 from p2p.face import RecordRule
 from p2p.front import Front
 from p2p.guards import Guards
-from p2p.secure import Connection, Muxer, Noise
+from p2p.noise import Noise
+from p2p.secure import Connection, Muxer
 from p2p.streams import Channel
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ Invariants:
 4. A peer that opens streams without end loses its connection and is blamed: :data:`STREAMS_MAX` may be open,
    :data:`STREAMS_PER_SECOND` may come. What it may leave unread in them is bounded by that.
 
-This file, ``streams`` and ``host`` are the only importers of libp2p.
+The handshake before it stands in ``noise``.
 """
 
 import os
@@ -29,20 +29,12 @@ import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from libp2p.abc import IMuxedConn, IRawConnection, ISecureConn
-from libp2p.crypto.keys import PrivateKey
-from libp2p.custom_types import TProtocol
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
-from libp2p.security.exceptions import HandshakeFailure
-from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
-from libp2p.security.noise.patterns import IPattern, PatternXX
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
-from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux import yamux as yamux_module
 from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux
-from noise.connection import NoiseConnection  # type: ignore[import-untyped]
 
 from config.vocabulary import PeerId
 from p2p.core.buckets import Bucket
@@ -59,10 +51,6 @@ STREAMS_PER_SECOND, STREAMS_BURST = 50.0, 200.0
 READS_PER_TURN = 16
 """Reads after which other tasks get a turn, however much data waits."""
 
-PSK_ID = TProtocol("/rios/noise-psk/1.0.0")
-"""libp2p's Noise with a swarm key; what strangers to a private swarm cannot speak."""
-PSK_NAME = b"Noise_XXpsk0_25519_ChaChaPoly_SHA256"
-
 NOISE_PLAIN_MAX = 65535 - 16
 YAMUX_HEAD = Struct("!BBHII")
 _NONCE = Struct("<4xQ")
@@ -72,15 +60,6 @@ _IOV_MAX = 512
 
 # one yamux frame then fits one Noise message
 yamux_module.MAX_MESSAGE_SIZE = NOISE_PLAIN_MAX
-
-REFUSED_MAX = 1024
-NEEDS_KEY = "this swarm needs a key: ask one of its members for an invite, then: rios swarm join"
-OTHER_SWARM = "it is not in this node's private swarm (rios swarm show): it speaks no Noise with a swarm key"
-OTHER_KEY = "it broke off at the swarm key: it has another one; compare `rios swarm show`, or ask for a new invite"
-LEFT_OUT = "it hung up once it knew who calls: its p2p.allow does not list this node, perhaps"
-OTHER_PEER = "another peer answers at that address: has the node got a new key?"
-NOT_LISTED = "p2p.allow of this node does not list it"
-KEPT_OUT = "the doors of this node keep it out: see rios peers bans"
 
 Buffer = bytes | bytearray | memoryview
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]
@@ -433,92 +412,6 @@ class Session(SecureSession):
         """Close the connection."""
         self.fail()
         await self.conn.close()
-
-
-class Noise(NoiseTransport):
-    """Noise whose sessions are :class:`Session`. With a swarm key it is another protocol, :data:`PSK_ID`: whoever
-    lacks the key fails at the first message, before either side has said who it is."""
-
-    spawn: Spawn
-    swarm_key: bytes | None = None
-    admits: Callable[[str], bool] = staticmethod(lambda peer_id: True)
-    """Whether a peer whose identity was just proved may stay."""
-    door: Door
-    refused: dict[str, Exception]
-    """Peer -> why the last handshake with it failed."""
-
-    @property
-    def protocol_id(self) -> TProtocol:
-        """What is negotiated."""
-        return NOISE_ID if self.swarm_key is None else PSK_ID
-
-    def get_pattern(self) -> IPattern:
-        """The handshake of a public or a private swarm."""
-        if self.swarm_key is None:
-            return super().get_pattern()
-        return _PskPattern(self.local_peer, self.libp2p_privkey, self.noise_privkey, self.swarm_key)
-
-    async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
-        """Answer a handshake."""
-        session = _plain(await super().secure_inbound(conn))
-        stream: Any = conn
-        if not self.door.known(stream.stream.stream.socket, PeerId(str(session.remote_peer))):
-            raise HandshakeFailure(KEPT_OUT)
-        return await self._admitted(session, conn)
-
-    async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
-        """Begin a handshake with this very peer."""
-        self.refused.pop(str(peer_id), None)
-        try:
-            session = await self._admitted(_plain(await super().secure_outbound(conn, peer_id)), conn)
-            if not session.allowed():
-                await session.close()
-                raise HandshakeFailure(KEPT_OUT)
-            return session
-        except Exception as error:
-            if len(self.refused) < REFUSED_MAX:  # the library reports one of several addresses' errors, or none
-                self.refused[str(peer_id)] = error
-            raise
-
-    async def _admitted(self, session: SecureSession, conn: IRawConnection) -> Session:
-        if not self.admits(str(session.remote_peer)):
-            await session.close()
-            raise HandshakeFailure(NOT_LISTED)
-        return Session(session, conn, self.spawn, self.door)
-
-    def why_refused(self, peer_id: str, error: BaseException) -> str:
-        """What a failed dial says about swarm keys, in words that tell what to do; empty if nothing."""
-        refused = self.refused.pop(peer_id, None)
-        if isinstance(refused, PeerIDMismatchesPubkey):
-            return OTHER_PEER
-        if isinstance(refused, HandshakeFailure) and str(refused) in (NOT_LISTED, KEPT_OUT):
-            return str(refused)
-        text = f"{error} {error.__cause__} {error.__context__}"
-        if "negotiate the secure protocol" in text:
-            return NEEDS_KEY if self.swarm_key is None else OTHER_SWARM
-        if self.swarm_key is None:
-            return ""
-        return OTHER_KEY if refused is not None else LEFT_OUT if "failed to upgrade mux" in text else ""
-
-
-class _PskPattern(PatternXX):
-    """Noise XX that mixes the swarm key in before the first message (Noise specification, section 9: ``psk0``)."""
-
-    def __init__(self, local_peer: ID, private_key: PrivateKey, noise_key: PrivateKey, psk: bytes) -> None:
-        super().__init__(local_peer, private_key, noise_key)
-        self.protocol_name = PSK_NAME
-        self._psk = psk
-
-    def create_noise_state(self, prologue: bytes | None = None) -> NoiseConnection:
-        """A handshake that has not begun."""
-        state = super().create_noise_state(prologue)
-        state.set_psks(psk=self._psk)
-        return state
-
-
-def _plain(session: ISecureConn) -> SecureSession:
-    assert isinstance(session, SecureSession)
-    return session
 
 
 class Connection(Yamux):
