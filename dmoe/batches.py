@@ -184,12 +184,10 @@ class Batches:
         self._filled.set()
 
     def _start(self) -> None:
-        """Give free threads something to do. In a crowd one thread stays idle: the event loop needs a core, and fewer
-        batches at a time are larger ones."""
+        """Give free threads something to do."""
         if self._starting:
             return
-        kept = 1 if self._threads.count > 1 and perf_counter() < self._crowd_until else 0
-        while self._threads.free > kept and self._ready:
+        while self._ready and self._threads.free > (kept := self._kept()):
             loaded = self._next()
             if not loaded.waiting or loaded.running:  # its callers may have gone
                 continue
@@ -204,6 +202,13 @@ class Batches:
                 self._starting = False
             self._filled.set()  # the rest in the next turn: the loop receives between two batches
             return
+
+    def _kept(self) -> int:
+        """How many threads stay idle. In a crowd of small calls one does: the event loop needs a core, and fewer
+        batches at a time are larger ones."""
+        if self._threads.count == 1 or perf_counter() >= self._crowd_until:
+            return 0
+        return 0 if max(map(_rows_waiting, self._ready)) >= 2 * PART_ROWS_MIN else 1
 
     def _next(self) -> LoadedShard:
         """The shard with most rows waiting: small batches waste most, and grow meanwhile. One that was passed over

@@ -110,6 +110,25 @@ async def test_a_large_batch_is_divided_over_free_threads_without_changing_a_bit
         assert shard.batch_rows_max == len(h)
 
 
+async def test_in_a_crowd_of_small_calls_one_thread_stays_idle_large_batches_get_all(monkeypatch):
+    monkeypatch.setattr(batches_module, "CROWD_MEMORY_SECONDS", 60.0)
+    async with running(threads=2) as made:
+        shards = [loaded(index) for index in range(3)]
+        for shard in shards:
+            shard.shard.gate.clear()
+        made.crowded(followed=True)
+        async with trio.open_nursery() as nursery:
+            for shard, count in zip(shards, (3, 2, 1), strict=True):
+                nursery.start_soon(made.later, [shard], 0, rows(count), None, None, forever())
+            await trio.testing.wait_all_tasks_blocked()
+            assert [shard.running for shard in shards] == [1, 0, 0]
+            nursery.start_soon(made.later, [shards[2]], 0, rows(2 * PART_ROWS_MIN), None, None, forever())
+            await trio.testing.wait_all_tasks_blocked()
+            assert [shard.running for shard in shards] == [1, 0, 1]
+            for shard in shards:
+                shard.shard.gate.set()
+
+
 async def test_a_part_that_fails_fails_its_calls_and_nothing_else():
     async with running() as made:
         shard, h = loaded(), rows(3 * PART_ROWS_MIN)
