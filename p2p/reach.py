@@ -16,7 +16,7 @@ import logging
 import random
 import socket as plain_socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from os import urandom
@@ -45,7 +45,8 @@ FIRST_S = 1.0
 """After the first link: more of them may come, and with them better answers."""
 LOOK_S = 20.0
 """Between looks at this machine's own addresses."""
-RENEW_S = 1200.0
+MAPPING_S = 60.0
+"""Between two tries to have a mapping."""
 
 
 class Neighbours(Protocol):
@@ -103,8 +104,8 @@ class Reach:
         return self._place.listening()
 
     def link_up(self) -> None:
-        """A peer that can be asked came."""
-        if self.state.reach == reach.UNKNOWN:
+        """A peer that can be asked came. The first one: this node may have been cut off, and come back elsewhere."""
+        if self.state.reach == reach.UNKNOWN or len(self._net.peers()) <= 1:
             self._wake.set()
 
     # -- this node's own rounds
@@ -130,14 +131,20 @@ class Reach:
             while self._place.listening() == before:
                 with trio.move_on_after(LOOK_S):
                     await self._wake.wait()
+                    await trio.sleep(FIRST_S)
                     return
+            # what was settled was settled elsewhere: the next round alone decides
+            self.state = replace(self.state, doubts=reach.DOUBTS)
+            self._changed()
 
     async def _round(self) -> None:
         verdicts = await self._ask_some()
-        after = reach.settle(self.state, verdicts, self._place.listening())
-        if after.reach == reach.PRIVATE and self._place.upnp and await self._mapped():
-            again = await self._ask_some()
-            after = reach.settle(self.state, again or verdicts, self._place.listening())
+        listening = self._place.listening()
+        # judged by this round alone: a mapping that was lost with the router's memory is made anew at once
+        hidden = reach.settle(reach.State(), verdicts, listening).reach == reach.PRIVATE
+        if hidden and self._place.upnp and await self._mapped():
+            verdicts = await self._ask_some() or verdicts
+        after = reach.settle(self.state, verdicts, listening)
         self.rounds += 1
         before, self.state = self.state, after
         if (before.reach, before.addresses) != (after.reach, after.addresses):
@@ -145,9 +152,9 @@ class Reach:
             self._changed()
 
     async def _mapped(self) -> bool:
-        """Whether there is a new mapping to be tried."""
+        """Whether there is a mapping to be tried."""
         now = trio.current_time()
-        if self._mapped_at + RENEW_S > now:
+        if self._mapped_at + MAPPING_S > now:
             return False
         self._mapped_at = now
         return await self.mapping.make()

@@ -38,16 +38,20 @@ class Mapping:
             try:
                 found = await trio.to_thread.run_sync(self._make, abandon_on_cancel=True)
             except Exception as error:  # noqa: BLE001 - the library raises bare Exceptions
-                self.why_not = f"the router refuses: {error}"
+                self._lost(f"the router refuses: {error}")
             else:
                 self._router, self.host, self.port = found
         if scope.cancelled_caught:
-            self.why_not = f"the router did not answer within {DEADLINE_S:.0f} s"
+            self._lost(f"the router did not answer within {DEADLINE_S:.0f} s")
         if self.port:
             self.why_not = ""
         else:
             log.debug("UPnP: %s", self.why_not)
         return bool(self.port)
+
+    def _lost(self, why: str) -> None:
+        """There is no mapping, and the router is looked for anew: it may have restarted, or be another one."""
+        self._router, self.port, self.why_not = None, 0, why
 
     def _make(self) -> tuple[Any, str, int]:
         router = self._router

@@ -5,6 +5,7 @@ Not a test. Arguments: data folder, the p2p settings as JSON. Ends when its stan
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ async def do(network: PeerNetwork, command: dict) -> dict:
 
 
 async def main() -> None:
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=os.environ.get("NETNS_LOG", "INFO"))
     folder, given = Path(sys.argv[1]), json.loads(sys.argv[2])
     settings = P2pSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     path = folder / "key"

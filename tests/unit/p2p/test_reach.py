@@ -177,29 +177,42 @@ async def couple(nursery):
         net = Joined(own, "127.0.0.1")
         front = Front(doors())
         host, port = await listen(nursery, front)
-        here = (reach.multiaddr(host, port), "/ip4/127.0.0.1/tcp/1")
+        here = [reach.multiaddr(host, port), "/ip4/127.0.0.1/tcp/1"]
         changes: list[str] = []
-        asker = Reach(own, net, Place(lambda here=here: here, port, (), False, False), lambda c=changes: c.append("x"))
+        place = Place(lambda here=here: tuple(here), port, (), False, False)
+        asker = Reach(own, net, place, lambda c=changes: c.append("x"))
         front.accept(PROBE, asker.on_probe)
         net.handlers = {"reach.observed": asker.serve_observed, "reach.probe": asker.serve_probe}
         ends.append(net)
-        found.append((asker, changes, here[0]))
+        found.append((asker, changes, here))
     ends[0].others, ends[1].others = {B: ends[1]}, {A: ends[0]}
     return found
 
 
-async def test_a_peer_dials_back_and_only_what_leads_here_counts(couple, nursery):
-    (asker, changes, address), _ = couple
+async def until(ready: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while not ready():  # noqa: ASYNC110 - what is waited for is in another task
+            await trio.sleep(0.02)
+
+
+async def test_a_peer_dials_back_and_only_what_leads_here_counts(couple, nursery, monkeypatch):
+    monkeypatch.setattr("p2p.reach.LOOK_S", 0.05)
+    (asker, changes, here), (_, _, there) = couple
     nursery.start_soon(asker.run)
     asker.link_up()
-    with trio.fail_after(10):
-        while not changes:  # noqa: ASYNC110 - what is waited for is in another task
-            await trio.sleep(0.02)
-    assert (asker.state.reach, asker.state.addresses) == (PUBLIC, (address,))
+    await until(lambda: bool(changes))
+    assert (asker.state.reach, asker.state.addresses) == (PUBLIC, (here[0],))
+    # moved to where its addresses lead to somebody else: one round is enough to see that
+    asker._net.others[B].host = "127.0.0.2"
+    asker._net.host = "127.0.0.2"
+    here[:] = there
+    asker._place = Place(lambda: tuple(here), 1, (), False, False)
+    await until(lambda: asker.state.reach == PRIVATE)
+    assert asker.state.addresses == ()
 
 
 async def test_an_address_that_leads_to_another_node_or_a_lying_helper_prove_nothing(couple):
-    (asker, _, address), (helper, _, other) = couple
+    (asker, _, (address, _)), (helper, _, (other, _)) = couple
     secret = urandom(16)
     call = Call(A, "reach.probe", {"addresses": [other, address], "secret": secret}, (), trio.current_time() + 5)
     assert (await helper.serve_probe(call)).header == {"reached": []}  # neither knows this secret
