@@ -46,6 +46,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
 from config.vocabulary import PeerId
 from p2p import kademlia
+from p2p.addressbook import AddressBook
 from p2p.core.doors import Limits
 from p2p.core.identity import Identity
 from p2p.core.reach import CIRCUIT
@@ -66,7 +67,6 @@ GOSSIP_PROTOCOL = TProtocol("/meshsub/1.1.0")
 RECORD_BYTES_MAX = 64 << 10
 RECORDS_MAX = 1024
 GOSSIP_HEARTBEAT_SECONDS = 3
-ADDRESS_SECONDS = 24 * 3600
 LOOKUPS_MAX = 64
 """DHT streams served at a time, of all peers; ``guards`` has a smaller number for each."""
 NAMESPACE = "rios"
@@ -175,6 +175,7 @@ class Host:
     ) -> None:
         self.identity = identity
         self._host = host
+        self._book = AddressBook(host.get_peerstore())
         self._swarm: Any = host.get_network()
         self._noise = noise
         self._dht = dht
@@ -200,11 +201,8 @@ class Host:
     def learn(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
         """Remember where a peer can be dialled (no address: nowhere). Addresses that are none are skipped."""
         usable = [a for text in addresses if (a := parse_address(text)) is not None]
-        store: Any = self._host.get_peerstore()
         if usable or not addresses:
-            store.clear_addrs(_id(peer_id))
-        if usable:
-            store.add_addrs(_id(peer_id), usable, ADDRESS_SECONDS)
+            self._book.learn(_id(peer_id), usable)
 
     def known_addresses(self, peer_id: PeerId) -> tuple[str, ...]:
         """Where a peer can be dialled, as far as is known."""

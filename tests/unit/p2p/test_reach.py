@@ -7,9 +7,16 @@ from os import urandom
 
 import pytest
 import trio
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.peer.envelope import seal_record
+from libp2p.peer.id import ID
+from libp2p.peer.peer_record import PeerRecord
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from multiaddr import Multiaddr
 
 from config.errors import BusyError, IntegrityError, RemoteError
 from config.vocabulary import PeerId
+from p2p.addressbook import AddressBook
 from p2p.core import reach
 from p2p.core.doors import Limits as DoorLimits
 from p2p.core.identity import Identity
@@ -374,3 +381,31 @@ async def test_tokens_that_open_nothing_are_hung_up_on(splicer):
         half.shutdown(plain_socket.SHUT_WR)
         assert await half.recv(1) == b""
     assert books.statistics()["circuits"] == 0
+
+
+# --- where peers are dialled
+
+
+def test_what_the_library_hears_does_not_replace_what_adverts_say():
+    store = PeerStore()
+    book = AddressBook(store)
+    ours, other, nowhere = (Multiaddr(f"/ip4/{host}/tcp/4701") for host in (WIDE, "198.51.100.1", "0.0.0.0"))
+    hidden, stranger, known = (create_new_key_pair(bytes([n]) * 32) for n in (1, 2, 3))
+
+    def addresses(pair) -> list[Multiaddr]:
+        try:
+            return store.addrs(ID.from_pubkey(pair.public_key))
+        except PeerStoreError:
+            return []
+
+    book.learn(ID.from_pubkey(hidden.public_key), [])
+    book.learn(ID.from_pubkey(known.public_key), [ours])
+    for pair in (hidden, stranger, known):
+        peer_id = ID.from_pubkey(pair.public_key)
+        store.add_addr(peer_id, nowhere, 100)
+        store.add_addrs(peer_id, [other], 100)
+        assert store.consume_peer_record(seal_record(PeerRecord(peer_id, [nowhere, other]), pair.private_key), 100)
+    store.clear_addrs(ID.from_pubkey(known.public_key))  # another peer answered there, once
+    assert addresses(hidden) == []
+    assert addresses(stranger) == [other]
+    assert addresses(known) == [ours]
