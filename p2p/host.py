@@ -270,14 +270,7 @@ class Host:
 
     def keep_out(self, kept_out: Callable[[PeerId], bool]) -> None:
         """Peers that are never taken into the routing table: the library takes whoever asks it something."""
-        table: Any = self._dht.routing_table
-        add = table.add_peer
-
-        async def add_peer(peer: PeerInfo | ID, **more: Any) -> bool:  # noqa: ANN401 - passed on
-            peer_id = peer if isinstance(peer, ID) else peer.peer_id
-            return not kept_out(PeerId(str(peer_id))) and bool(await add(peer, **more))
-
-        table.add_peer = add_peer
+        kademlia.keep_out(self._dht, kept_out)
 
     def leave(self, peer_id: PeerId) -> None:
         """Do not ask this peer any more: dead peers make look-ups slow."""

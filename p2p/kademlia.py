@@ -14,6 +14,7 @@ Invariants:
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import trio
 from libp2p.kad_dht import kad_dht as kad_dht_module
@@ -56,6 +57,18 @@ class _AnyKey:
 
 
 kad_dht_module.multihash = _AnyKey  # type: ignore[attr-defined]
+
+
+def keep_out(dht: KadDHT, kept_out: Callable[[PeerId], bool]) -> None:
+    """Never take these peers into the routing table."""
+    table: Any = dht.routing_table
+    add = table.add_peer
+
+    async def add_peer(peer: PeerInfo | ID, **more: Any) -> bool:  # noqa: ANN401 - passed on
+        peer_id = peer if isinstance(peer, ID) else peer.peer_id
+        return not kept_out(PeerId(str(peer_id))) and bool(await add(peer, **more))
+
+    table.add_peer = add_peer
 
 
 def bound_providers(store: ProviderStore) -> None:
