@@ -83,13 +83,31 @@ def _ledger_line(ledger: Mapping[str, Any] | None) -> str:
 def peers(context: Context) -> Output:
     """``rios peers``"""
     data = _ask(context, "peers")
-    rows = [["PEER", "LINK", "RTT", "REGION", "SCORE", "CORES", "RAM", "SPEED", "SHARDS", "PRICE/TFLOP", "VERSION"]]
+    rows = [
+        [
+            "PEER",
+            "LINK",
+            "RTT",
+            "IN",
+            "OUT",
+            "REGION",
+            "SCORE",
+            "CORES",
+            "RAM",
+            "SPEED",
+            "SHARDS",
+            "PRICE/TFLOP",
+            "VERSION",
+        ]
+    ]
     for peer in data:
         rows.append(
             [
                 peer["peer_id"] + (" (this node)" if peer["self"] else ""),
                 _link(peer),
                 _distance(peer),
+                _moved(peer, "bytes_in"),
+                _moved(peer, "bytes_out"),
                 _region(peer),
                 _score(peer),
                 str(peer["cores"]),
@@ -108,6 +126,14 @@ def _link(peer: Mapping[str, Any]) -> str:
     if not link:
         return "-" if peer["self"] else "yes" if peer["linked"] else "no"
     return f"{'to' if link['outbound'] else 'from'} {link.get('carrier', 'it')}"
+
+
+def _moved(peer: Mapping[str, Any], direction: str) -> str:
+    """Bytes of calls over the link in use, bulk transfers included."""
+    link = peer["link"]
+    if not link or direction not in link:
+        return "-"
+    return f"{(link[direction] + (link['bulk'] or {}).get(direction, 0)) / MIB:.1f} MiB"
 
 
 def _distance(peer: Mapping[str, Any]) -> str:

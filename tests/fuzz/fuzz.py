@@ -11,6 +11,7 @@ under tracemalloc. The result is one JSON line.
 import argparse
 import gc
 import json
+import logging
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from types import FrameType
 
 import psutil
 
-TARGETS = ("frames", "adverts", "records")
+TARGETS = ("frames", "lane", "adverts", "records")
 HANG_SECONDS = 30
 RESIDENT_GROWTH_BYTES_MAX = 16 << 20
 TRACED_GROWTH_BYTES_MAX = 512 << 10
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument("--episode", type=int, default=None, help="only this one")
     args = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # every refusal says something
     seed = args.seed if args.seed is not None else time.time_ns() % (1 << 32)
     for target in args.targets or TARGETS:
         if args.episode is not None:
