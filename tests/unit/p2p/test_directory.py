@@ -78,7 +78,7 @@ async def test_lies_are_dropped_counted_and_blamed_on_who_sent_them():
     assert it.statistics()["refused"]["stale"] == 1
     assert len(blamed) == 4
     beat = heartbeat.sign(OTHER, Heartbeat(OTHER.peer_id, now_ms() + 5, 40))
-    await it.serve_beat(push("advert.beat", OTHER, beat, beat[:-1] + b"\0"))
+    await it.serve_beat(push("advert.beat", OTHER, beat, beat[:-1] + bytes([beat[-1] ^ 1])))
     assert it.adverts()[OTHER.peer_id].load == 40
     assert blamed[4:] == [(OTHER.peer_id, "bad_advert")]
 
