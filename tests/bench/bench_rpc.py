@@ -3,10 +3,12 @@
 Two processes on loopback, in interleaved rounds. The bare echo sends the same bytes, length-prefixed, through
 ``trio.SocketStream``; ``tcp`` encrypts them with ChaCha20-Poly1305 in one piece and decrypts them, at both ends,
 ``tcp_plain`` does not. The echo is served as experts are, by a quick handler; ``*_task`` is an ordinary async handler.
+``library`` is the carrier without our part of it: an echo over one long-lived stream of an untouched py-libp2p host
+(TCP, Noise, yamux; buffered reads), without any RPC.
 
-Ratios: ``lane_vs_tcp_*`` is lane time / tcp time (encrypted), ``lane_vs_stream_*`` is how many times faster the lane is
-(stream time / lane time), both of medians; ``p99_vs_p50_64callers`` is over the lane at 128 B. The last line of stdout
-is one JSON object.
+Ratios, all of medians: ``lane_vs_tcp_*`` is lane time / tcp time (encrypted), ``lane_vs_stream_*`` is how many times
+faster the lane is than our libp2p carrier (stream time / lane time), ``lane_vs_library_*`` the same against the
+library's stream. ``p99_vs_p50_64callers`` is over the lane at 128 B. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -19,12 +21,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 import trio
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from libp2p import new_host
+from libp2p.abc import IHost, INetStream
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.network.stream.exceptions import StreamError
+from libp2p.peer.peerinfo import info_from_p2p_addr
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+from multiaddr import Multiaddr
 
 from config.settings import P2pSettings
 from p2p.core.identity import Identity
@@ -36,7 +49,8 @@ LISTEN = ("/ip4/127.0.0.1/tcp/0",)
 HEADER = {"layer": 3, "rows": 1, "dtype": "f16"}
 CALLERS = 64
 KEY = bytes(range(32))
-ROUNDS = 4
+ROUNDS = 10
+ECHO = TProtocol("/bench/echo/1.0.0")
 
 
 class Bare:
@@ -80,6 +94,27 @@ async def serve_bare(encrypted: bool, stream: trio.SocketStream) -> None:
         await stream.aclose()
 
 
+def library_host() -> IHost:
+    keys = create_new_key_pair(os.urandom(32))
+    noise = NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)
+    return new_host(key_pair=keys, sec_opt={NOISE_ID: noise}, muxer_preference="YAMUX")
+
+
+async def read_block(stream: INetStream) -> bytes:
+    """One block at a time travels, so whatever there is belongs to it."""
+    data = await stream.read(1 << 20)
+    while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "big"):
+        data += await stream.read(1 << 20)
+    return data[4:]
+
+
+async def serve_library(stream: INetStream) -> None:
+    with suppress(StreamError, MuxedStreamError):
+        while True:
+            data = await read_block(stream)
+            await stream.write(len(data).to_bytes(4, "big") + data)
+
+
 async def echo(call: Call) -> Reply:
     return Reply({"ok": 1}, call.buffers)
 
@@ -113,7 +148,10 @@ async def server() -> None:
                 partial(trio.serve_tcp, partial(serve_bare, encrypted), 0, host="127.0.0.1")
             )
             ports.append(listeners[0].socket.getsockname()[1])
-        print(*(node.addresses[0] for node in nodes), *ports, flush=True)
+        host = library_host()
+        await stack.enter_async_context(host.run([Multiaddr(LISTEN[0])]))
+        host.set_stream_handler(ECHO, serve_library)
+        print(*(node.addresses[0] for node in nodes), str(host.get_addrs()[0]), *ports, flush=True)
         await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
         nursery.cancel_scope.cancel()
 
@@ -131,9 +169,14 @@ async def timed(one: Callable[[], Awaitable[None]], seconds: float) -> list[floa
 class Client:
     """Everything that is timed."""
 
-    def __init__(self, nodes: dict[str, tuple[PeerNetwork, str]], bare: dict[str, Bare]) -> None:
+    def __init__(self, nodes: dict[str, tuple[PeerNetwork, str]], bare: dict[str, Bare], library: INetStream) -> None:
         self._nodes = nodes
         self._bare = bare
+        self._library = library
+
+    async def library(self, data: bytes) -> None:
+        await self._library.write(len(data).to_bytes(4, "big") + data)
+        assert len(await read_block(self._library)) == len(data)
 
     async def rpc(self, carrier: str, method: str, data: bytes) -> None:
         node, peer = self._nodes[carrier]
@@ -153,6 +196,7 @@ class Client:
                 "lane": partial(self.rpc, "lane", "quick", data),
                 "tcp": partial(self.tcp, "tcp", data),
                 "stream": partial(self.rpc, "stream", "quick", data),
+                "library": partial(self.library, data),
                 "tcp_plain": partial(self.tcp, "tcp_plain", data),
                 "lane_task": partial(self.rpc, "lane", "task", data),
                 "stream_task": partial(self.rpc, "stream", "task", data),
@@ -208,7 +252,7 @@ def _p99(times: list[float]) -> float:
 async def client(addresses: list[str], ports: list[int], seconds: float) -> dict[str, object]:
     async with AsyncExitStack() as stack:
         nodes = {}
-        for carrier, address in zip(("lane", "stream"), addresses, strict=True):
+        for carrier, address in zip(("lane", "stream"), addresses[:2], strict=True):
             node = await open_node(stack, lane=carrier == "lane", seeds=(address,))
             peer = address.rpartition("/")[2]
             await node.call(peer, "quick", {}, deadline_ms=20_000)
@@ -220,12 +264,16 @@ async def client(addresses: list[str], ports: list[int], seconds: float) -> dict
         for name, port in zip(("tcp", "tcp_plain"), ports, strict=True):
             stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", port))
             bare[name] = Bare(stream, name == "tcp")
-        timing = Client(nodes, bare)
+        host = library_host()
+        await stack.enter_async_context(host.run([]))
+        target = info_from_p2p_addr(Multiaddr(addresses[2]))
+        await host.connect(target)
+        timing = Client(nodes, bare, await host.new_stream(target.peer_id, [ECHO]))
         figures: dict[str, object] = dict(await timing.sizes(seconds))
         for carrier in nodes:
-            figures[f"{carrier}_{CALLERS}callers"] = await timing.callers(carrier, 5 * seconds)
+            figures[f"{carrier}_{CALLERS}callers"] = await timing.callers(carrier, 20 * seconds)
             for name, size in SIZES.items():
-                figures[f"{carrier}_cpu_{name}"] = await timing.cpu(carrier, size, 2 * seconds)
+                figures[f"{carrier}_cpu_{name}"] = await timing.cpu(carrier, size, 8 * seconds)
         return figures
 
 
@@ -235,14 +283,15 @@ def ratios_of(figures: dict[str, dict[str, float]]) -> dict[str, float]:
 
     lane = {f"lane_vs_tcp_{size}": over(size, "lane", "tcp") for size in SIZES}
     stream = {f"lane_vs_stream_{size}": over(size, "stream", "lane") for size in SIZES}
+    library = {f"lane_vs_library_{size}": over(size, "library", "lane") for size in SIZES}
     many = figures[f"lane_{CALLERS}callers"]
-    return {**lane, **stream, f"p99_vs_p50_{CALLERS}callers": round(many["p99_ms"] / many["p50_ms"], 3)}
+    return {**lane, **stream, **library, f"p99_vs_p50_{CALLERS}callers": round(many["p99_ms"] / many["p50_ms"], 3)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--role", choices=("server",), help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=0.4, help="per way, size and round")
+    parser.add_argument("--seconds", type=float, default=0.1, help="per way, size and round")
     arguments = parser.parse_args()
     if arguments.role:
         trio.run(server)
@@ -251,8 +300,8 @@ def main() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            lane, stream, *ports = process.stdout.readline().split()
-            figures = trio.run(client, [lane, stream], [int(port) for port in ports], arguments.seconds)
+            *addresses, tcp, plain = process.stdout.readline().split()
+            figures = trio.run(client, addresses, [int(tcp), int(plain)], arguments.seconds)
         finally:
             process.terminate()
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
