@@ -65,7 +65,7 @@ class BanRow:
 class Visit:
     """One connection, from accept (or dial) to its end."""
 
-    __slots__ = ("_close", "_doors", "_ended", "entry", "hung_up", "peer_id", "since")
+    __slots__ = ("_close", "_doors", "_ended", "entry", "hung_up", "peer_id", "proven", "since")
 
     def __init__(self, doors: "Doors", entry: Entry) -> None:
         self._doors = doors
@@ -74,6 +74,8 @@ class Visit:
         self.entry = entry
         self.peer_id = PeerId("")
         self.hung_up = False
+        self.proven = False
+        """Whether the handshake succeeded, also if the peer was refused then."""
         self.since = trio.current_time()
 
     def on_hang_up(self, close: Callable[[], None]) -> None:
@@ -84,6 +86,7 @@ class Visit:
 
     def known(self, peer_id: str) -> bool:
         """The handshake proved who it is; False: hang up."""
+        self.proven = True
         return self._doors.known(self, PeerId(peer_id))
 
     def blame(self, fault: str) -> None:

@@ -102,7 +102,7 @@ class Front:
             with trio.CancelScope() as scope:
                 self._visits[socket] = visit, scope.cancel
                 await libp2p()
-            if not visit.peer_id and not visit.hung_up:
+            if not visit.proven and not visit.hung_up:
                 visit.blame("handshake")
         else:
             try:

@@ -89,11 +89,11 @@ async def _shake(socket: trio.socket.SocketType, keys: Keys, initiator: bool, ex
     noise.start_handshake()
     state = noise.noise_protocol.handshake_state
     if initiator:
-        await _write(socket, noise.write_message())
+        await _write(socket, _try(noise.write_message, b""))
         answer = _try(noise.read_message, await _read(socket))
     else:
         _try(noise.read_message, await _read(socket))
-        await _write(socket, noise.write_message(keys.payload))
+        await _write(socket, _try(noise.write_message, keys.payload))
         answer = _try(noise.read_message, await _read(socket))
     peer_id, offer = payload.decode(bytes(answer), state.rs.public_bytes)
     if expected is not None and peer_id != expected:
@@ -101,7 +101,7 @@ async def _shake(socket: trio.socket.SocketType, keys: Keys, initiator: bool, ex
     if peer_id == keys.identity.peer_id:
         raise IntegrityError("protocol", "lane: this node reached itself")
     if initiator:
-        await _write(socket, noise.write_message(keys.payload))
+        await _write(socket, _try(noise.write_message, keys.payload))
     protocol = noise.noise_protocol
     fast = offer.get("aes") is True and aes_is_fast()
     make: Callable[[bytes], Cipher] = AESGCM if fast else ChaCha20Poly1305
@@ -113,10 +113,10 @@ async def _shake(socket: trio.socket.SocketType, keys: Keys, initiator: bool, ex
     )
 
 
-def _try(read: Callable[[bytes], Any], message: bytes) -> bytes:
-    """A message of the peer's. The library raises many things for a bad one."""
+def _try(step: Callable[[bytes], Any], message: bytes) -> bytes:
+    """One step of the handshake. The library raises many things for a bad message, some only when it answers it."""
     try:
-        return bytes(read(message))
+        return bytes(step(message))
     except Exception as error:
         raise IntegrityError("protocol", f"lane: a handshake message that is none: {type(error).__name__}") from error
 

@@ -185,8 +185,8 @@ class LaneChannel:
     def open(self, receive: Callable[[memoryview], None], lost: Callable[[], None]) -> None:
         """Start delivery; the lane's reader must not run before."""
         self._receive, self._lost = receive, lost
-        if self._lane.closed:
-            self.on_closed()
+        if self.closed:  # the lane ended before anybody listened
+            lost()
 
     # -- sending
 

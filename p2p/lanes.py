@@ -91,7 +91,12 @@ class Lanes:
         refusal = self._refusal(judge, peer_id)
         visit = None if refusal else self._front.doors.dialled(peer_id, host)
         refusal = refusal or ("" if visit else "the doors keep this peer out")
-        await welcome(socket, secured, refusal)
+        try:
+            await welcome(socket, secured, refusal)
+        except BaseException:
+            if visit is not None:
+                visit.leave()
+            raise
         if visit is None:
             raise RemoteError("unavailable", f"{peer_id} was refused: {refusal}", peer_id=peer_id)
         return self._made(socket, secured, visit, outbound=False)
@@ -152,8 +157,9 @@ async def connect(host: str, port: int) -> trio.socket.SocketType:
     with trio.move_on_after(CONNECT_SECONDS):
         try:
             stream = await trio.open_tcp_stream(host, port)
-        except OSError as error:
-            raise RemoteError("unavailable", f"{host}:{port}: {error.strerror or error}") from error
+        except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
+            reason = (isinstance(error, OSError) and error.strerror) or error
+            raise RemoteError("unavailable", f"{host}:{port}: {reason}") from error
         stream.socket.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
         return stream.socket
     raise RemoteError("unavailable", f"{host}:{port}: no connection within {CONNECT_SECONDS:.0f} s")

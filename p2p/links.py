@@ -353,9 +353,11 @@ class Links:
     def _choose(self, peer_id: PeerId) -> None:
         """Pick the link that calls take; tell the layers above when the first came or the last went."""
         links = self._links.get(peer_id, [])
-        usable = [link for link in links if not link.leaving] or links
+        # one that this side said goodbye on takes no calls any more, one that the peer did still does
+        usable = [link for link in links if not link.leaving] or [link for link in links if link.takes_calls]
         if not usable:
-            self._links.pop(peer_id, None)
+            if not links:
+                self._links.pop(peer_id, None)
             self._best.pop(peer_id, None)
             return
         # direct ones first, then lanes, then the smaller peer id's own; min() keeps the oldest of equals
@@ -419,9 +421,12 @@ class Links:
                         self.pool.submit(partial(self._probe, link))
                     if link is not self._best.get(peer_id) and link.carrier.outbound:
                         self._fold(link)
-                if self._best[peer_id].relay:
+                best = self._best.get(peer_id)  # what was done above may have ended the last one
+                if best is None:
+                    continue
+                if best.relay:
                     self._straighten(peer_id)
-                elif self._best[peer_id].carrier.kind != "lane" and self._lanes is not None and self._lane_due(peer_id):
+                elif best.carrier.kind != "lane" and self._lanes is not None and self._lane_due(peer_id):
                     self.pool.submit(partial(self._upgrade, peer_id))
 
     def _straighten(self, peer_id: PeerId) -> None:

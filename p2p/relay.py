@@ -235,12 +235,20 @@ class Relay:
         if not self._incoming.take(1, trio.current_time()):
             raise BusyError("too many callers at once (limit: relay.incoming per second)", retry_after_ms=500)
         if isinstance(token, bytes) and len(token) == TOKEN_BYTES:
-            host = call.header.get("host")
-            far = host if isinstance(host, str) else ""
+            far = self._believed(call.peer_id, call.header.get("host"))
             self._nursery.start_soon(self._enter, call.peer_id, token, PeerId(caller), far)
             return Reply({"coming": True})
-        texts = [text for text in wanted if isinstance(text, str)] if isinstance(wanted, list) else []
-        return Reply({"reversed": await self._dial_caller(PeerId(caller), texts[: reach.CANDIDATES_MAX])})
+        host = self._believed(call.peer_id, call.header.get("host"))
+        texts = reach.allowed(wanted, host) if isinstance(wanted, list) else ()
+        return Reply({"reversed": await self._dial_caller(PeerId(caller), texts)})
+
+    def _believed(self, relay: PeerId, host: object) -> str:
+        """The host that a relay says an end comes from; empty for what a node need not dial at anybody's word: names,
+        and addresses on its own site unless the relay stands there, too."""
+        if not isinstance(host, str) or not reach.is_ip(host):
+            return ""
+        here = reach.is_site(self._ends.host_of(relay))
+        return host if here or not reach.is_site(host) else ""
 
     async def _dial_caller(self, caller: PeerId, texts: Sequence[str]) -> bool:
         with trio.move_on_after(REVERSAL_S):
@@ -304,8 +312,8 @@ class Relay:
             parsed = addresses.parse(address)
             assert parsed is not None
             socket = await enter(parsed.host, parsed.port, token, relay)
-            far = answer.header.get("host")
-            await self._ends.adopt(socket, peer_id, relay, far if isinstance(far, str) else "", initiator=True)
+            far = self._believed(relay, answer.header.get("host"))
+            await self._ends.adopt(socket, peer_id, relay, far, initiator=True)
             self.spliced += 1
             return
         with trio.move_on_after(ARRIVAL_S):

@@ -219,6 +219,11 @@ class Connection:
         return not self.ended.is_set()
 
     @property
+    def takes_calls(self) -> bool:
+        """Whether a call can be begun here: alive, and no goodbye said."""
+        return not self._said_goodbye and not self.ended.is_set()
+
+    @property
     def in_flight(self) -> int:
         """Calls in both directions that are not answered yet."""
         return self._machine.open_made + self._machine.open_taken
@@ -253,7 +258,7 @@ class Connection:
         left_ms = int((deadline - self._now()) * 1000)
         if left_ms <= 0:
             raise self.late(method)
-        if self._said_goodbye or self.ended.is_set():
+        if not self.takes_calls:
             raise NotSentError("unavailable", f"the link to {self.peer_id} is closed", peer_id=self.peer_id)
         self.calls_made += 1
         return self._machine.request(method, header, buffers, min(left_ms, frames.DEADLINE_MS_MAX))
@@ -499,8 +504,8 @@ class Connection:
         call_id = request.call_id
         chunks: frames.Chunks | None = None
         try:
-            if self._machine.credit(call_id) is None:
-                return  # cancelled before it began
+            if self._machine.credit(call_id) is None or self.ended.is_set():
+                return  # cancelled before it began, or nobody is there any more
             with trio.CancelScope(deadline=call.deadline) as scope:
                 self._running[call_id] = scope
                 if self.carrier.congested:

@@ -161,7 +161,7 @@ async def enter(host: str, port: int, token: bytes, relay: PeerId) -> trio.socke
             await socket.send(preamble(SPLICE) + token)
             if await socket.recv(1) != GO:
                 raise RemoteError("unavailable", f"the relay {relay} did not join the ends", peer_id=relay)
-    except (OSError, trio.TooSlowError) as error:
+    except (OSError, UnicodeError, trio.TooSlowError) as error:
         socket.close()
         message = f"through the relay {relay} at {host}:{port}: {error or 'the other end did not come'}"
         raise RemoteError("unavailable", message, peer_id=relay) from error

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 _PEER = r"/p2p/([1-9A-HJ-NP-Za-km-z]{20,80})"
-_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?"
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?", re.ASCII)
+"""Stricter than it must be for dialling: the resolver raises for empty and overlong labels, instead of not finding."""
+NAME_CHARS_MAX = 253
 _SHAPE = re.compile(
-    rf"/(ip4|ip6|dns|dns4|dns6)/([0-9A-Fa-f:.]{{2,45}}|{_NAME})/tcp/(\d{{1,5}})(?:{_PEER})?(/p2p-circuit(?:{_PEER})?)?",
+    rf"/(ip4|ip6|dns|dns4|dns6)/([0-9A-Za-z_:.-]{{1,254}})/tcp/(\d{{1,5}})(?:{_PEER})?(/p2p-circuit(?:{_PEER})?)?",
     re.ASCII,
 )
 
@@ -43,6 +46,8 @@ def parse(text: str) -> TcpAddress | None:
         if kind in ("ip4", "ip6"):
             (IPv4Address if kind == "ip4" else IPv6Address)(host)
     except ValueError:
+        return None
+    if kind not in ("ip4", "ip6") and (len(host) > NAME_CHARS_MAX or not _NAME.fullmatch(host)):
         return None
     if circuit is None:
         return TcpAddress(kind, host, int(match[3]), match[4] or "", "")

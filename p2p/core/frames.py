@@ -34,6 +34,8 @@ METHOD_BYTES_MAX = 255
 CALL_ID_MAX = (1 << 32) - 1
 DEADLINE_MS_MAX = 24 * 3600 * 1000
 STREAM_CREDIT = 16
+HEADER_TIMES = 64
+"""A byte of a header may become an object of so many: an empty map in a list."""
 
 Buffer = bytes | bytearray | memoryview
 Chunks = list[Buffer]
@@ -42,7 +44,7 @@ _EMPTY_PACKED = headers.pack({})
 
 
 class Request(msgspec.Struct, frozen=True):
-    """The peer calls us. ``size_bytes`` is what the whole body holds in memory."""
+    """The peer calls us. ``size_bytes`` is what the whole body may hold in memory, its header decoded."""
 
     call_id: int
     method: str
@@ -370,7 +372,8 @@ class Machine:
                 raise _broken(f"a deadline of {number} ms")
             self._last_taken = call_id
             self._taken[call_id] = STREAM_CREDIT
-            events.append(Request(call_id, name, number, header, buffers, length))
+            size = length + HEADER_TIMES * header_size
+            events.append(Request(call_id, name, number, header, buffers, size))
         elif kind in (RESPONSE, ITEM, END, ERROR):
             self._take_answer(kind, call_id, header, buffers, events)
         elif kind == CANCEL:

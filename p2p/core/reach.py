@@ -55,6 +55,15 @@ class State:
     doubts: int = 0
 
 
+def is_ip(host: str) -> bool:
+    """Whether this is an IP address; a peer may say anything."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_site(host: str) -> bool:
     """Whether an IP address means something on its own site only (private, shared, link-local or loopback)."""
     try:
@@ -81,7 +90,7 @@ def candidates(listening: Iterable[str], observed: Iterable[str], port: int, map
     """Addresses worth a try: where this node listens, and its port (or the one a router maps to it) wherever peers see
     it come from."""
     found = [address.partition("/p2p/")[0] for address in listening]
-    for host in observed:
+    for host in filter(is_ip, observed):
         found += [multiaddr(host, each) for each in (mapped_port, port) if each]
     return tuple(dict.fromkeys(found))[:CANDIDATES_MAX]
 
