@@ -23,7 +23,7 @@ from time import perf_counter
 import numpy as np
 import trio
 
-from config.errors import BusyError
+from config.errors import BusyError, RemoteError
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.wire import FloatRows
 from dmoe.loaded import Job, LoadedShard, joined
@@ -76,6 +76,7 @@ class Batches:
             self._running = False
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._threads.close)
+            self._refuse_waiting()
 
     # --- at once
 
@@ -132,9 +133,10 @@ class Batches:
     ) -> list[FloatRows]:
         """The same, through the queues. ``deadline`` is a trio time.
 
-        Raises BusyError if a queue is full or the work would not be done in time.
+        Raises BusyError if a queue is full or the work would not be done in time, RemoteError ``unavailable`` at the end.
         """
-        assert self._running, "the worker is not running"
+        if not self._running:
+            raise _shutting_down()
         self._check_room(shards, len(rows), deadline)
         left, done = len(shards), trio.Event()
 
@@ -187,6 +189,8 @@ class Batches:
         """Give free threads something to do."""
         if self._starting:
             return
+        if not self._running:
+            self._refuse_waiting()
         while self._ready and self._threads.free > (kept := self._kept()):
             loaded = self._next()
             if not loaded.waiting or loaded.running:  # its callers may have gone
@@ -202,6 +206,15 @@ class Batches:
                 self._starting = False
             self._filled.set()  # the rest in the next turn: the loop receives between two batches
             return
+
+    def _refuse_waiting(self) -> None:
+        """Nothing will run any more: whoever waits learns it."""
+        while self._ready:
+            loaded = self._ready.popleft()
+            for job in list(loaded.waiting):
+                loaded.forget(job)
+                job.error = _shutting_down()
+                job.done()
 
     def _kept(self) -> int:
         """How many threads stay idle. In a crowd of small calls one does: the event loop needs a core, and fewer
@@ -230,6 +243,10 @@ class Batches:
             self._ready.append(loaded)
         self.idle.set()
         self._start()
+
+
+def _shutting_down() -> RemoteError:
+    return RemoteError("unavailable", "this node is shutting down", "ask another replica")
 
 
 def _rows_waiting(loaded: LoadedShard) -> int:

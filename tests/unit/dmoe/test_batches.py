@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import trio
 
+from config.errors import RemoteError
 from dmoe import batches as batches_module
 from dmoe.batches import PART_ROWS_MIN, Batches
 from dmoe.loaded import Job, LoadedShard, plan_of
@@ -220,6 +221,27 @@ async def test_a_caller_that_goes_takes_its_rows_out_of_the_queue():
             shard.shard.gate.set()
         assert shard.shard.batches == [1]
         assert shard.free
+
+
+async def test_at_the_end_what_runs_is_finished_and_what_waits_is_told():
+    shard, outcomes = loaded(), {}
+
+    async def ask(made, name):
+        try:
+            (outcomes[name],) = await made.later([shard], 0, rows(1), None, None, forever())
+        except RemoteError as error:
+            outcomes[name] = error.code
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as outer, running(threads=1) as made:
+            shard.shard.gate.clear()
+            for name in ("runs", "waits"):
+                outer.start_soon(ask, made, name)
+                await trio.testing.wait_all_tasks_blocked()
+            shard.shard.gate.set()
+    assert outcomes["waits"] == "unavailable"
+    assert len(outcomes["runs"]) == 1
+    assert shard.free
 
 
 async def test_threads_survive_faults_and_report_on_the_loop(caplog):
