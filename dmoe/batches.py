@@ -133,7 +133,8 @@ class Batches:
     ) -> list[FloatRows]:
         """The same, through the queues. ``deadline`` is a trio time.
 
-        Raises BusyError if a queue is full or the work would not be done in time, RemoteError ``unavailable`` at the end.
+        Raises BusyError if a queue is full or the work would not be done in time, RemoteError ``unavailable`` at the
+        end.
         """
         if not self._running:
             raise _shutting_down()
