@@ -5,7 +5,8 @@ Owns: one search and its deadlines. Does not own: the view (``directory``), DHT 
 Invariants:
 1. What the view knows is answered at once; a peer counts as a provider only by its own verified advert.
 2. A search takes at most :data:`PEERS_SECONDS` for linked peers and :data:`DHT_SECONDS` for the DHT, and ends with the
-   first provider found. A peer that only the DHT names must answer itself, or have its advert in the DHT.
+   first provider found. A peer that the DHT names must answer itself; one that does not counts (by the advert it left
+   in the DHT) only if none does.
 """
 
 import logging
@@ -143,19 +144,20 @@ class Finder:
             async with self._searching, trio.open_nursery() as nursery:
                 for key in keys:
                     nursery.start_soon(self._host.find_providers, key, partial(search.named, nursery))
-        return tuple(search.confirmed)
+        return tuple(search.confirmed or search.unheard)
 
     async def contact(self, peer_id: PeerId) -> bool:
-        """Bring a provider's advert here, from itself or from the DHT; whether the view has one now."""
-        if peer_id in self._directory.view:
-            return True
-        await self._directory.exchange(peer_id, deadline_ms=CONTACT_MS)
-        if peer_id in self._directory.view:
-            return True
-        data = await self._host.get_record(NAMESPACE, peer_id)
-        if data is not None:
-            self._directory.take_found(data)
-        return peer_id in self._directory.view
+        """Hear from a provider itself; whether it lives and the view has its advert."""
+        if not self._caller.is_linked(peer_id):
+            await self._directory.exchange(peer_id, deadline_ms=CONTACT_MS)
+        return self._caller.is_linked(peer_id) and peer_id in self._directory.view
+
+    async def read_up(self, peer_id: PeerId) -> None:
+        """Bring the advert of a peer that does not answer here from the DHT: it may be out of our reach only."""
+        if peer_id not in self._directory.view:
+            data = await self._host.get_record(NAMESPACE, peer_id)
+            if data is not None:
+                self._directory.take_found(data)
 
     def serves(self, peer_id: PeerId, model_id: str, index: int | None) -> bool:
         """Whether a peer's advert says so."""
@@ -173,6 +175,7 @@ class _Search:
         self._index = index
         self._named: set[PeerId] = set()
         self.confirmed: list[PeerId] = []
+        self.unheard: list[PeerId] = []
 
     def named(self, nursery: trio.Nursery, peer_id: PeerId) -> bool:
         """Contact a peer that somebody named, once; the look-up goes on meanwhile."""
@@ -182,9 +185,14 @@ class _Search:
         return False
 
     async def _confirm(self, peer_id: PeerId, nursery: trio.Nursery) -> None:
-        if await self._finder.contact(peer_id) and self._finder.serves(peer_id, self._model_id, self._index):
-            self.confirmed.append(peer_id)
-            nursery.cancel_scope.cancel()
+        if await self._finder.contact(peer_id):
+            if self._finder.serves(peer_id, self._model_id, self._index):
+                self.confirmed.append(peer_id)
+                nursery.cancel_scope.cancel()
+            return
+        await self._finder.read_up(peer_id)
+        if self._finder.serves(peer_id, self._model_id, self._index):
+            self.unheard.append(peer_id)
 
 
 def _check(model_id: str, index: int | None) -> None:

@@ -66,6 +66,7 @@ BULK_PROTOCOL = TProtocol("/rios/rpc-bulk/1.0.0")
 GOSSIP_PROTOCOL = TProtocol("/meshsub/1.1.0")
 RECORD_BYTES_MAX = 64 << 10
 RECORDS_MAX = 1024
+RECORD_SECONDS = 15.0
 GOSSIP_HEARTBEAT_SECONDS = 3
 LOOKUPS_MAX = 64
 """DHT streams served at a time, of all peers; ``guards`` has a smaller number for each."""
@@ -182,6 +183,7 @@ class Host:
         self._pubsub = pubsub
         self._rules = rules
         self._guards = guards
+        self._spawn = noise.spawn
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -289,11 +291,8 @@ class Host:
 
     async def get_record(self, namespace: str, name: str) -> bytes | None:
         """The best valid value the DHT has."""
-        try:
-            return await self._dht.get_value(f"/{NAMESPACE}/{namespace}/{name}")
-        except Exception as error:
-            log.debug("DHT look-up of %s/%s: %s", namespace, name, _short(error), exc_info=True)
-            return None
+        query = partial(self._dht.get_value, f"/{NAMESPACE}/{namespace}/{name}")
+        return await kademlia.detached(self._spawn, query, seconds=RECORD_SECONDS)
 
     async def provide(self, key: bytes) -> None:
         """Say in the DHT that this node has something of ``key`` (a multihash). Raises RemoteError ``unavailable``."""
@@ -312,7 +311,7 @@ class Host:
     async def find_providers(self, key: bytes, found: Found) -> None:
         """Look up who said so, on disjoint paths; ``found`` gets each peer once (its addresses are remembered) and says
         whether it is enough. Returns when it is, or when there is nobody left to ask."""
-        await kademlia.find_providers(self._dht, key, found)
+        await kademlia.find_providers(self._dht, self._spawn, key, found)
 
     # -- gossip
 

@@ -7,14 +7,14 @@ The library's own look-up asks one sorted list of peers, first for close peers a
 10 s for a dead one, and answers from its local records alone if it has any, were they of dead peers only.
 
 Invariants:
-1. A query takes at most :data:`QUERY_SECONDS`, a look-up at most :data:`LOOKUP_SECONDS`.
+1. A query is waited for :data:`QUERY_SECONDS`, a look-up takes at most :data:`LOOKUP_SECONDS`; no query is cancelled.
 2. Provider records are kept for at most :data:`PROVIDED_MAX` keys, and for :data:`p2p.core.providing.LIFE_MS`.
 """
 
 import logging
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import trio
 from libp2p.kad_dht import kad_dht as kad_dht_module
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 QUERY_SECONDS = 2.0
 LOOKUP_SECONDS = 10.0
+LEFT_SECONDS = 20.0
 START_PEERS = 18
 PROVIDED_MAX = 4096
 """Keys of which this node keeps provider records for others."""
@@ -43,6 +44,8 @@ provider_store_module.PROVIDER_RECORD_EXPIRATION_INTERVAL = LIFE_MS // 1000
 provider_store_module.PROVIDER_RECORD_REPUBLISH_INTERVAL = REPUBLISH_MS // 1000
 
 Found = Callable[[PeerId], bool]
+Spawn = Callable[[Callable[[], Awaitable[None]]], object]
+T = TypeVar("T")
 
 
 class _AnyKey:
@@ -85,9 +88,32 @@ def bound_providers(store: ProviderStore) -> None:
     store.add_provider = bounded  # type: ignore[method-assign]
 
 
-async def find_providers(dht: KadDHT, key: bytes, found: Found) -> None:
+async def detached(spawn: Spawn, query: Callable[[], Awaitable[T]], *, seconds: float) -> T | None:
+    """What a query of the library answers within ``seconds``, else None.
+
+    It runs on when its caller gives up, within :data:`LEFT_SECONDS`: a query that is cancelled leaves its stream open,
+    and the peer counts that against us.
+    """
+    done, answers = trio.Event(), []
+
+    async def run() -> None:
+        try:
+            with trio.move_on_after(LEFT_SECONDS):
+                answers.append(await query())
+        except Exception as error:
+            log.debug("DHT query: %.200s", error, exc_info=True)
+        finally:
+            done.set()
+
+    spawn(run)
+    with trio.move_on_after(seconds):
+        await done.wait()
+    return answers[0] if answers else None
+
+
+async def find_providers(dht: KadDHT, spawn: Spawn, key: bytes, found: Found) -> None:
     """See :meth:`p2p.host.Host.find_providers`."""
-    search = _Search(dht, key, found)
+    search = _Search(dht, spawn, key, found)
     with trio.move_on_after(LOOKUP_SECONDS):
         await search.run()
 
@@ -95,8 +121,9 @@ async def find_providers(dht: KadDHT, key: bytes, found: Found) -> None:
 class _Search:
     """One look-up: a few queries at a time until it is enough."""
 
-    def __init__(self, dht: KadDHT, key: bytes, found: Found) -> None:
+    def __init__(self, dht: KadDHT, spawn: Spawn, key: bytes, found: Found) -> None:
         self._dht = dht
+        self._spawn = spawn
         self._key = key
         self._found = found
         self._named: set[PeerId] = set()
@@ -116,19 +143,12 @@ class _Search:
             nursery.start_soon(self._ask, peer, nursery)
 
     async def _ask(self, peer: bytes, nursery: trio.Nursery) -> None:
-        started = time.monotonic()
-        providers: list[PeerInfo] = []
-        closer: list[ID] = []
-        with trio.move_on_after(QUERY_SECONDS):
-            query = self._dht.provider_store._get_providers_from_peer_with_closers
-            try:
-                providers, closer = await query(ID(peer), self._key)
-            except Exception as error:
-                log.debug("DHT query of %s: %.200s", ID(peer), error, exc_info=True)
+        query = partial(self._dht.provider_store._get_providers_from_peer_with_closers, ID(peer), self._key)
+        answer = await detached(self._spawn, query, seconds=QUERY_SECONDS)
+        providers, closer = answer if answer is not None else ([], [])
         if providers or closer:
             self._lookup.answered(peer, [other.to_bytes() for other in closer])
         else:
-            log.debug("DHT query of %s: nothing in %.1f s", ID(peer), time.monotonic() - started)
             self._lookup.failed(peer)
         if self._take(providers):
             nursery.cancel_scope.cancel()
