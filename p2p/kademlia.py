@@ -15,6 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import trio
 from libp2p.kad_dht import kad_dht as kad_dht_module
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 QUERY_SECONDS = 2.0
 LOOKUP_SECONDS = 10.0
 LEFT_SECONDS = 20.0
+QUERIES_PER_PEER = 3
+LIMITERS_MAX = 1000
 START_PEERS = 18
 PROVIDED_MAX = 4096
 """Keys of which this node keeps provider records for others."""
@@ -46,6 +49,7 @@ provider_store_module.PROVIDER_RECORD_REPUBLISH_INTERVAL = REPUBLISH_MS // 1000
 Found = Callable[[PeerId], bool]
 Spawn = Callable[[Callable[[], Awaitable[None]]], object]
 T = TypeVar("T")
+_limiters: WeakKeyDictionary[KadDHT, dict[bytes, trio.CapacityLimiter]] = WeakKeyDictionary()
 
 
 class _AnyKey:
@@ -118,6 +122,15 @@ async def find_providers(dht: KadDHT, spawn: Spawn, key: bytes, found: Found) ->
         await search.run()
 
 
+def _limiter(dht: KadDHT, peer: bytes) -> trio.CapacityLimiter:
+    """What keeps our queries of one peer few: it takes no more than six streams of a peer at once."""
+    limiters = _limiters.setdefault(dht, {})
+    if len(limiters) > LIMITERS_MAX:
+        for idle in [other for other, limiter in limiters.items() if not limiter.borrowed_tokens]:
+            del limiters[idle]
+    return limiters.setdefault(peer, trio.CapacityLimiter(QUERIES_PER_PEER))
+
+
 class _Search:
     """One look-up: a few queries at a time until it is enough."""
 
@@ -143,8 +156,7 @@ class _Search:
             nursery.start_soon(self._ask, peer, nursery)
 
     async def _ask(self, peer: bytes, nursery: trio.Nursery) -> None:
-        query = partial(self._dht.provider_store._get_providers_from_peer_with_closers, ID(peer), self._key)
-        answer = await detached(self._spawn, query, seconds=QUERY_SECONDS)
+        answer = await detached(self._spawn, partial(self._query, peer), seconds=QUERY_SECONDS)
         providers, closer = answer if answer is not None else ([], [])
         if providers or closer:
             self._lookup.answered(peer, [other.to_bytes() for other in closer])
@@ -154,6 +166,10 @@ class _Search:
             nursery.cancel_scope.cancel()
         else:
             self._ask_more(nursery)
+
+    async def _query(self, peer: bytes) -> tuple[list[PeerInfo], list[ID]]:
+        async with _limiter(self._dht, peer):
+            return await self._dht.provider_store._get_providers_from_peer_with_closers(ID(peer), self._key)
 
     def _take(self, providers: list[PeerInfo]) -> bool:
         """Pass new providers on; whether it is enough."""
