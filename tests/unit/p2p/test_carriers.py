@@ -358,3 +358,30 @@ async def test_what_was_begun_ends_with_its_deadline_its_wait_or_its_link(pair):
         with pytest.raises(RemoteError, match="broke"):
             await cut.wait()
     assert b.begin("nobody", "never", {}, deadline_ms=50) is None
+
+
+async def test_a_call_that_was_not_sent_takes_another_way(pair):
+    a, b = pair
+    b.serve("echo", echo)
+    old = a.links.ready(b.peer_id)
+    sending = old.call("echo", {"n": 1}, (), trio.current_time() + 5)
+    old.say_goodbye("another link is used")
+    with pytest.raises(NotSentError):
+        await sending
+    a.links._choose(b.peer_id)
+
+    async def close_soon() -> None:
+        await trio.sleep(0.1)
+        await old.carrier.close()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(close_soon)
+        with trio.fail_after(9):
+            while True:
+                try:
+                    reply = await a.call(b.peer_id, "echo", {"n": 2}, deadline_ms=5000)
+                    break
+                except NotSentError:  # there is no other link yet
+                    await trio.sleep(0.05)
+    assert reply.header["n"] == 2
+    assert a.links.ready(b.peer_id) is not old

@@ -1,5 +1,6 @@
 """The in-memory network behaves like the real one where callers can see it."""
 
+from collections.abc import Callable
 from hashlib import sha256
 
 import msgspec
@@ -7,6 +8,7 @@ import pytest
 import trio
 
 from config.errors import BusyError, RemoteError
+from p2p import trace
 from p2p.face import Call, ContentFile, Network, Reply
 from p2p.memory import MemoryHub
 
@@ -99,3 +101,48 @@ async def test_adverts_gossip_and_blobs(tmp_path):
     file = ContentFile(sha256(data).hexdigest(), len(data), (sha256(data).digest(),))
     await a.blobs.fetch(file, tmp_path / "f", lambda: [b.peer_id])
     assert (tmp_path / "f").read_bytes() == data
+
+
+async def test_streams_quick_handlers_and_traces_are_as_on_the_wire():
+    hub = MemoryHub(4)
+    a, b = hub.add(), hub.add()
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    ended = trio.Event()
+
+    async def count(call, send):
+        try:
+            for n in range(call.header["to"]):
+                await send(Reply({"n": n, "trace": call.trace}, [bytes(3)]))
+            return {"end": True}
+        finally:
+            ended.set()
+
+    b.serve("quick", echo, quick=lambda call: None if call.header.get("slow") else Reply({"quick": 1}))
+    b.serve_stream("count", count)
+    assert (await a.call(b.peer_id, "quick", {}, deadline_ms=1000)).header == {"quick": 1}
+    assert (await a.call(b.peer_id, "quick", {"slow": 1}, deadline_ms=1000)).header["slow"] == 1
+    with trace.during(parent):
+        async with a.stream(b.peer_id, "count", {"to": 40}, deadline_ms=5000) as items:
+            got = [item.header async for item in items]
+    assert got == [{"n": n, "trace": parent} for n in range(40)]
+    assert items.end == {"end": True}
+    for source in (a, b):
+        ended = trio.Event()
+        async with source.stream(b.peer_id, "count", {"to": 1000}, deadline_ms=5000) as items:
+            assert (await anext(items)).header["n"] == 0
+        with trio.fail_after(1):
+            await ended.wait()
+
+    async def drain(method: str, first: Callable[[], None] = lambda: None) -> None:
+        async with a.stream(b.peer_id, method, {"to": 10**6}, deadline_ms=5000) as items:
+            async for _ in items:
+                first()
+
+    for method, first, code in (
+        ("none", None, "not_found"),
+        ("quick", None, "protocol"),
+        ("count", lambda: hub.kill(b.peer_id), "unavailable"),
+    ):
+        with pytest.raises(RemoteError) as error:
+            await drain(method, first or (lambda: None))
+        assert error.value.code == code
