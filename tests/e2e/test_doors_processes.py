@@ -16,7 +16,8 @@ from config.settings import P2pSettings
 from p2p.core.identity import Identity
 from p2p.network import PeerNetwork, open_network
 
-SECONDS = 0.7
+SECONDS, STREAMS_SECONDS = 0.6, 2.5
+"""How long an attack lasts; those over libp2p take a while to begin."""
 CALLS_MIN = 5
 GROWTH_BYTES_MAX = 160 << 20
 NEIGHBOUR = "127.0.0.1"
@@ -76,9 +77,10 @@ class Server:
         return self._line()
 
     def attack(self, kind: str, source: str) -> subprocess.Popen:
+        seconds = STREAMS_SECONDS if kind.endswith("_streams") else SECONDS
         program = str(Path(__file__).with_name("hostile.py"))
         return subprocess.Popen(
-            [sys.executable, program, kind, self.host, self.port, self.peer_id, str(SECONDS), source],
+            [sys.executable, program, kind, self.host, self.port, self.peer_id, str(seconds), source],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

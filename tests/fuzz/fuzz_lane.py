@@ -95,7 +95,7 @@ def _records(random: Random, ends: _Ends) -> int:
             damaged = spoil(random, record, (record,))
             spoilt = spoilt or damaged != record
             record = damaged
-        elif kind < 2 and not spoilt:
+        if kind < 2 and not spoilt:
             expected += plain
         for part in split(random, record):
             _feed(ends, part)
