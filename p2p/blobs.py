@@ -29,6 +29,9 @@ from p2p.partfile import PartFile, is_complete
 log = logging.getLogger(__name__)
 
 READS_MAX = 4
+PER_PEER_MAX = 16
+"""Chunks that one peer is being given at a time: its requests are small, and what it does not read waits in memory."""
+BUSY_MS = 100
 LIMIT_MIN = 64 << 10
 PARTS_DEADLINE_MS = 2000
 UPLOAD_WAIT_SECONDS_MAX = 5.0
@@ -68,6 +71,7 @@ class PeerBlobs:
         self._own = own
         self._sources: list[BlobSource] = []
         self._fetches: list[Fetch] = []
+        self._giving: Counter[PeerId] = Counter()
         self._reads = trio.CapacityLimiter(READS_MAX)
         self._upload_max = upload_max
         self._upload = _bucket("p2p.blob_upload_bytes_per_second_max", upload_max)
@@ -95,7 +99,21 @@ class PeerBlobs:
         self._sources.append(source)
 
     async def serve_get(self, call: Call) -> Reply:
-        """``blob.get``: the chunk with ``digest``, or ``not_found``; ``busy`` where the upload limit is far away."""
+        """``blob.get``: the chunk with ``digest``, or ``not_found``; ``busy`` where the upload limit is far away, or
+        for a peer that asks for very much at once."""
+        if self._giving[call.peer_id] >= PER_PEER_MAX:
+            self.limited["chunks_per_peer"] += 1
+            message = f"{PER_PEER_MAX} chunks are being given to this peer (limit: chunks_per_peer)"
+            raise BusyError(message, "ask for fewer at a time", retry_after_ms=BUSY_MS)
+        self._giving[call.peer_id] += 1
+        try:
+            return await self._give(call)
+        finally:
+            self._giving[call.peer_id] -= 1
+            if not self._giving[call.peer_id]:
+                del self._giving[call.peer_id]
+
+    async def _give(self, call: Call) -> Reply:
         digest = call.header.get("digest")
         if not isinstance(digest, bytes) or len(digest) != 32:
             raise IntegrityError("protocol", "blob.get: 'digest' must be 32 bytes")

@@ -71,6 +71,8 @@ OVERFLOW_BYTES = 256 << 20
 WAITING_MAX = 1 << 14
 STALL_SECONDS = 20.0
 UNSENT_BYTES = 128 << 10
+ASIDE_BYTES = 4 << 20
+"""Records that are no data may make up so much more than the data: no limit on calls or windows counts them."""
 REKEY_BYTES = 1 << 35
 """AES-GCM stays far from its limits below 2**36 bytes of large records: RFC 8446, section 5.5."""
 
@@ -350,6 +352,7 @@ class Lane:
         self._seal, self._open = _Key(secured.seal), _Key(secured.open)
         self._rest = memoryview(b"")  # of the one record that the socket did not take whole
         self._more = self._writing = False
+        self._aside = 0
         self.gathering = False
         """Whether frames wait for the end of the turn."""
         self._wrote_at = 0.0
@@ -571,6 +574,10 @@ class Lane:
 
     def _deliver(self, kind: int, plain: bytes) -> None:
         """What is no data."""
+        self._aside += HEAD_BYTES + TAG_BYTES + len(plain)
+        if self._aside > ASIDE_BYTES + sum(channel.bytes_in + channel.bytes_out for channel in self._channels):
+            self.fail("more records beside the data than data", "flood")
+            return
         if kind < WINDOW + 2 and len(plain) == _U32.size:
             self._channels[kind - WINDOW].on_window(_U32.unpack(plain)[0])
             self.pump()

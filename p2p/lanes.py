@@ -10,7 +10,6 @@ Invariants:
 """
 
 import logging
-import socket as plain_socket
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
@@ -160,6 +159,7 @@ async def connect(host: str, port: int) -> trio.socket.SocketType:
         except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
             reason = (isinstance(error, OSError) and error.strerror) or error
             raise RemoteError("unavailable", f"{host}:{port}: {reason}") from error
-        stream.socket.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
-        return stream.socket
+        return (
+            stream.socket
+        )  # trio switched Nagle's delay off; doing it here would raise where the peer is gone already
     raise RemoteError("unavailable", f"{host}:{port}: no connection within {CONNECT_SECONDS:.0f} s")

@@ -25,7 +25,7 @@ import trio
 from config.errors import BusyError, IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from p2p.core import addresses, reach
-from p2p.core.advert import Advert
+from p2p.core.advert import TEXT_CHARS_MAX, Advert
 from p2p.core.buckets import Bucket
 from p2p.core.relay import RESERVATION_S, TOKEN_BYTES, Books
 from p2p.face import Buffer, Call, Header, Reply
@@ -124,7 +124,8 @@ class Relay:
             direct = [a for a in (advert.addresses if advert else ()) if "/p2p-circuit" not in a]
             for address in direct[:ADDRESSES_PER_RELAY]:
                 found.append(f"{address.partition('/p2p/')[0]}/p2p/{relay}/p2p-circuit/p2p/{self._own}")
-        return tuple(found)
+        # a relay with an overlong name must not spoil this node's advert
+        return tuple(text for text in found if len(text) <= TEXT_CHARS_MAX)
 
     def look(self) -> None:
         """Something changed: look at the reservations at once."""

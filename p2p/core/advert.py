@@ -32,7 +32,8 @@ PRICE_MAX = 1 << 40
 """Microcredits; the settings have the same bound."""
 COORDINATE_US_MAX = 60_000_000
 
-Text = Annotated[str, msgspec.Meta(max_length=256)]
+TEXT_CHARS_MAX = 256
+Text = Annotated[str, msgspec.Meta(max_length=TEXT_CHARS_MAX)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Price = Annotated[int, msgspec.Meta(ge=0, le=PRICE_MAX)]
 Microseconds = Annotated[int, msgspec.Meta(ge=-COORDINATE_US_MAX, le=COORDINATE_US_MAX)]

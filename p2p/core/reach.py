@@ -18,7 +18,7 @@ Invariants:
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_interface, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_network
 
 from config.vocabulary import PeerId
 from p2p.core import addresses
@@ -31,8 +31,16 @@ CANDIDATES_MAX = 8
 SOON_S, SETTLED_S = 10.0, 600.0
 """Between rounds while in doubt, and once settled."""
 
-_SITES_V4 = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16", "127.0.0.0/8")
-_SITES = tuple(ip_network(text) for text in (*_SITES_V4, "fc00::/7", "fe80::/10", "::1/128"))
+_SITES_V4 = (
+    "10.0.0.0/8",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+    "100.64.0.0/10",
+    "169.254.0.0/16",
+    "127.0.0.0/8",
+    "0.0.0.0/8",
+)
+_SITES = tuple(ip_network(text) for text in (*_SITES_V4, "fc00::/7", "fe80::/10", "::/127"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +64,24 @@ class State:
 
 
 def is_ip(host: str) -> bool:
-    """Whether this is an IP address; a peer may say anything."""
+    """Whether this is an IP address, one without a zone; a peer may say anything."""
+    return "%" not in host and _ip(host) is not None
+
+
+def _ip(host: str) -> IPv4Address | IPv6Address | None:
+    """The address; an IPv4 one that is written as IPv6 leads where the IPv4 one does."""
     try:
-        ip_address(host)
+        found = ip_address(host)
     except ValueError:
-        return False
-    return True
+        return None
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return mapped or found
 
 
 def is_site(host: str) -> bool:
     """Whether an IP address means something on its own site only (private, shared, link-local or loopback)."""
-    try:
-        found = ip_address(host)
-    except ValueError:
-        return False
-    return any(found in network for network in _SITES)
+    found = _ip(host)
+    return found is not None and any(found in network for network in _SITES)
 
 
 def is_loopback(host: str) -> bool:

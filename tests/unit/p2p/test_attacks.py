@@ -1,20 +1,23 @@
 """What a hostile peer sends never ends a node, shuts honest peers out, or stays in its memory."""
 
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import trio
 
-from config.errors import RemoteError, RiosError
+from config.errors import BusyError, RemoteError, RiosError
 from p2p import front
+from p2p.blobs import PER_PEER_MAX, PeerBlobs
 from p2p.core import addresses, frames
-from p2p.core.reach import candidates
+from p2p.core.advert import Advert
+from p2p.core.reach import candidates, is_ip, is_site
 from p2p.face import Call, Reply
 from p2p.front import Arrival
 from p2p.handshake import Keys, shake
 from p2p.lanes import connect
 from p2p.relay import Relay
-from tests.unit.p2p.test_lane import echo, identity, port_of, start, stranger
+from tests.unit.p2p.test_lane import echo, identity, port_of, record, start, stranger, until_closed
 
 __all__ = ["echo", "start"]  # fixtures
 
@@ -199,3 +202,73 @@ async def test_a_call_whose_connection_ended_before_it_began_does_not_run(start)
     await link.carrier.close()
     await trio.testing.wait_all_tasks_blocked(0.02)
     assert ran == []
+
+
+async def test_a_peer_that_asks_for_everything_at_once_gets_a_little_at_a_time(autojump_clock):
+    reading = trio.Event()
+
+    class Slow:
+        def read_chunk(self, digest: bytes) -> bytes | None:
+            trio.from_thread.run(reading.wait)
+            return b"x"
+
+    blobs = PeerBlobs(None, identity("me").peer_id)
+    blobs.offer(Slow())
+    codes: list[str] = []
+
+    async def ask(peer_id: str) -> None:
+        try:
+            await blobs.serve_get(Call(peer_id, "blob.get", {"digest": bytes(32)}, (), trio.current_time() + 5))
+            codes.append("given")
+        except BusyError as error:
+            codes.append("busy" if "chunks_per_peer" in error.message else error.message)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(40):
+            nursery.start_soon(ask, "greedy")
+        await trio.testing.wait_all_tasks_blocked()
+        assert codes == ["busy"] * (40 - PER_PEER_MAX)
+        nursery.start_soon(ask, "other")
+        await trio.testing.wait_all_tasks_blocked()
+        reading.set()
+    assert codes.count("given") == PER_PEER_MAX + 1
+    assert blobs.limited["chunks_per_peer"] == 40 - PER_PEER_MAX
+    assert not blobs._giving
+
+
+async def test_records_that_nobody_counts_are_bounded(start):
+    node = await start("node")
+    async with stranger(node, "stranger") as (socket, secured):
+        with suppress(trio.BrokenResourceError):
+            for number in range(200):
+                await trio.SocketStream(socket).send_all(record(secured, 255, bytes(64 << 10), number))
+        await until_closed(socket)
+    assert node.doors.faults["flood"] == 1
+
+
+async def test_a_relay_with_an_overlong_name_does_not_spoil_the_advert_of_who_uses_it(nursery):
+    name = ".".join(["x" * 60] * 3)
+    advert = Advert(peer_id="R", seq=1, expires_ms=2, addresses=(f"/dns4/{name}/tcp/4001", "/ip4/9.9.9.9/tcp/4001"))
+    relay = Relay(
+        identity("me").peer_id,
+        Ends("9.9.9.9"),
+        None,
+        nursery,
+        adverts=lambda: {"R" * 52: advert},
+        dialable=tuple,
+        willing=bool,
+        needed=bool,
+        changed=lambda: None,
+    )
+    relay._reserved["R" * 52] = None
+    assert [addresses.parse(text).host for text in relay.addresses()] == ["9.9.9.9"]
+
+
+@pytest.mark.parametrize("host", ["::ffff:127.0.0.1", "::ffff:10.1.2.3", "0.0.0.0", "::", "::1"])
+def test_another_spelling_of_a_site_is_a_site(host):
+    assert is_site(host)
+    assert is_ip(host)
+
+
+def test_an_address_with_a_zone_is_none():
+    assert not is_ip("fe80::1%eth0")
