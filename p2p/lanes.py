@@ -21,7 +21,7 @@ from p2p.core import addresses
 from p2p.doors import Visit
 from p2p.front import Arrival, Front
 from p2p.handshake import Keys, Secured, await_welcome, shake, welcome
-from p2p.lane import Lane, Scratch, Spawn
+from p2p.lane import CLOSED_HERE, Lane, Scratch, Spawn
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ PROTOCOL = "/rios/lane/1.0.0"
 """What an advert's ``lane`` says when its addresses take lanes of this version."""
 CONNECT_SECONDS = 4.0
 ADDRESSES_MAX = 4
+NEXT_SECONDS = 1.0
 
 Judge = Callable[[PeerId], str]
 """Why a peer that proved itself is refused all the same, or nothing."""
@@ -115,17 +116,39 @@ class Lanes:
         )
 
     async def dial(self, peer_id: PeerId, texts: Sequence[str]) -> Lane:
-        """A lane to a peer at the first of these addresses (multiaddrs) that answers."""
+        """A lane to a peer at the first of these addresses (multiaddrs) that answers. The next one is tried as soon as
+        one fails, or after :data:`NEXT_SECONDS`: an address that swallows everything hides none of the others."""
         problem = RemoteError("unavailable", f"no address of {peer_id} takes a lane", peer_id=peer_id)
-        for text in texts[:ADDRESSES_MAX]:
-            address = addresses.parse(text)
-            if address is None or address.relay:
-                continue
+        found: list[Lane] = []
+
+        async def attempt(text: str, host: str, port: int, failed: trio.Event) -> None:
+            nonlocal problem
             try:
-                return await self._dial(peer_id, address.host, address.port)
+                found.append(await self._dial(peer_id, host, port))
             except RiosError as error:
                 problem = RemoteError("unavailable", f"lane to {text}: {error.message}", peer_id=peer_id)
-        raise problem
+                failed.set()
+            else:
+                nursery.cancel_scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for text in texts[:ADDRESSES_MAX]:
+                    address = addresses.parse(text)
+                    if address is not None and not address.relay:
+                        failed = trio.Event()
+                        nursery.start_soon(attempt, text, address.host, address.port, failed)
+                        with trio.move_on_after(NEXT_SECONDS):
+                            await failed.wait()
+        except BaseException:
+            for lane in found:
+                lane.fail(CLOSED_HERE)
+            raise
+        if not found:
+            raise problem
+        for lane in found[1:]:
+            lane.fail(CLOSED_HERE)
+        return found[0]
 
     async def _dial(self, peer_id: PeerId, host: str, port: int) -> Lane:
         socket = await connect(host, port)

@@ -14,7 +14,7 @@ from p2p.core.advert import Advert
 from p2p.core.reach import candidates, is_ip, is_site
 from p2p.face import Call, Reply
 from p2p.front import Arrival
-from p2p.handshake import Keys, shake
+from p2p.handshake import HANDSHAKE_SECONDS, Keys, shake
 from p2p.lanes import connect
 from p2p.relay import Relay
 from tests.unit.p2p.test_lane import echo, identity, port_of, record, start, stranger, until_closed
@@ -272,3 +272,19 @@ def test_another_spelling_of_a_site_is_a_site(host):
 
 def test_an_address_with_a_zone_is_none():
     assert not is_ip("fe80::1%eth0")
+
+
+async def test_an_address_that_swallows_everything_hides_no_other(start, nursery):
+    node = await start("node")
+    caller = await start("caller")
+    silent = trio.socket.socket()
+    with silent:
+        await silent.bind(("127.0.0.1", 0))
+        silent.listen()  # connections come into being, nobody ever answers
+        texts = [f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"] * 2 + [node.addresses[0].partition("/p2p/")[0]]
+        before = trio.current_time()
+        await caller.links.dial_at(node.peer_id, texts)
+        assert trio.current_time() - before < HANDSHAKE_SECONDS
+        assert caller.links.ready(node.peer_id).carrier.kind == "lane"
+        await answers(caller, node)
+    assert caller.doors.limiter.open == 1
