@@ -69,7 +69,9 @@ def _from_toml(file: Path, required: bool) -> Iterable[tuple[str, str, Any]]:
             table = tomllib.load(handle)
     except FileNotFoundError as error:
         if required:
-            raise ConfigError("config", f"there is no config file {file}", "make one: rios init") from error
+            raise ConfigError(
+                "config", f"there is no config file {file}", f"make it: rios --config {file} init"
+            ) from error
         return
     except OSError as error:
         raise ConfigError("config", f"cannot read {file}: {error.strerror}", "check its owner and mode") from error

@@ -45,9 +45,10 @@ class Context:
         return Path(given).absolute() if given else places.config_file(os.environ, Path.home())
 
     def settings(self) -> Loaded:
-        """The settings in force. A config file that was named must exist."""
+        """The settings in force. A config file that was named must exist, but for a command that makes it."""
         named = bool(getattr(self.args, "config", None) or os.environ.get("RIOS_CONFIG"))
-        return load(self.config_file, os.environ, self.flags, required=named)
+        required = named and not getattr(self.args, "makes_config", False)
+        return load(self.config_file, os.environ, self.flags, required=required)
 
     @property
     def flags(self) -> Sequence[str]:
@@ -237,6 +238,7 @@ def _swarm_commands(command: Command, top: Any) -> None:  # noqa: ANN401
         metavar="COMMAND", required=True, parser_class=_Parser
     )
     as_init: dict[str, Any] = {"seed": [], "genesis": None, "new_network": False, "gateway": False, "keep_config": True}
+    as_init["makes_config"] = True
     new = command(swarm, "new", _command("swarm", "new"), "Start a private swarm: make its key, and what init makes.")
     new.add_argument("--name", default="", help="a name for people")
     invite = command(swarm, "invite", _command("swarm", "invite"), "Print an invite for a new member. Keep it secret.")

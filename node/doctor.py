@@ -215,8 +215,15 @@ def _seeds(patient: Patient) -> Iterator[Finding]:
         except (OSError, RiosError) as error:
             text = error.message if isinstance(error, RiosError) else str(error)
             yield Finding("warn", f"seed {where}: {text}", "one way in less", "ask its operator, or remove it")
-    if not alive:
-        yield Finding("fail", "no seed can be reached", "the node stays alone", "check the network and p2p.seeds")
+    if alive:
+        return
+    fix = "check the network and p2p.seeds"
+    if patient.running and control.ask(patient.paths.control, "status", seconds=ANSWER_SECONDS_MAX)["network"]["links"]:
+        yield Finding(
+            "warn", "no seed can be reached, but other peers are linked", "after a restart it may be alone", fix
+        )
+    else:
+        yield Finding("fail", "no seed can be reached", "the node stays alone", fix)
 
 
 def _named(patient: Patient, seed: str) -> list[str]:

@@ -52,6 +52,9 @@ def init(context: Context) -> Output:
     ]
     if network is not None and identity.public_key in network.witnesses and not loaded.settings.ledger.witness:
         notes.append(f"beware    this node is a witness of its network: set ledger.witness = true in {file}")
+    if keep and context.flags:
+        given = " ".join(f"--set {flag}" for flag in context.flags)
+        notes.append(f"beware    {given}: for this command only; {file} was there and is unchanged")
     data = {
         "config": str(file),
         "data_dir": str(paths.data),

@@ -52,6 +52,9 @@ def change_allowed(
     if (deny or not peer_id) and (peer_id in configured or (configured and not peer_id)):
         what = peer_id or f"{len(configured)} peers"
         raise ConfigError("usage", f"p2p.allow in the config lists {what}", "take it out there, and restart the node")
+    if deny and network.allowed.always(peer_id):
+        who = "this node itself" if peer_id == network.peer_id else "a seed of this node, which is always admitted"
+        raise ConfigError("usage", f"{peer_id} is {who}", "rios peers ban shuts a seed out; rios swarm show lists them")
     listed: set[str] = set()
     if peer_id:
         listed = set(network.allowed.listed) or {*network.directory.adverts(), network.peer_id}

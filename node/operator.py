@@ -182,7 +182,10 @@ async def _peers_ban(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN
     minutes = args.get("minutes")
     if type(minutes) is not int or minutes <= 0:
         raise ConfigError("usage", f"{minutes!r} is not a time", "a whole number of minutes above 0")
-    row = node.network.doors.ban(str(args.get("subject", "")), minutes)
+    subject = str(args.get("subject", ""))
+    if subject == node.identity.peer_id:
+        raise ConfigError("usage", f"{subject} is this node itself", "rios pause takes no work, Ctrl-C stops the node")
+    row = node.network.doors.ban(subject, minutes)
     await node.network.doors.save()
     return asdict(row)
 

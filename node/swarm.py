@@ -132,10 +132,11 @@ def show(context: Context) -> Output:
     swarm = swarmfile.load(paths.swarm)
     listed_peers = (*loaded.settings.p2p.allow, *(swarm.allow if swarm else ()))
     listed = membership.seeds_of(loaded.settings.p2p, paths.config_file.parent, swarm)
-    admitted = f"{len(listed_peers)} listed peers and the seeds" if listed_peers else "everybody"
+    admitted = f"the seeds and {len(listed_peers)} listed peers" if listed_peers else "everybody"
+    key_too = (", with the key" if listed_peers else " who has the key") if swarm else ""
     rows = [
         f"swarm   {membership.describe(swarm)}, private" if swarm else "swarm   public: it needs no key",
-        f"admits  {admitted}{' who has the key' if swarm else ''}",
+        f"admits  {admitted}{key_too}",
         *(f"seed    {seed}" for seed in listed),
     ]
     data = {"private": swarm is not None, "name": swarm.name if swarm else "", "id": swarm.id if swarm else ""}

@@ -19,7 +19,11 @@ class AllowList:
 
     def admits(self, peer_id: str) -> bool:
         """Whether a peer may stay."""
-        return not self.listed or peer_id in self.listed or peer_id in self._always
+        return not self.listed or peer_id in self.listed or self.always(peer_id)
+
+    def always(self, peer_id: str) -> bool:
+        """Whether no list keeps a peer out."""
+        return peer_id in self._always
 
 
 def checked(peer_id: str, where: str) -> str:

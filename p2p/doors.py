@@ -372,6 +372,9 @@ class Doors:
     def ban(self, text: str, minutes: int) -> BanRow:
         """The operator shuts a peer, an address or a subnet out. Raises RequestError for anything else."""
         subject = _subject(text)
+        if self._limits.loopback_exempt and place_of(text.strip().partition("/")[0]).loopback:
+            hint = "ban the peer's id; p2p.loopback_limits = true counts this machine like any other"
+            raise RequestError("invalid_request", f"{text} is this very machine, which is let in", hint)
         span_ms = min(minutes * 60_000, OPERATOR_MS_MAX)
         ban = self.standing.ban(subject, span_ms, "by the operator", _now_ms())
         self._begin(subject, ban, "")
@@ -380,7 +383,11 @@ class Doors:
     def unban(self, text: str) -> bool:
         """The operator lets one in again, with a clean score; whether it was out. Raises RequestError."""
         self._dirty = True
-        return self.standing.unban(_subject(text))
+        subject = _subject(text)
+        was_out = self.standing.unban(subject)
+        if was_out:
+            log.info("%s may come in again: by the operator", subject)
+        return was_out
 
     def bans(self) -> list[BanRow]:
         """Every ban in force, the longest first."""
@@ -467,6 +474,6 @@ def _subject(text: str) -> str:
         return text
     subject = subject_of(text)
     if subject is None:
-        hint = "a peer id (12D3KooW...), an IP address, or a subnet like 203.0.113.0/24"
+        hint = "a peer id (12D3KooW...), an IP address, or a subnet: a /24 like 203.0.113.0/24 (IPv6: a /64 or /56)"
         raise RequestError("invalid_request", f"{text[:80]!r} is neither a peer nor an address", hint)
     return subject

@@ -221,7 +221,7 @@ class Host:
             await self._swarm.dial_peer(peer)
         except Exception as error:
             reason = self._noise.why_refused(peer_id, error) or _short(error)
-            raise RemoteError("unavailable", f"cannot reach {peer_id}: {reason}", peer_id=peer_id) from error
+            raise RemoteError("unavailable", f"{peer_id} cannot be reached: {reason}", peer_id=peer_id) from error
 
     async def open_channel(self, peer_id: PeerId, *, bulk: bool = False) -> Channel:
         """A new RPC stream to a connected peer. Raises RemoteError ``unavailable``."""

@@ -154,7 +154,8 @@ class Links:
         link = self._best.get(peer_id)
         if link is None:
             reason = dial.error.message if dial.error else "the link broke at once"
-            raise RemoteError("unavailable", f"{peer_id} cannot be reached: {reason}", peer_id=peer_id)
+            said = f"{peer_id} cannot be reached: "  # by the dial, perhaps
+            raise RemoteError("unavailable", said + reason.removeprefix(said), peer_id=peer_id)
         return link
 
     async def bulk(self, link: Connection) -> Connection:

@@ -146,7 +146,7 @@ class Mesh:
                     wait_s, warned = SEED_RETRY_S[0], False
                 except RiosError as error:
                     if not warned:
-                        log.warning("seed %s does not answer; going on without it: %s", peer_id, error.message)
+                        log.warning("going on without a seed: %s", error.message)
                         warned = True
                     wait_s = min(wait_s * 2, SEED_RETRY_S[1] if self._links.peers() else ALONE_RETRY_S)
             await trio.sleep((wait_s if self._links.ready(peer_id) is None else 5.0) * random.uniform(0.7, 1.3))

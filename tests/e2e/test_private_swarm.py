@@ -47,6 +47,12 @@ def test_from_new_to_a_working_swarm(swarm):
         [*rios_command(), "--config", str(member.config_file), "doctor"],
         capture_output=True, text=True, env=_environ(), timeout=60, check=False,
     ).stdout  # fmt: skip
+    for words, why in (
+        (("swarm", "deny", founder.peer_id), "this node itself"),
+        (("peers", "ban", founder.peer_id), "this node itself"),
+    ):
+        assert why in _refused(founder, *words)
+    assert "a seed of this node" in _refused(member, "swarm", "deny", founder.peer_id)
     rios(founder, "swarm", "deny", member.peer_id)
     wait_for(lambda: founder.ask("status")["network"]["links"] == 0, "the denied member to be hung up on", 10)
     founder.stop()
@@ -66,3 +72,12 @@ def test_from_new_to_a_working_swarm(swarm):
         assert key not in json.dumps(node.ask("status"))
         assert key not in node.log_file.read_text()
         assert key not in node.config_file.read_text()
+
+
+def _refused(node, *words: str) -> str:
+    ended = subprocess.run(
+        [*rios_command(), "--config", str(node.config_file), *words],
+        capture_output=True, text=True, env=_environ(), timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    return ended.stderr

@@ -121,3 +121,19 @@ def test_an_invite_needs_a_way_in(homes, run):
     assert "no address" in run("swarm", "invite", code=2)["error"]["message"]
     seed = "/ip4/203.0.113.9/tcp/1/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
     assert run("swarm", "invite", "--seed", seed)["seeds"] == [seed]
+
+
+@pytest.mark.parametrize("founding", [True, False])
+def test_a_named_config_file_need_not_be_there_yet(founder, tmp_path, run, founding):
+    file = tmp_path / "named" / "rios.toml"
+    named = ("--config", str(file), "--set", f"node.data_dir={tmp_path / 'named' / 'data'}")
+    run(*named, "swarm", *(("new",) if founding else ("join", founder[2]["invite"])))
+    assert str(tmp_path / "named" / "data") in file.read_text()
+    assert run("--config", str(file), "swarm", "show")["private"]
+    missing = tmp_path / "nothing.toml"
+    assert f"--config {missing} init" in run("--config", str(missing), "swarm", "show", code=2)["error"]["hint"]
+
+
+def test_settings_that_are_not_written_down_are_named(founder, capsys):
+    assert main(["init", "--keep-config", "--set", "p2p.upnp=false"]) == 0
+    assert "--set p2p.upnp=false: for this command only" in capsys.readouterr().out

@@ -119,6 +119,9 @@ async def test_an_operator_shuts_an_address_out_and_hangs_up_on_who_is_there(doo
     assert doors.enter(HOME) is not None
     with pytest.raises(RequestError, match="neither a peer nor an address"):
         doors.ban("somebody", 1)
+    for near in ("127.0.0.1", "::1", "127.0.0.0/24"):
+        with pytest.raises(RequestError, match="this very machine"):
+            doors.ban(near, 1)
 
 
 async def test_fresh_identities_of_one_subnet_do_not_use_up_the_places(doors):

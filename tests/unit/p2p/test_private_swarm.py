@@ -138,10 +138,10 @@ async def test_an_allow_list_admits_whom_it_names(nodes):
     b = await nodes("b", KEY, a)
     c = await nodes("c", KEY)
     await until(lambda: b.peer_id in a.directory.adverts())
-    assert "p2p.allow does not list this node" in await refused(c, a)
+    assert "its p2p.allow does not list it" in await refused(c, a)
     assert "p2p.allow of this node does not list it" in await refused(a, c)
     d = await nodes("d", KEY, a, allow=(left_out,))  # one's own seeds are admitted, but a does not list d
-    assert "p2p.allow does not list this node" in await refused(d, a)
+    assert "its p2p.allow does not list it" in await refused(d, a)
 
 
 async def test_a_wrong_allow_list_is_named(tmp_path):
