@@ -83,6 +83,8 @@ class Front:
             visit.on_hang_up(scope.cancel)
             try:
                 await self._sort(socket, visit, host, libp2p)
+            except Exception:
+                log.exception("a connection from %s ends: a fault in its handler", host)
             finally:
                 visit.leave()
 

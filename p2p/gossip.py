@@ -6,11 +6,10 @@ that raises loses its message only; a node does not receive its own messages.
 
 import logging
 
-import trio
-
 from config.errors import RequestError
 from config.vocabulary import PeerId
 from p2p.face import GossipHandler
+from p2p.guarded import Nursery
 from p2p.host import Host
 
 log = logging.getLogger(__name__)
@@ -21,7 +20,7 @@ PAYLOAD_BYTES_MAX = 64 << 10
 class Gossip:
     """Topics over one host."""
 
-    def __init__(self, host: Host, nursery: trio.Nursery) -> None:
+    def __init__(self, host: Host, nursery: Nursery) -> None:
         self._host = host
         self._nursery = nursery
         self._handlers: dict[str, list[GossipHandler]] = {}

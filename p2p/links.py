@@ -27,6 +27,7 @@ from p2p.carrier import Carrier
 from p2p.core.doors import Refusal
 from p2p.deadlines import Deadlines
 from p2p.doors import Doors
+from p2p.guarded import Nursery
 from p2p.host import Host
 from p2p.lane import CLOSED_HERE, Lane
 from p2p.lanes import Lanes
@@ -76,7 +77,7 @@ class Links:
         host: Host,
         lanes: Lanes | None,
         services: Mapping[str, Service],
-        nursery: trio.Nursery,
+        nursery: Nursery,
         *,
         frame_bytes_max: int,
         calls_max: int,

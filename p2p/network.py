@@ -33,6 +33,7 @@ from p2p.doors import Doors
 from p2p.face import Buffer, GossipHandler, Handler, Header, Items, Pending, Quick, Reply, StreamHandler
 from p2p.front import Front
 from p2p.gossip import Gossip
+from p2p.guarded import Guarded
 from p2p.handshake import Keys
 from p2p.host import Host, open_host, parse_address
 from p2p.lanes import PROTOCOL, Lanes
@@ -65,7 +66,7 @@ class PeerNetwork:
         identity: Identity,
         settings: P2pSettings,
         host: Host,
-        nursery: trio.Nursery,
+        nursery: Guarded,
         book: Peerbook,
         listed: Sequence[str],
         names: Names,
@@ -270,6 +271,7 @@ class PeerNetwork:
         """Numbers for status and metrics."""
         return {
             "peers": len(self.links.peers()),
+            "faults": self._nursery.faults,
             "directory": self.directory.statistics(),
             "links": self.links.statistics(),
             "gossip": {"sent": self._gossip.sent, "received": self._gossip.received},
@@ -310,9 +312,9 @@ class PeerNetwork:
             self.directory.run_upkeep,
             self.directory.run_dht,
         ):
-            self._nursery.start_soon(task)
+            self._nursery.keep(task)
         self.reachability.run()
-        self._nursery.start_soon(self.directory.run, self.publish)
+        self._nursery.keep(self.directory.run, self.publish)
 
     async def close(self) -> None:
         """Say goodbye and remember the peers."""
@@ -373,13 +375,14 @@ async def open_network(
             async with host_context as host, trio.open_nursery() as nursery:
                 book = Peerbook(data_dir / "peers.json")
                 keys = Keys(identity, swarm_key)
-                lanes = Lanes(keys, front, nursery.start_soon, allowed.admits, frame_bytes_max=settings.frame_bytes_max)
-                network = PeerNetwork(identity, settings, host, nursery, book, listed, names, first, front, lanes)
+                guarded = Guarded(nursery)
+                lanes = Lanes(keys, front, guarded.start_soon, allowed.admits, frame_bytes_max=settings.frame_bytes_max)
+                network = PeerNetwork(identity, settings, host, guarded, book, listed, names, first, front, lanes)
                 network.allowed = allowed
                 network.run()
                 if hosts := mdns.wanted(settings.mdns, filled_in(host.addresses)):
                     near = [f"{text}/p2p/{identity.peer_id}" for text in filled_in(host.addresses)]
-                    nursery.start_soon(mdns.Mdns(hosts, near, swarm_key, network.found).run)
+                    guarded.keep(mdns.Mdns(hosts, near, swarm_key, network.found).run)
                 try:
                     yield network
                 except Exception as error:

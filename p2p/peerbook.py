@@ -48,6 +48,7 @@ class Peerbook:
 
     def met(self, peer_id: PeerId, addresses: Sequence[str], lane: str = "") -> None:
         """Remember a peer that was reached."""
+        addresses = [text for text in addresses if multiaddrs.parse(text) is not None]
         if addresses:
             known = self._peers.pop(peer_id, None)
             self._peers[peer_id] = now = Met(tuple(addresses)[:ADDRESSES_MAX], lane)

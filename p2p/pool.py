@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 import outcome
 import trio
 
+from p2p.guarded import Nursery
+
 log = logging.getLogger(__name__)
 
 Job = Callable[[], Awaitable[None]]
@@ -17,7 +19,7 @@ Job = Callable[[], Awaitable[None]]
 class Pool:
     """Runs jobs in tasks of one nursery."""
 
-    def __init__(self, nursery: trio.Nursery, *, idle_max: int = 64) -> None:
+    def __init__(self, nursery: Nursery, *, idle_max: int = 64) -> None:
         self._nursery = nursery
         self._idle_max = idle_max
         self._idle: list[trio.lowlevel.Task] = []

@@ -22,6 +22,7 @@ import trio
 from config.errors import BusyError, IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from p2p.face import Call, Header, Reply
+from p2p.guarded import Nursery
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Ends(Protocol):
 class Punch:
     """Both parts."""
 
-    def __init__(self, ends: Ends, nursery: trio.Nursery, port: Callable[[], int]) -> None:
+    def __init__(self, ends: Ends, nursery: Nursery, port: Callable[[], int]) -> None:
         self._ends = ends
         self._nursery = nursery
         self._port = port

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-import trio
 
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
@@ -22,6 +21,7 @@ from p2p.core.relay import Books, Limits
 from p2p.directory import PeerDirectory
 from p2p.face import Buffer, Call, Header, Reply
 from p2p.front import PROBE, SPLICE, Front
+from p2p.guarded import Guarded
 from p2p.host import Host
 from p2p.links import Links
 from p2p.networks import own_networks
@@ -65,7 +65,7 @@ class Reachability:
         links: Links,
         directory: PeerDirectory,
         call: CallPeer,
-        nursery: trio.Nursery,
+        nursery: Guarded,
         listening: Callable[[], tuple[str, ...]],
     ) -> None:
         self._own = own
@@ -114,8 +114,8 @@ class Reachability:
 
     def run(self) -> None:
         """Start the background work."""
-        self._nursery.start_soon(self.reach.run)
-        self._nursery.start_soon(self.relay.run)
+        self._nursery.keep(self.reach.run)
+        self._nursery.keep(self.relay.run)
 
     # -- the own advert
 

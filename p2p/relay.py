@@ -29,6 +29,7 @@ from p2p.core.advert import TEXT_CHARS_MAX, Advert
 from p2p.core.buckets import Bucket
 from p2p.core.relay import RESERVATION_S, TOKEN_BYTES, Books
 from p2p.face import Buffer, Call, Header, Reply
+from p2p.guarded import Nursery
 from p2p.splice import enter
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Relay:
         own: PeerId,
         ends: Ends,
         books: Books,
-        nursery: trio.Nursery,
+        nursery: Nursery,
         *,
         adverts: Callable[[], Mapping[PeerId, Advert]],
         dialable: Callable[[], Sequence[str]],
@@ -121,7 +122,8 @@ class Relay:
         found = []
         for relay in self._reserved:
             advert = self._adverts().get(relay)
-            direct = [a for a in (advert.addresses if advert else ()) if "/p2p-circuit" not in a]
+            known = advert.addresses if advert else ()
+            direct = [text for text in known if (parsed := addresses.parse(text)) is not None and not parsed.relay]
             for address in direct[:ADDRESSES_PER_RELAY]:
                 found.append(f"{address.partition('/p2p/')[0]}/p2p/{relay}/p2p-circuit/p2p/{self._own}")
         # a relay with an overlong name must not spoil this node's advert

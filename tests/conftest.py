@@ -1,11 +1,25 @@
 """Fixtures shared by all tests."""
 
+import logging
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_hidden_faults():
+    """The network survives a fault in one of its tasks; a test in which that happens fails all the same."""
+    faults = []
+    watch = logging.Handler(logging.ERROR)
+    watch.emit = faults.append
+    log = logging.getLogger("p2p.guarded")
+    log.addHandler(watch)
+    yield faults
+    log.removeHandler(watch)
+    assert not faults, faults[0].exc_info
 
 
 @pytest.fixture(scope="session")

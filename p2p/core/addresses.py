@@ -18,6 +18,8 @@ _SHAPE = re.compile(
     rf"/(ip4|ip6|dns|dns4|dns6)/([0-9A-Za-z_:.-]{{1,254}})/tcp/(\d{{1,5}})(?:{_PEER})?(/p2p-circuit(?:{_PEER})?)?",
     re.ASCII,
 )
+_OURS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6)/[^/]*/tcp/[^/]*(?:/p2p(?:-circuit)?(?:/.*)?)?", re.DOTALL)
+_ANY = re.compile(r"(?:/[!-.0-~]+)+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ def parse(text: str) -> TcpAddress | None:
     if circuit is None:
         return TcpAddress(kind, host, int(match[3]), match[4] or "", "")
     return TcpAddress(kind, host, int(match[3]), match[6] or "", match[4]) if match[4] else None
+
+
+def is_later_kind(text: str) -> bool:
+    """Whether this is a multiaddr of a kind that this version does not know: to be passed over, not to be refused."""
+    return _ANY.fullmatch(text) is not None and _OURS.fullmatch(text) is None
 
 
 def subnet(address: TcpAddress) -> str:

@@ -189,8 +189,10 @@ def oddities(advert: Advert) -> Iterator[str]:
     """What no honest node says about itself, beyond what the fields' own bounds refuse."""
     for text in advert.addresses:
         address = multiaddrs.parse(text)
+        if address is None and multiaddrs.is_later_kind(text):
+            continue
         if address is None:
-            yield f"{text[:80]!r} is not a TCP multiaddr"
+            yield f"{text[:80]!r} is no multiaddr"
         elif address.peer_id not in ("", advert.peer_id):
             yield f"{text[:120]!r} is another peer's address"
     models = [offer.model_id for offer in advert.models]

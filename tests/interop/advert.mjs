@@ -1,5 +1,6 @@
 // Adverts: docs/protocol.md, "Adverts".
 
+import { isIPv4, isIPv6 } from 'node:net'
 import { publicKeyOf, verify } from './identity.mjs'
 import { decode, encode } from './msgpack.mjs'
 
@@ -11,9 +12,12 @@ const LIFE_MS_MAX = 24 * 3600 * 1000
 const SKEW_MS_MAX = 10 * 60 * 1000
 const PRICE_MAX = 1n << 40n
 const COORDINATE_MAX = 60_000_000n
-const NAME = '[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?'
+const LABEL = '[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?'
+const NAME = new RegExp(`^(?=.{1,253}$)${LABEL}(?:\\.${LABEL})*\\.?$`)
 const PEER = '/p2p/([1-9A-HJ-NP-Za-km-z]{20,80})'
-const ADDRESS = new RegExp(`^/(ip4|ip6|dns|dns4|dns6)/([0-9A-Fa-f:.]{2,45}|${NAME})/tcp/(\\d{1,5})(?:${PEER})?(/p2p-circuit(?:${PEER})?)?$`)
+const ANY_ADDRESS = /^(?:\/[!-.0-~]+)+$/
+const OUR_ADDRESS = /^\/(?:ip4|ip6|dns|dns4|dns6)\/[^/]*\/tcp\/[^/]*(?:\/p2p(?:-circuit)?(?:\/.*)?)?$/s
+const ADDRESS = new RegExp(`^/(ip4|ip6|dns|dns4|dns6)/([0-9A-Za-z_:.-]{1,254})/tcp/(\\d{1,5})(?:${PEER})?(/p2p-circuit(?:${PEER})?)?$`)
 
 export class BadAdvert extends Error {
   constructor (kind, message) {
@@ -161,11 +165,16 @@ function unpack (data) {
   return value
 }
 
+function isHost (kind, host) {
+  return kind === 'ip4' ? isIPv4(host) : kind === 'ip6' ? isIPv6(host) : NAME.test(host)
+}
+
 function checkSense (advert) {
   for (const address of advert.addresses) {
     const match = ADDRESS.exec(address)
     const port = Number(match?.[3])
-    if (match === null || port < 1 || port > 65535) throw new BadAdvert('absurd', `the address ${address}`)
+    if (match === null && ANY_ADDRESS.test(address) && !OUR_ADDRESS.test(address)) continue // of a later version
+    if (match === null || !isHost(match[1], match[2]) || port < 1 || port > 65535) throw new BadAdvert('absurd', `the address ${address}`)
     const peer = match[5] === undefined ? match[4] : match[6]
     if (peer !== undefined && peer !== advert.peer_id) throw new BadAdvert('absurd', `another peer's address ${address}`)
   }

@@ -32,6 +32,7 @@ FRAME_BYTES_MAX = 1 << 16
 ALICE, BOB = Identity.from_seed(b"\x01" * 32), Identity.from_seed(b"\x02" * 32)
 MODEL = sha256(b"a model").hexdigest()
 GROUP_ORDER = (1 << 252) + 27742317777372353535851937790883648493
+LATER_ADDRESS = "/ip4/192.0.2.1/udp/4701/quic-v1"
 
 
 def make() -> dict[str, Any]:
@@ -149,7 +150,9 @@ def _adverts() -> list[dict[str, Any]]:
         ("a changed signature", "signature", msgpack.packb([body, bad_signature])),
         ("somebody else's signature", "signature", _sealed(body, BOB)),
         ("a short signature", "signature", msgpack.packb([body, signature[:63]])),
-        ("an address that is none", "absurd", with_(addresses=["/ip4/192.0.2.1/udp/1"])),
+        ("an address that is none", "absurd", with_(addresses=["192.0.2.1:4701"])),
+        ("a number that is none", "absurd", with_(addresses=["/ip4/192.0.2.400/tcp/1"])),
+        ("a name with an empty label", "absurd", with_(addresses=["/dns4/a..b/tcp/1"])),
         ("port 0", "absurd", with_(addresses=["/ip4/192.0.2.1/tcp/0"])),
         ("another peer's address", "absurd", with_(addresses=[f"/ip4/192.0.2.1/tcp/1/p2p/{BOB.peer_id}"])),
         ("one model twice", "absurd", with_(models=[offer, offer])),
@@ -169,6 +172,7 @@ def _adverts() -> list[dict[str, Any]]:
             "values appended that this version cannot read",
             _sealed(_appended(body, len(fields), b"\xd4\x05\x00", b"\xa1\xff")),
         ),
+        ("addresses of a later kind", _sealed(msgspec.msgpack.encode([*fields[:3], [*fields[3], LATER_ADDRESS]]))),
         ("three fields, the rest defaults", _sealed(msgspec.msgpack.encode(minimal))),
         ("a body in a longer encoding", _sealed(b"\xdc" + len(fields).to_bytes(2, "big") + _tail(body))),
     ]

@@ -63,10 +63,17 @@ def test_the_version_before_is_read():
     assert (read.paused, read.reach, read.relay, read.capabilities, read.coordinate) == (False, "", False, (), ())
 
 
+def test_addresses_of_a_later_kind_are_passed_over():
+    later = ("/ip4/1.2.3.4/udp/1/quic-v1", "/ip4/1.2.3.4/tcp/443/wss", "/onion3/abc:1")
+    made = sign(ME, msgspec.structs.replace(FULL, addresses=(*FULL.addresses, *later)))
+    assert open_advert(made.data, now_ms=NOW).advert.addresses == (*FULL.addresses, *later)
+
+
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
-        ({"addresses": ("/ip4/1.2.3.4/udp/1",)}, "absurd"),
+        ({"addresses": ("1.2.3.4:1",)}, "absurd"),
+        ({"addresses": ("/ip4/1.2.3.4 /udp/1",)}, "absurd"),
         ({"addresses": ("/ip4/1.2.3.400/tcp/1",)}, "absurd"),
         ({"addresses": ("/ip4/1.2.3.4/tcp/0",)}, "absurd"),
         ({"addresses": (f"/ip4/1.2.3.4/tcp/1/p2p/{Identity.from_seed(b'o' * 32).peer_id}",)}, "absurd"),

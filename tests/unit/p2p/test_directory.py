@@ -66,7 +66,7 @@ async def test_lies_are_dropped_counted_and_blamed_on_who_sent_them():
     body = msgspec.msgpack.encode([OTHER.peer_id, now_ms(), now_ms() + 60_000])
     forged = msgspec.msgpack.encode([body, THIRD.sign(TAG, body)])
     old = advert(OTHER, expires_ms=now_ms() - 1)
-    absurd = advert(OTHER, addresses=("/ip4/1.2.3.4/udp/1",))
+    absurd = advert(OTHER, addresses=("/ip4/1.2.3.4/tcp/0",))
     future = advert(OTHER, seq=now_ms() + 10**8)
     await it.serve_push(push("advert.push", THIRD, forged, old, absurd, future, b"", bytes(70_000)))
     assert set(it.adverts()) == {ME.peer_id}
