@@ -31,6 +31,7 @@ from config.vocabulary import PeerId
 from p2p import front
 from p2p.core import payload
 from p2p.core.identity import Identity
+from p2p.core.records import Cipher
 
 HANDSHAKE_SECONDS = 5.0
 MESSAGE_BYTES_MAX = payload.PAYLOAD_BYTES_MAX + 256
@@ -40,8 +41,6 @@ XX_PSK = b"Noise_XXpsk0_25519_ChaChaPoly_SHA256"
 
 REFUSAL_BYTES_MAX = 500
 _WELCOME_NONCE = b"\xff" * 12  # records never get that far
-
-Cipher = AESGCM | ChaCha20Poly1305
 
 
 @dataclass(frozen=True, slots=True)

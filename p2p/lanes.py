@@ -21,7 +21,8 @@ from p2p.core import addresses
 from p2p.doors import Visit
 from p2p.front import Arrival, Front
 from p2p.handshake import Keys, Secured, await_welcome, shake, welcome
-from p2p.lane import CLOSED_HERE, Lane, Scratch, Spawn
+from p2p.lane import Lane, Scratch, Spawn
+from p2p.lanechannel import CLOSED_HERE
 
 log = logging.getLogger(__name__)
 

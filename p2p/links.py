@@ -29,7 +29,8 @@ from p2p.deadlines import Deadlines
 from p2p.doors import Doors
 from p2p.guarded import Nursery
 from p2p.host import Host
-from p2p.lane import CLOSED_HERE, Lane
+from p2p.lane import Lane
+from p2p.lanechannel import CLOSED_HERE
 from p2p.lanes import Lanes
 from p2p.pool import Pool
 from p2p.rpc import Connection, Context

@@ -46,8 +46,9 @@ from p2p.own import own_call, own_stream
 from p2p.pace import Paces, pace_of
 from p2p.peerbook import Peerbook
 from p2p.reachability import Reachability
-from p2p.rpc import Connection, NotSentError
+from p2p.rpc import Connection
 from p2p.services import Service, Services
+from p2p.waiting import NotSentError
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter_ns
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
@@ -29,9 +28,11 @@ from p2p.carrier import Carrier
 from p2p.core import failures, frames
 from p2p.deadlines import Deadlines
 from p2p.face import Buffer, Call, Handler, Header, Reply, StreamHandler
+from p2p.meter import Meter, free
 from p2p.pool import Pool
 from p2p.services import Service
 from p2p.streaming import Incoming, Outgoing
+from p2p.waiting import NotSentError, Waiter
 
 log = logging.getLogger(__name__)
 
@@ -41,54 +42,10 @@ HELD_BYTES_TOTAL, HELD_BYTES_CROWDED = 512 << 20, 4 << 20
 COUNTED_CALLS, COUNTED_BYTES = 32, 256 << 10
 """After how many the doors are told: asking them each time would show in small calls."""
 STUCK_SECONDS, STUCK_BYTES_PER_SECOND = 30.0, 256
-_current_task = trio.lowlevel.current_task
-_wait = trio.lowlevel.wait_task_rescheduled
-_reschedule = trio.lowlevel.reschedule
-_SUCCEEDED = trio.lowlevel.Abort.SUCCEEDED
-
-
-class NotSentError(RemoteError):
-    """The link was gone, or about to go, before anything of the call was sent."""
 
 
 def _nobody(_peer_id: PeerId, _fault: str) -> None:
     return
-
-
-class Meter(Protocol):
-    """Counts what a peer does (``p2p/doors.Meter``)."""
-
-    def start_call(self) -> str:
-        """One more call in flight; the limit that is in its way, if any."""
-
-    def end_call(self) -> None:
-        """A call is done."""
-
-    def over(self, limit: str) -> bool:
-        """A call was refused here, for a limit of this name; whether that makes a flood."""
-
-    def spend(self, calls: int, size: int, now: float) -> float:
-        """Calls and bytes came in: for how many seconds no more should."""
-
-
-class _Free:
-    """No limits."""
-
-    def start_call(self) -> str:
-        return ""
-
-    def end_call(self) -> None:
-        return
-
-    def over(self, limit: str) -> bool:
-        return False
-
-    def spend(self, calls: int, size: int, now: float) -> float:
-        return 0.0
-
-
-def _free(_peer_id: PeerId) -> Meter:
-    return _Free()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,61 +58,9 @@ class Context:
     frame_bytes_max: int
     calls_max: int
     blame: Callable[[PeerId, str], None] = field(default=_nobody)
-    meter: Callable[[PeerId], Meter] = field(default=_free)
+    meter: Callable[[PeerId], Meter] = field(default=free)
     held: int = 0
     """Bytes of calls in progress, of all peers."""
-
-
-class _Waiter:
-    """A unary call of ours on its way: :class:`p2p.face.Pending`."""
-
-    __slots__ = ("answered_ns", "call_id", "connection", "method", "outcome", "over", "task")
-
-    def __init__(self, connection: "Connection", call_id: int, method: str) -> None:
-        self.connection = connection
-        self.call_id = call_id
-        self.method = method
-        self.task: trio.lowlevel.Task | None = None
-        self.outcome: Reply | RiosError | None = None
-        self.over = False
-        self.answered_ns = 0
-
-    async def wait(self) -> Reply:
-        """See :meth:`p2p.face.Pending.wait`."""
-        if self.outcome is None:
-            self.task = _current_task()
-            await _wait(self.abort)
-        else:
-            await trio.lowlevel.checkpoint()
-        outcome, self.outcome = self.outcome, None  # the timer keeps the waiter for a while, not the answer
-        if type(outcome) is Reply:
-            return outcome
-        assert isinstance(outcome, RiosError)
-        raise outcome
-
-    def cancel(self) -> None:
-        """See :meth:`p2p.face.Pending.cancel`."""
-        if not self.over:
-            self.over = True
-            self.connection.give_up(self.call_id)
-
-    def settle(self, outcome: Reply | RiosError) -> None:
-        """The call is over."""
-        self.outcome, self.over, self.answered_ns = outcome, True, perf_counter_ns()
-        if self.task is not None:
-            _reschedule(self.task)
-
-    def expire(self) -> None:
-        """Its deadline came."""
-        self.connection.give_up(self.call_id)
-        self.settle(self.connection.late(self.method))
-        self.connection.missed()
-
-    def abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
-        """The caller was cancelled."""
-        self.over = True
-        self.connection.give_up(self.call_id)
-        return _SUCCEEDED
 
 
 class _Flood(Exception):
@@ -198,7 +103,7 @@ class Connection:
         self._context = context
         self._lost = lost
         self._machine = frames.Machine(frame_bytes_max=context.frame_bytes_max)
-        self._waiters: dict[int, _Waiter] = {}
+        self._waiters: dict[int, Waiter] = {}
         self._incoming: dict[int, Incoming] = {}
         self._outgoing: dict[int, Outgoing] = {}
         self._running: dict[int, trio.CancelScope] = {}
@@ -236,10 +141,10 @@ class Connection:
             await self._make_room(method, deadline)
         return await self.begin(method, header, buffers, deadline).wait()
 
-    def begin(self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float) -> _Waiter:
+    def begin(self, method: str, header: Header, buffers: Sequence[Buffer], deadline: float) -> Waiter:
         """Send a call; nobody waits for it yet. Not when the carrier is congested."""
         call_id, chunks = self._begin(method, header, buffers, deadline)
-        waiter = self._waiters[call_id] = _Waiter(self, call_id, method)
+        waiter = self._waiters[call_id] = Waiter(self, call_id, method)
         self.carrier.send(chunks)
         if waiter.outcome is None:
             self._context.deadlines.add(deadline, waiter)

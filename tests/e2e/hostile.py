@@ -17,10 +17,11 @@ from p2p import front, lanes
 from p2p.core import frames
 from p2p.core.doors import Limits
 from p2p.core.identity import Identity
+from p2p.core.records import DATA, MAIN
 from p2p.doors import Doors
 from p2p.front import Front
 from p2p.handshake import Keys
-from p2p.lane import DATA, MAIN, Lane
+from p2p.lane import Lane
 
 HOST, PORT, PEER = sys.argv[2], int(sys.argv[3]), sys.argv[4]
 SECONDS, SOURCE = float(sys.argv[5]), sys.argv[6]

@@ -16,8 +16,10 @@ from config.errors import IntegrityError
 from config.vocabulary import PeerId
 from p2p.core import payload
 from p2p.core.addresses import parse
+from p2p.core.records import HEAD_BYTES, RECORD_BYTES_MAX, Key
 from p2p.handshake import Secured
-from p2p.lane import HEAD_BYTES, RECORD_BYTES_MAX, WINDOW_BYTES, Lane, Scratch, _Key
+from p2p.lane import Lane, Scratch
+from p2p.lanechannel import WINDOW_BYTES
 from p2p.pace import NO_LIMITS
 from tests.fuzz.fuzz_adverts import IDENTITIES
 from tests.fuzz.mutation import EDGES_32, number, split, spoil, text
@@ -69,7 +71,7 @@ class _Ends:
         self.got = bytearray()
         for channel in (self.lane.main, self.lane.bulk):
             channel.open(self.got.extend, lambda: None)
-        self.key = _Key(ChaCha20Poly1305(key))
+        self.key = Key(ChaCha20Poly1305(key))
 
     def close(self) -> None:
         self.lane.fail("over")

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from noise.connection import Keypair, NoiseConnection
 
 from dmoe.core import calls, wire
-from p2p import handshake, lane
+from p2p import handshake
 from p2p.core import advert as adverts
-from p2p.core import frames, headers, heartbeat, payload, providing
+from p2p.core import frames, headers, heartbeat, payload, providing, records
 from p2p.core.advert import Advert, Gpu, Hardware, ModelOffer
 from p2p.core.heartbeat import Heartbeat
 from p2p.core.identity import Identity
@@ -371,14 +371,14 @@ def _lane(psk: bytes | None, aes: bool) -> dict[str, Any]:
     keys = (state.cipher_state_encrypt.k, state.cipher_state_decrypt.k)
     make = AESGCM if aes else ChaCha20Poly1305
     refusal = b"" if psk is None else b"this node is full"
-    sealing = lane._Key(make(keys[0]))
+    sealing = records.Key(make(keys[0]))
     plain = [
-        (lane.DATA + lane.MAIN, b"\x01\x02"),
-        (lane.DATA + lane.BULK, bytes(40)),
-        (lane.WINDOW, bytes(4)),
+        (records.DATA + records.MAIN, b"\x01\x02"),
+        (records.DATA + records.BULK, bytes(40)),
+        (records.WINDOW, bytes(4)),
         (200, b""),
     ]
-    records = [_record(sealing, kind, data) for kind, data in plain]
+    shown = [_record(sealing, kind, data) for kind, data in plain]
     sealing.renew()
     rekeyed = _record(sealing, 0, b"\x03")
     return {
@@ -393,12 +393,12 @@ def _lane(psk: bytes | None, aes: bool) -> dict[str, Any]:
         "keys": [key.hex() for key in keys],
         "welcome": make(keys[1]).encrypt(handshake._WELCOME_NONCE, refusal, handshake.PROLOGUE).hex(),
         "refusal": refusal.decode(),
-        "records_of_dialler": records,
+        "records_of_dialler": shown,
         "after_the_next_key": rekeyed,
     }
 
 
-def _record(sealing: lane._Key, kind: int, data: bytes) -> dict[str, Any]:
+def _record(sealing: records.Key, kind: int, data: bytes) -> dict[str, Any]:
     record = sealing.seal(kind, data, memoryview(bytearray(1024)))
     return {"kind": kind, "plain": data.hex(), "record": bytes(record).hex()}
 

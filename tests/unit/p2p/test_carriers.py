@@ -12,7 +12,7 @@ from p2p import rpc, trace
 from p2p.core.identity import Identity
 from p2p.face import Call, Reply
 from p2p.network import open_network
-from p2p.rpc import NotSentError
+from p2p.waiting import NotSentError
 
 ANY = ("/ip4/127.0.0.1/tcp/0",)
 

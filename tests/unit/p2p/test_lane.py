@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from config.errors import IntegrityError, RemoteError, RiosError
 from config.settings import P2pSettings
-from p2p import front, handshake, lane, links
-from p2p.core import frames, payload
+from p2p import front, handshake, links
+from p2p.core import frames, payload, records
 from p2p.core.identity import Identity
 from p2p.deadlines import SLACK, Deadlines
 from p2p.face import Call, Reply
@@ -110,10 +110,10 @@ async def hostile_records(secured):
         "replayed": good + good,
         "out of order": record(secured, 0, PING, 1),
         "wrong head": bytes([1]) + good[1:],
-        "too long": (lane.RECORD_BYTES_MAX + 17).to_bytes(4, "big"),
+        "too long": (records.RECORD_BYTES_MAX + 17).to_bytes(4, "big"),
         "too short": (15).to_bytes(4, "big") + bytes(15),
         "unknown kind": record(secured, 9, b""),
-        "bad window": record(secured, lane.WINDOW, b"abc"),
+        "bad window": record(secured, records.WINDOW, b"abc"),
         "plaintext": PING,
         "bad frame": record(secured, 0, b"\xff" * 40),
         "plain rpc in the clear": b"".join(frames.Machine(frame_bytes_max=1 << 20).request("echo", {}, [], 1000)[1]),
@@ -210,7 +210,7 @@ async def test_nothing_readable_travels(start, nursery):
 
 
 async def test_keys_are_renewed_under_way(start, monkeypatch):
-    monkeypatch.setattr(lane, "REKEY_BYTES", 10_000)
+    monkeypatch.setattr(records, "REKEY_BYTES", 10_000)
     a = await start("a")
     b = await start("b", a)
     for size in (0, 100, 9000, 9000, 300_000, 5_000_000, 1):

@@ -13,8 +13,8 @@ from config.errors import CODES
 from config.settings import P2pSettings
 from dmoe.core import calls, wire
 from dmoe.core.deployment import REPLICAS_MAX
-from p2p import handshake, lane
-from p2p.core import advert, failures, frames, headers, heartbeat, payload, providing, view
+from p2p import handshake, lanechannel
+from p2p.core import advert, failures, frames, headers, heartbeat, payload, providing, records, view
 from p2p.core.chunks import CHUNK_BYTES
 from p2p.core.identity import Identity
 from p2p.network import open_network
@@ -148,9 +148,9 @@ def test_every_field_of_an_advert_stands_at_its_place():
         REPLICAS_MAX,
         handshake.MESSAGE_BYTES_MAX,
         payload.PAYLOAD_BYTES_MAX,
-        lane.RECORD_BYTES_MAX,
-        lane.WINDOW_BYTES,
-        lane.URGENT_BYTES,
+        records.RECORD_BYTES_MAX,
+        lanechannel.WINDOW_BYTES,
+        lanechannel.URGENT_BYTES,
         view.VIEW_MAX,
     ],
 )
