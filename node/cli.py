@@ -27,7 +27,7 @@ from config.errors import EXIT_FAILED, EXIT_OK, ConfigError, LocalError, RiosErr
 from config.load import Loaded, load
 from config.paths import Paths
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 EXIT_INTERRUPTED = 130
 """What shells expect after Ctrl-C."""
 

@@ -29,6 +29,8 @@ MIN_TOKENS = 64
 MAX_TOKENS = 160
 KILL_AFTER_TOKENS = 20
 REPLICAS = 2
+ORCHESTRATOR_BYTES_MAX = 40 << 20
+"""Room for half of the experts in the node that answers: the others have to work, whatever placement throws."""
 MEET_SECONDS_MAX = 30.0
 PLACEMENT_SECONDS_MAX = 180.0
 LEDGER_SECONDS_MAX = 20.0
@@ -131,6 +133,7 @@ class Demo:
             {
                 **shared,
                 "dmoe.threads": 2,
+                "dmoe.ram_bytes_max": ORCHESTRATOR_BYTES_MAX,
                 "gateway.enabled": True,
                 "gateway.port": 0,
                 "ledger.witness": True,

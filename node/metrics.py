@@ -73,9 +73,12 @@ def _directory(node: "Node") -> Iterator[Metric]:
     refused = CounterMetricFamily(
         "rios_adverts_refused", "Adverts and heartbeats not taken, by reason", labels=["reason"]
     )
+    old = figures["refused"].get("stale", 0)  # gossip brings everything more than once
     for reason, count in figures["refused"].items():
-        refused.add_metric([reason], count)
+        if reason != "stale":
+            refused.add_metric([reason], count)
     yield refused
+    yield _counter("rios_adverts_stale", "Adverts and heartbeats that were known already", old)
     yield _counter("rios_provider_searches", "Searches for a shard beyond the local view", figures["searches"])
     yield _counter("rios_provider_searches_dht", "Those that went as far as the DHT", figures["dht_searches"])
 

@@ -47,7 +47,10 @@ def status(context: Context) -> Output:
     rows = [
         ["Node", f"{node['name'] or node['peer_id'][:16]}  {node['peer_id']}"],
         ["", f"RiOS {node['version']}, up {_duration(node['uptime_s'])}, {_size(node['rss_bytes'])} resident"],
-        ["Network", f"{network['links']} links, {network['known']} nodes known{_swarm(network['swarm'])}"],
+        [
+            "Network",
+            f"{_count(network['links'], 'link')}, {_count(network['known'], 'node')} known{_swarm(network['swarm'])}",
+        ],
         *(["", address] for address in network["addresses"]),
         ["", f"{network['reach']}: {network['why']}"],
         *([["", f"to be dialled directly: {network['fix']}"]] if network["fix"] else []),
@@ -63,6 +66,10 @@ def status(context: Context) -> Output:
         ["Gateway", data["gateway"]["url"] if data["gateway"] else "off"],
     ]
     return Output(data, _table(rows))
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _swarm(swarm: Mapping[str, str] | None) -> str:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Args = Mapping[str, Any]
 REPORT_SECONDS = 0.2
+FIND_SECONDS_MAX = 20.0
+"""For how long ``model fetch`` looks for somebody who has the model."""
 """Between reports about something that takes its time."""
 
 
@@ -385,10 +387,12 @@ async def _model_fetch(node: "Node", args: Args, send: Send) -> Any:  # noqa: AN
         await send({**event, "error": watched.error})
 
     async def report() -> None:
-        while True:
+        while watched.name or trio.current_time() < found_by:
             await say()
             await trio.sleep(REPORT_SECONDS)
+        nursery.cancel_scope.cancel()  # looked for long enough; what was found is fetched however long it takes
 
+    found_by = trio.current_time() + FIND_SECONDS_MAX
     async with trio.open_nursery() as nursery:
         nursery.start_soon(report)
         try:
@@ -398,7 +402,10 @@ async def _model_fetch(node: "Node", args: Args, send: Send) -> Any:  # noqa: AN
         nursery.cancel_scope.cancel()
     if refused is not None:
         raise refused  # outside of the nursery, which would wrap it
-    assert manifest is not None
+    if manifest is None:
+        why = f" ({watched.error})" if watched.error else ""
+        message = f"no node that this one knows offers a model {name[:80]!r}{why}"
+        raise RequestError("not_found", message, "rios model ls; names are case-sensitive")
     await say()
     return {"model_id": manifest.model_id, "name": manifest.name, "bytes": watched.bytes_total}
 

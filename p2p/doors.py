@@ -231,7 +231,7 @@ class Doors:
         now_ms = _now_ms()
         ban = self.standing.banned(peer_id, now_ms)
         if ban is not None:
-            return Refusal("ban", f"{peer_id} is banned: {ban.reason}")
+            return Refusal("ban", f"banned: {ban.reason}")
         return None
 
     def _make_room(self, entry: Entry, peer_id: PeerId) -> Refusal | None:

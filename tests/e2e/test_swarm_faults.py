@@ -297,6 +297,8 @@ def test_a_model_is_fetched_and_deployed_with_a_word_on_how_far_it_is(rig: Rig, 
         for file in shard["files"]:
             assert (worker.data / "models" / rig.model / file["path"]).stat().st_size == file["size_bytes"]
     assert "is here" in rios(worker, "model", "fetch", "tiny")
+    with pytest.raises(RiosError, match="offers a model 'Tiny'"):
+        list(worker.request("model.fetch", model="Tiny"))
     assert "holds 2 replicas" in rios(rig.orchestrator, "model", "deploy", "tiny", "--replicas", "2", "--wait")
     assert rig.ask()[0] == text
 
