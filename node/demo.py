@@ -30,7 +30,7 @@ MAX_TOKENS = 160
 KILL_AFTER_TOKENS = 20
 REPLICAS = 2
 ORCHESTRATOR_BYTES_MAX = 40 << 20
-"""Room for half of the experts in the node that answers: the others have to work, whatever placement throws."""
+"""Little room for experts in the node that answers: the others have to work, however placement falls out."""
 MEET_SECONDS_MAX = 30.0
 PLACEMENT_SECONDS_MAX = 180.0
 LEDGER_SECONDS_MAX = 20.0
