@@ -14,10 +14,11 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from config.errors import RemoteError, RiosError
+from config.errors import IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from p2p import front
 from p2p.core import addresses
+from p2p.core.doors import Refusal
 from p2p.doors import Visit
 from p2p.front import Arrival, Front
 from p2p.handshake import Keys, Secured, await_welcome, shake, welcome
@@ -69,8 +70,11 @@ class Lanes:
     async def _receive(self, arrival: Arrival, judge: Judge) -> Lane:
         try:
             secured = await shake(arrival.socket, self._keys, initiator=False)
-        except RiosError:
+        except RiosError as error:
             arrival.visit.blame("handshake")
+            if self._keys.psk and isinstance(error, IntegrityError):
+                knocked = Refusal("swarm_key", "somebody without this swarm's key knocked")
+                self._front.doors.refused(knocked, arrival.host)
             raise
         peer_id = secured.peer_id
         refusal = self._refusal(judge, peer_id)

@@ -143,6 +143,8 @@ class Mesh:
             if self._links.ready(peer_id) is None and not self._links.full:
                 try:
                     await self._dial_seed(peer_id)
+                    if warned:
+                        log.info("seed %s is back", peer_id)
                     wait_s, warned = SEED_RETRY_S[0], False
                 except RiosError as error:
                     if not warned:

@@ -81,6 +81,7 @@ async def test_strangers_get_nowhere_and_are_told_what_to_do(nodes, caplog):
     assert "it has another one" in await refused(other, member)
     assert "not in this node's private swarm" in await refused(member, public)
     assert "it has another one" in await refused(member, other)
+    assert member.doors.statistics()["refused"]["swarm_key"] >= 2, "who knocked without the key is counted"
     late = await nodes("e", None, member)
     await until(lambda: "this swarm needs a key" in caplog.text)  # the seed's warning
     assert set(late.directory.adverts()) == {late.peer_id}
