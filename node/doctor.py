@@ -130,7 +130,7 @@ def _reach(patient: Patient) -> Iterator[Finding]:
         return
     network = control.ask(patient.paths.control, "status", seconds=ANSWER_SECONDS_MAX)["network"]
     what = f"reach: {network['reach']}: {network['why']}"
-    if network["reach"] == "public":
+    if network["reach"] in ("public", "local"):
         yield Finding("ok", what)
     elif network["reach"] == "relayed":
         yield Finding("warn", what, "calls take a detour, with the relays' limits", network["fix"])
@@ -265,7 +265,7 @@ def _clock(patient: Patient) -> Iterator[Finding]:
         f"this clock is {off_s:.1f} s {'behind' if skew['offset_ms'] > 0 else 'ahead of'} the median of {peers} peers"
     )
     if abs(skew["offset_ms"]) <= CLOCK_COMFORTABLE_MS + skew["error_ms"]:
-        yield Finding("ok", f"clock agrees with {peers} peers ({skew['offset_ms']} ms off)")
+        yield Finding("ok", f"clock agrees with {peers} peer{'' if peers == 1 else 's'} ({skew['offset_ms']} ms off)")
     else:
         level: Level = "fail" if off_s * 1000 > CLOCK_SKEW_MS_MAX else "warn"
         yield Finding(level, text, (_clock.__doc__ or ""), "set the clock: timedatectl set-ntp true")

@@ -152,7 +152,7 @@ def next_round_s(state: State) -> float:
 def explain(state: State, *, relays: Sequence[str], port: int, host: str, loopback: bool) -> tuple[str, str, str]:
     """What this node is, why, and what to do about it (empty if nothing); ``host`` is this machine's own address."""
     if loopback:
-        return "public", "it listens on this machine only, and so do its peers", ""
+        return "local", "it listens on loopback: only nodes on this machine can dial it", ""
     if state.reach == PUBLIC:
         return PUBLIC, f"peers dialled {', '.join(state.addresses)}", ""
     if state.reach == UNKNOWN:

@@ -55,7 +55,7 @@ def test_what_the_doctor_finds_in_a_swarm(swarm):
     wait_for(lambda: node.ask("status")["network"]["known"] == 2, "the seed to be known", 20)
     well = findings(node)
     assert about(well, "is linked as", seed.peer_id)["level"] == "ok"
-    assert about(well, "clock agrees with 1 peers")["level"] == "ok"
+    assert about(well, "clock agrees with 1 peer")["level"] == "ok"
     assert seed.ask("status")["network"]["links"] == 1
     node.stop()
 

@@ -254,7 +254,7 @@ def test_a_key_with_a_passphrase_needs_it(swarm, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (("--config", "/nonexistent/rios.toml", "run"), 2, "rios init"),
+        (("--config", "/nonexistent/rios.toml", "run"), 2, "rios.toml init"),
         (("--set", "node.nam=x", "config", "check"), 2, "did you mean 'name'"),
         (("frobnicate",), 2, "invalid choice"),
         (("ledger", "grant", "x", "-1"), 2, ""),

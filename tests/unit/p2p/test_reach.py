@@ -118,7 +118,7 @@ def test_every_state_is_explained_with_what_to_do():
         return reach.explain(state, relays=relays, port=4701, host=SITE, loopback=loopback)
 
     assert told(State(PUBLIC, (HERE,)))[::2] == (PUBLIC, "")
-    assert told(State(PUBLIC), loopback=True)[0] == PUBLIC
+    assert told(State(PUBLIC), loopback=True)[0] == "local"
     assert told(State())[0] == "unknown"
     word, why, fix = told(State(PRIVATE, (), WIDE, 3))
     assert word == PRIVATE
