@@ -70,9 +70,8 @@ def invite(context: Context) -> Output:
         hint = "start it first (rios run), or name an address it has: --seed /ip4/.../tcp/4701/p2p/12D3KooW..."
         raise ConfigError("usage", "no address of this node or of a seed is known: nobody could join through it", hint)
     text = invites.dumps(Invite(replace(swarm, seeds=known, allow=()), genesis.to_json().encode() if genesis else b""))
-    _note(
-        f"an invite to the private swarm {membership.describe(swarm)}, through {len(known)} address{'' if len(known) == 1 else 'es'}"
-    )
+    ways = f"{len(known)} address{'' if len(known) == 1 else 'es'}"
+    _note(f"an invite to the private swarm {membership.describe(swarm)}, through {ways}")
     _note("it contains the swarm's key: hand it over in secret; it does not expire. On the new node: rios swarm join -")
     if all("/ip4/127." in seed or "/ip6/::1/" in seed for seed in known):
         _note("beware: all its addresses are of this machine only; set p2p.listen or p2p.announce")
