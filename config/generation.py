@@ -22,7 +22,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. ``temperature == 0`` is greedy; ``top_k == 0`` and ``top_p == 1`` are off."""
+    """How the next token is chosen. ``temperature == 0`` is greedy; ``top_k == 0``, ``top_p == 1``, ``min_p == 0``,
+    penalties of 0 and a ``repetition_penalty`` of 1 are off."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -31,6 +32,15 @@ class Sampling:
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
     min_tokens: int = 0
+    min_p: float = 0.0
+    """Drops tokens less than ``min_p`` times as likely as the likeliest."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)"""
+    logprobs: int | None = None
+    """Tell the log probability of each token, and of this many likeliest ones in its place; None: of none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +53,8 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     request_id: str = ""
     route: Route | None = None
+    choice: int = 0
+    """Which of several answers to the same request this is: each has a seed of its own, made from the request's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +70,34 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A token and its natural log probability in the model's own distribution: before temperature, filters, penalties
+    and bias. ``data`` is its bytes, which may be part of a character; of a control token, its name's."""
+
+    token: int
+    data: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceLogprobs:
+    """The token that stands at a place of the answer, and the likeliest ones there, likeliest first. ``offset``: how
+    many characters of the answer were complete before it."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """A piece of the answer. ``text`` may be empty while a character or a possible stop string is incomplete;
     ``tokens`` are the ids behind this step (they may lead their text)."""
 
     text: str
     tokens: tuple[int, ...]
+    logprobs: tuple[PlaceLogprobs, ...] = ()
+    """One per token of ``tokens`` if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

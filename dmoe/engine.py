@@ -26,8 +26,8 @@ from typing import Protocol
 import trio
 
 from config.errors import RequestError, RiosError
-from config.generation import Delta, GenerationEvent, GenerationRequest, ModelInfo, Route
-from dmoe.core.sampling import check
+from config.generation import Delta, GenerationEvent, GenerationRequest, ModelInfo, Route, Sampling
+from dmoe.core.sampling import check, choice_seed
 from dmoe.generate import Job, Run, generate
 from dmoe.line import Line, Place
 from dmoe.text import Tokenizer
@@ -129,10 +129,14 @@ class Engine:
         if fault is not None:
             raise fault
         self._line.require_room(self._answer_seconds)
-        prompt = await _tokens(request, await model.tokenizer())
+        tokenizer = await model.tokenizer()
+        _check_bias(request.sampling, tokenizer.vocabulary)
+        prompt = await _tokens(request, tokenizer)
         max_tokens = _room(model, len(prompt), request)
-        if request.sampling.seed is None:
-            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
+        asked = request.sampling.seed
+        seed = secrets.randbits(63) if asked is None else choice_seed(asked, request.choice)
+        if seed != asked:
+            request = replace(request, sampling=replace(request.sampling, seed=seed))
         return Prepared(request=request, prompt_tokens=prompt, max_tokens=max_tokens, model=model, route=route)
 
     def stream(self, prepared: Prepared) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
@@ -303,6 +307,16 @@ def _check_ids(ids: tuple[int, ...], vocabulary: int) -> None:
         if not isinstance(token, int) or not 0 <= token < vocabulary:
             raise RequestError(
                 "invalid_request", f"prompt token {index} is {token!r}", f"use token ids from 0 to {vocabulary - 1}"
+            )
+
+
+def _check_bias(sampling: Sampling, vocabulary: int) -> None:
+    for token, _ in sampling.logit_bias:
+        if token >= vocabulary:
+            raise RequestError(
+                "invalid_request",
+                f"logit_bias names token {token}, this model has {vocabulary}",
+                f"use token ids from 0 to {vocabulary - 1}",
             )
 
 

@@ -19,7 +19,18 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from config.generation import Delta, Finished, FinishReason, GenerationEvent, Route, Sampling
+from config.generation import (
+    Delta,
+    Finished,
+    FinishReason,
+    GenerationEvent,
+    PlaceLogprobs,
+    Route,
+    Sampling,
+    TokenLogprob,
+)
+from dmoe.core.logprobs import logprobs
+from dmoe.core.penalties import penalties_of
 from dmoe.core.sampling import StopMatcher, choose
 from dmoe.text import Tokenizer
 
@@ -101,21 +112,40 @@ async def _decode(
     Until ``min_tokens`` are there, stop tokens are banned and stop strings are ordinary text.
     """
     text, stops = tokenizer.detokenizer(), StopMatcher(job.sampling.stop)
+    penalties = penalties_of(job.sampling, job.prompt_tokens)
+    places: tuple[PlaceLogprobs, ...] = ()
+    offset = 0
     for count in range(job.max_tokens):
         early = count < job.sampling.min_tokens
         banned = job.stop_tokens if early else ()
-        token = choose(logits, job.sampling, len(job.prompt_tokens) + count, banned)
+        moved = logits if penalties is None else penalties.apply(logits)
+        token = choose(moved, job.sampling, len(job.prompt_tokens) + count, banned)
         if token in job.stop_tokens:
             await _emit_rest(emit, text.finish(), stops)
             return "stop", count
+        if penalties is not None:
+            penalties.push(token)
+        if job.sampling.logprobs is not None:
+            places = (_place(logits, token, job.sampling.logprobs, offset, tokenizer),)
         piece = text.push(token)
-        await emit(Delta(text=piece if early else stops.push(piece), tokens=(token,)))
+        offset += len(piece)
+        await emit(Delta(text=piece if early else stops.push(piece), tokens=(token,), logprobs=places))
         if stops.stopped:
             return "stop", count + 1
         if count + 1 < job.max_tokens:
             logits = await run.forward((token,))
     await _emit_rest(emit, text.finish(), stops)
     return "length", job.max_tokens
+
+
+def _place(logits: NDArray[np.float32], token: int, top: int, offset: int, tokenizer: Tokenizer) -> PlaceLogprobs:
+    """The log probabilities at one place, from the model's logits as they came."""
+    logprob, likeliest = logprobs(logits, token, top)
+    return PlaceLogprobs(
+        chosen=TokenLogprob(token=token, data=tokenizer.token_bytes(token), logprob=logprob),
+        top=tuple(TokenLogprob(token=i, data=tokenizer.token_bytes(i), logprob=value) for i, value in likeliest),
+        offset=offset,
+    )
 
 
 async def _emit_rest(emit: Emit, tail: str, stops: StopMatcher) -> None:

@@ -89,6 +89,11 @@ class Tokenizer:
         detokenizer = self.detokenizer()
         return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes behind one token, which may be part of a character; of a control token, its name's."""
+        piece = self._pieces[token] if 0 <= token < len(self._pieces) else b""
+        return piece or _text_of(self._plain, token).encode()
+
     def detokenizer(self) -> "Detokenizer":
         """A fresh decoder for one answer."""
         return Detokenizer(self._pieces, strip=self._strip)

@@ -5,7 +5,7 @@ Invariants:
 1. ``choose`` depends on its arguments alone: the draw at a position is a function of (seed, position), by a
    counter-based generator (Philox 4x64: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), so
    batches, chunks and retries never move it.
-2. Filters apply in the order temperature, top-k, top-p; ties fall to the lower token id.
+2. Filters apply in the order temperature, top-k, top-p, min-p; ties fall to the lower token id.
 3. Text that may be the beginning of a stop string is held back until it is clear; a matched one is never emitted.
 
 Fails with RequestError ``invalid_request`` naming the parameter, IntegrityError where logits are not numbers.
@@ -23,8 +23,14 @@ from config.generation import Sampling
 TEMPERATURE_MAX = 100.0
 STOP_STRINGS_MAX = 16
 STOP_CHARACTERS_MAX = 1024
+PENALTY_MAX = 2.0
+REPETITION_PENALTY_MAX = 10.0
+LOGIT_BIAS_MAX = 100.0
+LOGIT_BIASES_MAX = 1024
+TOP_LOGPROBS_MAX = 20
 _SEED_MIN, _SEED_MAX = -(1 << 63), (1 << 64) - 1
 _PHILOX_DOMAIN = 0x52694F53 << 64  # the upper key half: draws of other parts of a program never coincide with these
+_CHOICE_DOMAIN = 0x52694F54 << 64  # seeds of further choices
 
 
 def check(sampling: Sampling) -> None:
@@ -34,6 +40,12 @@ def check(sampling: Sampling) -> None:
     )
     _require("top_p", _is_number(sampling.top_p, 0.0, 1.0) and sampling.top_p > 0, "above 0 and at most 1")
     _require("top_k", _is_whole(sampling.top_k, 0), "a whole number, 0 (off) or more")
+    _require("min_p", _is_number(sampling.min_p, 0.0, 1.0), "between 0 (off) and 1")
+    _check_penalties(sampling)
+    logprobs_fit = sampling.logprobs is None or (
+        _is_whole(sampling.logprobs, 0) and sampling.logprobs <= TOP_LOGPROBS_MAX
+    )
+    _require("logprobs", logprobs_fit, f"a whole number from 0 to {TOP_LOGPROBS_MAX}")
     _require("min_tokens", _is_whole(sampling.min_tokens, 0), "a whole number, 0 or more")
     _require(
         "max_tokens", sampling.max_tokens is None or _is_whole(sampling.max_tokens, 1), "a whole number, 1 or more"
@@ -50,7 +62,7 @@ def check(sampling: Sampling) -> None:
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, position: int, banned: Collection[int] = ()) -> int:
-    """The token at ``position`` (0 = the first token of the sequence) from ``logits`` f32[V].
+    """The token at ``position`` (0 = the first token of the sequence) from ``logits`` f32[V], penalties applied.
 
     ``banned`` tokens are never chosen. ``sampling.seed`` must be set unless ``temperature`` is 0 (greedy).
     """
@@ -75,6 +87,23 @@ def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits, a function of its arguments alone."""
     raw = np.random.Philox(key=_PHILOX_DOMAIN | (seed & _SEED_MAX), counter=position).random_raw()
     return float(int(raw) >> 11) * 2.0**-53
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of the ``choice``-th answer (0 = the first) to a request with ``seed``: the first one's is the request's
+    own, so it is the answer that a request for one would get."""
+    if choice == 0:
+        return seed
+    raw = np.random.Philox(key=_CHOICE_DOMAIN | (seed & _SEED_MAX), counter=choice).random_raw()
+    return int(raw) >> 1
+
+
+def largest(values: NDArray[np.floating], count: int) -> NDArray[np.intp]:
+    """Indices of the ``count`` largest values, ascending; among equals the lower index."""
+    border = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > border)
+    equal = np.flatnonzero(values == border)[: count - len(above)]
+    return np.sort(np.concatenate((above, equal)))
 
 
 class StopMatcher:
@@ -117,6 +146,20 @@ class StopMatcher:
         return 0
 
 
+def _check_penalties(sampling: Sampling) -> None:
+    for name in ("frequency_penalty", "presence_penalty"):
+        fits = _is_number(getattr(sampling, name), -PENALTY_MAX, PENALTY_MAX)
+        _require(name, fits, f"between {-PENALTY_MAX:g} and {PENALTY_MAX:g}")
+    repetition = sampling.repetition_penalty
+    fits = _is_number(repetition, 0.0, REPETITION_PENALTY_MAX) and repetition > 0
+    _require("repetition_penalty", fits, f"above 0 and at most {REPETITION_PENALTY_MAX:g}")
+    biases = sampling.logit_bias
+    _require("logit_bias", len(biases) <= LOGIT_BIASES_MAX, f"for at most {LOGIT_BIASES_MAX} tokens")
+    _require("logit_bias", len({token for token, _ in biases}) == len(biases), "one bias per token")
+    fits = all(_is_whole(token, 0) and _is_number(bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX) for token, bias in biases)
+    _require("logit_bias", fits, f"token ids, each with a number between {-LOGIT_BIAS_MAX:g} and {LOGIT_BIAS_MAX:g}")
+
+
 def _require(parameter: str, fits: bool, bounds: str) -> None:
     if not fits:
         raise RequestError("invalid_request", f"{parameter} must be {bounds}", f"change {parameter}")
@@ -136,22 +179,19 @@ def _candidates(
     """Token ids that may be drawn (None: all, in order) and their unnormalised probabilities f64."""
     ids: NDArray[np.intp] | None = None
     if 0 < sampling.top_k < len(logits):
-        ids = _largest(logits, sampling.top_k)
+        ids = largest(logits, sampling.top_k)
         logits = logits[ids]
     with np.errstate(over="ignore", under="ignore"):  # a tiny temperature sends all but the best to exp(-inf) = 0
         weights = np.exp((logits.astype(np.float64) - top) / sampling.temperature)
     if sampling.top_p < 1:
         kept = _nucleus(weights, sampling.top_p)
-        return (kept if ids is None else ids[kept]), weights[kept]
+        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
+    if sampling.min_p > 0:
+        # Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024: at least min_p times as likely as the likeliest,
+        # whose weight is 1.
+        kept = np.flatnonzero(weights >= sampling.min_p)
+        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
     return ids, weights
-
-
-def _largest(values: NDArray[np.floating], count: int) -> NDArray[np.intp]:
-    """Indices of the ``count`` largest values, ascending; among equals the lower index."""
-    border = np.partition(values, len(values) - count)[len(values) - count]
-    above = np.flatnonzero(values > border)
-    equal = np.flatnonzero(values == border)[: count - len(above)]
-    return np.sort(np.concatenate((above, equal)))
 
 
 def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
@@ -162,7 +202,7 @@ def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     enough = top_p * float(weights.sum())
     count = min(64, len(weights))
     while True:
-        head = _largest(weights, count)
+        head = largest(weights, count)
         order = head[np.argsort(-weights[head], kind="stable")]
         reached = int(weights[order].cumsum().searchsorted(enough))
         if reached < count or count == len(weights):

@@ -2,14 +2,17 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from config.generation import Finished
+from config.generation import Delta, Finished
+from gateway.openai.choices import Answer
 from gateway.openai.job import Order, Service
+from gateway.openai.logprobs import chat_logprobs
 from gateway.openai.requests import ChatBody, chat_request, read_body
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
 from gateway.request import identify
@@ -21,7 +24,7 @@ async def chat(request: Request) -> Response:
     principal = await identify(request)
     body = await read_body(request, ChatBody)
     generation = chat_request(body, request.scope["state"]["request_id"])
-    order = Order(principal=principal, request=generation, endpoint="chat.completions")
+    order = Order(principal=principal, request=generation, endpoint="chat.completions", choices=body.n or 1)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     shape = ChatShape(body.model, include_usage=include_usage)
     if body.stream:
@@ -37,49 +40,69 @@ class ChatShape:
         self._created = int(time.time())
         self._model = model
         self._include_usage = include_usage
-        # Every piece is the same but for its text, so it is encoded once.
-        marker = "\x00"
-        encoded = event(self._chunk({"content": marker}))
-        self._before, self._after = encoded.split(msgspec.json.encode(marker))
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
-    def opening(self) -> bytes:
+    def opening(self, choice: int) -> bytes:
         """The role delta."""
-        return event(self._chunk({"role": "assistant", "content": ""}))
+        return event(self._chunk(choice, {"role": "assistant", "content": ""}))
 
-    def piece(self, text: str) -> bytes:
+    def piece(self, choice: int, delta: Delta) -> bytes:
         """A content delta."""
-        return self._before + msgspec.json.encode(text) + self._after
+        if delta.logprobs:
+            return event(self._chunk(choice, {"content": delta.text}, logprobs=chat_logprobs(delta.logprobs)))
+        before, after = self._frames.get(choice) or self._frame(choice)
+        return before + msgspec.json.encode(delta.text) + after
 
-    def closing(self, finished: Finished) -> bytes:
-        """The empty delta with the finish reason, and the usage chunk if it was asked for."""
-        last = self._chunk({}, finished.reason)
-        last["rios"] = rios_of(finished)
+    def closing(self, choice: int, finished: Finished) -> bytes:
+        """The empty delta with the finish reason."""
+        return event({**self._chunk(choice, {}, finished.reason), "rios": rios_of(finished)})
+
+    def usage(self, finished: Finished) -> bytes:
+        """The usage chunk if it was asked for."""
         if not self._include_usage:
-            return event(last)
-        usage = {**self._chunk({}), "choices": [], "usage": usage_of(finished)}
-        return event(last) + event(usage)
+            return b""
+        return event({**self._chunk(0, {}), "choices": [], "usage": usage_of(finished)})
 
-    def whole(self, text: str, finished: Finished) -> dict[str, Any]:
-        """The answer at once."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finished.reason}
+    def whole(self, answers: Sequence[Answer], finished: Finished) -> dict[str, Any]:
+        """The answers at once."""
         return {
             "id": self._id,
             "object": "chat.completion",
             "created": self._created,
             "model": self._model,
-            "choices": [choice],
+            "choices": [self._choice(choice, answer) for choice, answer in enumerate(answers)],
             "usage": usage_of(finished),
             "rios": rios_of(finished),
         }
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def _choice(self, choice: int, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": choice,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": chat_logprobs(answer.places),
+            "finish_reason": answer.finished.reason,
+        }
+
+    def _frame(self, choice: int) -> tuple[bytes, bytes]:
+        """What stands around the text of a piece: the same for all pieces of an answer, so it is encoded once."""
+        marker = "\x00"
+        before, after = event(self._chunk(choice, {"content": marker})).split(msgspec.json.encode(marker))
+        self._frames[choice] = before, after
+        return before, after
+
+    def _chunk(
+        self,
+        choice: int,
+        delta: dict[str, str],
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         chunk: dict[str, Any] = {
             "id": self._id,
             "object": "chat.completion.chunk",
             "created": self._created,
             "model": self._model,
-            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}],
+            "choices": [{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}],
         }
         if self._include_usage:
             chunk["usage"] = None

@@ -2,13 +2,16 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from config.generation import Finished
+from config.generation import Delta, Finished
+from gateway.openai.choices import Answer
 from gateway.openai.job import Order, Service
+from gateway.openai.logprobs import completion_logprobs
 from gateway.openai.requests import CompletionBody, completion_request, read_body
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
 from gateway.request import identify
@@ -20,7 +23,7 @@ async def completions(request: Request) -> Response:
     principal = await identify(request)
     body = await read_body(request, CompletionBody)
     generation = completion_request(body, request.scope["state"]["request_id"])
-    order = Order(principal=principal, request=generation, endpoint="completions")
+    order = Order(principal=principal, request=generation, endpoint="completions", choices=body.n or 1)
     echo = generation.prompt if body.echo and isinstance(generation.prompt, str) else ""
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     shape = CompletionShape(body.model, echo=echo, include_usage=include_usage)
@@ -39,35 +42,47 @@ class CompletionShape:
         self._echo = echo
         self._include_usage = include_usage
 
-    def opening(self) -> bytes:
+    def opening(self, choice: int) -> bytes:
         """The prompt, if it is echoed."""
-        return self.piece(self._echo) if self._echo else b""
+        return self.piece(choice, Delta(text=self._echo, tokens=())) if self._echo else b""
 
-    def piece(self, text: str) -> bytes:
+    def piece(self, choice: int, delta: Delta) -> bytes:
         """A piece of text."""
-        chunk = self._body(text, None)
+        return event(self._chunk([_choice(choice, delta.text, logprobs=completion_logprobs(delta.logprobs))]))
+
+    def closing(self, choice: int, finished: Finished) -> bytes:
+        """The finish reason."""
+        return event({**self._chunk([_choice(choice, "", finished.reason)]), "rios": rios_of(finished)})
+
+    def usage(self, finished: Finished) -> bytes:
+        """The usage chunk if it was asked for."""
+        return event({**self._chunk([]), "usage": usage_of(finished)}) if self._include_usage else b""
+
+    def whole(self, answers: Sequence[Answer], finished: Finished) -> dict[str, Any]:
+        """The answers at once."""
+        choices = [
+            _choice(choice, self._echo + answer.text, answer.finished.reason, completion_logprobs(answer.places))
+            for choice, answer in enumerate(answers)
+        ]
+        return {**self._body(choices), "usage": usage_of(finished), "rios": rios_of(finished)}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        body = self._body(choices)
         if self._include_usage:
-            chunk["usage"] = None
-        return event(chunk)
+            body["usage"] = None
+        return body
 
-    def closing(self, finished: Finished) -> bytes:
-        """The finish reason, and the usage chunk if it was asked for."""
-        last = {**self._body("", finished.reason), "rios": rios_of(finished)}
-        if not self._include_usage:
-            return event(last)
-        last["usage"] = None
-        return event(last) + event({**self._body("", None), "choices": [], "usage": usage_of(finished)})
-
-    def whole(self, text: str, finished: Finished) -> dict[str, Any]:
-        """The answer at once."""
-        body = self._body(self._echo + text, finished.reason)
-        return {**body, "usage": usage_of(finished), "rios": rios_of(finished)}
-
-    def _body(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": "text_completion",
             "created": self._created,
             "model": self._model,
-            "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}],
+            "choices": choices,
         }
+
+
+def _choice(
+    choice: int, text: str, finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -8,8 +8,8 @@ Invariants:
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -45,6 +45,7 @@ class Order:
     principal: Principal
     request: GenerationRequest
     endpoint: str
+    choices: int = 1
 
     @property
     def limit_key(self) -> str:
@@ -141,6 +142,18 @@ async def open_job(service: Service, order: Order) -> AsyncIterator[Job]:
             raise
         finally:
             await job.close(failed=failed)
+
+
+@asynccontextmanager
+async def open_jobs(service: Service, order: Order) -> AsyncIterator[list[Job]]:
+    """One job per choice of an order, each admitted, limited, charged and settled like a request of its own. They run
+    side by side; what one refuses ends them all. Raises RiosError as :func:`open_job`."""
+    async with AsyncExitStack() as stack:
+        jobs = []
+        for choice in range(order.choices):
+            one = replace(order, request=replace(order.request, choice=choice))
+            jobs.append(await stack.enter_async_context(open_job(service, one)))
+        yield jobs
 
 
 async def _reserve(service: Service, order: Order, prepared: PreparedGeneration) -> Ticket:

@@ -20,11 +20,14 @@ _BODY_SECONDS = 30.0
 _STOPS_MAX = 4
 _STOP_CHARACTERS_MAX = 256
 _INTEGER_MAX = 2**31 - 1
+CHOICES_MAX = 8
+"""Most answers (``n``) to one request."""
 _COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for completions (chat has none)."""
 
 Count = Annotated[int, Meta(ge=1, le=_INTEGER_MAX)]
 CountOrZero = Annotated[int, Meta(ge=0, le=_INTEGER_MAX)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 B = TypeVar("B", bound="SharedBody")
 
@@ -56,11 +59,12 @@ class SharedBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: StreamOptions | None = None
     user: str | None = None
     rios: RiosOptions | None = None
-    n: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
+    n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
 
 
 class ChatMessage(msgspec.Struct):
@@ -81,7 +85,8 @@ class ChatBody(SharedBody, kw_only=True):
     prompt_cache_key: Any = None
     safety_identifier: Any = None
     parallel_tool_calls: bool | None = None
-    top_logprobs: Any = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -102,17 +107,12 @@ class CompletionBody(SharedBody, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
+    logprobs: bool | Annotated[int, Meta(ge=0, le=5)] | None = None
     suffix: Any = None
-    best_of: Any = None
+    best_of: int | None = None
 
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -127,13 +127,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "store": (False,),
     "web_search_options": (),
     "suffix": ("",),
-    "best_of": (1,),
 }
-_WHY = {"n": "it gives one choice per request", "best_of": "it gives one choice per request"}
-
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 _PATH = re.compile(r"^(?P<what>.*?) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 _FIELD = re.compile(r"(?:missing required|unknown) field `(?P<field>[^`]*)`")
 
 
@@ -165,6 +163,7 @@ def _validation_error(text: str) -> ApiError:
         path = f"{path}.{named['field']}" if path else named["field"]
         what = "is required" if "missing" in what else "is not a parameter of this model server"
         return invalid(path, f"{path} {what}")
+    path = path.removesuffix("[...]")  # a value of a mapping
     return invalid(path or None, f"{path or 'the body'}: {what[:1].lower()}{what[1:]}")
 
 
@@ -176,7 +175,7 @@ def _check_neutral(body: SharedBody) -> None:
         value = getattr(body, name)
         # 0 == False, and a client that sends one for the other means the same.
         if value is not None and value not in accepted:
-            raise unsupported(name, _WHY.get(name, ""))
+            raise unsupported(name)
 
 
 def chat_request(body: ChatBody, request_id: str) -> GenerationRequest:
@@ -185,7 +184,10 @@ def chat_request(body: ChatBody, request_id: str) -> GenerationRequest:
     if len(limits) > 1:
         raise invalid("max_tokens", "max_tokens and max_completion_tokens differ; send one of them")
     messages = tuple(_message(index, message) for index, message in enumerate(body.messages))
-    sampling = _sampling(body, limits.pop() if limits else None)
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs", "top_logprobs is only allowed with logprobs: true")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = _sampling(body, limits.pop() if limits else None, logprobs)
     return GenerationRequest(
         model=body.model, messages=messages, sampling=sampling, request_id=request_id, route=_route(body)
     )
@@ -196,7 +198,10 @@ def completion_request(body: CompletionBody, request_id: str) -> GenerationReque
     prompt = _prompt(body.prompt)
     if body.echo and not isinstance(prompt, str):
         raise invalid("echo", "echo needs a prompt that is text, not token ids")
-    sampling = _sampling(body, body.max_tokens or _COMPLETION_MAX_TOKENS)
+    logprobs = _completion_logprobs(body)
+    if body.best_of not in (None, body.n or 1):
+        raise unsupported("best_of", "it gives every answer that it generates, so best_of is n")
+    sampling = _sampling(body, body.max_tokens or _COMPLETION_MAX_TOKENS, logprobs)
     return GenerationRequest(
         model=body.model, prompt=prompt, sampling=sampling, request_id=request_id, route=_route(body)
     )
@@ -245,7 +250,17 @@ def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
     return tuple(prompt)
 
 
-def _sampling(body: SharedBody, max_tokens: int | None) -> Sampling:
+def _completion_logprobs(body: CompletionBody) -> int | None:
+    if body.logprobs is None or body.logprobs is False:
+        return None
+    if body.logprobs is True:
+        raise invalid("logprobs", "logprobs is a number from 0 to 5 here (true is chat's form)")
+    if body.echo:
+        raise unsupported("logprobs", "it has none of the prompt's tokens, so not with echo")
+    return body.logprobs
+
+
+def _sampling(body: SharedBody, max_tokens: int | None, logprobs: int | None) -> Sampling:
     min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise invalid("min_tokens", f"min_tokens {min_tokens} is more than max_tokens {max_tokens}")
@@ -259,7 +274,21 @@ def _sampling(body: SharedBody, max_tokens: int | None) -> Sampling:
         stop=_stops(body.stop),
         max_tokens=max_tokens,
         min_tokens=min_tokens,
+        min_p=body.min_p or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=_biases(body.logit_bias or {}),
+        logprobs=logprobs,
     )
+
+
+def _biases(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """JSON spells token ids as text; two spellings of one id are refused with the rest that is no id."""
+    for token in biases:
+        if _TOKEN_ID.fullmatch(token) is None:
+            raise invalid("logit_bias", f"logit_bias: {token!r:.60} is not a token id")
+    return tuple((int(token), bias) for token, bias in biases.items())
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ the first byte a failure is an ordinary error answer, after it a ``data: {"error
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -14,9 +14,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from config.errors import RiosError
-from config.generation import Finished
+from config.generation import Delta, Finished
 from gateway.errors import error_body, internal_error
-from gateway.openai.job import Order, Service, open_job
+from gateway.openai.choices import Answer, joined, run_jobs
+from gateway.openai.job import Order, Service, open_jobs
 
 _logger = logging.getLogger("rios.gateway")
 
@@ -30,28 +31,35 @@ _HEADERS = (
 
 
 class Shape(Protocol):
-    """How an endpoint writes its answer as JSON."""
+    """How an endpoint writes its answers as JSON. ``choice`` counts them from 0."""
 
-    def opening(self) -> bytes:
-        """Events before the first piece."""
+    def opening(self, choice: int) -> bytes:
+        """Events before the first piece of an answer."""
 
-    def piece(self, text: str) -> bytes:
-        """The event of a piece of text."""
+    def piece(self, choice: int, delta: Delta) -> bytes:
+        """The event of a piece of an answer."""
 
-    def closing(self, finished: Finished) -> bytes:
-        """Events after the last piece, before ``[DONE]``."""
+    def closing(self, choice: int, finished: Finished) -> bytes:
+        """The event after the last piece of an answer."""
 
-    def whole(self, text: str, finished: Finished) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+    def usage(self, finished: Finished) -> bytes:
+        """What comes after all answers, before ``[DONE]``."""
+
+    def whole(self, answers: Sequence[Answer], finished: Finished) -> dict[str, Any]:
+        """The body of a reply that is not streamed."""
 
 
 async def whole_answer(service: Service, order: Order, shape: Shape) -> Response:
     """Generate to the end and answer once."""
-    texts = []
-    async with open_job(service, order) as job:
-        async for delta in job:
-            texts.append(delta.text)
-        body = msgspec.json.encode(shape.whole("".join(texts), job.finished))
+    pieces: list[list[Delta]] = [[] for _ in range(order.choices)]
+
+    async def keep(choice: int, delta: Delta) -> None:
+        pieces[choice].append(delta)
+
+    async with open_jobs(service, order) as jobs:
+        await run_jobs(jobs, keep)
+        answers = [Answer.of(deltas, job.finished) for deltas, job in zip(pieces, jobs, strict=True)]
+        body = msgspec.json.encode(shape.whole(answers, joined([job.finished for job in jobs])))
     return Response(body, media_type="application/json")
 
 
@@ -80,14 +88,18 @@ class EventStream(Response):
         """The stream up to its end, or what went wrong."""
         shape = self._shape
         try:
-            async with open_job(self._service, self._order) as job:
-                lead = shape.opening()
-                async for delta in job:
-                    if delta.text:
-                        await writer.write(lead + shape.piece(delta.text))
-                        lead = b""
-                        job.mark_delivered()
-                tail = lead + shape.closing(job.finished) + _DONE
+            async with open_jobs(self._service, self._order) as jobs:
+                leads = [shape.opening(choice) for choice in range(len(jobs))]
+
+                async def show(choice: int, delta: Delta) -> None:
+                    if delta.text or delta.logprobs:
+                        lead, leads[choice] = leads[choice], b""
+                        await writer.write(lead + shape.piece(choice, delta))
+                        jobs[choice].mark_delivered()
+
+                await run_jobs(jobs, show)
+                ends = [leads[choice] + shape.closing(choice, job.finished) for choice, job in enumerate(jobs)]
+                tail = b"".join(ends) + shape.usage(joined([job.finished for job in jobs])) + _DONE
             await writer.end(tail)
         except RiosError as error:
             return error

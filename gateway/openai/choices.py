@@ -1,0 +1,83 @@
+"""Several answers to one request, side by side.
+
+Owns: how their pieces come together, what they cost together. Each is a job of its own (``gateway/openai/job.py``).
+
+Invariants:
+
+1. The pieces of one answer come in their order; those of different answers as they are generated.
+2. The first failure ends all of them and leaves as it is, not in a group.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+import trio
+
+from config.generation import Delta, Finished, PlaceLogprobs
+from gateway.openai.job import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer. ``places``: its tokens' log probabilities, if they were asked for."""
+
+    text: str
+    places: tuple[PlaceLogprobs, ...]
+    finished: Finished
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta], finished: Finished) -> "Answer":
+        """The answer that the pieces make."""
+        text = "".join(delta.text for delta in deltas)
+        return cls(text, tuple(place for delta in deltas for place in delta.logprobs), finished)
+
+
+async def run_jobs(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:
+    """Run the jobs to their ends; ``take`` gets each piece with its choice. Raises what the first failure raised."""
+    if len(jobs) == 1:  # nearly every request: no task of its own
+        return await _run(0, jobs[0], take)
+    failures: list[Exception] = []
+    async with trio.open_nursery() as nursery:
+
+        async def run(choice: int, job: Job) -> None:
+            try:
+                await _run(choice, job, take)
+            except Exception as failure:  # noqa: BLE001 - raised below, outside of the nursery's group
+                failures.append(failure)
+                nursery.cancel_scope.cancel()
+
+        for choice, job in enumerate(jobs):
+            nursery.start_soon(run, choice, job)
+    if failures:
+        raise failures[0]
+
+
+async def _run(choice: int, job: Job, take: Callable[[int, Delta], Awaitable[None]]) -> None:
+    async for delta in job:
+        await take(choice, delta)
+
+
+def joined(parts: Sequence[Finished]) -> Finished:
+    """The account of all answers together: tokens, rows and retries add up (each answer's prompt was computed, and is
+    charged, for itself), times are the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    rows: dict[str, int] = {}
+    serving: dict[str, dict[str, list[int]]] = {}
+    for part in parts:
+        for peer, count in part.expert_rows.items():
+            rows[peer] = rows.get(peer, 0) + count
+        for peer, served in part.serving.items():
+            into = serving.setdefault(peer, {})
+            for kind, numbers in served.items():
+                into[kind] = sorted({*into.get(kind, ()), *numbers})
+    return replace(
+        parts[0],
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        completion_tokens=sum(part.completion_tokens for part in parts),
+        prefill_seconds=max(part.prefill_seconds for part in parts),
+        decode_seconds=max(part.decode_seconds for part in parts),
+        expert_rows=rows,
+        serving=serving,
+        retries=sum(part.retries for part in parts),
+    )
