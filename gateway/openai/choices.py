@@ -6,6 +6,7 @@ Invariants:
 
 1. The pieces of one answer come in their order; those of different answers as they are generated.
 2. The first failure ends all of them and leaves as it is, not in a group.
+3. They are settled as finished only when all have finished: who got no answer does not pay for the others' text.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -33,15 +34,27 @@ class Answer:
 
 
 async def run_jobs(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:
-    """Run the jobs to their ends; ``take`` gets each piece with its choice. Raises what the first failure raised."""
+    """Run the jobs to their ends and settle them; ``take`` gets each piece with its choice, one call at a time. Raises
+    what the first failure raised."""
     if len(jobs) == 1:  # nearly every request: no task of its own
-        return await _run(0, jobs[0], take)
+        async for delta in jobs[0]:
+            await take(0, delta)
+    else:
+        await _side_by_side(jobs, take)
+    for job in jobs:
+        await job.settle()
+
+
+async def _side_by_side(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:
+    lock = trio.Lock()
     failures: list[Exception] = []
     async with trio.open_nursery() as nursery:
 
         async def run(choice: int, job: Job) -> None:
             try:
-                await _run(choice, job, take)
+                async for delta in job:
+                    async with lock:
+                        await take(choice, delta)
             except Exception as failure:  # noqa: BLE001 - raised below, outside of the nursery's group
                 failures.append(failure)
                 nursery.cancel_scope.cancel()
@@ -50,11 +63,6 @@ async def run_jobs(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[N
             nursery.start_soon(run, choice, job)
     if failures:
         raise failures[0]
-
-
-async def _run(choice: int, job: Job, take: Callable[[int, Delta], Awaitable[None]]) -> None:
-    async for delta in job:
-        await take(choice, delta)
 
 
 def joined(parts: Sequence[Finished]) -> Finished:

@@ -17,6 +17,7 @@ from config.errors import RiosError
 from config.generation import Delta, Finished, GenerationEvent, GenerationRequest
 from gateway.accounts import Principal
 from gateway.books import new_id
+from gateway.errors import invalid
 from gateway.guard import Guard
 from gateway.limits import Limits
 from gateway.metrics import Metrics
@@ -54,8 +55,8 @@ class Order:
 
 
 class Job:
-    """A generation that runs. Iterate it for the answer's pieces; it is settled after the last one, before the
-    iteration ends, and then ``finished`` holds how it ended."""
+    """A generation that runs. Iterate it for the answer's pieces, then ``finished`` holds how it ended; :meth:`settle`
+    it before the caller sees that."""
 
     def __init__(self, service: Service, ticket: Ticket) -> None:
         self.events: AsyncIterator[GenerationEvent]
@@ -87,8 +88,12 @@ class Job:
         if event.reason == "cancelled":
             raise RiosError("unavailable", "this node stopped the generation", "try again")
         self._finished = event
-        await self._settle(event.completion_tokens, event.reason, event.prompt_tokens)
         raise StopAsyncIteration
+
+    async def settle(self) -> None:
+        """Charge for the finished answer, durably."""
+        finished = self.finished
+        await self._settle(finished.completion_tokens, finished.reason, finished.prompt_tokens)
 
     def mark_delivered(self) -> None:
         """All that was produced up to now has reached the client."""
@@ -148,6 +153,9 @@ async def open_job(service: Service, order: Order) -> AsyncIterator[Job]:
 async def open_jobs(service: Service, order: Order) -> AsyncIterator[list[Job]]:
     """One job per choice of an order, each admitted, limited, charged and settled like a request of its own. They run
     side by side; what one refuses ends them all. Raises RiosError as :func:`open_job`."""
+    at_once = service.limits.concurrent_per_key
+    if order.choices > at_once:
+        raise invalid("n", f"n {order.choices} is more than the {at_once} answers that a key may have at the same time")
     async with AsyncExitStack() as stack:
         jobs = []
         for choice in range(order.choices):

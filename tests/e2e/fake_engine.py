@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 import trio
 
 from config.errors import RequestError, RiosError
-from config.generation import Delta, Finished, GenerationEvent, GenerationRequest, ModelInfo
+from config.generation import (
+    Delta,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    ModelInfo,
+    PlaceLogprobs,
+    TokenLogprob,
+)
 
 ANSWER = ("Paris", " is", " the", " capital", " of", " France", ".")
 CONTEXT_TOKENS = 4096
@@ -33,6 +41,7 @@ class FakeEngine:
     hang_at: int | None = None
     error: Exception | None = None
     endless: bool = False
+    fail_choice: int = 0
     running: int = 0
     produced: int = 0
     stopped: trio.Event = field(default_factory=trio.Event)
@@ -73,11 +82,13 @@ class FakeEngine:
         for index in range(count):
             if index == self.hang_at:
                 await trio.sleep_forever()
-            if index == self.fail_at:
+            if index == self.fail_at and prepared.request.choice == self.fail_choice:
                 raise self.error or RiosError("no_replica", "no replica of expert 3 answers")
             await trio.sleep(self.pause_seconds)
             self.produced += 1
-            yield Delta(text=ANSWER[index % len(ANSWER)], tokens=(index,))
+            text, sampling = ANSWER[index % len(ANSWER)], prepared.request.sampling
+            places = () if sampling.logprobs is None else (_place(index, text, sampling.logprobs),)
+            yield Delta(text=text, tokens=(index,), logprobs=places)
         yield Finished(
             reason="length" if count == prepared.max_tokens else "stop",
             prompt_tokens=len(prepared.prompt_tokens),
@@ -89,6 +100,13 @@ class FakeEngine:
             serving={"12D3KooWfake": {"layers": [0, 1], "experts": [0, 2]}},
             retries=0,
         )
+
+
+def _place(index: int, text: str, top: int) -> PlaceLogprobs:
+    """The chosen token is the second likeliest; the likeliest is half of a character."""
+    chosen = TokenLogprob(token=index, data=text.encode(), logprob=-0.5 - index)
+    likeliest = TokenLogprob(token=99, data=b"\xe2\x82", logprob=-0.25)
+    return PlaceLogprobs(chosen=chosen, top=(likeliest, chosen)[:top], offset=sum(map(len, ANSWER[:index])))
 
 
 class FakeHealth:

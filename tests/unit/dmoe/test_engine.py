@@ -377,3 +377,64 @@ async def test_statistics_count_tokens(autojump_clock):
     assert (numbers.prompt_tokens, numbers.completion_tokens, numbers.tokens_per_s) == (5, 20, 2.0)
     await trio.sleep(11)
     assert engine.statistics().tokens_per_s == 0
+
+
+async def test_log_probabilities_are_of_the_raw_logits_whatever_chose_the_token():
+    model, asked = scripted("ab", max_tokens=3, logprobs=2, presence_penalty=1, logit_bias=((7, 100),))
+    events = await answer(engine_of(model), asked)
+    places = [place for event in events if isinstance(event, Delta) for place in event.logprobs]
+    assert [place.chosen.token for place in places] == [7, 7, 7]  # the bias outweighs the script's 50
+    assert [place.chosen.logprob for place in places] == pytest.approx([-50.0] * 3, abs=1e-6)
+    assert [place.top[0].data for place in places[:2]] == [b"a", b"b"]
+    assert places[2].top[0].data == b"<|stop|>"
+    assert [place.offset for place in places] == [0, 1, 2]
+    assert all(len(place.top) == 2 and place.top[0].logprob == pytest.approx(0, abs=1e-6) for place in places)
+
+
+async def test_log_probabilities_change_no_answer_and_are_there_only_when_asked_for():
+    plain = await answer(engine_of(FakeModel()), request(seed=3, max_tokens=20))
+    told = await answer(engine_of(FakeModel()), request(seed=3, max_tokens=20, logprobs=0))
+    assert tokens_of(plain) == tokens_of(told)
+    assert not any(event.logprobs for event in plain if isinstance(event, Delta))
+    deltas = [event for event in told if isinstance(event, Delta) and event.tokens]
+    assert [tuple(place.chosen.token for place in event.logprobs) for event in deltas] == [
+        event.tokens for event in deltas
+    ]
+
+
+async def test_an_offset_counts_the_characters_that_were_complete():
+    model, asked = scripted("\u20aca", max_tokens=8, logprobs=0)
+    events = await answer(engine_of(model), asked)
+    places = [place for event in events if isinstance(event, Delta) for place in event.logprobs]
+    assert [(place.chosen.data, place.offset) for place in places] == [
+        (b"\xe2", 0),
+        (b"\x82", 0),
+        (b"\xac", 0),
+        (b"a", 1),
+    ]
+
+
+async def test_a_frequency_penalty_ends_a_repetition():
+    """The script says one letter 60 times; each time costs it 2 of its 50, then the stop token is as likely."""
+    model, asked = scripted("a" * 60, max_tokens=60, frequency_penalty=2)
+    assert text_of(await answer(engine_of(model), asked)) == "a" * 25
+    model, asked = scripted("a" * 60, max_tokens=60)
+    assert text_of(await answer(engine_of(model), asked)) == "a" * 60
+
+
+async def test_choices_differ_and_each_can_be_repeated():
+    async def tokens(choice, **sampling):
+        asked = replace(request(max_tokens=20, **sampling), choice=choice)
+        return tokens_of(await answer(engine_of(FakeModel()), asked))
+
+    answers = [await tokens(choice, seed=9) for choice in range(3)]
+    assert answers == [await tokens(choice, seed=9) for choice in range(3)]
+    assert len({tuple(each) for each in answers}) == 3
+    assert answers[0] == tokens_of(await answer(engine_of(FakeModel()), request(max_tokens=20, seed=9)))
+    assert await tokens(1, temperature=0) == await tokens(0, temperature=0)
+
+
+async def test_a_bias_for_a_token_that_the_model_does_not_have_is_refused_by_name():
+    with pytest.raises(RequestError, match="logit_bias names token 100000") as caught:
+        await answer(engine_of(FakeModel()), request(logit_bias=((100000, 1),)))
+    assert caught.value.code == "invalid_request"
