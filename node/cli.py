@@ -210,6 +210,12 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     chat.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest tokens; 0: all")
     chat.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest tokens of this probability")
+    chat.add_argument(
+        "--min-p", type=float, default=0.0, help="drop tokens under this share of the likeliest one's chance"
+    )
+    chat.add_argument("--frequency-penalty", type=float, default=0.0, help="per time that a token was said (-2 to 2)")
+    chat.add_argument("--presence-penalty", type=float, default=0.0, help="once a token was said (-2 to 2)")
+    chat.add_argument("--repetition-penalty", type=float, default=1.0, help="divides what was read or said; 1: off")
     chat.add_argument("--seed", type=int, default=None, help="the same seed gives the same answer")
     chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     config = command(top, "config", None, "Check, show and explain the settings.").add_subparsers(

@@ -294,6 +294,10 @@ def chat_options(context: Context) -> dict[str, Any]:
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "min_p": args.min_p,
+        "frequency_penalty": args.frequency_penalty,
+        "presence_penalty": args.presence_penalty,
+        "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
         "stop": args.stop,
     }

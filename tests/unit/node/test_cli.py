@@ -11,9 +11,10 @@ import tomllib
 import pytest
 
 from config.errors import ConfigError, LocalError
-from node import local
-from node.cli import Output, main, parse_credits
+from node import local, online
+from node.cli import Context, Output, build_parser, main, parse_credits
 from node.demo import Outcome, spans
+from node.operator import request_of
 
 SEED = "/ip4/127.0.0.1/tcp/4701/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
 
@@ -98,6 +99,14 @@ def test_every_command_explains_itself(capsys):
             main(words)
         assert caught.value.code == 0
         assert "usage: rios" in capsys.readouterr().out
+
+
+def test_the_sampling_flags_of_chat_reach_the_engine():
+    flags = "--min-p 0.1 --frequency-penalty 0.5 --presence-penalty -1 --repetition-penalty 1.2 --top-p 0.9"
+    options = online.chat_options(Context(build_parser().parse_args(["chat", "hi", *flags.split()])))
+    sampling = request_of({"messages": [], **options}, ["tiny"]).sampling
+    assert (sampling.min_p, sampling.top_p, sampling.repetition_penalty) == (0.1, 0.9, 1.2)
+    assert (sampling.frequency_penalty, sampling.presence_penalty) == (0.5, -1)
 
 
 def test_numbers_as_spans():
