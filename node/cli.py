@@ -272,7 +272,9 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
         metavar="COMMAND", required=True, parser_class=_Parser
     )
     importing = command(model, "import", _local("model_import"), "Cut a GGUF file into signed shards.")
-    importing.add_argument("source", help="a .gguf file, or `bundled` for SmolLM2-135M-Instruct")
+    importing.add_argument(
+        "source", help="a .gguf file, a folder of safetensors, or `bundled` for SmolLM2-135M-Instruct"
+    )
     importing.add_argument("--name", default="", help="the model's name (default: from the file)")
     importing.add_argument("--format", choices=("source", "fp32", "int8"), default="source", help="weight format")
     command(model, "ls", _online("model_ls"), "Models known here, their shards and replicas.")

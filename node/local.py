@@ -179,17 +179,18 @@ def model_import(context: Context) -> Output:
 
     args = context.args
     source, name = Path(args.source), args.name
-    if args.source != "bundled" and not source.is_file():
-        raise LocalError("not_found", f"there is no file {source}", "give a .gguf file, or `bundled`")
+    if args.source != "bundled" and not source.exists():
+        raise LocalError(
+            "not_found", f"there is no file or folder {source}", "give a .gguf file, a model's folder, or `bundled`"
+        )
     identity, paths = own_identity(context)
     store = ModelStore(paths.models)
     with progress.bar("files") as show:
         if args.source == "bundled":
             source = bundled.fetch_bundled(cache_dir(os.environ, Path.home()))
             name = name or source.name.partition(".")[0]
-        manifest = build.import_gguf(
-            source, store, identity, name=name, quantisation=args.format, progress=show, threads=count
-        )
+        read = build.import_folder if source.is_dir() else build.import_gguf
+        manifest = read(source, store, identity, name=name, quantisation=args.format, progress=show, threads=count)
     data: dict[str, Any] = {
         "model_id": manifest.model_id,
         "name": manifest.name,

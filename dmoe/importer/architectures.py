@@ -74,7 +74,7 @@ def architecture_of(metadata: Mapping[str, Any], vocab: int, tied: bool) -> Arch
         raise IntegrityError("integrity", f"metadata key {name}.rope.dimension_count: partial rope is not supported")
     experts = int(number("expert_count", 0))
     width = int(number("feed_forward_length"))
-    blocks = next(count for count in (4, 2, 1) if width % (count * BLOCK) == 0 or count == 1)
+    blocks = neuron_blocks(width)
     architecture = Architecture(
         family=name,
         hidden=hidden,
@@ -89,13 +89,19 @@ def architecture_of(metadata: Mapping[str, Any], vocab: int, tied: bool) -> Arch
         norm_eps=float(number("attention.layer_norm_rms_epsilon")),
         tie_embeddings=tied,
         context=min(int(number("context_length")), CONTEXT_MAX),
-        router=_router(experts, int(number("expert_used_count", 0)), blocks),
+        router=router_of(experts, int(number("expert_used_count", 0)), blocks),
     )
     architecture.check()
     return architecture
 
 
-def _router(experts: int, used: int, blocks: int) -> Router:
+def neuron_blocks(width: int) -> int:
+    """Into how many blocks a dense feed-forward part of ``width`` neurons is cut."""
+    return next(count for count in (4, 2, 1) if width % (count * BLOCK) == 0 or count == 1)
+
+
+def router_of(experts: int, used: int, blocks: int) -> Router:
+    """The router of ``experts`` with ``used`` chosen, or of a dense model's ``blocks``."""
     if not experts:
         return Router(kind="all", experts=blocks, top_k=blocks)
     return Router(kind="softmax_topk", experts=experts, top_k=used, normalise=True)

@@ -1,4 +1,4 @@
-"""Make a model's shards, manifest and golden logits out of a GGUF file.
+"""Make a model's shards, manifest and golden logits out of a GGUF file or a folder in Hugging Face layout.
 
 Owns: how a model is cut into shards and files. One shard file is in memory at a time. Everything is written to a
 temporary folder inside the store, which becomes the model in one rename: a failed import leaves nothing behind.
@@ -6,9 +6,10 @@ temporary folder inside the store, which becomes the model in one rename: a fail
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +25,7 @@ from config.vocabulary import ShardId
 from dmoe.core.linear import Linear, join_rows
 from dmoe.core.manifest import (
     CHUNK_BYTES,
+    Architecture,
     Golden,
     Manifest,
     ModelFile,
@@ -33,6 +35,8 @@ from dmoe.core.manifest import (
 )
 from dmoe.golden import compute_golden
 from dmoe.importer.architectures import Family, architecture_of, family_of
+from dmoe.importer.families import hf_architecture_of, hf_family_of
+from dmoe.importer.folder import FolderSource, FolderText, folder_text
 from dmoe.importer.sources import GgufSource
 from dmoe.importer.tokenizer import chat_template, stop_tokens, tokenizer_json
 from dmoe.runtime import RuntimeOptions
@@ -44,10 +48,24 @@ Array = NDArray[Any]
 Progress = Callable[[int, int, str], None]
 """``(files done, files in all, what is being made)``."""
 
+_NUMBER = re.compile(r"\.(\d{1,6})\.")
+"""A layer's or an expert's number in a tensor's name."""
 LAYERS_PER_SHARD_MAX = 10
 GROUPS_MAX = 4
 _RUNTIME_OVERHEAD_BYTES = 200_000
 """Memory of one ONNX Runtime session beside its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What a source was found to hold, before anything of it is written."""
+
+    source: GgufSource | FolderSource
+    family: Family
+    architecture: Architecture
+    name: str
+    licence: str
+    text: FolderText
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +94,76 @@ def import_gguf(
     depend on it by less than their tolerance; 0: all cores. Raises IntegrityError for a file that is
     broken or not supported, LocalError ``disk_full`` if the disk is.
     """
-    source = GgufSource(path)
+    return _import(lambda: _read_gguf(GgufSource(path)), store, identity, name, quantisation, progress, threads)
+
+
+def import_folder(
+    path: Path,
+    store: ModelStore,
+    identity: Identity,
+    *,
+    name: str = "",
+    quantisation: Quantisation = "source",
+    progress: Progress = lambda done, total, what: None,
+    threads: int = 0,
+) -> Manifest:
+    """As :func:`import_gguf`, of a folder with ``config.json``, safetensors and ``tokenizer.json``. 16-bit floats
+    become fp32, without loss."""
+    return _import(lambda: _read_folder(FolderSource(path)), store, identity, name, quantisation, progress, threads)
+
+
+def _import(
+    read: Callable[[], _Model],
+    store: ModelStore,
+    identity: Identity,
+    name: str,
+    quantisation: Quantisation,
+    progress: Progress,
+    threads: int,
+) -> Manifest:
+    model = read()
     _sweep(store.root)
     folder = Path(tempfile.mkdtemp(dir=store.root, prefix=IMPORTING_PREFIX))
     claim = _claim(folder)
     try:
-        _check_space(store.root, path, quantisation)
+        _check_space(store.root, model.source.bytes_needed(quantisation))
         with disk_errors(folder):
-            manifest = _Import(source, folder, name, quantisation, progress).run(identity, threads)
+            manifest = _Import(model, folder, name, quantisation, progress).run(identity, threads)
         store.adopt(folder, manifest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gone already after a success
         os.close(claim)
     return manifest
+
+
+def _read_gguf(source: GgufSource) -> _Model:
+    metadata, family = source.metadata, family_of(source.metadata)[1]
+    _check_tensors(source, family)
+    vocab, _ = _matrix_shape(source, family.embedding)
+    return _Model(
+        source=source,
+        family=family,
+        architecture=architecture_of(metadata, vocab, tied=not source.has(family.head)),
+        name=str(metadata.get("general.basename") or metadata.get("general.name") or source.path.stem),
+        licence=str(metadata.get("general.license", "unknown")),
+        text=FolderText(tokenizer_json(metadata), chat_template(metadata), stop_tokens(metadata)),
+    )
+
+
+def _read_folder(source: FolderSource) -> _Model:
+    family = hf_family_of(source.config)[1].tensors
+    _check_tensors(source, family)
+    vocab, _ = _matrix_shape(source, family.embedding)
+    architecture = hf_architecture_of(source.config, vocab)
+    _check_numbers(source, architecture)
+    return _Model(
+        source=source,
+        family=family,
+        architecture=architecture,
+        name=source.path.resolve().name,
+        licence="unknown",
+        text=folder_text(source.path, vocab),
+    )
 
 
 def _claim(folder: Path) -> int:
@@ -110,19 +185,15 @@ def _sweep(root: Path) -> None:
 
 
 class _Import:
-    def __init__(
-        self, source: GgufSource, folder: Path, name: str, quantisation: Quantisation, progress: Progress
-    ) -> None:
-        self.source = source
+    def __init__(self, model: _Model, folder: Path, name: str, quantisation: Quantisation, progress: Progress) -> None:
+        self.model = model
+        self.source = model.source
         self.folder = folder
         self.quantisation = quantisation
         self.progress = progress
-        self.family: Family = family_of(source.metadata)[1]
-        metadata = source.metadata
-        _check_tensors(source, self.family)
-        vocab, _ = _matrix_shape(source, self.family.embedding)
-        self.arch = architecture_of(metadata, vocab, tied=not source.has(self.family.head))
-        self.name = name or _name_of(metadata, source.path)
+        self.family = model.family
+        self.arch = model.architecture
+        self.name = (name or model.name)[:200]
         self.groups = _sum_groups(self.arch.router.experts)
 
     def run(self, identity: Identity, threads: int) -> Manifest:
@@ -136,7 +207,7 @@ class _Import:
             tensors[part.path] = sum(_weight_count(key, tensor) for key, tensor in content.items())
             files[part.path] = _write(self.folder, part.path, to_bytes(content))
         self.progress(len(files), total, "tokenizer.json")
-        tokenizer = _write(self.folder, "tokenizer.json", [tokenizer_json(self.source.metadata)])
+        tokenizer = _write(self.folder, "tokenizer.json", [self.model.text.tokenizer])
         trunk = self._trunk_shard([files[part.path] for part in trunk_parts], sum(tensors[p.path] for p in trunk_parts))
         experts = [self._expert_shard(part, files[part.path], tensors[part.path]) for part in expert_parts]
         manifest = self._manifest(identity, (*experts, trunk), tokenizer)
@@ -147,18 +218,17 @@ class _Import:
         return replace(manifest, golden=golden).sign(identity)
 
     def _manifest(self, identity: Identity, shards: tuple[Shard, ...], tokenizer: ModelFile) -> Manifest:
-        metadata = self.source.metadata
         return Manifest(
             name=self.name,
-            licence=str(metadata.get("general.license", "unknown"))[:200],
+            licence=self.model.licence[:200],
             source=Source(name=self.source.path.name, sha256=self.source.sha256()),
             architecture=self.arch,
             quantisation=self.quantisation,
             sum_groups=self.groups,
             shards=shards,
             tokenizer=tokenizer,
-            chat_template=chat_template(metadata),
-            stop_tokens=stop_tokens(metadata),
+            chat_template=self.model.text.chat_template,
+            stop_tokens=self.model.text.stop_tokens,
             golden=Golden(prompt=(0,), tokens=(), logits=(), tolerance=0.0),
             publisher=identity.peer_id,
         )
@@ -299,37 +369,38 @@ def _weight_count(name: str, tensor: Array) -> int:
     return tensor.size * (2 if name.endswith(".q4") else 1)
 
 
-def _check_tensors(source: GgufSource, family: Family) -> None:
+def _check_tensors(source: GgufSource | FolderSource, family: Family) -> None:
     """Refuse what this family's graphs would silently leave out."""
     patterns = [value for value in _names(family) if isinstance(value, str)]
-    known = {pattern.replace("{l}", "") for pattern in patterns}
+    known = {pattern.replace("{l}", "").replace("{{e}}", "") for pattern in patterns}
     for name in source.names():
-        parts = name.split(".")
-        plain = ".".join([parts[0], "", *parts[2:]]) if parts[0] == "blk" else name
-        if plain not in known:
+        if _NUMBER.sub("..", name) not in known:
             raise IntegrityError(
                 "integrity", f"{source.path}: tensor {name[:80]!r} is not part of a supported model of this family"
             )
+
+
+def _check_numbers(source: FolderSource, arch: Architecture) -> None:
+    """Refuse layers and experts beyond those that the configuration counts."""
+    most = (arch.layers, arch.router.experts)
+    for name in source.names():
+        if any(int(number) >= count for number, count in zip(_NUMBER.findall(name), most, strict=False)):
+            raise IntegrityError("integrity", f"{source.path}: tensor {name[:80]!r} is beyond what config.json counts")
 
 
 def _names(family: Family) -> list[object]:
     return [getattr(family, key) for key in family.__slots__]
 
 
-def _matrix_shape(source: GgufSource, name: str) -> tuple[int, int]:
+def _matrix_shape(source: GgufSource | FolderSource, name: str) -> tuple[int, int]:
     shape = source.shape(name)
     if len(shape) != 2:
         raise IntegrityError("integrity", f"{source.path}: tensor {name} has shape {list(shape)}, not a matrix")
     return shape[0], shape[1]
 
 
-def _name_of(metadata: Mapping[str, Any], path: Path) -> str:
-    return str(metadata.get("general.basename") or metadata.get("general.name") or path.stem)[:200]
-
-
-def _check_space(root: Path, path: Path, quantisation: Quantisation) -> None:
-    factor = {"source": 1.3, "int8": 2.3, "fp32": 8.0}[quantisation]
-    need, free = int(path.stat().st_size * factor), shutil.disk_usage(root).free
+def _check_space(root: Path, need: int) -> None:
+    free = shutil.disk_usage(root).free
     if free < need:
         raise LocalError(
             "disk_full", f"the import needs about {need >> 20} MiB in {root}, {free >> 20} MiB are free", "free some"

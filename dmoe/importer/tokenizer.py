@@ -160,8 +160,13 @@ def chat_template(metadata: Mapping[str, object]) -> str:
     return lines + template
 
 
+def ends_answer(text: str) -> bool:
+    """Whether a control token of this text ends an answer in every model that has it."""
+    return text in _END_TEXTS
+
+
 def _ends(text: str, kind: int) -> bool:
-    return kind == _CONTROL and text in _END_TEXTS
+    return kind == _CONTROL and ends_answer(text)
 
 
 def _texts(metadata: Mapping[str, object], key: str) -> Sequence[str]:

@@ -1,0 +1,260 @@
+"""Where a model comes from: a folder in Hugging Face layout, read lazily, tensor by tensor.
+
+Owns: the folder's files, the bounds and types of its safetensors, and what its JSON files say about the text.
+Does not own: what the numbers of ``config.json`` mean (``families``).
+
+Invariants:
+1. A file is mapped, never read whole; only the rows and columns that are asked for become arrays.
+2. A header is untrusted: every tensor's type, shape and place are checked before it is touched.
+3. Nothing of the folder is run, and no file outside it is opened because a file inside names it.
+
+Fails with IntegrityError or LocalError naming the file and the tensor or key.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config.errors import IntegrityError, LocalError
+from config.vocabulary import MIB
+from dmoe.core.linear import Linear
+from dmoe.core.manifest import Quantisation
+from dmoe.importer.quantise import convert, to_float
+from dmoe.importer.tokenizer import ends_answer
+from dmoe.text import Tokenizer
+
+Array = NDArray[Any]
+
+HEADER_BYTES_MAX = 100 * MIB
+JSON_BYTES_MAX = 256 * MIB
+_ALL = slice(None)
+_AGAIN = "the file is truncated, altered or of another kind; download it again"
+_INDEX = "model.safetensors.index.json"
+_BITS: dict[str, tuple[str, np.dtype[Any]]] = {
+    "F32": ("F32", np.dtype("<u4")),
+    "F16": ("F16", np.dtype("<u2")),
+    "BF16": ("BF16", np.dtype("<u2")),
+}
+"""safetensors' name: ours, and an integer as wide, because numpy has no bfloat16."""
+_INT8_BYTES = 1.3
+"""Of a weight in blocks of 32 with a scale each, with some room."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tensor:
+    path: Path
+    dtype: str
+    bits: Array | None
+    """The numbers' bits in the memory map; None for a type that is not supported."""
+    shape: tuple[int, ...]
+
+
+class FolderSource:
+    """An open folder. ``config``: the content of ``config.json``. A tensor name may hold ``{e}``: one per expert."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise LocalError("not_found", f"{path} has no config.json", "give a folder in Hugging Face layout")
+        self.config: Mapping[str, Any] = _json(path / "config.json")
+        self._files = _weight_files(path)
+        self._tensors: dict[str, _Tensor] = {}
+        for file in self._files:
+            for name, tensor in _open(file).items():
+                if name in self._tensors:
+                    raise IntegrityError("integrity", f"{file}: tensor {name[:80]} is in another file too", _AGAIN)
+                self._tensors[name] = tensor
+
+    def sha256(self) -> str:
+        """A hash over ``config.json`` and the weight files in order of their names, hex."""
+        whole = sha256()
+        for path in (self.path / "config.json", *self._files):
+            with path.open("rb") as file:
+                digest = sha256()
+                while block := file.read(8 * MIB):
+                    digest.update(block)
+            whole.update(digest.digest())
+        return whole.hexdigest()
+
+    def bytes_needed(self, quantisation: Quantisation) -> int:
+        """About what the imported model takes on disk."""
+        weights = sum(math.prod(tensor.shape) for tensor in self._tensors.values())
+        return int(weights * (_INT8_BYTES if quantisation == "int8" else 4.1))
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._tensors
+
+    def names(self) -> Iterator[str]:
+        """All tensor names."""
+        return iter(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, rows first."""
+        return self._tensor(name).shape
+
+    def vector(self, name: str, size: int) -> NDArray[np.float32]:
+        """A float vector. Raises IntegrityError if it is not one of that size."""
+        return self._finite(name, self._floats(name, (size,), (_ALL,)))
+
+    def linear(
+        self, name: str, shape: tuple[int, int], quantisation: Quantisation, part: tuple[slice, slice] = (_ALL, _ALL)
+    ) -> Linear:
+        """A weight matrix of ``shape`` (rows, columns) in the wanted form, or only the rows and columns in ``part``."""
+        weights = self._finite(name, self._floats(name, shape, part))
+        return convert(Linear({"w": weights}), quantisation)
+
+    def linear_of(self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation) -> Linear:
+        """One expert's matrix of ``shape[1:]``; here every expert has a tensor of its own."""
+        return self.linear(name.replace("{e}", str(index)), shape[1:], quantisation)
+
+    def _floats(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> NDArray[np.float32]:
+        tensor = self._tensor(name)
+        if tensor.shape != shape:
+            raise self._fault(name, f"has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.bits is None:
+            raise self._fault(name, f"is {tensor.dtype[:20]}, which is not supported", f"known: {', '.join(_BITS)}")
+        bits = np.ascontiguousarray(tensor.bits[part])
+        return to_float(_BITS[tensor.dtype][0], bits, *bits.shape)
+
+    def _finite(self, name: str, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not np.isfinite(weights).all():
+            raise self._fault(name, "holds numbers that are not finite", _AGAIN)
+        return weights
+
+    def _tensor(self, name: str) -> _Tensor:
+        if name not in self._tensors:
+            raise IntegrityError("integrity", f"{self.path} lacks tensor {name}", _AGAIN)
+        return self._tensors[name]
+
+    def _fault(self, name: str, what: str, hint: str = "") -> IntegrityError:
+        return IntegrityError("integrity", f"{self._tensors[name].path}: tensor {name} {what}", hint)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderText:
+    """What a folder says about text: the tokenizer's bytes, the chat template, the ids that end an answer."""
+
+    tokenizer: bytes
+    chat_template: str
+    stop_tokens: tuple[int, ...]
+
+
+def folder_text(path: Path, vocab: int) -> FolderText:
+    """Read and check the tokenizer's files. An empty ``chat_template.jinja`` says that a model has none on purpose.
+
+    Raises IntegrityError for a tokenizer that cannot be used, does not fit ``vocab``, or has no template.
+    """
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise IntegrityError("integrity", f"{path} has no tokenizer.json", "models without one cannot be imported")
+    document, data = _json(file), file.read_bytes()
+    options = _json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    template = _template(path, options)
+    count = Tokenizer(data, template).vocabulary
+    if count > vocab:
+        raise IntegrityError("integrity", f"{file} has {count} tokens, the model only {vocab}", _AGAIN)
+    return FolderText(data, template, _stop_tokens(path, document, vocab))
+
+
+def _template(path: Path, options: Mapping[str, Any]) -> str:
+    found = options.get("chat_template")
+    if (path / "chat_template.jinja").is_file():
+        found = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    elif isinstance(found, list):  # several by name
+        named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    if not isinstance(found, str):
+        hint = "put the template into chat_template.jinja beside it (an empty file for a model that cannot chat)"
+        raise IntegrityError("integrity", f"{path / 'tokenizer_config.json'} has no chat_template", hint)
+    lines = ""
+    for key in ("bos_token", "eos_token"):
+        token = options.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and key in found:
+            lines += f"{{%- set {key} = {json.dumps(text)} +%}}"
+    return lines + found
+
+
+def _stop_tokens(path: Path, document: Mapping[str, Any], vocab: int) -> tuple[int, ...]:
+    """The ids that the folder names, then control tokens that end an answer whatever the folder says."""
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        value = _json(path / name).get("eos_token_id") if (path / name).is_file() else None
+        for token in value if isinstance(value, list) else [value]:
+            if token is None:
+                continue
+            if type(token) is not int or not 0 <= token < vocab:
+                raise IntegrityError("integrity", f"{path / name}: eos_token_id {token!r} is outside the vocabulary")
+            ids.append(token)
+    added = document.get("added_tokens") or []
+    ids += sorted(token["id"] for token in added if token.get("special") and ends_answer(str(token["content"])))
+    return tuple(dict.fromkeys(ids))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files: those that the index names, or else all."""
+    if (path / _INDEX).is_file():
+        index = _json(path / _INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise IntegrityError("integrity", f"{path / _INDEX} has no weight_map of texts", _AGAIN)
+        names = sorted(set(index.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise IntegrityError("integrity", f"{path / _INDEX} names {name[:80]!r}, not a file of its folder")
+    else:
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+    if not names:
+        raise LocalError("not_found", f"{path} has no .safetensors file", "other weight formats cannot be imported")
+    for name in names:
+        if not (path / name).is_file():
+            raise LocalError("not_found", f"{path / name} is missing", f"{_INDEX} names it; download it")
+    return [path / name for name in names]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > JSON_BYTES_MAX:
+            raise IntegrityError("integrity", f"{path} exceeds the limit of {JSON_BYTES_MAX} bytes")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise IntegrityError("integrity", f"{path} is not readable JSON: {error}", _AGAIN) from error
+    if not isinstance(value, dict):
+        raise IntegrityError("integrity", f"{path} is not a JSON object", _AGAIN)
+    return value
+
+
+def _open(path: Path) -> dict[str, _Tensor]:
+    """A file's tensors. The memory map lives as long as one of them."""
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = int.from_bytes(data[:8], "little")
+        if not 2 <= size <= min(HEADER_BYTES_MAX, len(data) - 8):
+            raise ValueError(f"a header of {size} bytes is impossible")
+        header = json.loads(data[8 : 8 + size])
+        return {name: _tensor(path, name, entry, data, 8 + size) for name, entry in header.items() if name[:2] != "__"}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError("integrity", f"{path} is not a whole safetensors file: {error}", _AGAIN) from error
+
+
+def _tensor(path: Path, name: str, entry: Mapping[str, Any], data: mmap.mmap, start: int) -> _Tensor:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    numbers = (*shape, begin, end)
+    if not all(type(number) is int and 0 <= number <= 1 << 44 for number in numbers) or start + end > len(data):
+        raise ValueError(f"tensor {name[:80]} is outside the file")
+    dtype = str(entry["dtype"])
+    if dtype not in _BITS:
+        return _Tensor(path, dtype, None, shape)
+    kind = _BITS[dtype][1]
+    if end - begin != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"tensor {name[:80]} does not fit its bytes")
+    return _Tensor(path, dtype, np.frombuffer(data, kind, math.prod(shape), start + begin).reshape(shape), shape)

@@ -1,0 +1,216 @@
+"""Folders in Hugging Face layout: the logits are those of transformers, and what is wrong is refused by name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+from msgspec.structs import replace
+
+from config.errors import IntegrityError, LocalError
+from config.generation import Message
+from dmoe.golden import verify
+from dmoe.importer.build import import_folder
+from dmoe.importer.folder import FolderSource
+from dmoe.layers import FusedModel, LocalExperts, Trunk, forward
+from dmoe.runtime import ExpertShard, RuntimeOptions
+from dmoe.store import ModelStore
+from dmoe.text import Tokenizer
+from tests.unit.dmoe.folder_kit import FAMILIES, weights, write_folder
+from tests.unit.dmoe.model_kit import PUBLISHER
+
+OPTIONS = RuntimeOptions(device="cpu", threads=1)
+REFERENCE = Path(__file__).resolve().parents[2] / "vectors" / "hf_reference.npz"
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with np.load(REFERENCE) as found:
+        return dict(found)
+
+
+class Files:
+    """A model's files under a manifest that was changed for a test."""
+
+    def __init__(self, store, manifest):
+        self.store, self.manifest = store, manifest
+
+    def open_shard(self, _, shard):
+        return self.store.open_shard(self.manifest, shard)
+
+
+async def imported(tmp_path, family, quantisation="source", **kwargs):
+    folder = write_folder(tmp_path / "tiny", family, **kwargs)
+    store = ModelStore(tmp_path / "models")
+    run = lambda: import_folder(folder, store, PUBLISHER, quantisation=quantisation)  # noqa: E731
+    return store, await trio.to_thread.run_sync(run)
+
+
+async def compare(forward_, sequence, wanted, name):
+    """Largest difference over prefill and 20 greedy steps with cache; every token must be the reference's."""
+    prefill = await forward_(sequence, [int(token) for token in wanted[f"{name}.ids"]], all_positions=True)
+    worst, last = np.abs(prefill - wanted[f"{name}.prefill"]).max(), prefill[-1]
+    for token, logits in zip(wanted[f"{name}.tokens"], wanted[f"{name}.logits"], strict=True):
+        assert int(last.argmax()) == int(token)
+        last = await forward_(sequence, [int(token)])
+        worst = max(worst, np.abs(last - logits).max())
+    print(f"{name}: largest difference {worst:.2e}")
+    return float(worst)
+
+
+@pytest.mark.parametrize(("dtype", "files"), [("F32", 1), ("BF16", 3)])
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_logits_and_tokens_are_those_of_transformers(tmp_path, reference, family, dtype, files):
+    store, manifest = await imported(tmp_path, family, dtype=dtype, files=files)
+    exact = replace(manifest, wire_dtype="fp32")  # half floats between the parts would hide small faults
+    files = Files(store, manifest)
+    trunk = Trunk(exact, files, OPTIONS)
+    local = LocalExperts(exact, [ExpertShard(exact, shard, files, OPTIONS) for shard in exact.expert_shards()])
+    try:
+        run = lambda sequence, ids, **options: forward(trunk, sequence, ids, local, **options)  # noqa: E731
+        assert await compare(run, trunk.new_sequence(60), reference, family) < 1e-4
+    finally:
+        local.close()
+    if family == "llama":
+        fused = FusedModel(manifest, store, OPTIONS)
+        assert await compare(fused.forward, fused.new_sequence(60), reference, family) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_int8_stays_near_and_its_golden_logits_hold(tmp_path, reference, family):
+    store, manifest = await imported(tmp_path, family, "int8", dtype="F16")
+    assert manifest.quantisation == "int8"
+    assert await verify(manifest, store, OPTIONS) < 1e-4
+    trunk = Trunk(manifest, store, OPTIONS)
+    local = LocalExperts(manifest, [ExpertShard(manifest, shard, store, OPTIONS) for shard in manifest.expert_shards()])
+    ids = [int(token) for token in reference[f"{family}.ids"]]
+    got = await forward(trunk, trunk.new_sequence(60), ids, local, all_positions=True)
+    local.close()
+    wanted = reference[f"{family}.prefill"]
+    assert np.corrcoef(got.ravel(), wanted.ravel())[0, 1] > 0.99
+
+
+async def test_golden_logits_catch_other_weights(tmp_path):
+    store, manifest = await imported(tmp_path, "mixtral", "fp32")
+    wrong = replace(manifest.golden, logits=tuple(logit + 1 for logit in manifest.golden.logits))
+    with pytest.raises(IntegrityError, match="golden logits"):
+        await verify(replace(manifest, golden=wrong), Files(store, manifest), OPTIONS)
+
+
+async def test_the_text_side_comes_along(tmp_path):
+    store, manifest = await imported(tmp_path, "mixtral")
+    assert manifest.name == "tiny"
+    assert manifest.stop_tokens == (1, 3)  # config.json's, then <|im_end|>
+    data = (tmp_path / "tiny" / "tokenizer.json").read_bytes()
+    text = Tokenizer(data, manifest.chat_template)
+    assert text.chat([Message(role="user", content="hi")])[0] == 0  # <s>, which the template names
+    assert manifest.model_id in store.manifests()
+
+
+def _refused(tmp_path, fault, family="mixtral", error=IntegrityError, after=None, **kwargs):
+    folder = write_folder(tmp_path / "tiny", family, **kwargs)
+    if after:
+        after(folder)
+    store = ModelStore(tmp_path / "models")
+    with pytest.raises(error, match=fault):
+        import_folder(folder, store, PUBLISHER)
+    assert list(store.root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope of type 'yarn' is not supported"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
+        ({"hidden_size": None}, "key hidden_size is missing or no number"),
+        ({"num_local_experts": "six"}, "key num_local_experts is missing or no number"),
+        ({"num_experts_per_tok": 9}, r"router\.top_k = 9"),
+        ({"num_local_experts": 5}, r"experts\.5\.w1\.weight' is beyond"),
+        ({"num_hidden_layers": 2}, r"layers\.2\.\S+ is beyond"),
+        ({"intermediate_size": 64}, r"experts\.0\.w1\.weight has shape \[96, 64\], expected \[64, 64\]"),
+        ({"eos_token_id": 1000}, "eos_token_id 1000 is outside the vocabulary"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_refused_by_name(tmp_path, config, fault):
+    _refused(tmp_path, fault, config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "fault"),
+    [
+        ("model.layers.2.block_sparse_moe.experts.3.w2.weight", None, "lacks tensor"),
+        ("lm_head.weight", None, "lacks tensor lm_head.weight"),
+        ("model.layers.0.self_attn.q_proj.bias", np.zeros(64, np.float32), "is not part of a supported model"),
+        ("model.layers.1.self_attn.k_proj.weight", np.zeros((64, 64), np.float32), r"expected \[32, 64\]"),
+        ("model.norm.weight", np.full(64, np.nan, np.float32), "not finite"),
+    ],
+)
+def test_a_wrong_tensor_is_refused_by_name(tmp_path, name, values, fault):
+    _refused(tmp_path, fault, change={name: values})
+
+
+def test_a_type_that_is_not_supported_is_refused_by_name(tmp_path):
+    _refused(tmp_path, r"tensor \S+ is F8_E4M3, which is not supported", dtype="F8_E4M3")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1, -100_000])
+def test_a_truncated_weight_file_is_refused(tmp_path, keep):
+    def cut(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+
+    _refused(tmp_path, "model.safetensors is not a whole safetensors file", after=cut)
+
+
+def test_a_missing_weight_file_is_named(tmp_path):
+    def remove(folder):
+        (folder / "model-00002-of-00003.safetensors").unlink()
+
+    _refused(tmp_path, "model-00002-of-00003.safetensors is missing", error=LocalError, files=3, after=remove)
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path):
+    def point(folder):
+        index = {"weight_map": {"lm_head.weight": "../secret.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    _refused(tmp_path, "not a file of its folder", files=2, after=point)
+
+
+def test_a_tokenizer_without_template_is_refused_unless_told(tmp_path):
+    def strip(folder):
+        (folder / "tokenizer_config.json").write_text("{}")
+
+    _refused(tmp_path, "tokenizer_config.json has no chat_template", after=strip)
+    (tmp_path / "tiny" / "chat_template.jinja").write_text("")
+    assert import_folder(tmp_path / "tiny", ModelStore(tmp_path / "models"), PUBLISHER).chat_template == ""
+
+
+@pytest.mark.parametrize(("content", "fault"), [(None, "has no tokenizer.json"), ("{}", "tokenizer file cannot")])
+def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path, content, fault):
+    def replace_it(folder):
+        (folder / "tokenizer.json").unlink()
+        if content is not None:
+            (folder / "tokenizer.json").write_text(content)
+
+    _refused(tmp_path, fault, after=replace_it)
+
+
+def test_an_empty_folder_is_a_local_error(tmp_path):
+    with pytest.raises(LocalError, match=r"has no config\.json"):
+        import_folder(tmp_path, ModelStore(tmp_path / "models"), PUBLISHER)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_a_part_of_a_matrix_is_read_as_it_is(tmp_path, dtype):
+    source = FolderSource(write_folder(tmp_path, "llama", dtype=dtype))
+    name = "model.layers.1.mlp.down_proj.weight"
+    part = source.linear(name, (64, 256), "fp32", (slice(None), slice(64, 128)))
+    wanted = weights("llama")[name][:, 64:128]
+    if dtype == "F16":
+        wanted = wanted.astype(np.float16).astype(np.float32)
+    assert part.parts["w"].tobytes() == np.ascontiguousarray(wanted).tobytes()

@@ -1,0 +1,47 @@
+"""Computes ``hf_reference.npz``: what transformers says of the tiny models of ``tests/unit/dmoe/folder_kit.py``.
+
+Run once, by hand, where torch and transformers are installed: ``python tests/vectors/hf_reference.py``. Holds per
+family the prompt's ids, the logits of all its positions, 20 greedy tokens and the logits behind each.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from tests.unit.dmoe.folder_kit import FAMILIES, VOCAB, write_folder  # noqa: E402
+
+PROMPT, STEPS = 17, 20
+
+
+def reference(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = np.random.RandomState(5).randint(0, VOCAB, PROMPT)
+    tokens, logits = [], []
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor(ids[None]), use_cache=True)
+        prefill, last = out.logits[0].numpy(), out.logits[0, -1]
+        for _ in range(STEPS):
+            tokens.append(int(last.argmax()))
+            out = model(input_ids=torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+            last = out.logits[0, -1]
+            logits.append(last.numpy())
+    return {"ids": ids, "prefill": prefill, "tokens": np.array(tokens), "logits": np.stack(logits)}
+
+
+def main():
+    found = {}
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            result = reference(write_folder(Path(folder), family))
+        found |= {f"{family}.{key}": value for key, value in result.items()}
+    np.savez_compressed(HERE / "hf_reference.npz", **found)
+
+
+if __name__ == "__main__":
+    main()
