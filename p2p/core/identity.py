@@ -42,7 +42,8 @@ def public_key_of(peer_id: str) -> Account:
         raw = base58.b58decode(peer_id)
     except ValueError:
         raw = b""
-    if len(raw) != 38 or not raw.startswith(_PEER_ID_PREFIX):
+    # the decoder passes over white space: an id must have one spelling
+    if len(raw) != 38 or not raw.startswith(_PEER_ID_PREFIX) or base58.b58encode(raw).decode() != peer_id:
         raise IntegrityError("integrity", f"{peer_id[:80]!r} is not an Ed25519 peer id")
     return Account(raw[6:])
 

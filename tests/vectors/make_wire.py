@@ -65,6 +65,7 @@ def _not_peer_ids() -> list[dict[str, str]]:
         {"peer_id": "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N", "why": "a hash of an RSA key"},
         {"peer_id": ALICE.peer_id[:-1], "why": "too short"},
         {"peer_id": "0" + ALICE.peer_id[1:], "why": "not base58"},
+        {"peer_id": ALICE.peer_id + "\n", "why": "white space behind it"},
     ]
 
 
@@ -139,6 +140,7 @@ def _adverts() -> list[dict[str, Any]]:
         ("a body that is a map", "malformed", _sealed(msgpack.packb({"peer_id": ALICE.peer_id}))),
         ("a body of two fields", "malformed", _sealed(msgpack.packb([ALICE.peer_id, NOW_MS]))),
         ("a peer id that is none", "malformed", with_(peer_id="12D3KooW")),
+        ("a peer id with white space behind it", "malformed", with_(peer_id=ALICE.peer_id + "\n")),
         ("a sequence number below zero", "malformed", with_(seq=-1)),
         ("a sequence number above 2**62", "malformed", with_(seq=(1 << 62) + 1)),
         ("17 addresses", "malformed", with_(addresses=["/ip4/192.0.2.1/tcp/1"] * 17)),
