@@ -2,19 +2,17 @@
 
 Records are those of ``core/records``.
 
-Owns: the socket after the handshake, the order in which channels get it, flow control. Does not own: what the bytes
-mean, who is dialled.
+Owns: the socket after the handshake, the order in which channels get it. Does not own: a channel's queue and window
+(``lanechannel``), keys and nonces (``core/records``), what the bytes mean, who is dialled.
 
 Invariants:
 1. Records reach the socket in the order of their nonces. What is written is queued whole before anybody waits: a
    cancelled caller leaves nothing half-sent.
 2. The main channel's frames go before the bulk channel's, an urgent frame before others of its channel that have not
    begun. What is sealed and waits is at most one record; what the kernel holds unsent is bounded as well.
-3. What waits to be sent is bounded: senders wait above :data:`BACKLOG_BYTES`; a peer that takes nothing for
-   :data:`STALL_SECONDS`, or lets :data:`OVERFLOW_BYTES` or :data:`WAITING_MAX` frames pile up, loses the lane.
+3. A peer that takes nothing for :data:`STALL_SECONDS`, or lets more pile up than a channel holds, loses the lane.
 4. A peer may have a window and one frame unconsumed on each channel; past that, or with a record that is too long, out
    of order, replayed or damaged, it loses the lane. No record is stored before its length was checked.
-5. A key seals at most :data:`REKEY_BYTES`; both ends count, and go on with the next key.
 """
 
 import logging

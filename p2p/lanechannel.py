@@ -2,8 +2,10 @@
 
 Owns: what waits to be sent on the channel and in which order, flow control. Does not own: the socket, the records.
 
-Invariants: a frame that has begun is sent to its end; urgent frames go before others that have not; what waits is
-bounded.
+Invariants:
+1. A frame that has begun is sent to its end; urgent frames go before others that have not.
+2. What waits is bounded: senders wait above :data:`BACKLOG_BYTES`; at :data:`OVERFLOW_BYTES` or :data:`WAITING_MAX`
+   frames the lane ends.
 """
 
 from collections import deque

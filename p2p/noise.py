@@ -25,11 +25,11 @@ from libp2p.security.secure_session import SecureSession
 from noise.connection import NoiseConnection  # type: ignore[import-untyped]
 
 from config.vocabulary import PeerId
+from p2p.handshake import XX_PSK
 from p2p.secure import Door, Session, Spawn
 
 PSK_ID = TProtocol("/rios/noise-psk/1.0.0")
 """libp2p's Noise with a swarm key; what strangers to a private swarm cannot speak."""
-PSK_NAME = b"Noise_XXpsk0_25519_ChaChaPoly_SHA256"
 REFUSED_MAX = 1024
 NEEDS_KEY = "this swarm needs a key: ask one of its members for an invite, then: rios swarm join"
 OTHER_SWARM = "it is not in this node's private swarm (rios swarm show): it speaks no Noise with a swarm key"
@@ -111,7 +111,7 @@ class _PskPattern(PatternXX):
 
     def __init__(self, local_peer: ID, private_key: PrivateKey, noise_key: PrivateKey, psk: bytes) -> None:
         super().__init__(local_peer, private_key, noise_key)
-        self.protocol_name = PSK_NAME
+        self.protocol_name = XX_PSK
         self._psk = psk
 
     def create_noise_state(self, prologue: bytes | None = None) -> NoiseConnection:
