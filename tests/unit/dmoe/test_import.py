@@ -12,7 +12,7 @@ import pytest
 
 from config.errors import IntegrityError, LocalError
 from dmoe.core import linear
-from dmoe.importer import build, bundled
+from dmoe.importer import build, bundled, cut, scratch
 from dmoe.importer.build import import_gguf
 from dmoe.importer.quantise import transcode
 from dmoe.importer.sources import GgufSource
@@ -54,7 +54,7 @@ def test_a_mix_of_types_in_one_projection_stays_lossless(tmp_path):
         for kind in ("Q4_1", "Q8_0")
     ]
     forms = [transcode(kind, data.reshape(32, 2, -1)) for kind, data in layers]
-    joined = linear.join_rows(build._alike(forms)).dequantised()
+    joined = linear.join_rows(cut._alike(forms)).dequantised()
     expected = np.concatenate([gguf.dequantize(data, gguf.GGMLQuantizationType[kind]) for kind, data in layers])
     assert np.abs(joined - expected).max() < 1e-6
 
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "tiny.gguf")
     store = ModelStore(tmp_path / "models")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(LocalError, match="are free") as caught:
         import_gguf(path, store, PUBLISHER)
     assert caught.value.code == "disk_full"
@@ -226,8 +226,8 @@ def test_what_a_killed_import_left_is_swept_by_the_next_and_a_live_one_is_not(tm
     left, live = tmp_path / ".importing-left", tmp_path / ".importing-live"
     left.mkdir()
     live.mkdir()
-    claim = build._claim(live)
-    build._sweep(tmp_path)
+    claim = scratch._claim(live)
+    scratch._sweep(tmp_path)
     assert not left.exists()
     assert live.exists()
     os.close(claim)

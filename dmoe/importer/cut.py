@@ -1,0 +1,170 @@
+"""How a model is cut into files and shards.
+
+Owns: which layers and experts share a file, the sum groups, which tensors a file holds. Does not own: where the numbers
+come from (``sources``, ``folder``) or how they are written (``write``).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config.vocabulary import ShardId
+from dmoe.core.linear import Linear, join_rows
+from dmoe.core.manifest import ModelFile, Quantisation, Shard
+from dmoe.importer.model import Model
+
+Array = NDArray[Any]
+
+LAYERS_PER_SHARD_MAX = 10
+GROUPS_MAX = 4
+_RUNTIME_OVERHEAD_BYTES = 200_000
+"""Memory of one ONNX Runtime session beside its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A file to be made and what it holds."""
+
+    path: str
+    layers: tuple[int, int]
+    group: int
+    holds_ends: bool = False
+
+
+class Cut:
+    """A model cut into parts: its trunk files, and its expert files of one sum group each."""
+
+    def __init__(self, model: Model, quantisation: Quantisation) -> None:
+        self.source = model.source
+        self.quantisation = quantisation
+        self.family = model.family
+        self.arch = model.architecture
+        self.groups = _sum_groups(self.arch.router.experts)
+        spans = list(_spans(self.arch.layers))
+        self.trunk = [Part("trunk/ends.safetensors", (0, -1), -1, holds_ends=True)]
+        self.trunk += [Part(f"trunk/l{first:02d}-{last:02d}.safetensors", (first, last), -1) for first, last in spans]
+        self.experts = [
+            Part(f"experts/l{first:02d}-{last:02d}-g{group}.safetensors", (first, last), group)
+            for first, last in spans
+            for group in range(len(self.groups))
+        ]
+
+    def tensors(self, part: Part) -> Iterator[tuple[str, Array]]:
+        """What a file holds, by name."""
+        if part.holds_ends:
+            yield from self._ends()
+        for layer in range(part.layers[0], part.layers[1] + 1):
+            if part.group < 0:
+                yield from self._attention(layer)
+            else:
+                for expert in self.groups[part.group]:
+                    gate_up, down = self._expert(layer, expert)
+                    yield from gate_up.tensors(f"layer.{layer}.expert.{expert}.gate_up").items()
+                    yield from down.tensors(f"layer.{layer}.expert.{expert}.down").items()
+
+    def _ends(self) -> Iterator[tuple[str, Array]]:
+        arch, family = self.arch, self.family
+        shape = (arch.vocab, arch.hidden)
+        yield from self.source.linear(family.embedding, shape, self.quantisation).tensors("embed").items()
+        if not arch.tie_embeddings:
+            yield from self.source.linear(family.head, shape, self.quantisation).tensors("head").items()
+        yield "norm", self.source.vector(family.norm, arch.hidden)
+
+    def _attention(self, layer: int) -> Iterator[tuple[str, Array]]:
+        arch, family, prefix = self.arch, self.family, f"layer.{layer}"
+        width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+
+        def read(name: str, rows: int, columns: int) -> Linear:
+            return self.source.linear(name.format(l=layer), (rows, columns), self.quantisation)
+
+        yield f"{prefix}.norm_attention", self.source.vector(family.norm_attention.format(l=layer), arch.hidden)
+        yield f"{prefix}.norm_experts", self.source.vector(family.norm_experts.format(l=layer), arch.hidden)
+        rows = ((family.queries, width), (family.keys, kv_width), (family.values, kv_width))
+        qkv = join_rows(_alike([read(name, size, arch.hidden) for name, size in rows]))
+        yield from qkv.tensors(f"{prefix}.qkv").items()
+        yield from read(family.output, arch.hidden, width).tensors(f"{prefix}.output").items()
+        if arch.router.kind != "all":
+            shape = (arch.router.experts, arch.hidden)
+            router = self.source.linear(family.router.format(l=layer), shape, "fp32")
+            yield from router.tensors(f"{prefix}.router").items()
+
+    def _expert(self, layer: int, expert: int) -> tuple[Linear, Linear]:
+        """gate|up and down of an expert; of a dense model, of a block of neurons."""
+        arch, family, q = self.arch, self.family, self.quantisation
+        width, hidden, count = arch.intermediate, arch.hidden, arch.router.experts
+        if arch.router.kind == "all":
+            block, every = slice(expert * width, (expert + 1) * width), slice(None)
+            wide, tall = (count * width, hidden), (hidden, count * width)
+            gate = self.source.linear(family.gate.format(l=layer), wide, q, (block, every))
+            up = self.source.linear(family.up.format(l=layer), wide, q, (block, every))
+            down = self.source.linear(family.down.format(l=layer), tall, q, (every, block))
+        else:
+            stack, stack_down = (count, width, hidden), (count, hidden, width)
+            gate = self.source.linear_of(family.gate_experts.format(l=layer), expert, stack, q)
+            up = self.source.linear_of(family.up_experts.format(l=layer), expert, stack, q)
+            down = self.source.linear_of(family.down_experts.format(l=layer), expert, stack_down, q)
+        return join_rows(_alike([gate, up])), down
+
+    def trunk_shard(self, files: list[ModelFile], params: int) -> Shard:
+        """The trunk over its files."""
+        arch = self.arch
+        return Shard(
+            id=ShardId("trunk"),
+            kind="trunk",
+            layers=(0, arch.layers - 1),
+            group=-1,
+            experts=(),
+            files=tuple(files),
+            params=params,
+            flops_per_row=2 * arch.hidden * (arch.qkv_width + arch.heads * arch.head_dim),
+            ram_bytes=sum(file.size_bytes for file in files) + arch.layers * _RUNTIME_OVERHEAD_BYTES,
+            dtype=self.quantisation,
+        )
+
+    def expert_shard(self, part: Part, file: ModelFile, params: int) -> Shard:
+        """The shard of one expert file."""
+        first, last = part.layers
+        experts = self.groups[part.group]
+        sessions = len(experts) * (last - first + 1)
+        return Shard(
+            id=ShardId(f"expert-l{first:02d}-{last:02d}-g{part.group}"),
+            kind="expert",
+            layers=part.layers,
+            group=part.group,
+            experts=experts,
+            files=(file,),
+            params=params,
+            flops_per_row=2 * 3 * len(experts) * self.arch.hidden * self.arch.intermediate,
+            ram_bytes=file.size_bytes + sessions * _RUNTIME_OVERHEAD_BYTES,
+            dtype=self.quantisation,
+        )
+
+
+def _alike(layers: list[Linear]) -> list[Linear]:
+    """Layers that are to be joined but were stored in different forms become fp32."""
+    if len({layer.form for layer in layers}) == 1:
+        return layers
+    return [Linear({"w": layer.dequantised()}) for layer in layers]
+
+
+def _spans(layers: int) -> Iterator[tuple[int, int]]:
+    count = -(-layers // LAYERS_PER_SHARD_MAX)
+    size = -(-layers // count)
+    for first in range(0, layers, size):
+        yield first, min(first + size, layers) - 1
+
+
+def _sum_groups(experts: int) -> tuple[tuple[int, ...], ...]:
+    count = min(GROUPS_MAX, experts)
+    parts = np.array_split(np.arange(experts), count)
+    return tuple(tuple(int(expert) for expert in part) for part in parts)
+
+
+def weight_count(name: str, tensor: Array) -> int:
+    """How many of the model's parameters a stored tensor holds; scales and offsets are none."""
+    if name.endswith((".s", ".c")):
+        return 0
+    return tensor.size * (2 if name.endswith(".q4") else 1)
