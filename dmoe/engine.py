@@ -28,8 +28,9 @@ import trio
 from config.errors import RequestError, RiosError
 from config.generation import Delta, GenerationEvent, GenerationRequest, ModelInfo, Route, Sampling
 from dmoe.core.sampling import check, choice_seed
-from dmoe.generate import Job, Run, generate
+from dmoe.generate import Job, generate
 from dmoe.line import Line, Place
+from dmoe.runner import Runner
 from dmoe.text import Tokenizer
 
 _EVENTS_MAX = 64
@@ -58,8 +59,8 @@ class Model(Protocol):
     async def tokenizer(self) -> Tokenizer:
         """Its tokenizer, loaded once."""
 
-    async def open(self, route: Route, positions: int) -> Run:
-        """A new sequence with room for ``positions`` tokens. Loads what the route needs. Raises RiosError."""
+    async def runner(self, route: Route) -> Runner:
+        """The model by this route, the same object each time. Loads what the route needs. Raises RiosError."""
 
 
 class Models(Protocol):
@@ -203,16 +204,17 @@ class Engine:
             route=prepared.route,
         )
         tokenizer = await prepared.model.tokenizer()
-        run = await prepared.model.open(prepared.route, len(job.prompt_tokens) + job.max_tokens)
+        runner = await prepared.model.runner(prepared.route)
+        sequence = await runner.open(len(job.prompt_tokens) + job.max_tokens)
 
         async def emit(event: GenerationEvent) -> None:
             self._count(event)
             await send.send(event)
 
         try:
-            await generate(run, job, tokenizer, emit)
+            await generate(runner, sequence, job, tokenizer, emit)
         finally:
-            run.close()
+            sequence.close()
         self._answer_seconds += 0.2 * (trio.current_time() - started - self._answer_seconds)
 
     def _count(self, event: GenerationEvent) -> None:

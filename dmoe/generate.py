@@ -11,9 +11,8 @@ Invariants:
 4. Between two checkpoints lies at most one forward call.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import numpy as np
 import trio
@@ -32,6 +31,7 @@ from config.generation import (
 from dmoe.core.logprobs import logprobs
 from dmoe.core.penalties import penalties_of
 from dmoe.core.sampling import StopMatcher, choose
+from dmoe.runner import Feed, Runner, Sequence
 from dmoe.text import Tokenizer
 
 PREFILL_TOKENS_MAX = 256
@@ -39,30 +39,8 @@ PREFILL_TOKENS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """Who computed an answer: as in :class:`config.generation.Finished`."""
-
-    expert_rows: dict[str, int] = field(default_factory=dict)
-    serving: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    retries: int = 0
-
-
-class Run(Protocol):
-    """One sequence on its way through a model, with its KV cache."""
-
-    async def forward(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens to the sequence; logits f32[V] after the last of them. Raises RiosError."""
-
-    def report(self) -> Report:
-        """Who computed what so far."""
-
-    def close(self) -> None:
-        """Free the cache and whatever else the sequence holds. Called once, never blocks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What to generate. ``sampling.seed`` is set unless greedy; ``max_tokens`` fits the run's cache."""
+    """What to generate. ``sampling.seed`` is set unless greedy; ``max_tokens`` fits the sequence."""
 
     prompt_tokens: tuple[int, ...]
     max_tokens: int
@@ -74,13 +52,13 @@ class Job:
 Emit = Callable[[GenerationEvent], Awaitable[None]]
 
 
-async def generate(run: Run, job: Job, tokenizer: Tokenizer, emit: Emit) -> Finished:
+async def generate(runner: Runner, sequence: Sequence, job: Job, tokenizer: Tokenizer, emit: Emit) -> Finished:
     """Send the answer's events to ``emit`` (a checkpoint each); return the last one."""
     started = trio.current_time()
-    logits = await _prefill(run, job.prompt_tokens)
+    logits = await _prefill(runner, sequence, job.prompt_tokens)
     prefilled = trio.current_time()
-    reason, count = await _decode(run, job, tokenizer, emit, logits)
-    report = run.report()
+    reason, count = await _decode(runner, sequence, job, tokenizer, emit, logits)
+    report = sequence.report()
     finished = Finished(
         reason=reason,
         prompt_tokens=len(job.prompt_tokens),
@@ -96,16 +74,23 @@ async def generate(run: Run, job: Job, tokenizer: Tokenizer, emit: Emit) -> Fini
     return finished
 
 
-async def _prefill(run: Run, prompt: tuple[int, ...]) -> NDArray[np.float32]:
+async def _prefill(runner: Runner, sequence: Sequence, prompt: tuple[int, ...]) -> NDArray[np.float32]:
     assert prompt, "an empty prompt has no logits"
     for start in range(0, len(prompt), PREFILL_TOKENS_MAX):
         await trio.lowlevel.checkpoint()
-        logits = await run.forward(prompt[start : start + PREFILL_TOKENS_MAX])
+        logits = await _forward(runner, sequence, prompt[start : start + PREFILL_TOKENS_MAX])
     return logits
 
 
+async def _forward(runner: Runner, sequence: Sequence, tokens: tuple[int, ...]) -> NDArray[np.float32]:
+    """Logits f32[V] behind the last token."""
+    (logits,) = await runner.forward([Feed(sequence=sequence, tokens=tokens)])
+    last: NDArray[np.float32] = logits[-1]
+    return last
+
+
 async def _decode(
-    run: Run, job: Job, tokenizer: Tokenizer, emit: Emit, logits: NDArray[np.float32]
+    runner: Runner, sequence: Sequence, job: Job, tokenizer: Tokenizer, emit: Emit, logits: NDArray[np.float32]
 ) -> tuple[FinishReason, int]:
     """The loop over tokens. Returns why it ended and how many tokens the answer has.
 
@@ -133,7 +118,7 @@ async def _decode(
         if stops.stopped:
             return "stop", count + 1
         if count + 1 < job.max_tokens:
-            logits = await run.forward((token,))
+            logits = await _forward(runner, sequence, (token,))
     await _emit_rest(emit, text.finish(), stops)
     return "length", job.max_tokens
 

@@ -22,13 +22,13 @@ import trio
 from numpy.typing import NDArray
 
 from config.errors import LocalError, RequestError
+from dmoe.attention import rope_tables
 from dmoe.core import wire
 from dmoe.core.manifest import Architecture, Manifest, Router
-from dmoe.graphs import rope_tables
+from dmoe.runner import FloatRows, Want
 from dmoe.runtime import Binding, ExpertShard, FusedSession, RuntimeOptions, Session, ShardFiles, TrunkSessions
 
 Array = NDArray[Any]
-FloatRows = NDArray[np.float32]
 IntRows = NDArray[np.int32]
 
 CHUNK_ROWS = 256
@@ -80,6 +80,14 @@ class Sequence:
         }
         self.steps: dict[int, Any] = {}
         """Bound memory by row count: of single rows, and of the last other count."""
+
+    def copy_from(self, other: "Sequence", length: int) -> None:
+        """Take over the first ``length`` positions of another sequence of the same model."""
+        assert self.length == 0 <= length <= min(other.length, self.capacity)
+        for mine, theirs in zip(self.cache, other.cache, strict=True):
+            for own, others in zip(mine, theirs, strict=True):
+                own[:, :, :length] = others[:, :, :length]
+        self.length = length
 
     def truncate(self, length: int) -> None:
         """Forget every position from ``length`` on."""
@@ -166,17 +174,23 @@ class Trunk:
         logits: FloatRows = self._row_logits[0].copy()
         return logits
 
-    def all_logits(self, x: FloatRows, y: FloatRows) -> FloatRows:
-        """``f32[N, V]`` of every row."""
-        logits = np.empty((len(x), self.architecture.vocab), np.float32)
-        Binding(self.sessions.head, {"x": x, "y": y}, {"logits": logits}).run()
-        return logits
+    def all_outputs(self, x: FloatRows, y: FloatRows, want: Want) -> FloatRows:
+        """``f32[N, V or H]`` of every row."""
+        out = np.empty((len(x), _width(self.architecture, want)), np.float32)
+        Binding(self.sessions.head, {"x": x, "y": y}, {want: out}).run()
+        return out
 
 
 async def forward(
-    trunk: Trunk, sequence: Sequence, token_ids: Items[int], experts: Experts, *, all_positions: bool = False
+    trunk: Trunk,
+    sequence: Sequence,
+    token_ids: Items[int],
+    experts: Experts,
+    *,
+    all_positions: bool = False,
+    want: Want = "logits",
 ) -> FloatRows:
-    """Append tokens to a sequence. Returns the last position's logits ``f32[V]``, or ``f32[N, V]`` of all positions.
+    """Append tokens to a sequence. Returns the last position's logits ``f32[V]``, or ``f32[N, V or H]`` of all.
 
     If it fails or is cancelled, the sequence is as long as after the last whole chunk. Raises RequestError if the
     tokens do not fit, and whatever ``experts`` raises.
@@ -185,7 +199,7 @@ async def forward(
     for chunk, is_last in _chunks(token_ids, trunk.architecture):
         step = await _forward_chunk(trunk, sequence, chunk, experts)
         if all_positions:
-            logits.append(await trio.to_thread.run_sync(trunk.all_logits, step.last_stream, step.y))
+            logits.append(await trio.to_thread.run_sync(trunk.all_outputs, step.last_stream, step.y, want))
         elif is_last:
             logits.append(trunk.last_logits(step.last_stream, step.y))
     return np.concatenate(logits) if all_positions else logits[0]
@@ -216,6 +230,10 @@ def _chunks(token_ids: Items[int], arch: Architecture) -> Iterator[tuple[NDArray
         raise RequestError("invalid_request", f"token ids must be one or more numbers within 0..{arch.vocab - 1}")
     for start in range(0, len(ids), CHUNK_ROWS):
         yield ids[start : start + CHUNK_ROWS], start + CHUNK_ROWS >= len(ids)
+
+
+def _width(arch: Architecture, want: Want) -> int:
+    return arch.vocab if want == "logits" else arch.hidden
 
 
 def route(router: Router, scores: FloatRows) -> Routing:
@@ -275,12 +293,12 @@ class LocalExperts:
 class _FusedStep:
     """Bound memory of one pass of ``rows`` rows through the fused graph."""
 
-    def __init__(self, model: "FusedModel", sequence: Sequence, rows: int, first: int) -> None:
+    def __init__(self, model: "FusedModel", sequence: Sequence, rows: int, first: int, want: Want) -> None:
         arch = model.architecture
         self.x = np.zeros((rows, arch.hidden), np.float32)
-        self.logits = np.zeros((rows - first, arch.vocab), np.float32)
+        self.out = np.zeros((rows - first, _width(arch, want)), np.float32)
         inputs: dict[str, Array] = {"x": self.x, "first": np.array([first], np.int64)}
-        outputs: dict[str, Array] = {"logits": self.logits}
+        outputs: dict[str, Array] = {want: self.out}
         for layer in range(arch.layers):
             cache_in, cache_out = sequence.bindings(layer, f"{layer}.")
             inputs |= cache_in
@@ -301,26 +319,28 @@ class FusedModel:
         """As :meth:`Trunk.new_sequence`."""
         return Sequence(self.architecture, capacity)
 
-    async def forward(self, sequence: Sequence, token_ids: Items[int], *, all_positions: bool = False) -> FloatRows:
+    async def forward(
+        self, sequence: Sequence, token_ids: Items[int], *, all_positions: bool = False, want: Want = "logits"
+    ) -> FloatRows:
         """As :func:`forward`, in a thread."""
         logits = []
         for chunk, is_last in _chunks(token_ids, self.architecture):
-            run = partial(self._forward_chunk, sequence, chunk, all_positions)
+            run = partial(self._forward_chunk, sequence, chunk, all_positions, want)
             found = await trio.to_thread.run_sync(run)
             if is_last or all_positions:
                 logits.append(found)
         return np.concatenate(logits) if all_positions else logits[0][-1]
 
-    def _forward_chunk(self, sequence: Sequence, ids: NDArray[np.int64], all_positions: bool) -> FloatRows:
+    def _forward_chunk(self, sequence: Sequence, ids: NDArray[np.int64], all_positions: bool, want: Want) -> FloatRows:
         rows = len(ids)
         sequence.begin(rows)
         step = None if all_positions else sequence.steps.get(rows)
         if step is None:
-            step = _FusedStep(self, sequence, rows, 0 if all_positions else rows - 1)
+            step = _FusedStep(self, sequence, rows, 0 if all_positions else rows - 1, want)
             if not all_positions:
                 sequence.remember(rows, step)
         step.x[:] = self._embedding.gather(ids)
         step.binding.run()
         sequence.length += rows
-        logits: FloatRows = step.logits.copy()
-        return logits
+        out: FloatRows = step.out.copy()
+        return out

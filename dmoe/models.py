@@ -1,36 +1,44 @@
 """The models a node answers with: stored manifests joined to trunk, experts and routes, loaded when first needed.
 
-Owns: which route needs which shards, loading each part once, one run per answer. Does not own: files (``dmoe/store``),
-arithmetic (``dmoe/layers``, ``dmoe/runtime``), calls to other peers (``dmoe/caller``).
+Owns: which route needs which shards, loading each part once, one runner per route. Does not own: files
+(``dmoe/store``), arithmetic (``dmoe/layers``, ``dmoe/runtime``), calls to other peers (``dmoe/caller``).
 
 Invariants:
 
 1. Nothing is loaded before a request needs it, and nothing twice; loading never blocks the event loop.
-2. A run owns its key/value cache alone: closing it frees the cache, whatever else runs.
+2. A sequence owns its key/value cache alone: closing it frees the cache, whatever else runs.
 3. ``fault`` looks at what is known now: it neither waits nor reads files' contents. A damaged file shows when it is
    loaded, as the IntegrityError of the answer that needed it.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
 import trio
-from numpy.typing import NDArray
 
 from config.errors import LocalError, RemoteError, RiosError
 from config.generation import Route
 from config.vocabulary import ModelId, PeerId
 from dmoe import layers
+from dmoe import runner as seam
 from dmoe.caller import Caller, CallerSession
 from dmoe.core.manifest import Manifest, Shard
-from dmoe.generate import Report, Run
+from dmoe.runner import Feed, FloatRows, Report, Runner, Want
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.store import ModelStore
 from dmoe.text import Tokenizer
 
 _Part = TypeVar("_Part")
 _NAMED_SHARDS_MAX = 4
+
+
+class _Forward(Protocol):
+    """Appends tokens to a cache: logits f32[V] of the last, or outputs of all positions."""
+
+    async def __call__(
+        self, cache: layers.Sequence, ids: Sequence[int], /, *, all_positions: bool = False, want: Want = "logits"
+    ) -> FloatRows: ...
 
 
 class ExpertsSource(Protocol):
@@ -116,6 +124,7 @@ class StoredModel:
         self._trunk = _Once(lambda: layers.Trunk(manifest, store, options))
         self._local = _Once(self._load_local)
         self._fused = _Once(lambda: layers.FusedModel(manifest, store, options))
+        self._runners: dict[Route, Runner] = {}
 
     def fault(self, route: Route) -> RiosError | None:
         """Why the model cannot answer by this route now, or None."""
@@ -144,17 +153,37 @@ class StoredModel:
         """The tokenizer, loaded once."""
         return await self._tokenizer.get()
 
-    async def open(self, route: Route, positions: int) -> Run:
-        """A new sequence for ``positions`` tokens. Loads what the route needs. Raises RiosError."""
+    async def runner(self, route: Route) -> Runner:
+        """The model by this route, the same object each time. Loads what the route needs. Raises RiosError."""
+        if route not in self._runners:
+            self._runners[route] = await self._make_runner(route)
+        return self._runners[route]
+
+    async def _make_runner(self, route: Route) -> Runner:
         if route == "fused":
             fused = await self._fused.get()
-            return _Run(fused.new_sequence(positions), fused.forward, self._own_report)
+
+            async def whole(capacity: int) -> _Sequence:
+                return _Sequence(fused.new_sequence(capacity), fused.forward, self._own_report)
+
+            return _Runner(whole)
         trunk = await self._trunk.get()
         if route == "local":
-            return _Run(trunk.new_sequence(positions), _Pieces(trunk, await self._local.get()), self._own_report)
-        assert self._experts is not None, "fault() is asked first"
-        experts, report = await self._experts.open(self.manifest)
-        return _Run(trunk.new_sequence(positions), _Pieces(trunk, experts), lambda sequence: report())
+            own = partial(layers.forward, trunk, experts=await self._local.get())
+
+            async def here(capacity: int) -> _Sequence:
+                return _Sequence(trunk.new_sequence(capacity), own, self._own_report)
+
+            return _Runner(here)
+        source = self._experts
+        assert source is not None, "fault() is asked first"
+
+        async def anywhere(capacity: int) -> _Sequence:
+            experts, report = await source.open(self.manifest)
+            cache = trunk.new_sequence(capacity)
+            return _Sequence(cache, partial(layers.forward, trunk, experts=experts), lambda cache: report())
+
+        return _Runner(anywhere)
 
     def _load_tokenizer(self) -> Tokenizer:
         return Tokenizer(self._store.read(self.manifest, self.manifest.tokenizer), self.manifest.chat_template)
@@ -176,42 +205,73 @@ class StoredModel:
         return Report(expert_rows={self._peer_id: rows}, serving={self._peer_id: served})
 
 
-class _Step(Protocol):
-    """Appends tokens to a sequence; logits f32[V] of the last."""
+class _Sequence:
+    """One sequence by one route (:class:`dmoe.runner.Sequence`)."""
 
-    async def __call__(self, sequence: layers.Sequence, token_ids: Sequence[int], /) -> NDArray[np.float32]: ...
-
-
-class _Pieces:
-    """The layer loop over a trunk and somebody's experts, as one step."""
-
-    def __init__(self, trunk: layers.Trunk, experts: layers.Experts) -> None:
-        self._trunk = trunk
-        self._experts = experts
-
-    async def __call__(self, sequence: layers.Sequence, token_ids: Sequence[int], /) -> NDArray[np.float32]:
-        return await layers.forward(self._trunk, sequence, token_ids, self._experts)
-
-
-class _Run:
-    """One sequence by one route (:class:`dmoe.generate.Run`)."""
-
-    def __init__(self, sequence: layers.Sequence, step: _Step, report: Callable[[layers.Sequence], Report]) -> None:
-        self._sequence: layers.Sequence | None = sequence
-        self._step = step
+    def __init__(self, cache: layers.Sequence, forward: _Forward, report: Callable[[layers.Sequence], Report]) -> None:
+        self._cache: layers.Sequence | None = cache
+        self.forward = forward
+        self.capacity = cache.capacity
         self._report = report
 
-    async def forward(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        assert self._sequence is not None, "the run is closed"
-        return await self._step(self._sequence, tokens)
+    @property
+    def cache(self) -> layers.Sequence:
+        """The key/value cache."""
+        assert self._cache is not None, "the sequence is closed"
+        return self._cache
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache."""
+        return self.cache.length
+
+    def truncate(self, length: int) -> None:
+        """See :class:`dmoe.runner.Sequence`."""
+        self.cache.truncate(length)
 
     def report(self) -> Report:
-        assert self._sequence is not None, "the run is closed"
-        return self._report(self._sequence)
+        """See :class:`dmoe.runner.Sequence`."""
+        return self._report(self.cache)
 
     def close(self) -> None:
         """Nothing else refers to the cache, so it is freed here."""
-        self._sequence = None
+        self._cache = None
+
+
+class _Runner:
+    """A route (:class:`dmoe.runner.Runner`): ``make`` gives an empty sequence."""
+
+    def __init__(self, make: Callable[[int], Awaitable[_Sequence]]) -> None:
+        self._make = make
+
+    async def open(self, capacity: int, *, like: seam.Sequence | None = None, length: int = 0) -> _Sequence:
+        """See :class:`dmoe.runner.Runner`."""
+        sequence = await self._make(capacity)
+        if like is not None:
+            assert isinstance(like, _Sequence)
+            sequence.cache.copy_from(like.cache, length)
+        return sequence
+
+    async def forward(self, feeds: Sequence[Feed]) -> list[FloatRows]:
+        """See :class:`dmoe.runner.Runner`."""
+        caches = []
+        for feed in feeds:
+            assert isinstance(feed.sequence, _Sequence)
+            caches.append((feed.sequence.cache, feed.sequence.length))
+        try:
+            return [await self._run(feed) for feed in feeds]
+        except BaseException:
+            for cache, length in caches:
+                cache.truncate(length)
+            raise
+
+    async def _run(self, feed: Feed) -> FloatRows:
+        sequence = feed.sequence
+        assert isinstance(sequence, _Sequence)
+        if feed.outputs <= 1 and feed.want == "logits":
+            return (await sequence.forward(sequence.cache, feed.tokens))[None][: feed.outputs]
+        rows = await sequence.forward(sequence.cache, feed.tokens, all_positions=True, want=feed.want)
+        return rows[len(rows) - feed.outputs :]
 
 
 class _Once(Generic[_Part]):

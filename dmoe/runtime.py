@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.errors import IntegrityError, LocalError
+from dmoe.attention import LayerWeights
 from dmoe.core import linear
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Architecture, Manifest, Shard
-from dmoe.graphs import Graph, LayerWeights, attention_graph, expert_graph, fused_graph, head_graph
+from dmoe.graphs import attention_graph, expert_graph, fused_graph, head_graph
+from dmoe.operators import Graph
 from dmoe.shardfile import ShardFile, Spool
 
 # both are read by ONNX Runtime itself: the first when it is imported, the second when an attention operator is made.

@@ -17,8 +17,9 @@ from tokenizers import pre_tokenizers
 from config.errors import BusyError, RemoteError, RequestError, RiosError
 from config.generation import Delta, Finished, GenerationRequest, Message, Sampling
 from dmoe.engine import Engine
-from dmoe.generate import PREFILL_TOKENS_MAX, Report
+from dmoe.generate import PREFILL_TOKENS_MAX
 from dmoe.importer.tokenizer import tokenizer_json
+from dmoe.runner import Report
 from dmoe.text import Tokenizer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -37,15 +38,19 @@ TOKENIZER = Tokenizer(
 )
 
 
-class FakeRun:
-    def __init__(self, model: "FakeModel", positions: int) -> None:
-        self.model, self.positions, self.sequence, self.chunks = model, positions, [], []
+class FakeSequence:
+    def __init__(self, model: "FakeModel", capacity: int) -> None:
+        self.model, self.capacity, self.sequence, self.chunks = model, capacity, [], []
 
-    async def forward(self, tokens):
+    @property
+    def length(self):
+        return len(self.sequence)
+
+    async def append(self, tokens):
         await trio.lowlevel.checkpoint()
         self.sequence += tokens
         self.chunks.append(len(tokens))
-        assert len(self.sequence) <= self.positions, "the cache is too small"
+        assert len(self.sequence) <= self.capacity, "the cache is too small"
         self.model.calls += 1
         await self.model.before(self)
         if self.model.script:
@@ -61,7 +66,7 @@ class FakeRun:
         return Report(expert_rows={"peer": len(self.sequence)}, serving={"peer": {"layers": [0], "experts": [1]}})
 
     def close(self):
-        self.model.open_runs.remove(self)
+        self.model.open_sequences.remove(self)
 
 
 class FakeModel:
@@ -70,7 +75,7 @@ class FakeModel:
     def __init__(self, script="", prompt=0, problem=None):
         self.script, self.prompt, self.problem = script, prompt, problem
         self.stop_tokens = (STOP,)
-        self.open_runs, self.opened, self.calls = [], [], 0
+        self.open_sequences, self.opened, self.calls = [], [], 0
         self.gate = trio.Event()
         self.gate.set()
 
@@ -83,11 +88,17 @@ class FakeModel:
     async def tokenizer(self):
         return TOKENIZER
 
-    async def open(self, route, positions):
-        run = FakeRun(self, positions)
-        self.open_runs.append(run)
-        self.opened.append(run)
-        return run
+    async def runner(self, route):
+        return self
+
+    async def open(self, capacity):
+        sequence = FakeSequence(self, capacity)
+        self.open_sequences.append(sequence)
+        self.opened.append(sequence)
+        return sequence
+
+    async def forward(self, feeds):
+        return [(await feed.sequence.append(feed.tokens))[None] for feed in feeds]
 
 
 class Shelf:
@@ -136,7 +147,7 @@ async def test_an_answer_ends_at_its_stop_token():
     assert (last.reason, last.prompt_tokens, last.completion_tokens) == ("stop", 5, 6)
     assert (last.route, last.expert_rows, last.serving["peer"]["layers"]) == ("experts", {"peer": 11}, [0])
     assert tokens_of(events) == list(TOKENIZER.encode("Paris."))
-    assert model.open_runs == []
+    assert model.open_sequences == []
 
 
 async def test_an_answer_ends_at_max_tokens():
@@ -284,7 +295,7 @@ async def test_leaving_early_frees_slot_and_cache_at_once():
     engine = engine_of(model, generations_max=1, waiting_max=1)
     async with engine.stream(await engine.prepare(request(max_tokens=4000, min_tokens=4000))) as stream:
         assert isinstance(await anext(stream), Delta)
-    assert model.open_runs == []
+    assert model.open_sequences == []
     assert (engine.statistics().active, engine.statistics().cancelled) == (0, 1)
 
 
@@ -311,7 +322,7 @@ async def test_cancelling_the_consumer_cancels_the_answer():
             scope.cancel()
             await anext(stream)
     assert scope.cancelled_caught
-    assert model.open_runs == []
+    assert model.open_sequences == []
     assert engine.statistics().active == 0
 
 
@@ -341,7 +352,7 @@ async def test_a_failed_expert_call_reaches_the_consumer_after_what_was_generate
                 seen.append(event)
     assert caught.value.code == "no_replica"
     assert len(seen) == call - 1
-    assert model.open_runs == []
+    assert model.open_sequences == []
     assert (engine.statistics().failed, engine.statistics().active) == (1, 0)
 
 
@@ -352,7 +363,7 @@ async def test_a_slow_consumer_slows_only_its_own_answer():
     async with engine.stream(prepared) as slow:
         assert len(await events_of(engine, prepared)) == 101
         await trio.testing.wait_all_tasks_blocked()
-        assert len(model.open_runs[0].sequence) < 5 + 4 + 3, "the slow one's answer waits at its channel"
+        assert len(model.open_sequences[0].sequence) < 5 + 4 + 3, "the slow one's answer waits at its channel"
         assert len([event async for event in slow]) == 101
 
 
@@ -367,7 +378,7 @@ async def test_a_defect_is_not_mistaken_for_the_end_of_the_answer():
     with pytest.raises(ExceptionGroup) as caught:
         await events_of(engine, prepared)
     assert caught.group_contains(ZeroDivisionError)
-    assert (model.open_runs, engine.statistics().active) == ([], 0)
+    assert (model.open_sequences, engine.statistics().active) == ([], 0)
 
 
 async def test_statistics_count_tokens(autojump_clock):
