@@ -21,6 +21,15 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """What an answer must look like, whatever the model would rather say."""
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    text: str
+    """A JSON schema; a regular expression; a JSON list of texts, one of which is the answer; a grammar (Lark)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token is chosen. ``temperature == 0`` is greedy; ``top_k == 0``, ``top_p == 1``, ``min_p == 0``,
     penalties of 0 and a ``repetition_penalty`` of 1 are off."""
@@ -41,6 +50,7 @@ class Sampling:
     """(token id, what is added to its logit)"""
     logprobs: int | None = None
     """Tell the log probability of each token, and of this many likeliest ones in its place; None: of none."""
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ import trio
 
 from config.errors import RequestError, RiosError
 from config.generation import Delta, GenerationEvent, GenerationRequest, ModelInfo, Route, Sampling
+from dmoe.constraint import Compiled, Compilers
 from dmoe.core.sampling import check, choice_seed
 from dmoe.generate import Job, generate
 from dmoe.line import Line, Place
@@ -79,6 +80,7 @@ class Prepared:
     max_tokens: int
     model: Model
     route: Route
+    constraint: Compiled | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,7 @@ class Engine:
         self._line = Line(generations_max, waiting_max)
         self._default_route = default_route
         self._events_max = events_max
+        self._compilers = Compilers()
         self._outcomes = {"finished": 0, "failed": 0, "cancelled": 0}
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -138,7 +141,18 @@ class Engine:
         seed = secrets.randbits(63) if asked is None else choice_seed(asked, request.choice)
         if seed != asked:
             request = replace(request, sampling=replace(request.sampling, seed=seed))
-        return Prepared(request=request, prompt_tokens=prompt, max_tokens=max_tokens, model=model, route=route)
+        wanted = request.sampling.constraint
+        constraint = None
+        if wanted is not None:
+            constraint = await self._compilers.compile(wanted, model.id, tokenizer, model.stop_tokens)
+        return Prepared(
+            request=request,
+            prompt_tokens=prompt,
+            max_tokens=max_tokens,
+            model=model,
+            route=route,
+            constraint=constraint,
+        )
 
     def stream(self, prepared: Prepared) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
         """The answer's events. Entering raises BusyError where the line has filled up since ``prepare``;
@@ -202,6 +216,7 @@ class Engine:
             sampling=prepared.request.sampling,
             stop_tokens=frozenset(prepared.model.stop_tokens),
             route=prepared.route,
+            constraint=prepared.constraint.begin() if prepared.constraint else None,
         )
         tokenizer = await prepared.model.tokenizer()
         runner = await prepared.model.runner(prepared.route)

@@ -11,7 +11,7 @@ Invariants:
 4. Between two checkpoints lies at most one forward call.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from config.generation import (
     Sampling,
     TokenLogprob,
 )
+from dmoe.core.constraint import Constraint, constrained
 from dmoe.core.logprobs import logprobs
 from dmoe.core.penalties import penalties_of
 from dmoe.core.sampling import StopMatcher, choose
@@ -47,6 +48,8 @@ class Job:
     sampling: Sampling
     stop_tokens: frozenset[int]
     route: Route
+    constraint: Constraint | None = None
+    """Its state at the beginning of the answer."""
 
 
 Emit = Callable[[GenerationEvent], Awaitable[None]]
@@ -94,28 +97,37 @@ async def _decode(
 ) -> tuple[FinishReason, int]:
     """The loop over tokens. Returns why it ended and how many tokens the answer has.
 
-    Until ``min_tokens`` are there, stop tokens are banned and stop strings are ordinary text.
+    Until ``min_tokens`` are there, stop tokens are banned and stop strings are ordinary text. A constrained answer ends
+    when it is complete.
     """
+    constraint = job.constraint
     text, stops = tokenizer.detokenizer(), StopMatcher(job.sampling.stop)
     penalties = penalties_of(job.sampling, job.prompt_tokens)
     places: tuple[PlaceLogprobs, ...] = ()
     offset = 0
     for count in range(job.max_tokens):
         early = count < job.sampling.min_tokens
-        banned = job.stop_tokens if early else ()
+        banned: Collection[int] = job.stop_tokens if early else ()
         moved = logits if penalties is None else penalties.apply(logits)
+        if constraint is not None:
+            moved, banned = constrained(moved, constraint, banned)
         token = choose(moved, job.sampling, len(job.prompt_tokens) + count, banned)
         if token in job.stop_tokens:
             await _emit_rest(emit, text.finish(), stops)
             return "stop", count
         if penalties is not None:
             penalties.push(token)
+        if constraint is not None:
+            constraint.accept(token)
         if job.sampling.logprobs is not None:
             places = (_place(logits, token, job.sampling.logprobs, offset, tokenizer),)
         piece = text.push(token)
         offset += len(piece)
         await emit(Delta(text=piece if early else stops.push(piece), tokens=(token,), logprobs=places))
         if stops.stopped:
+            return "stop", count + 1
+        if constraint is not None and constraint.complete:
+            await _emit_rest(emit, text.finish(), stops)
             return "stop", count + 1
         if count + 1 < job.max_tokens:
             logits = await _forward(runner, sequence, (token,))

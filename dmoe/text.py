@@ -16,7 +16,7 @@ Fails with IntegrityError for a tokenizer that cannot be used, RequestError for 
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NoReturn
 
@@ -60,6 +60,11 @@ class Tokenizer:
     def vocabulary(self) -> int:
         """The number of token ids."""
         return len(self._pieces)
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """The control tokens by their names."""
+        return self._control
 
     def encode(self, text: str, *, control: bool = True, begin: bool = True) -> tuple[int, ...]:
         """Token ids of ``text``. ``control``: control tokens written in it count as such. ``begin``: put the
