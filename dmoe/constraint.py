@@ -58,8 +58,8 @@ class Constraints:
             raise _refused(wanted.kind, f"it has {len(wanted.text)} characters, at most {CHARACTERS_MAX} are read")
         matcher = llguidance.LLMatcher(self._tokens, _grammar(wanted), log_level=0, limits=_LIMITS)
         matcher.is_error() or matcher.compute_bitmask()  # the first mask finds what no text can satisfy
-        if matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()):
-            raise _refused(wanted.kind, matcher.get_error() or "no text satisfies it")
+        if matcher.is_stopped() and not matcher.is_accepting():  # also after an error
+            raise _refused(wanted.kind, matcher.get_error())
         return Compiled(matcher, wanted.kind, self._vocabulary)
 
 
@@ -193,6 +193,8 @@ def _quoted(text: str) -> str:
 def _refused(kind: str, why: str) -> RequestError:
     """The library's messages end in a listing of the grammar, which the caller has."""
     short = why.split("<non-verbose/>")[0].strip()
+    if short in ("", "NoExtension", "NoExtensionBias"):
+        short = "no text satisfies it"
     if len(short) > _MESSAGE_CHARACTERS_MAX:
         short = short[:_MESSAGE_CHARACTERS_MAX] + " ..."
     name = _NAMES.get(kind, kind)

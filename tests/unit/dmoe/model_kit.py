@@ -19,9 +19,9 @@ TOKENS = ["<|endoftext|>", *CHARACTERS]
 VOCAB = len(TOKENS)
 
 
-def write_gguf(path, *, kind="Q4_1", experts=0, top_k=2, tied=True, seed=0, change=None, extra=None):
+def write_gguf(path, *, kind="Q4_1", experts=0, top_k=2, tied=True, seed=0, change=None, extra=None, control=()):
     """A llama with random weights of ``kind``; ``change`` maps metadata keys to other values (None leaves one out),
-    ``extra`` names further tensors."""
+    ``extra`` names further tensors, ``control`` further control tokens."""
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     metadata = {
@@ -44,8 +44,9 @@ def write_gguf(path, *, kind="Q4_1", experts=0, top_k=2, tied=True, seed=0, chan
     }
     if experts:
         metadata |= {"llama.expert_count": experts, "llama.expert_used_count": top_k}
-    metadata["tokenizer.ggml.tokens"] = [*TOKENS, "ab"]
-    metadata["tokenizer.ggml.token_type"].append(1)
+    metadata["tokenizer.ggml.tokens"] = [*TOKENS, "ab", *control]
+    metadata["tokenizer.ggml.token_type"] += [1] + [3] * len(control)
+    vocabulary = VOCAB + 1 + len(control)
     for key, value in (metadata | (change or {})).items():
         if isinstance(value, list):
             writer.add_array(key, value)
@@ -67,10 +68,10 @@ def write_gguf(path, *, kind="Q4_1", experts=0, top_k=2, tied=True, seed=0, chan
             of = gguf.GGMLQuantizationType[as_kind]
             writer.add_tensor(name, gguf.quantize(values, of), raw_dtype=of)
 
-    add("token_embd.weight", VOCAB + 1, HIDDEN, as_kind="F32" if kind == "F32" else "Q8_0")
+    add("token_embd.weight", vocabulary, HIDDEN, as_kind="F32" if kind == "F32" else "Q8_0")
     add("output_norm.weight", HIDDEN, as_kind="one")
     if not tied:
-        add("output.weight", VOCAB + 1, HIDDEN)
+        add("output.weight", vocabulary, HIDDEN)
     kv_width = HIDDEN // HEADS * KV_HEADS
     for layer in range(LAYERS):
         p = f"blk.{layer}."

@@ -1,0 +1,53 @@
+"""A tiny model with random weights behind the real engine, for tests of what is asked of an answer."""
+
+from tokenizers import pre_tokenizers
+
+from config.generation import Delta, GenerationRequest, Sampling
+from dmoe.engine import Engine
+from dmoe.importer.tokenizer import tokenizer_json
+from dmoe.models import StoredModels
+from dmoe.runtime import RuntimeOptions
+from dmoe.text import Tokenizer
+from tests.unit.dmoe.model_kit import made
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def tokenizer(template="", control=()):
+    """A tokenizer of bytes, ``zz`` and control tokens; token 0 is ``<|stop|>``."""
+    tokens = ["<|stop|>", *LETTERS, "zz", *control]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, *[1] * (len(LETTERS) + 1), *[3] * len(control)],
+        "tokenizer.ggml.merges": ["z z"],
+    }
+    return Tokenizer(tokenizer_json(metadata), template)
+
+
+async def tiny_engine(folder, *, route="fused", **options):
+    """An engine over one model called ``tiny``; ``options`` as :func:`model_kit.write_gguf` takes them."""
+    store, _ = await made(folder, **options)
+    models = StoredModels(store, None, RuntimeOptions(device="cpu", threads=1), "me")
+    return Engine(models, default_route=route)
+
+
+def request(prompt="hello", **sampling):
+    asked = Sampling(**{"max_tokens": 200, "temperature": 1.0, "seed": 7, **sampling})
+    return GenerationRequest(model="tiny", prompt=prompt, sampling=asked)
+
+
+async def events_of(engine, asked):
+    async with engine.stream(await engine.prepare(asked)) as stream:
+        return [event async for event in stream]
+
+
+async def answer(engine, asked):
+    """Text and the last event."""
+    events = await events_of(engine, asked)
+    return "".join(event.text for event in events if isinstance(event, Delta)), events[-1]
+
+
+def tokens_of(events):
+    return [token for event in events if isinstance(event, Delta) for token in event.tokens]
