@@ -19,6 +19,7 @@ from config.vocabulary import PeerId
 from dmoe.core import wire
 from dmoe.core.calls import Buffer, Indices, Weights
 from dmoe.core.routes import ModelMap, Place
+from dmoe.core.routing import NOBODY
 from dmoe.core.wire import FloatRows
 from p2p.face import Reply
 
@@ -74,7 +75,7 @@ class Work:
         """The sum groups that some row needs, ascending."""
         if experts is not None:
             self._row_groups = model.group_of[experts].tolist()
-            self.wanted = sorted({group for groups in self._row_groups for group in groups})
+            self.wanted = sorted({group for groups in self._row_groups for group in groups} - {NOBODY})
 
     @property
     def rows(self) -> FloatRows:

@@ -13,7 +13,6 @@ Exactness, held by tests for fp32, int8 and the source's int4, on 1 and 2 thread
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,28 +23,18 @@ from numpy.typing import NDArray
 from config.errors import LocalError, RequestError
 from dmoe.attention import rope_tables
 from dmoe.core import wire
-from dmoe.core.manifest import Architecture, Manifest, Router
+from dmoe.core.manifest import Architecture, Manifest
+from dmoe.core.routing import ALL_EXPERTS as ALL_EXPERTS
+from dmoe.core.routing import Routing, route
 from dmoe.runner import FloatRows, Want
 from dmoe.runtime import Binding, ExpertShard, FusedSession, RuntimeOptions, Session, ShardFiles, TrunkSessions
 
 Array = NDArray[Any]
-IntRows = NDArray[np.int32]
 
 CHUNK_ROWS = 256
 """Rows of a prompt that go through the model at once: bounds the memory of attention and the length of a step."""
 INLINE_FLOPS_MAX = 60_000_000
 """A piece of so little work (a few ms) runs on the event loop; more goes to a thread, so that the loop never waits."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Routing:
-    """The router's choice: ``experts i32[N, k]``, ``weights f32[N, k]``. Both None: every expert, unweighted."""
-
-    experts: IntRows | None = None
-    weights: FloatRows | None = None
-
-
-ALL_EXPERTS = Routing()
 
 
 class Experts(Protocol):
@@ -236,17 +225,6 @@ def _width(arch: Architecture, want: Want) -> int:
     return arch.vocab if want == "logits" else arch.hidden
 
 
-def route(router: Router, scores: FloatRows) -> Routing:
-    """Softmax over all experts, then the ``top_k`` largest, ties to the lower index (Mixtral, arXiv:2401.04088)."""
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    shares = powers / powers.sum(axis=-1, keepdims=True)
-    chosen = np.argsort(-shares, axis=-1, kind="stable")[:, : router.top_k]
-    weights = np.take_along_axis(shares, chosen, axis=-1)
-    if router.normalise:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-    return Routing(chosen.astype(np.int32), weights.astype(np.float32))
-
-
 class LocalExperts:
     """All experts in this process, with the roundings of the wire (route ``local``)."""
 
@@ -259,10 +237,10 @@ class LocalExperts:
             if shard.id not in by_id:
                 raise LocalError("not_found", f"this node lacks shard {shard.id} of {manifest.name}")
         groups = range(len(manifest.sum_groups))
-        self._layers = [
-            [by_id[manifest.expert_shard(layer, group).id] for group in groups] for layer in range(arch.layers)
-        ]
-        self._flops_per_row = sum(shard.shard.flops_per_row for shard in self._layers[0])
+        self._layers = {
+            layer: [by_id[manifest.expert_shard(layer, group).id] for group in groups] for layer in arch.sparse_layers
+        }
+        self._flops_per_row = sum(shard.shard.flops_per_row for shard in self._layers[arch.sparse_layers[0]])
         self._dtype = manifest.wire_dtype
         self._threads = ThreadPoolExecutor(max(1, threads), "experts")
 

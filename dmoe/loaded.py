@@ -46,6 +46,8 @@ class ShardPlan:
     top_k: int
     flops_per_row: int
     dtype: Dtype = "fp16"
+    dense_layers: tuple[int, ...] = ()
+    """Layers of the model that have no experts: nothing is served there."""
 
 
 def plan_of(manifest: Manifest, shard: ManifestShard) -> ShardPlan:
@@ -62,6 +64,7 @@ def plan_of(manifest: Manifest, shard: ManifestShard) -> ShardPlan:
         top_k=0 if router.kind == "all" else router.top_k,
         flops_per_row=shard.flops_per_row,
         dtype=manifest.wire_dtype,
+        dense_layers=manifest.architecture.traits.dense_layers,
     )
 
 

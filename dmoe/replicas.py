@@ -53,7 +53,7 @@ class Replicas:
         table = table_of(model, adverts, self._network.peer_id, local, own_price)
         self.dispatcher.forget(adverts)
         for peer in table.quotes:
-            row_us = row_us_of(model.layers[0], adverts[peer].hardware.expert_kflop_per_s)
+            row_us = row_us_of(model.layers, adverts[peer].hardware.expert_kflop_per_s)
             if row_us is not None:
                 self.dispatcher.prior(peer, row_us)
         self._tables[model.model_id] = (version, table)

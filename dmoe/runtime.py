@@ -143,7 +143,7 @@ class ExpertShard:
         self._sessions: dict[tuple[int, int], _Expert] = {}
         tensors = merged(self._files)
         providers = options.providers()
-        for layer in range(shard.layers[0], shard.layers[1] + 1):
+        for layer in manifest.layers_of(shard):
             for expert in shard.experts:
                 gate_up, down = expert_weights(manifest.architecture, tensors, layer, expert)
                 session = open_session(expert_graph(gate_up, down), threads=1, providers=providers)

@@ -67,6 +67,7 @@ class CallerSession:
         self._plans: dict[int, tuple[object, int, dict[PeerId, list[int]]]] = {}
         self._jobs = Jobs(shared, model)
         self._retries = 0
+        self._last_layer = max(layer for layer, places in enumerate(model.layers) if places)
         groups = max(1, max(len(places) for places in model.layers))
         self._chunk_rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES_MAX // (2 * model.width * groups)))
 
@@ -115,7 +116,7 @@ class CallerSession:
         count, size = len(h), self._chunk_rows
         if count <= size:
             out = await self._run_chunk(layer, h, experts, weights)
-            if layer == len(self._model.layers) - 1:
+            if layer == self._last_layer:
                 self._jobs.settle()
             return out
         out = np.empty_like(h)

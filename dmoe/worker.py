@@ -111,7 +111,8 @@ class Worker:
         assert key not in self._shards, f"{plan.shard_id} is loaded already"
         loaded = self._shards[key] = LoadedShard(plan, shard)
         for layer in range(plan.layers[0], plan.layers[1] + 1):
-            self._places[plan.model_id, layer, plan.group] = loaded
+            if layer not in plan.dense_layers:
+                self._places[plan.model_id, layer, plan.group] = loaded
         self.changes += 1
 
     async def unload(self, model_id: str, shard_id: str) -> None:

@@ -3,7 +3,8 @@
 Owns: what caller and worker must read alike. Does not own: who is called, what runs.
 
 Request: header ``{"model", "layer", "groups", "quote", "channel", "shape", "bf16"?, "dtype"?, "top_k"?}``; buffers:
-rows as :mod:`dmoe.core.wire` makes them and, if ``top_k`` is set, expert indices ``i32[N, k]``, weights ``f32[N, k]``.
+rows as :mod:`dmoe.core.wire` makes them and, if ``top_k`` is set, expert indices ``i32[N, k]``, weights ``f32[N, k]``
+(index -1, weight 0: a place that the row does not use).
 Answer: header ``{"shape", "bf16"?, "dtype"?, "service_us"}``; buffer: the partial sums of the groups, in the order
 asked, stacked as ``[groups * N, H]`` and rounded once per row.
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from config.errors import RequestError
 from dmoe.core import wire
+from dmoe.core.routing import NOBODY
 
 METHOD = "expert.run"
 GROUPS_MAX = 1024
@@ -85,8 +87,8 @@ def parse(header: Mapping[str, Any], buffers: Sequence[memoryview]) -> ExpertCal
     if top_k:
         experts = _matrix(buffers[1], np.dtype("<i4"), len(rows), top_k, "experts")
         weights = _matrix(buffers[2], np.dtype("<f4"), len(rows), top_k, "weights")
-        if not wire.is_finite(weights) or experts.min() < 0:
-            raise RequestError("invalid_request", "expert.run: routing holds a negative index or a weight not finite")
+        if not wire.is_finite(weights) or experts.min() < NOBODY:
+            raise RequestError("invalid_request", "expert.run: routing holds an index below -1 or a weight not finite")
     return ExpertCall(model_id, layer, tuple(groups), quote, channel, wire.dtype_of(header), rows, experts, weights)
 
 

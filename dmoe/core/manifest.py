@@ -1,12 +1,13 @@
 """What a model is made of: its architecture, its shards, their files and hashes, signed by its publisher.
 
 Owns: the manifest's form, its canonical JSON, its id, its signature and every rule a manifest must keep.
-Does not own: files on disk (``dmoe/store``) and graphs (``dmoe/graphs``, built from :class:`Architecture` alone).
+Does not own: files on disk (``dmoe/store``) and graphs (``dmoe/graphs``, built from ``core/architecture``).
 
 Invariants:
 1. One manifest has one encoding: JSON with sorted keys and no spaces; anything else is refused.
 2. ``model_id`` is the sha256 of that JSON without the signature, so a re-signed manifest keeps its id.
-3. A parsed manifest is complete: every (layer, sum group) has exactly one expert shard, and there is a trunk.
+3. A parsed manifest is complete: every (layer with experts, sum group) has exactly one expert shard, and there is a
+   trunk.
 4. A file path is relative, plain and unique, so that it can never leave its model's folder.
 """
 
@@ -19,6 +20,11 @@ import msgspec
 
 from config.errors import IntegrityError
 from config.vocabulary import MIB, ModelId, PeerId, ShardId
+from dmoe.core.architecture import BLOCK as BLOCK
+from dmoe.core.architecture import Architecture as Architecture
+from dmoe.core.architecture import Router as Router
+from dmoe.core.architecture import Struct as _Struct
+from dmoe.core.variant import demand as _check
 from p2p.core.identity import Identity, public_key_of, verify
 from p2p.face import ContentFile
 
@@ -26,78 +32,11 @@ FORMAT = "rios-model/1"
 SIGNATURE_TAG = b"rios/model/1\x00"
 MANIFEST_BYTES_MAX = 16 * MIB
 CHUNK_BYTES = MIB
-BLOCK = 32
-"""Weights of one quantisation block share a scale."""
 
 _PATH = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
-RouterKind = Literal["all", "softmax_topk"]
 Quantisation = Literal["source", "fp32", "int8"]
-
-
-def _check(rule: bool, fault: str) -> None:
-    if not rule:
-        raise IntegrityError("integrity", f"manifest: {fault}", "get the model again from its publisher")
-
-
-class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Immutable, strictly typed, no unknown fields."""
-
-
-class Router(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How rows choose experts. ``all``: every expert, unweighted. ``softmax_topk``: the ``top_k`` largest of a softmax
-    over all experts, rescaled to sum 1 if ``normalise``."""
-
-    kind: RouterKind
-    experts: int
-    top_k: int
-    normalise: bool = False
-
-
-class Architecture(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything a graph is built from. ``intermediate`` is one expert's width."""
-
-    family: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    intermediate: int
-    rope_theta: float
-    rope_interleaved: bool
-    norm_eps: float
-    tie_embeddings: bool
-    context: int
-    router: Router
-
-    @property
-    def qkv_width(self) -> int:
-        """Columns of the packed query, key and value projection."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-    def check(self) -> None:
-        """Raise IntegrityError unless all sizes are possible."""
-        sizes = {
-            "hidden": (self.hidden, 1 << 16),
-            "layers": (self.layers, 1 << 10),
-            "heads": (self.heads, 1 << 10),
-            "kv_heads": (self.kv_heads, 1 << 10),
-            "head_dim": (self.head_dim, 1 << 10),
-            "vocab": (self.vocab, 1 << 21),
-            "intermediate": (self.intermediate, 1 << 18),
-            "context": (self.context, 1 << 22),
-            "router.experts": (self.router.experts, 1 << 12),
-            "router.top_k": (self.router.top_k, self.router.experts),
-        }
-        for name, (value, most) in sizes.items():
-            _check(1 <= value <= most, f"architecture.{name} = {value} is not within 1..{most}")
-        _check(self.heads % self.kv_heads == 0, f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
-        _check(self.head_dim % 2 == 0, f"architecture.head_dim = {self.head_dim} is odd")
-        _check(0 < self.norm_eps < 1, f"architecture.norm_eps = {self.norm_eps}")
-        _check(1 <= self.rope_theta <= 1e12, f"architecture.rope_theta = {self.rope_theta}")
 
 
 class ModelFile(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -236,7 +175,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         found: dict[tuple[int, int], Shard] = {}
         for shard in self.shards:
             if shard.kind == "expert":
-                for layer in range(shard.layers[0], shard.layers[1] + 1):
+                for layer in self.layers_of(shard):
                     _check((layer, shard.group) not in found, f"two shards hold layer {layer} group {shard.group}")
                     found[layer, shard.group] = shard
         return found
@@ -262,6 +201,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """A shard's place in ``shards`` (adverts name shards by it). Raises IntegrityError for an unknown id."""
         _check(shard_id in self._shard_indices, f"no shard is called {shard_id[:80]!r}")
         return self._shard_indices[shard_id]
+
+    def layers_of(self, shard: Shard) -> tuple[int, ...]:
+        """The layers whose experts an expert shard holds: those of its span that have any."""
+        first, last = shard.layers
+        return tuple(layer for layer in self.architecture.sparse_layers if first <= layer <= last)
 
     def groups_of(self, shard: Shard) -> tuple[int, ...]:
         """The sum groups a shard holds; none for the trunk."""
@@ -305,7 +249,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
             if shard.kind == "expert":
                 _check(0 <= shard.group < len(self.sum_groups), f"shard {shard.id[:80]} names an unknown sum group")
+                _check(bool(self.layers_of(shard)), f"shard {shard.id[:80]} spans layers without experts")
                 _check(shard.experts == self.sum_groups[shard.group], f"shard {shard.id[:80]} lists the wrong experts")
         trunks = [shard for shard in self.shards if shard.kind == "trunk"]
         _check(len(trunks) == 1 and trunks[0].layers == (0, layers - 1), "there is not exactly one trunk")
-        _check(len(self._expert_shards) == layers * len(self.sum_groups), "a layer lacks a sum group")
+        wanted = len(self.architecture.sparse_layers) * len(self.sum_groups)
+        _check(len(self._expert_shards) == wanted, "a layer lacks a sum group")

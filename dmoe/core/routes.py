@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from config.vocabulary import PeerId
 from dmoe.core.dispatch import Need, Replica
 from dmoe.core.manifest import Manifest
+from dmoe.core.routing import NOBODY
 from dmoe.core.wire import Dtype
 from dmoe.ports import Quote
 from p2p.core.advert import Advert
@@ -35,7 +36,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class ModelMap:
-    """The fixed part: layer -> its sum groups, and expert -> its group (``i32[experts]``)."""
+    """The fixed part: layer -> its sum groups (none for a layer without experts), and expert -> its group, the last
+    place standing for a choice that is not used (``i32[experts + 1]``)."""
 
     name: str
     model_id: str
@@ -58,12 +60,14 @@ class Table:
 def map_of(manifest: Manifest) -> ModelMap:
     """The manifest as the caller needs it."""
     architecture, groups = manifest.architecture, manifest.sum_groups
-    group_of = np.zeros(max((e for members in groups for e in members), default=0) + 1, np.int32)
+    # one place more: a router's index -1 means nobody, and so does the group -1 it stands for
+    group_of = np.full(manifest.experts_per_layer + 1, NOBODY, np.int32)
     for group, members in enumerate(groups):
         group_of[list(members)] = group
-    layers = []
+    layers, sparse = [], frozenset(architecture.sparse_layers)
     for layer in range(architecture.layers):
-        shards = [manifest.expert_shard(layer, group) for group in range(len(groups))]
+        held = range(len(groups)) if layer in sparse else ()
+        shards = [manifest.expert_shard(layer, group) for group in held]
         layers.append(
             tuple(
                 Place(group, manifest.shard_index(shard.id), shard.id, shard.experts, shard.flops_per_row)
@@ -108,8 +112,9 @@ def paused_with(model_id: str, shard: int, adverts: Mapping[PeerId, Advert]) -> 
     return sum(a.paused and (offer := a.offer(model_id)) is not None and offer.holds(shard) for a in adverts.values())
 
 
-def row_us_of(places: Sequence[Place], kflop_per_s: int) -> float | None:
+def row_us_of(layers: Sequence[Sequence[Place]], kflop_per_s: int) -> float | None:
     """Expected time of one row of one group at a peer that claims this speed; None if it claims nothing."""
+    places = next((places for places in layers if places), ())
     if not places or not kflop_per_s:
         return None
     return places[0].flops_per_row * 1000.0 / kflop_per_s

@@ -1,12 +1,15 @@
 """Manifests: one encoding, one id, one signature; whatever is altered is found and named."""
 
 import json
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from config.errors import IntegrityError
-from dmoe.core.manifest import MANIFEST_BYTES_MAX, Manifest
+from dmoe.core.manifest import MANIFEST_BYTES_MAX, Manifest, Router
+from dmoe.core.routes import map_of
+from dmoe.core.variant import Latent, RopeScaling, Variant
 from p2p.core.identity import Identity
 from tests.unit.dmoe.model_kit import PUBLISHER, tiny
 
@@ -112,3 +115,93 @@ def test_a_publisher_cannot_sign_nonsense(manifest, alter, fault):
 def test_an_unknown_shard_is_named(manifest):
     with pytest.raises(IntegrityError, match="no shard is called 'nothing'"):
         manifest.shard_index("nothing")
+
+
+def test_a_manifest_of_version_0_2_0_still_reads_as_it_is():
+    """Stored models keep their bytes and their id, whatever fields came later."""
+    data = (Path(__file__).resolve().parents[2] / "vectors" / "manifest-0.2.0.json").read_bytes()
+    manifest = Manifest.parse(data)
+    assert manifest.to_json() == data
+    assert manifest.model_id == "6e00abbcd6e1376d6d6a6af579c91487c1a33a4751c4609cc765f8702ef91065"
+    assert manifest.architecture.traits == Variant()
+    assert manifest.architecture.sparse_layers == (0, 1, 2)
+
+
+def varied(manifest, **traits):
+    architecture = replace(manifest.architecture, variant=Variant(**traits))
+    return signed(replace(manifest, architecture=architecture))
+
+
+def test_a_variant_travels_and_writes_only_what_differs(manifest):
+    rope = RopeScaling(kind="yarn", factor=4.0, original_context=128)
+    sent = varied(manifest, qkv_bias=True, windows=(64, 0, 64), rope=rope)
+    assert Manifest.parse(sent.to_json()) == sent
+    written = json.loads(sent.to_json())["architecture"]["variant"]
+    assert written == {
+        "qkv_bias": True,
+        "windows": [64, 0, 64],
+        "rope": {"factor": 4.0, "kind": "yarn", "original_context": 128},
+    }
+    assert sent.architecture.traits.window(1) == 0
+
+
+LATENT = Latent(rank=32, rope=16, plain=16, value=16)
+
+
+@pytest.mark.parametrize(
+    ("traits", "fault"),
+    [
+        ({"windows": (64,)}, "1 windows for 3 layers"),
+        ({"dense_layers": (0, 1, 2), "dense_intermediate": 64}, "no layer has experts"),
+        ({"dense_layers": (1, 0), "dense_intermediate": 64}, "no ascending layers"),
+        ({"dense_layers": (7,), "dense_intermediate": 64}, "no ascending layers"),
+        ({"dense_layers": (1,)}, "go together"),
+        ({"shared_gate": True}, "shared_gate without"),
+        ({"rope": RopeScaling(kind="yarn", factor=4.0)}, "original_context = 0"),
+        ({"rope": RopeScaling(kind="linear", factor=0.0)}, "rope.factor = 0.0"),
+        ({"latent": LATENT}, "not 32"),
+        ({"latent": replace(LATENT, plain=32 - 16 + 16)}, "latent heads are 32 [+] 16"),
+        ({"latent": replace(LATENT, rank=33)}, "latent.rank = 33"),
+        ({"latent": LATENT, "sinks": True}, "latent attention has no biases|not 32"),
+    ],
+)
+def test_a_variant_that_cannot_be_computed_is_refused(manifest, traits, fault):
+    if "latent" in traits:
+        manifest = replace(manifest, architecture=replace(manifest.architecture, head_dim=30))
+        fault = fault.replace("not 32", "not 30")
+    with pytest.raises(IntegrityError, match=fault):
+        Manifest.parse(varied(manifest, **traits).to_json())
+
+
+@pytest.mark.parametrize(
+    ("router", "fault"),
+    [
+        ({"top_k": 5}, "router.top_k = 5"),
+        ({"groups": 2}, "router.groups = 2"),
+        ({"groups": 3, "groups_used": 1}, "router.groups = 3"),
+        ({"groups": 2, "groups_used": 3}, "router.groups_used = 3"),
+        ({"scale": 0.0}, "router.scale = 0.0"),
+        ({"threshold": 0.5}, "router.threshold is for its own kind"),
+        ({"kind": "threshold"}, "router.threshold is for its own kind"),
+        ({"kind": "threshold", "threshold": 1.5}, "router.threshold = 1.5"),
+        ({"kind": "topk_softmax", "groups": 2, "groups_used": 1}, "topk_softmax has no groups"),
+    ],
+)
+def test_a_router_that_cannot_be_computed_is_refused(router, fault):
+    with pytest.raises(IntegrityError, match=fault):
+        Router(**({"kind": "softmax_topk", "experts": 4, "top_k": 2} | router)).check()
+
+
+def test_layers_without_experts_have_no_expert_shards(tmp_path):
+    """A shard may span them; nothing else may be missing, and nobody is asked for them."""
+    manifest = tiny(tmp_path, experts=6)[1]
+    mixed = varied(manifest, dense_layers=(1,), dense_intermediate=64)
+    assert Manifest.parse(mixed.to_json()) == mixed
+    assert mixed.layers_of(mixed.expert_shards()[0]) == (0, 2)
+    with pytest.raises(KeyError):
+        mixed.expert_shard(1, 0)
+    model = map_of(mixed)
+    assert [len(places) for places in model.layers] == [4, 0, 4]
+    only_dense = replace(mixed, shards=(*mixed.shards, replace(mixed.shards[0], id="more", layers=(1, 1))))
+    with pytest.raises(IntegrityError, match="spans layers without experts"):
+        signed(only_dense).check()
