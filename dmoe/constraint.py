@@ -21,10 +21,10 @@ from typing import Any, Final
 import llguidance
 import numpy as np
 import trio
-from numpy.typing import NDArray
 
 from config import generation
 from config.errors import RequestError
+from dmoe.core.constraint import FloatRow, masked
 from dmoe.text import Tokenizer
 
 CHARACTERS_MAX: Final = 256 << 10
@@ -106,24 +106,24 @@ class Constrained:
         self._kind = kind
         self._vocabulary = vocabulary
 
-    def allowed(self) -> NDArray[np.bool_]:
+    @property
+    def done(self) -> bool:
+        """See the Protocol."""
+        return self._matcher.is_stopped()
+
+    def mask(self, logits: FloatRow) -> FloatRow:
         """See the Protocol."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, bitorder="little")[: self._vocabulary].view(np.bool_)
         if not allowed.any():
             raise _refused(self._kind, "no token of this model continues the answer")
-        return allowed
+        return masked(logits, allowed)
 
     def accept(self, token: int) -> None:
         """See the Protocol."""
         self._matcher.consume_token(token)
         self._check()
-
-    @property
-    def complete(self) -> bool:
-        """See the Protocol."""
-        return self._matcher.is_stopped()
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -28,7 +28,7 @@ from config.generation import (
     Sampling,
     TokenLogprob,
 )
-from dmoe.core.constraint import Constraint, constrained
+from dmoe.core.constraint import Constraint, only
 from dmoe.core.logprobs import logprobs
 from dmoe.core.penalties import penalties_of
 from dmoe.core.sampling import StopMatcher, choose
@@ -110,7 +110,8 @@ async def _decode(
         banned: Collection[int] = job.stop_tokens if early else ()
         moved = logits if penalties is None else penalties.apply(logits)
         if constraint is not None:
-            moved, banned = constrained(moved, constraint, banned)
+            moved = constraint.mask(moved)
+            banned = () if only(moved, job.stop_tokens) else banned
         token = choose(moved, job.sampling, len(job.prompt_tokens) + count, banned)
         if token in job.stop_tokens:
             await _emit_rest(emit, text.finish(), stops)
@@ -126,7 +127,7 @@ async def _decode(
         await emit(Delta(text=piece if early else stops.push(piece), tokens=(token,), logprobs=places))
         if stops.stopped:
             return "stop", count + 1
-        if constraint is not None and constraint.complete:
+        if constraint is not None and constraint.done:
             await _emit_rest(emit, text.finish(), stops)
             return "stop", count + 1
         if count + 1 < job.max_tokens:

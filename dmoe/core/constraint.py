@@ -8,37 +8,39 @@ Invariants:
    chosen under the constraint, one row after the other.
 """
 
-from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+FloatRow = NDArray[np.float32]
+
 
 class Constraint(Protocol):
-    """The state of one constrained answer."""
-
-    def allowed(self) -> NDArray[np.bool_]:
-        """bool[v], v <= V: which tokens may come next; those from v on may not. Where the answer may end, the model's
-        stop tokens are among them. At least one is. RequestError where the constraint grew beyond its limits."""
-
-    def accept(self, token: int) -> None:
-        """The answer has one more token, which was allowed and is no stop token."""
+    """What an answer may say, token by token (a schema, a grammar). One per answer; used by one thread at a time."""
 
     @property
-    def complete(self) -> bool:
-        """Nothing but the end may follow."""
+    def done(self) -> bool:
+        """Nothing may follow: the answer is complete."""
+
+    def mask(self, logits: FloatRow) -> FloatRow:
+        """``logits`` f32[V] with -inf for tokens that may not come next; a copy, the caller's stay as they were. Stop
+        tokens are allowed where the answer may end here; at least one token is. RequestError where the constraint grew
+        beyond its limits."""
+
+    def accept(self, token: int) -> None:
+        """The answer has one more token, one that the mask allowed. Not called for stop tokens."""
 
 
-def constrained(
-    logits: NDArray[np.float32], constraint: Constraint, banned: Collection[int] = ()
-) -> tuple[NDArray[np.float32], Collection[int]]:
-    """``logits`` f32[V] with what is not allowed at minus infinity, as a copy, and which of the ``banned`` tokens (the
-    stop tokens of an answer that is too short) stay banned: none of them where nothing else may come."""
-    allowed = constraint.allowed()
-    masked = np.full_like(logits, -np.inf)
+def masked(logits: FloatRow, allowed: NDArray[np.bool_]) -> FloatRow:
+    """``logits`` f32[V] with -inf where ``allowed`` bool[v] is not set, and from v on."""
+    out = np.full_like(logits, -np.inf)
     ids = np.flatnonzero(allowed[: len(logits)])
-    masked[ids] = logits[ids]
-    if banned and np.isin(ids, list(banned)).all():
-        banned = ()
-    return masked, banned
+    out[ids] = logits[ids]
+    return out
+
+
+def only(logits: FloatRow, banned: frozenset[int]) -> bool:
+    """Whether nothing but ``banned`` tokens is left in masked ``logits``."""
+    left = np.flatnonzero(np.isfinite(logits))
+    return bool(np.isin(left, list(banned)).all())
