@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from dmoe.attention import LayerWeights, attention, declare_shared
-from dmoe.core.linear import Linear
-from dmoe.core.manifest import BLOCK, Architecture
+from dmoe.core.linear import Form, Linear
+from dmoe.core.manifest import Architecture
 from dmoe.operators import CONTRIB, Builder, Graph, i64, linear, normalise
 
 Array = NDArray[Any]
@@ -31,7 +31,7 @@ def expert_graph(gate_up: Linear, down: Linear) -> Graph:
 
 
 @lru_cache(maxsize=64)
-def _expert_model(gate_up: tuple[str, ...], rows: int, hidden: int, down: tuple[str, ...]) -> bytes:
+def _expert_model(gate_up: Form, rows: int, hidden: int, down: Form) -> bytes:
     """All experts of one shape and form share a serialised graph."""
     builder = Builder()
     builder.input("h", TensorProto.FLOAT, ["N", hidden])
@@ -100,17 +100,10 @@ def _named(linear: Linear, name: str) -> dict[str, Array]:
     return {f"{name}.{suffix}": part for suffix, part in linear.parts.items()}
 
 
-def _blank(form: tuple[str, ...], rows: int, columns: int) -> Linear:
+def _blank(form: Form, rows: int, columns: int) -> Linear:
     """A layer of the right shapes and no memory: graphs need shapes only."""
-    blocks = columns // BLOCK
-    shapes: dict[str, tuple[type, tuple[int, ...]]] = {
-        "w": (np.float32, (rows, columns)),
-        "q4": (np.uint8, (rows, blocks, BLOCK // 2)),
-        "q8": (np.uint8, (rows, blocks, BLOCK)),
-        "s": (np.float32, (rows, blocks)),
-        "c": (np.float32, (blocks, rows)),
-    }
-    return Linear({suffix: np.broadcast_to(dtype(0), shape) for suffix in form for dtype, shape in [shapes[suffix]]})
+    shapes = form.shapes(rows, columns).items()
+    return Linear({suffix: np.broadcast_to(dtype(0), shape) for suffix, (dtype, shape) in shapes})
 
 
 def _feed_forward(builder: Builder, prefix: str, h: str, gate_up: Linear, down: Linear, out: str) -> str:

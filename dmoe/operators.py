@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from dmoe.core.linear import Linear
-from dmoe.core.manifest import BLOCK, Architecture
+from dmoe.core.manifest import Architecture
 
 Array = NDArray[Any]
 
@@ -54,7 +54,7 @@ class Builder:
         if name not in self.weights:
             self.weights[name] = value
             tensor = TensorProto(name=name, dims=value.shape, data_location=TensorProto.EXTERNAL)
-            tensor.data_type = helper.np_dtype_to_tensor_dtype(value.dtype)
+            tensor.data_type = onnx_type(value)
             tensor.external_data.add(key="location", value="injected")
             self.initialisers.append(tensor)
         return name
@@ -79,6 +79,11 @@ class Builder:
         return Graph(model.SerializeToString(), self.weights)
 
 
+def onnx_type(weight: Array) -> int:
+    """ONNX's type of a weight; ``u16`` holds the bits of bfloat16."""
+    return TensorProto.BFLOAT16 if weight.dtype == np.uint16 else helper.np_dtype_to_tensor_dtype(weight.dtype)
+
+
 def i64(*values: int) -> Array:
     return np.array(values, np.int64)
 
@@ -86,9 +91,9 @@ def i64(*values: int) -> Array:
 def linear(builder: Builder, x: str, name: str, layer: Linear, out: str) -> str:
     """``out f32[S, N] = x @ W^T``."""
     parts = {suffix: builder.weight(f"{name}.{suffix}", part) for suffix, part in layer.parts.items()}
-    if "w" in parts:
-        return builder.op("Gemm", [x, parts["w"]], [out], transB=1)
-    bits = 8 if "q8" in parts else 4
+    bits, block = layer.bits, layer.block
+    if not bits:
+        return builder.op("Gemm", [x, _as_f32(builder, *parts.values())], [out], transB=1)
     product = f"{out}.product" if "c" in parts else out
     builder.op(
         "MatMulNBits",
@@ -98,21 +103,30 @@ def linear(builder: Builder, x: str, name: str, layer: Linear, out: str) -> str:
         K=layer.columns,
         N=layer.rows,
         bits=bits,
-        block_size=BLOCK,
+        block_size=block,
         accuracy_level=4,
     )
     if "c" in parts:
-        builder.op("Gemm", [_block_sums(builder, x, layer.columns), parts["c"], product], [out])
+        builder.op("Gemm", [_block_sums(builder, x, layer.columns, block), parts["c"], product], [out])
     return out
 
 
-def _block_sums(builder: Builder, x: str, columns: int) -> str:
-    """``f32[S, K] -> f32[S, K/32]``; layers that read the same input share it."""
-    if x not in builder.block_sums:
-        shape = builder.constant(i64(0, columns // BLOCK, BLOCK))
-        blocks = builder.op("Reshape", [x, shape], [f"{x}.blocks"])
-        builder.block_sums[x] = builder.op("ReduceSum", [blocks, builder.constant(i64(-1))], [f"{x}.sums"], keepdims=0)
-    return builder.block_sums[x]
+def _as_f32(builder: Builder, weight: str) -> str:
+    """Weights stored in 16 bits are cast once, when the session is made (constant folding)."""
+    if builder.weights[weight].dtype == np.float32:
+        return weight
+    return builder.op("Cast", [weight], [f"{weight}.f32"], to=TensorProto.FLOAT)
+
+
+def _block_sums(builder: Builder, x: str, columns: int, block: int) -> str:
+    """``f32[S, K] -> f32[S, K / block]``; layers that read the same input share it."""
+    key = f"{x}.{block}"
+    if key not in builder.block_sums:
+        shape = builder.constant(i64(0, columns // block, block))
+        blocks = builder.op("Reshape", [x, shape], [f"{key}.blocks"])
+        sums = builder.op("ReduceSum", [blocks, builder.constant(i64(-1))], [f"{key}.sums"], keepdims=0)
+        builder.block_sums[key] = sums
+    return builder.block_sums[key]
 
 
 def normalise(

@@ -25,7 +25,7 @@ from dmoe.core import linear
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Architecture, Manifest, Shard
 from dmoe.graphs import attention_graph, expert_graph, fused_graph, head_graph
-from dmoe.operators import Graph
+from dmoe.operators import Graph, onnx_type
 from dmoe.shardfile import ShardFile, Spool
 
 # both are read by ONNX Runtime itself: the first when it is imported, the second when an attention operator is made.
@@ -119,13 +119,20 @@ def open_session(graph: Graph, *, threads: int, providers: Sequence[str] = (_CPU
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin_us else "0")
     if spin_us:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
-    values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in graph.weights.values()]
+    values = [_value(weight) for weight in graph.weights.values()]
     options.add_external_initializers(list(graph.weights), values)
     try:
         raw = ort.InferenceSession(graph.model, options, providers=list(providers))
     except Exception as error:
         raise LocalError("local", f"ONNX Runtime cannot load a graph: {str(error)[:300]}") from error
     return Session(raw, graph.weights)
+
+
+def _value(weight: Array) -> ort.OrtValue:
+    """A weight where it lies."""
+    if weight.dtype == np.uint16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(weight, onnx_type(weight))
+    return ort.OrtValue.ortvalue_from_numpy(weight)
 
 
 class ExpertShard:

@@ -25,18 +25,24 @@ Array = NDArray[Any]
 
 HEADER_BYTES_MAX = 8 * MIB
 _ALIGNMENT = 64
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # numpy has no bfloat16: these are its bits
+    "U8": np.dtype("u1"),
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def to_bytes(tensors: Mapping[str, Array]) -> list[bytes | memoryview]:
     """A file's bytes in pieces: the header, padded so that data starts aligned, then the tensors in the order given
-    (their sizes are multiples of 4, so every f32 tensor starts aligned too)."""
+    (their sizes are multiples of 4, so every tensor starts aligned too)."""
     header: dict[str, object] = {}
     pieces: list[bytes | memoryview] = [b""]
     offset = 0
     for name, tensor in tensors.items():
         data = np.ascontiguousarray(tensor)
+        assert data.nbytes % 4 == 0, f"{name} would leave the next tensor unaligned"
         header[name] = {
             "dtype": _NAMES[data.dtype],
             "shape": list(data.shape),
@@ -115,7 +121,7 @@ def _parse(data: mmap.mmap, path: Path) -> dict[str, Array]:
             continue
         dtype, shape, begin, end = _entry(entry, fail, name)
         count = math.prod(shape)
-        if end - begin != count * dtype.itemsize or start + end > len(data):
+        if end - begin != count * dtype.itemsize or start + end > len(data) or (start + begin) % dtype.itemsize:
             raise fail(f"tensor {name[:80]} does not fit its bytes")
         tensors[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
     return tensors

@@ -1,22 +1,22 @@
 """A linear layer's weights in the one form that is stored, cut, joined and run.
 
-Owns: the three forms and how they are cut into neuron blocks and joined again. Does not own: where the numbers come
+Owns: the forms and how they are cut into neuron blocks and joined again. Does not own: where the numbers come
 from (``dmoe/importer/quantise``) or the operators that run them (``dmoe/graphs``).
 
-For ``y = x @ W^T`` with ``W`` of shape ``[N, K]``:
+For ``y = x @ W^T`` with ``W`` of shape ``[N, K]``, and blocks of ``B`` weights (32, or 16) that share a scale:
 
-- ``fp32``: ``w f32[N, K]``
-- ``int8``: ``q8 u8[N, K/32, 32]``, ``s f32[N, K/32]``; ``W = s * (q8 - 128)``
-- ``int4``: ``q4 u8[N, K/32, 16]`` (two weights a byte, the even one low), ``s f32[N, K/32]`` and, where the source
-  has block minima ``m``, ``c f32[K/32, N] = (m + 8 s)^T``; ``W = s * (q4 - 8) + c^T`` per block, so that
-  ``y = matmul(x, s * (q4 - 8)) + blocksums(x) @ c`` is the source's own arithmetic: nothing is quantised again.
+- ``w f32[N, K]``; ``h f16[N, K]`` and ``b u16[N, K]`` (the bits of bfloat16): storage only, run as f32
+- ``q8 u8[N, K/B, B]``, ``s f32[N, K/B]``; ``W = s * (q8 - 128)``
+- ``q4 u8[N, K/B, B/2]`` (two weights a byte, the even one low), ``s f32[N, K/B]``; ``W = s * (q4 - 8)``
+- either with ``c f32[K/B, N]``, an offset added to the weights of a block: ``y = matmul(x, s * (q - z)) + blocksums(x)
+  @ c`` is then the arithmetic of a source with block minima: nothing is quantised again.
 
 Invariant: cutting rows or whole blocks and joining them again gives back the same bytes.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,46 @@ from dmoe.core.manifest import BLOCK
 
 Array = NDArray[Any]
 
-_DTYPES = {"w": np.float32, "q4": np.uint8, "q8": np.uint8, "s": np.float32, "c": np.float32}
-_FORMS = (("w",), ("q8", "s"), ("q4", "s"), ("q4", "s", "c"))
+BLOCKS = (BLOCK, BLOCK // 2)
+"""Weights per scale that there are."""
+_DTYPES: dict[str, type[np.generic]] = {
+    "w": np.float32,
+    "h": np.float16,
+    "b": np.uint16,
+    "q4": np.uint8,
+    "q8": np.uint8,
+    "s": np.float32,
+    "c": np.float32,
+}
+_FORMS = (("w",), ("h",), ("b",), ("q8", "s"), ("q8", "s", "c"), ("q4", "s"), ("q4", "s", "c"))
+
+
+class Form(NamedTuple):
+    """A layer's signature as far as a graph is concerned: which parts there are, and the weights per scale."""
+
+    suffixes: tuple[str, ...]
+    block: int = BLOCK
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+        """Each part's dtype and shape in a layer of ``rows`` outputs and ``columns`` inputs."""
+        blocks = columns // self.block
+        every = {
+            "w": (rows, columns),
+            "h": (rows, columns),
+            "b": (rows, columns),
+            "q4": (rows, blocks, self.block // 2),
+            "q8": (rows, blocks, self.block),
+            "s": (rows, blocks),
+            "c": (blocks, rows),
+        }
+        return {suffix: (_DTYPES[suffix], every[suffix]) for suffix in self.suffixes}
+
+
+def floats_of(part: Array) -> NDArray[np.float32]:
+    """A float part as f32; ``u16`` holds the bits of bfloat16."""
+    if part.dtype == np.uint16:
+        return (part.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.asarray(part, np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,9 +75,27 @@ class Linear:
     parts: Mapping[str, Array]
 
     @property
-    def form(self) -> tuple[str, ...]:
-        """Which parts there are: the layer's signature as far as a graph is concerned."""
-        return tuple(self.parts)
+    def form(self) -> Form:
+        """See :class:`Form`."""
+        return Form(tuple(self.parts), self.block)
+
+    @property
+    def bits(self) -> int:
+        """Of a code: 4 or 8; 0 in a float form."""
+        return 4 if "q4" in self.parts else 8 if "q8" in self.parts else 0
+
+    @property
+    def block(self) -> int:
+        """How many weights share a scale."""
+        return int(self.parts[f"q{self.bits}"].shape[2]) * 8 // self.bits if self.bits else BLOCK
+
+    @property
+    def codes(self) -> NDArray[np.uint8]:
+        """The quantised weights ``u8[N, K/B, B]`` with zero point 8 (4 bits) or 128."""
+        if self.bits == 8:
+            return self.parts["q8"]
+        packed = self.parts["q4"]
+        return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
 
     @property
     def rows(self) -> int:
@@ -49,14 +105,19 @@ class Linear:
     @property
     def columns(self) -> int:
         """K, the inputs."""
-        if "w" in self.parts:
-            return int(self.parts["w"].shape[1])
-        return int(self.parts["s"].shape[1]) * BLOCK
+        if not self.bits:
+            return int(next(iter(self.parts.values())).shape[1])
+        return int(self.parts["s"].shape[1]) * self.block
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts.values())
+
+    def is_finite(self) -> bool:
+        """Whether every number is one. Codes always are."""
+        values = [floats_of(part) for part in self.parts.values() if part.dtype != np.uint8]
+        return all(bool(np.isfinite(numbers).all()) for numbers in values)
 
     def take_rows(self, rows: slice) -> Self:
         """Some outputs."""
@@ -64,7 +125,7 @@ class Linear:
 
     def take_columns(self, columns: slice) -> Self:
         """Some inputs: whole blocks only."""
-        step = 1 if "w" in self.parts else BLOCK
+        step = self.block if self.bits else 1
         assert columns.start % step == columns.stop % step == 0, "a block of weights cannot be cut"
         blocks = slice(columns.start // step, columns.stop // step)
         return type(self)({k: part[blocks] if k == "c" else part[:, blocks] for k, part in self.parts.items()})
@@ -76,15 +137,11 @@ class Linear:
     def dequantised(self) -> NDArray[np.float32]:
         """``W`` as ``f32[N, K]``."""
         parts = self.parts
-        if "w" in parts:
-            return np.asarray(parts["w"], np.float32)
-        if "q8" in parts:
-            weights = (parts["q8"].astype(np.float32) - 128) * parts["s"][..., None]
-        else:
-            codes = np.stack([parts["q4"] & 15, parts["q4"] >> 4], axis=-1).reshape(self.rows, -1, BLOCK)
-            weights = (codes.astype(np.float32) - 8) * parts["s"][..., None]
-            if "c" in parts:
-                weights += parts["c"].T[..., None]
+        if not self.bits:
+            return floats_of(next(iter(parts.values())))
+        weights = (self.codes.astype(np.float32) - (1 << self.bits - 1)) * parts["s"][..., None]
+        if "c" in parts:
+            weights += parts["c"].T[..., None]
         dense: NDArray[np.float32] = weights.reshape(self.rows, self.columns)
         return dense
 
@@ -107,6 +164,35 @@ def join_columns(layers: Sequence[Linear]) -> Linear:
     return _join(layers, axis=1)
 
 
+def alike(layers: Sequence[Linear]) -> list[Linear]:
+    """Layers that are to be joined, in one form that holds each of them without loss."""
+    if len({layer.form for layer in layers}) == 1:
+        return list(layers)
+    if not all(layer.bits for layer in layers):
+        return [Linear({"w": layer.dequantised()}) for layer in layers]
+    block = min(layer.block for layer in layers)
+    offset = any("c" in layer.parts for layer in layers)
+    return [_widened(layer, block, offset) for layer in layers]
+
+
+def _widened(layer: Linear, block: int, offset: bool) -> Linear:
+    """8-bit codes with the same values, in blocks of ``block``."""
+    rows, repeat = layer.rows, layer.block // block
+    codes = (layer.codes + np.uint8(128 - (1 << layer.bits - 1))).reshape(rows, -1, block)
+    parts = {"q8": codes, "s": layer.parts["s"].repeat(repeat, axis=1)}
+    if offset:
+        blocks = codes.shape[1]
+        found = layer.parts.get("c")
+        parts["c"] = np.zeros((blocks, rows), np.float32) if found is None else found.repeat(repeat, axis=0)
+    return Linear(parts)
+
+
+def pack(codes: Array) -> NDArray[np.uint8]:
+    """4-bit codes ``u8[..., B]`` two a byte, the even one low."""
+    packed: NDArray[np.uint8] = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
+    return packed
+
+
 def _join(layers: Sequence[Linear], axis: int) -> Linear:
     forms = {layer.form for layer in layers}
     if len(forms) != 1:
@@ -116,7 +202,7 @@ def _join(layers: Sequence[Linear], axis: int) -> Linear:
     return Linear(
         {
             suffix: np.concatenate([layer.parts[suffix] for layer in layers], 1 - axis if suffix == "c" else axis)
-            for suffix in layers[0].form
+            for suffix in layers[0].parts
         }
     )
 
@@ -126,11 +212,10 @@ def find(tensors: Mapping[str, Array], name: str, rows: int, columns: int) -> Li
 
     Raises IntegrityError naming the tensor at fault.
     """
-    for form in reversed(_FORMS):
-        if all(f"{name}.{suffix}" in tensors for suffix in form):
-            layer = Linear({suffix: tensors[f"{name}.{suffix}"] for suffix in form})
-            for suffix, part in layer.parts.items():
-                _check_part(f"{name}.{suffix}", part, suffix, rows, columns)
+    for suffixes in reversed(_FORMS):
+        if all(f"{name}.{suffix}" in tensors for suffix in suffixes):
+            layer = Linear({suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes})
+            _check(name, layer, rows, columns)
             return layer
     raise IntegrityError("integrity", f"tensor {name} is missing", "get the shard again")
 
@@ -143,16 +228,13 @@ def vector(tensors: Mapping[str, Array], name: str, size: int) -> Array:
     return found
 
 
-def _check_part(name: str, part: Array, suffix: str, rows: int, columns: int) -> None:
-    blocks = columns // BLOCK
-    shape = {
-        "w": (rows, columns),
-        "q4": (rows, blocks, BLOCK // 2),
-        "q8": (rows, blocks, BLOCK),
-        "s": (rows, blocks),
-        "c": (blocks, rows),
-    }[suffix]
-    if part.shape != shape or part.dtype != _DTYPES[suffix]:
-        raise IntegrityError(
-            "integrity", f"tensor {name} is {part.dtype}{list(part.shape)}, not {_DTYPES[suffix].__name__}{list(shape)}"
-        )
+def _check(name: str, layer: Linear, rows: int, columns: int) -> None:
+    """Each part must have one of the shapes that there are for its form; blocks are counted by the scales."""
+    suffixes, scales = tuple(layer.parts), layer.parts.get("s")
+    blocks = BLOCKS if scales is None or scales.ndim != 2 else [b for b in BLOCKS if scales.shape[1] * b == columns]
+    wanted = Form(suffixes, *blocks[:1]).shapes(rows, columns)
+    for suffix, part in layer.parts.items():
+        dtype, shape = wanted[suffix]
+        if part.shape != shape or part.dtype != dtype:
+            found = f"{part.dtype}{list(part.shape)}"
+            raise IntegrityError("integrity", f"tensor {name}.{suffix} is {found}, not {dtype.__name__}{list(shape)}")

@@ -36,7 +36,7 @@ CHUNK_BYTES = MIB
 _PATH = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
-Quantisation = Literal["source", "fp32", "int8"]
+Quantisation = Literal["source", "fp32", "fp16", "int8", "int4"]
 
 
 class ModelFile(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

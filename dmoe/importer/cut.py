@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.vocabulary import ShardId
-from dmoe.core.linear import Linear, join_rows
+from dmoe.core.linear import Linear, alike, join_rows
 from dmoe.core.manifest import ModelFile, Quantisation, Shard
 from dmoe.importer.model import Model
 
@@ -83,7 +83,7 @@ class Cut:
         yield f"{prefix}.norm_attention", self.source.vector(family.norm_attention.format(l=layer), arch.hidden)
         yield f"{prefix}.norm_experts", self.source.vector(family.norm_experts.format(l=layer), arch.hidden)
         rows = ((family.queries, width), (family.keys, kv_width), (family.values, kv_width))
-        qkv = join_rows(_alike([read(name, size, arch.hidden) for name, size in rows]))
+        qkv = join_rows(alike([read(name, size, arch.hidden) for name, size in rows]))
         yield from qkv.tensors(f"{prefix}.qkv").items()
         yield from read(family.output, arch.hidden, width).tensors(f"{prefix}.output").items()
         if arch.router.kind != "all":
@@ -106,7 +106,7 @@ class Cut:
             gate = self.source.linear_of(family.gate_experts.format(l=layer), expert, stack, q)
             up = self.source.linear_of(family.up_experts.format(l=layer), expert, stack, q)
             down = self.source.linear_of(family.down_experts.format(l=layer), expert, stack_down, q)
-        return join_rows(_alike([gate, up])), down
+        return join_rows(alike([gate, up])), down
 
     def trunk_shard(self, files: list[ModelFile], params: int) -> Shard:
         """The trunk over its files."""
@@ -141,13 +141,6 @@ class Cut:
             ram_bytes=file.size_bytes + sessions * _RUNTIME_OVERHEAD_BYTES,
             dtype=self.quantisation,
         )
-
-
-def _alike(layers: list[Linear]) -> list[Linear]:
-    """Layers that are to be joined but were stored in different forms become fp32."""
-    if len({layer.form for layer in layers}) == 1:
-        return layers
-    return [Linear({"w": layer.dequantised()}) for layer in layers]
 
 
 def _spans(layers: int) -> Iterator[tuple[int, int]]:

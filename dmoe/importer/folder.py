@@ -27,7 +27,7 @@ from config.errors import IntegrityError, LocalError
 from config.vocabulary import MIB
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Quantisation
-from dmoe.importer.quantise import convert, to_float
+from dmoe.importer.quantise import BYTES_PER_WEIGHT, convert, float_layer, to_float
 from dmoe.importer.tokenizer import ends_answer
 from dmoe.text import Tokenizer
 
@@ -44,8 +44,8 @@ _BITS: dict[str, tuple[str, np.dtype[Any]]] = {
     "BF16": ("BF16", np.dtype("<u2")),
 }
 """safetensors' name: ours, and an integer as wide, because numpy has no bfloat16."""
-_INT8_BYTES = 1.3
-"""Of a weight in blocks of 32 with a scale each, with some room."""
+_ROOM = 1.05
+"""For all that is no weight."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,8 +86,14 @@ class FolderSource:
 
     def bytes_needed(self, quantisation: Quantisation) -> int:
         """About what the imported model takes on disk."""
-        weights = sum(math.prod(tensor.shape) for tensor in self._tensors.values())
-        return int(weights * (_INT8_BYTES if quantisation == "int8" else 4.1))
+        factor = BYTES_PER_WEIGHT.get(quantisation)
+        return int(
+            sum(
+                math.prod(tensor.shape) * (factor or (4 if tensor.dtype == "F32" else 2))
+                for tensor in self._tensors.values()
+            )
+            * _ROOM
+        )
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -103,32 +109,33 @@ class FolderSource:
 
     def vector(self, name: str, size: int) -> NDArray[np.float32]:
         """A float vector. Raises IntegrityError if it is not one of that size."""
-        return self._finite(name, self._floats(name, (size,), (_ALL,)))
+        dtype, bits = self._bits(name, (size,), (_ALL,))
+        values = to_float(dtype, bits, size)
+        if not np.isfinite(values).all():
+            raise self._fault(name, "holds numbers that are not finite", _AGAIN)
+        return values
 
     def linear(
         self, name: str, shape: tuple[int, int], quantisation: Quantisation, part: tuple[slice, slice] = (_ALL, _ALL)
     ) -> Linear:
         """A weight matrix of ``shape`` (rows, columns) in the wanted form, or only the rows and columns in ``part``."""
-        weights = self._finite(name, self._floats(name, shape, part))
-        return convert(Linear({"w": weights}), quantisation)
+        dtype, bits = self._bits(name, shape, part)
+        layer = float_layer(dtype, bits, *bits.shape)
+        if not layer.is_finite():
+            raise self._fault(name, "holds numbers that are not finite", _AGAIN)
+        return convert(layer, quantisation)
 
     def linear_of(self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation) -> Linear:
         """One expert's matrix of ``shape[1:]``; here every expert has a tensor of its own."""
         return self.linear(name.replace("{e}", str(index)), shape[1:], quantisation)
 
-    def _floats(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> NDArray[np.float32]:
+    def _bits(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> tuple[str, Array]:
         tensor = self._tensor(name)
         if tensor.shape != shape:
             raise self._fault(name, f"has shape {list(tensor.shape)}, expected {list(shape)}")
         if tensor.bits is None:
             raise self._fault(name, f"is {tensor.dtype[:20]}, which is not supported", f"known: {', '.join(_BITS)}")
-        bits = np.ascontiguousarray(tensor.bits[part])
-        return to_float(_BITS[tensor.dtype][0], bits, *bits.shape)
-
-    def _finite(self, name: str, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-        if not np.isfinite(weights).all():
-            raise self._fault(name, "holds numbers that are not finite", _AGAIN)
-        return weights
+        return _BITS[tensor.dtype][0], np.ascontiguousarray(tensor.bits[part])
 
     def _tensor(self, name: str) -> _Tensor:
         if name not in self._tensors:

@@ -1,7 +1,7 @@
-"""A source file's numbers as :class:`Linear` layers: transcoded, or quantised on request.
+"""A source's weights in the form an import wants: as they are, as floats, or quantised on request.
 
-Owns: GGUF block layouts (ggml-quants.h) and the int8 block-32 quantiser. ``source`` never quantises again: 4-bit and
-8-bit blocks keep their codes and scales, float tensors stay float.
+Owns: the int8 and int4 block-32 quantisers. Does not own: GGUF's formats (``blocks``). ``source`` never quantises
+again: blocks keep their codes and scales, floats their bits.
 """
 
 from typing import Any
@@ -9,25 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dmoe.core.linear import Linear
+from dmoe.core.linear import Linear, pack
 from dmoe.core.manifest import BLOCK, Quantisation
 
 Array = NDArray[Any]
+Floats = NDArray[np.float32]
 
-FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
-BLOCK_TYPES = frozenset({"Q4_0", "Q4_1", "Q8_0"})
+BYTES_PER_WEIGHT: dict[Quantisation, float] = {"fp32": 4, "fp16": 2, "int8": 1.125, "int4": 0.75}
+_F16_MAX = 65504.0
+_WEIGHTS_AT_ONCE = 1 << 20
+_SPANS = tuple(np.float32(span) for span in np.arange(14, 16.1, 0.25))
+"""Over how many steps of the grid a block's weights are spread; above 15 its ends are cut off."""
+_REFITS = 2
 
 
-def transcode(kind: str, blocks: Array) -> Linear:
-    """GGUF blocks ``u8[rows, columns / 32, block bytes]`` of one of BLOCK_TYPES, without loss."""
-    if kind == "Q8_0":  # f16 d, i8[32]; w = d * q
-        return Linear({"q8": blocks[..., 2:] ^ np.uint8(0x80), "s": _halves(blocks, 0)})
-    if kind == "Q4_0":  # f16 d, 16 bytes: weight i low, weight i + 16 high; w = d * (q - 8)
-        return Linear({"q4": _pair_nibbles(blocks[..., 2:]), "s": _halves(blocks, 0)})
-    assert kind == "Q4_1", kind  # f16 d, f16 m, 16 bytes; w = d * q + m
-    scales, minima = _halves(blocks, 0), _halves(blocks, 2)
-    offsets = np.ascontiguousarray((minima + 8 * scales).T)
-    return Linear({"q4": _pair_nibbles(blocks[..., 4:]), "s": scales, "c": offsets})
+def float_layer(kind: str, data: Array, *shape: int) -> Linear:
+    """A float tensor's bytes as a layer that keeps them."""
+    flat = np.ascontiguousarray(data).view(np.uint8).ravel()
+    suffix, dtype = {"BF16": ("b", "<u2"), "F16": ("h", "<f2"), "F32": ("w", "<f4")}[kind]
+    layer = Linear({suffix: flat.view(dtype).reshape(shape)})
+    odd = suffix != "w" and layer.rows * layer.columns % 2  # a file's tensors start at multiples of 4 bytes
+    return Linear({"w": layer.dequantised()}) if odd else layer
 
 
 def to_float(kind: str, data: Array, *shape: int) -> NDArray[np.float32]:
@@ -45,31 +47,70 @@ def quantise_int8(weights: NDArray[np.float32]) -> Linear:
     scales = np.abs(blocks).max(axis=-1) / np.float32(127)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.rint(blocks * inverse[..., None]) + np.float32(128)
-    return Linear({"q8": codes.astype(np.uint8), "s": scales})
+    return Linear({"q8": (codes + 8).astype(np.uint8), "s": scales})
+
+
+def quantise_int4(weights: Floats) -> Linear:
+    """``f32[N, K]`` in blocks of 32 with the scale and offset of least weighted squared error that a search finds
+    (after ``make_qkx2_quants`` of ggml-quants.c: large weights weigh more)."""
+    rows, columns = weights.shape
+    step = max(1, _WEIGHTS_AT_ONCE // columns)
+    parts = [_fit(weights[row : row + step].reshape(-1, columns // BLOCK, BLOCK)) for row in range(0, rows, step)]
+    codes, scales, offsets = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return Linear({"q4": pack((codes + 8).astype(np.uint8)), "s": scales, "c": np.ascontiguousarray(offsets.T)})
+
+
+def _fit(x: Floats) -> tuple[Floats, Floats, Floats]:
+    """Codes, scales and offsets of blocks ``f32[.., 32]``, so that ``x`` is about ``scale * code + offset``."""
+    importance = np.abs(x) + np.sqrt((x * x).mean(axis=-1, keepdims=True))
+    low, width = x.min(axis=-1), x.max(axis=-1) - x.min(axis=-1)
+    middle = low + width / 2
+    best = _try(x, importance, width / _SPANS[0], middle)
+    for span in _SPANS[1:]:
+        best = _better(best, _try(x, importance, width / span, middle))
+    for _ in range(_REFITS):
+        best = _better(best, _try(x, importance, best[2], best[3] - best[2] / np.float32(2)))
+    return best[1], best[2], best[3]
+
+
+_Fit = tuple[Floats, Floats, Floats, Floats]
+"""Weighted error, codes, scale and offset per block."""
+
+
+def _try(x: Floats, importance: Floats, scale: Floats, middle: Floats) -> _Fit:
+    """Round to a grid around ``middle``, then fit scale and offset to the codes by weighted least squares."""
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)[..., None]
+    codes = np.clip(np.rint((x - middle[..., None]) * inverse - np.float32(0.5)), -8, 7)
+    total = np.maximum(importance.sum(axis=-1), np.finfo(np.float32).tiny)
+    code_mean, x_mean = (importance * codes).sum(axis=-1) / total, (importance * x).sum(axis=-1) / total
+    off = codes - code_mean[..., None]
+    spread = (importance * off * off).sum(axis=-1)
+    shared = (importance * off * (x - x_mean[..., None])).sum(axis=-1)
+    fitted = np.divide(shared, spread, out=np.zeros_like(spread), where=spread > 0)
+    offset = x_mean - fitted * code_mean
+    error = (importance * np.square(fitted[..., None] * codes + offset[..., None] - x)).sum(axis=-1)
+    return error, codes, fitted, offset
+
+
+def _better(one: _Fit, other: _Fit) -> _Fit:
+    """Per block the one of less error."""
+    wins = other[0] < one[0]
+    error, scale, offset = (np.where(wins, other[i], one[i]) for i in (0, 2, 3))
+    return error, np.where(wins[..., None], other[1], one[1]), scale, offset
 
 
 def convert(layer: Linear, quantisation: Quantisation) -> Linear:
-    """A lossless layer in the wanted form. What has no whole blocks stays float."""
-    if quantisation == "source" or (quantisation == "int8" and "q8" in layer.parts):
+    """A lossless layer in the wanted form. What has no whole blocks stays float, and so does what f16 cannot hold."""
+    if quantisation == "source" or (quantisation == f"int{layer.bits}" and _is_plain(layer)):
         return layer
     weights = layer.dequantised()
-    if quantisation == "fp32" or layer.columns % BLOCK:
+    if quantisation == "fp16" and weights.size % 2 == 0 and np.abs(weights).max(initial=0) <= _F16_MAX:
+        return Linear({"h": weights.astype(np.float16)})
+    if quantisation in ("fp32", "fp16") or layer.columns % BLOCK:
         return Linear({"w": weights})
-    return quantise_int8(weights)
+    return quantise_int8(weights) if quantisation == "int8" else quantise_int4(weights)
 
 
-def _halves(blocks: Array, offset: int) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = (
-        np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0].astype(np.float32)
-    )
-    return values
-
-
-def _pair_nibbles(codes: Array) -> NDArray[np.uint8]:
-    """GGUF packs weight i with i + 16; MatMulNBits packs weight 2i with 2i + 1."""
-    low, high = codes & 15, codes >> 4
-    out = np.empty(codes.shape, np.uint8)
-    half = codes.shape[-1] // 2
-    out[..., :half] = low[..., 0::2] | (low[..., 1::2] << 4)
-    out[..., half:] = high[..., 0::2] | (high[..., 1::2] << 4)
-    return out
+def _is_plain(layer: Linear) -> bool:
+    """int8 is chosen for its speed, which offsets would take; int4 has them itself."""
+    return layer.block == BLOCK and (layer.bits == 4 or "c" not in layer.parts)

@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 from config.errors import IntegrityError, LocalError
 from config.vocabulary import MIB
 from dmoe.core.linear import Linear
-from dmoe.core.manifest import BLOCK, Quantisation
-from dmoe.importer.quantise import BLOCK_TYPES, FLOAT_TYPES, convert, to_float, transcode
+from dmoe.core.manifest import Quantisation
+from dmoe.importer.blocks import BLOCK_TYPES, FLOAT_TYPES, block_size, bytes_per_weight, transcode
+from dmoe.importer.quantise import BYTES_PER_WEIGHT, convert, float_layer, to_float
 
 Array = NDArray[Any]
 
 _ALL = slice(None)
+_ROOM = 1.05
+"""For what is joined in a wider form, and for all that is no weight."""
 _AGAIN = "the file is truncated, altered or of another kind; download it again"
 
 
@@ -70,8 +73,13 @@ class GgufSource:
 
     def bytes_needed(self, quantisation: Quantisation) -> int:
         """About what the imported model takes on disk."""
-        factor = {"source": 1.3, "int8": 2.3, "fp32": 8.0}[quantisation]
-        return int(self.path.stat().st_size * factor)
+        need = 0.0
+        for tensor in self._tensors.values():
+            kind = tensor.tensor_type.name
+            known = kind in BLOCK_TYPES or kind in FLOAT_TYPES
+            own = bytes_per_weight(kind) if known else 4.0
+            need += int(tensor.n_elements) * (own if quantisation == "source" else BYTES_PER_WEIGHT[quantisation])
+        return int(need * _ROOM)
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -118,20 +126,23 @@ class GgufSource:
         part: tuple[slice, slice],
     ) -> Linear:
         if kind in FLOAT_TYPES:
-            layer = Linear({"w": to_float(kind, data, *shape)[part]})
+            layer = _cut(float_layer(kind, data[part[0]], -1, shape[1]), part[1])
         elif kind in BLOCK_TYPES:
-            layer = transcode(kind, data.reshape(shape[0], shape[1] // BLOCK, -1)[part[0], _blocks(part[1])])
-        elif quantisation == "source":
-            raise self._fault(name, f"is {kind}, which cannot be kept as it is", "import it as int8 or fp32")
+            layer = self._transcode(kind, data[part[0]], shape[1], part[1])
         else:
-            try:
-                weights = gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(shape)[part]
-            except (NotImplementedError, ValueError) as error:
-                raise self._fault(name, f"is {kind}, which is not supported") from error
-            layer = Linear({"w": weights})
-        if not all(np.isfinite(values).all() for values in layer.parts.values() if values.dtype == np.float32):
+            raise self._fault(name, f"is {kind}, which is not supported", f"known: {', '.join(sorted(BLOCK_TYPES))}")
+        if not layer.is_finite():
             raise self._fault(name, "holds numbers that are not finite", _AGAIN)
         return convert(layer, quantisation)
+
+    def _transcode(self, kind: str, rows: Array, columns: int, wanted: slice) -> Linear:
+        size = block_size(kind)
+        blocks = rows.reshape(len(rows), columns // size, -1)
+        if wanted == _ALL:
+            return transcode(kind, blocks)
+        first = wanted.start // size
+        layer = transcode(kind, blocks[:, first : -(-wanted.stop // size)])
+        return _cut(layer, slice(wanted.start - first * size, wanted.stop - first * size))
 
     def _tensor(self, name: str) -> gguf.ReaderTensor:
         if name not in self._tensors:
@@ -147,5 +158,5 @@ class GgufSource:
         return IntegrityError("integrity", f"{self.path}: tensor {name} at offset {offset} {what}", hint)
 
 
-def _blocks(columns: slice) -> slice:
-    return columns if columns == _ALL else slice(columns.start // BLOCK, columns.stop // BLOCK)
+def _cut(layer: Linear, columns: slice) -> Linear:
+    return layer if columns == _ALL else layer.take_columns(columns)
