@@ -276,7 +276,9 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
         "source", help="a .gguf file, a folder of safetensors, or `bundled` for SmolLM2-135M-Instruct"
     )
     importing.add_argument("--name", default="", help="the model's name (default: from the file)")
-    importing.add_argument("--format", choices=("source", "fp32", "int8"), default="source", help="weight format")
+    importing.add_argument(
+        "--format", choices=("source", "fp32", "fp16", "int8", "int4"), default="source", help="weight format"
+    )
     command(model, "ls", _online("model_ls"), "Models known here, their shards and replicas.")
     verify = command(model, "verify", _local("model_verify"), "Check every hash and the stored golden logits.")
     verify.add_argument("model")

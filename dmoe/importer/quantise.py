@@ -18,7 +18,7 @@ Floats = NDArray[np.float32]
 BYTES_PER_WEIGHT: dict[Quantisation, float] = {"fp32": 4, "fp16": 2, "int8": 1.125, "int4": 0.75}
 _F16_MAX = 65504.0
 _WEIGHTS_AT_ONCE = 1 << 20
-_SPANS = tuple(np.float32(span) for span in np.arange(14, 16.1, 0.25))
+_SPANS = tuple(np.float32(span) for span in np.arange(13, 16.1, 0.5))
 """Over how many steps of the grid a block's weights are spread; above 15 its ends are cut off."""
 _REFITS = 2
 
@@ -47,7 +47,7 @@ def quantise_int8(weights: NDArray[np.float32]) -> Linear:
     scales = np.abs(blocks).max(axis=-1) / np.float32(127)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.rint(blocks * inverse[..., None]) + np.float32(128)
-    return Linear({"q8": (codes + 8).astype(np.uint8), "s": scales})
+    return Linear({"q8": codes.astype(np.uint8), "s": scales})
 
 
 def quantise_int4(weights: Floats) -> Linear:
@@ -64,12 +64,12 @@ def _fit(x: Floats) -> tuple[Floats, Floats, Floats]:
     """Codes, scales and offsets of blocks ``f32[.., 32]``, so that ``x`` is about ``scale * code + offset``."""
     importance = np.abs(x) + np.sqrt((x * x).mean(axis=-1, keepdims=True))
     low, width = x.min(axis=-1), x.max(axis=-1) - x.min(axis=-1)
-    middle = low + width / 2
-    best = _try(x, importance, width / _SPANS[0], middle)
-    for span in _SPANS[1:]:
-        best = _better(best, _try(x, importance, width / span, middle))
+    tries = [(width / span, np.float32(8) - max(span - 15, np.float32(0)) / 2) for span in _SPANS]
+    best = _try(x, importance, tries[0][0], low + tries[0][0] * tries[0][1])
+    for scale, steps in tries[1:]:
+        best = _better(best, _try(x, importance, scale, low + scale * steps))
     for _ in range(_REFITS):
-        best = _better(best, _try(x, importance, best[2], best[3] - best[2] / np.float32(2)))
+        best = _better(best, _try(x, importance, best[2], best[3]))
     return best[1], best[2], best[3]
 
 
@@ -77,10 +77,10 @@ _Fit = tuple[Floats, Floats, Floats, Floats]
 """Weighted error, codes, scale and offset per block."""
 
 
-def _try(x: Floats, importance: Floats, scale: Floats, middle: Floats) -> _Fit:
-    """Round to a grid around ``middle``, then fit scale and offset to the codes by weighted least squares."""
+def _try(x: Floats, importance: Floats, scale: Floats, offset: Floats) -> _Fit:
+    """Round to the grid of ``scale`` and ``offset``, then fit both to the codes by weighted least squares."""
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)[..., None]
-    codes = np.clip(np.rint((x - middle[..., None]) * inverse - np.float32(0.5)), -8, 7)
+    codes = np.clip(np.rint((x - offset[..., None]) * inverse), -8, 7)
     total = np.maximum(importance.sum(axis=-1), np.finfo(np.float32).tiny)
     code_mean, x_mean = (importance * codes).sum(axis=-1) / total, (importance * x).sum(axis=-1) / total
     off = codes - code_mean[..., None]

@@ -1,5 +1,6 @@
 """Tiny llama models with random weights, written as real GGUF files."""
 
+import math
 from functools import partial
 
 import gguf
@@ -11,6 +12,7 @@ from dmoe.layers import LocalExperts, Trunk
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.store import ModelStore
 from p2p.core.identity import Identity
+from tests.unit.dmoe.blocks_kit import random_blocks
 
 PUBLISHER = Identity.from_seed(b"p" * 32)
 HIDDEN, LAYERS, HEADS, KV_HEADS, WIDTH = 128, 3, 4, 2, 256
@@ -19,15 +21,18 @@ TOKENS = ["<|endoftext|>", *CHARACTERS]
 VOCAB = len(TOKENS)
 
 
-def write_gguf(path, *, kind="Q4_1", experts=0, top_k=2, tied=True, seed=0, change=None, extra=None, control=()):
-    """A llama with random weights of ``kind``; ``change`` maps metadata keys to other values (None leaves one out),
-    ``extra`` names further tensors, ``control`` further control tokens."""
+def write_gguf(
+    path, *, kind="Q4_1", experts=0, top_k=2, tied=True, seed=0, change=None, extra=None, control=(), hidden=HIDDEN
+):
+    """A llama with random weights of ``kind`` (or what it says of a tensor's name); ``change`` maps
+    metadata keys to other values (None leaves one out), ``extra`` names further tensors, ``control`` further control
+    tokens."""
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     metadata = {
         "llama.block_count": LAYERS,
         "llama.context_length": 512,
-        "llama.embedding_length": HIDDEN,
+        "llama.embedding_length": hidden,
         "llama.feed_forward_length": WIDTH,
         "llama.attention.head_count": HEADS,
         "llama.attention.head_count_kv": KV_HEADS,
@@ -58,40 +63,45 @@ def write_gguf(path, *, kind="Q4_1", experts=0, top_k=2, tied=True, seed=0, chan
             writer.add_uint32(key, value)
 
     def add(name, *shape, as_kind=kind):
+        as_kind = as_kind(name) if callable(as_kind) else as_kind
         scale = 1.0 if as_kind == "one" else shape[-1] ** -0.5
         values = random.standard_normal(shape).astype(np.float32) * np.float32(scale)
         if as_kind == "one":
             writer.add_tensor(name, 1 + values / 10)
-        elif as_kind == "F32":
-            writer.add_tensor(name, values)
+        elif as_kind in ("F32", "I8"):
+            writer.add_tensor(name, values.astype(np.float32 if as_kind == "F32" else np.int8))
         else:
             of = gguf.GGMLQuantizationType[as_kind]
-            writer.add_tensor(name, gguf.quantize(values, of), raw_dtype=of)
+            try:
+                data = gguf.quantize(values, of)
+            except NotImplementedError:
+                data = random_blocks(as_kind, math.prod(shape[:-1]), shape[-1], int(random.integers(1 << 30)), scale)
+            writer.add_tensor(name, data.reshape(*shape[:-1], -1), raw_dtype=of)
 
-    add("token_embd.weight", vocabulary, HIDDEN, as_kind="F32" if kind == "F32" else "Q8_0")
-    add("output_norm.weight", HIDDEN, as_kind="one")
+    add("token_embd.weight", vocabulary, hidden, as_kind="F32" if kind == "F32" else "Q8_0")
+    add("output_norm.weight", hidden, as_kind="one")
     if not tied:
-        add("output.weight", vocabulary, HIDDEN)
-    kv_width = HIDDEN // HEADS * KV_HEADS
+        add("output.weight", vocabulary, hidden)
+    kv_width = hidden // HEADS * KV_HEADS
     for layer in range(LAYERS):
         p = f"blk.{layer}."
-        add(p + "attn_norm.weight", HIDDEN, as_kind="one")
-        add(p + "ffn_norm.weight", HIDDEN, as_kind="one")
-        add(p + "attn_q.weight", HIDDEN, HIDDEN)
-        add(p + "attn_k.weight", kv_width, HIDDEN)
-        add(p + "attn_v.weight", kv_width, HIDDEN)
-        add(p + "attn_output.weight", HIDDEN, HIDDEN)
+        add(p + "attn_norm.weight", hidden, as_kind="one")
+        add(p + "ffn_norm.weight", hidden, as_kind="one")
+        add(p + "attn_q.weight", hidden, hidden)
+        add(p + "attn_k.weight", kv_width, hidden)
+        add(p + "attn_v.weight", kv_width, hidden)
+        add(p + "attn_output.weight", hidden, hidden)
         if experts:
-            add(p + "ffn_gate_inp.weight", experts, HIDDEN, as_kind="F32")
-            add(p + "ffn_gate_exps.weight", experts, WIDTH, HIDDEN)
-            add(p + "ffn_up_exps.weight", experts, WIDTH, HIDDEN)
-            add(p + "ffn_down_exps.weight", experts, HIDDEN, WIDTH)
+            add(p + "ffn_gate_inp.weight", experts, hidden, as_kind="F32")
+            add(p + "ffn_gate_exps.weight", experts, WIDTH, hidden)
+            add(p + "ffn_up_exps.weight", experts, WIDTH, hidden)
+            add(p + "ffn_down_exps.weight", experts, hidden, WIDTH)
         else:
-            add(p + "ffn_gate.weight", WIDTH, HIDDEN)
-            add(p + "ffn_up.weight", WIDTH, HIDDEN)
-            add(p + "ffn_down.weight", HIDDEN, WIDTH)
+            add(p + "ffn_gate.weight", WIDTH, hidden)
+            add(p + "ffn_up.weight", WIDTH, hidden)
+            add(p + "ffn_down.weight", hidden, WIDTH)
     for name in extra or ():
-        add(name, HIDDEN, as_kind="one")
+        add(name, hidden, as_kind="one")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -11,7 +11,7 @@ from dmoe.layers import ALL_EXPERTS, FusedModel, LocalExperts, Routing, Trunk, f
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from tests.unit.dmoe.model_kit import load, made, numpy_logits, tiny
 
-FORMS = ("source", "int8", "fp32")
+FORMS = ("source", "int8", "fp32", "int4")
 IDS = [int(token) for token in np.random.default_rng(7).integers(1, 250, 60)]
 
 
