@@ -10,6 +10,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 Route = Literal["experts", "local", "fused"]
 """``experts``: experts wherever their replicas are. ``local``: the same graph and roundings, all in this process.
 ``fused``: one local graph without wire roundings (fastest; its own reference class)."""
+RouteWish = Route | Literal["auto"]
+"""What may be asked for; ``auto``: the planner chooses when the answer begins, and the answer keeps that route."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class GenerationRequest:
     prompt: str | tuple[int, ...] | None = None
     sampling: Sampling = field(default_factory=Sampling)
     request_id: str = ""
-    route: Route | None = None
+    route: RouteWish | None = None
     choice: int = 0
     """Which of several answers to the same request this is: each has a seed of its own, made from the request's."""
 

@@ -137,7 +137,30 @@ class DmoeSettings:
     batch_rows_max: int = _setting(512, "Rows run at once.", minimum=1, maximum=1 << 16)
     generations_max: int = _setting(4, "Answers generated at the same time; others wait.", minimum=1, maximum=1024)
     waiting_max: int = _setting(64, "Requests that may wait for a slot.", minimum=0, maximum=65536)
-    fused: bool = _setting(False, "Answer with one local graph instead of the swarm (needs the whole model here).")
+    fused: bool = _setting(False, 'Deprecated: write route = "fused".')
+    route: str = _setting(
+        "auto",
+        "How models answer. experts: attention here, experts wherever they are. stages: whole layers at other nodes. "
+        "local, fused: all of it here (fused: one graph, faster, without the swarm's roundings). auto: whichever the "
+        "planner expects to be best (rios plan MODEL shows why).",
+        choices=("auto", "experts", "stages", "local", "fused"),
+    )
+    stage_hosts: tuple[str, ...] = _setting((), "Peer ids that may hold stages of answers made here; empty: any.")
+    plan_pins: tuple[str, ...] = _setting(
+        (),
+        "Who runs which layers, as layers=who: 0-9=here, 10-19=experts (attention here, experts anywhere), "
+        "20-29=<peer id> (a stage there). Layers that are not named: as the planner likes.",
+    )
+    plan_price_weight: int = _setting(
+        1, "Microseconds of an answer that a microcredit is worth to the planner; 0: only speed counts.",
+        minimum=0, maximum=1_000_000,
+    )
+    on_missing: str = _setting(
+        "fail",
+        "If nobody has a chosen expert any more: fail the answer, or renormalise: rescale the weights of the experts "
+        "that are left and mark the answer degraded (models with a sparse router).",
+        choices=("fail", "renormalise"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

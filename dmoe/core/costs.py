@@ -95,7 +95,7 @@ def _missed(total: int, top_k: int, experts: int) -> float:
 class Host:
     """A machine as the planner sees it; all zero: nothing is known.
 
-    ``row_us``: measured, one row of one sum group; ``layer_row_us``: measured, one row through one layer of a stage.
+    ``bytes_per_s``: of the way to it. ``row_us``: measured, one row of one sum group; ``layer_row_us``: measured, one row through one layer of a stage.
     ``dialable``: other peers can connect to it, so that a stage may forward to it. ``barred``: why it is not asked.
     """
 
@@ -104,6 +104,7 @@ class Host:
     kflop_per_s: float = 0.0
     memory_bytes_per_s: float = 0.0
     cores: int = 1
+    bytes_per_s: float = 12_500_000.0
     row_us: float | None = None
     layer_row_us: float | None = None
     queue_rows: int = 0
@@ -115,7 +116,8 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """What this node knows at one moment. ``me.shards``: whose files are here; ``loaded``: which of them are in memory.
+    """What this node knows at one moment. ``me.shards``: whose files are here; ``loaded``: which of them it serves;
+    ``resident``: which need no further memory.
 
     ``hops_us``: estimated round trips between two other peers (ids ascending); ``runs``: routes this node can run.
     """
@@ -123,8 +125,8 @@ class View:
     me: Host
     peers: tuple[Host, ...] = ()
     loaded: frozenset[int] = frozenset()
+    resident: frozenset[int] = frozenset()
     ram_bytes_free: int = 1 << 62
-    link_bytes_per_s: float = 12_500_000.0
     hops_us: Mapping[tuple[PeerId, PeerId], float] = field(default_factory=dict)
     runs: frozenset[str] = frozenset({"experts", "local", "fused"})
 

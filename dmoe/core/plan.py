@@ -152,7 +152,7 @@ class _Planner:
 
     def _too_large(self, shards: Sequence[int]) -> str:
         positions = (self._ask.prompt_tokens + self._ask.answer_tokens) * max(1, self._ask.batch)
-        needed = sum(self._shape.ram_bytes[shard] for shard in set(shards) - self._view.loaded)
+        needed = sum(self._shape.ram_bytes[shard] for shard in set(shards) - self._view.resident)
         needed += positions * self._shape.kv_bytes_per_position
         free = self._view.ram_bytes_free
         return f"needs {needed >> 20} MiB of memory, {free >> 20} MiB are free" if needed > free else ""

@@ -153,9 +153,10 @@ class Spans:
         if a.peer_id == b.peer_id:
             return Amount()
         way, decode_rows = self._view.one_way_us(a, b) + STAGE_CALL_US, self._ask.decode_rows
+        speed = min(host.bytes_per_s for host in (a, b) if host is not self._view.me)
 
         def sent_us(rows: int) -> float:
-            return way + rows * self._shape.row_bytes * 1e6 / self._view.link_bytes_per_s
+            return way + rows * self._shape.row_bytes * 1e6 / speed
 
         return Amount(
             self._ask.over_prompt(lambda rows: sent_us(min(rows, decode_rows) if last else rows)), sent_us(decode_rows)
@@ -259,8 +260,10 @@ class Spans:
         shape, me = self._shape, self._view.me
         chance = {peer: self._asked(groups, rows) for peer, groups in mine.items()}
         remote = sorted(peer for peer in mine if peer != me.peer_id)
-        sent = sum(chance[peer] * (1 + len(mine[peer])) for peer in remote) * rows * shape.row_bytes
-        other = sum(chance[peer] for peer in remote) * CALL_US + sent * 1e6 / self._view.link_bytes_per_s
+        other = 0.0
+        for peer in remote:  # one line out of this node, however many are called
+            sent = (1 + len(mine[peer])) * rows * shape.row_bytes
+            other += chance[peer] * (CALL_US + sent * 1e6 / by_id[peer].bytes_per_s)
         other += costs.PIECE_US * (1 + len(mine.get(me.peer_id, ())))
         round_trip = queue = 0.0
         service, left = costs.attention_us(shape, me, rows), 1.0
