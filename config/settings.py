@@ -8,6 +8,8 @@ Sizes are bytes, times milliseconds or seconds as the name says, money microcred
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from config.generation import RouteWish
+
 
 def _setting(default: Any, help: str, **bounds: Any) -> Any:  # noqa: ANN401 - a field of any type
     return field(default=default, metadata={"help": help, **bounds})
@@ -152,14 +154,10 @@ class DmoeSettings:
         "20-29=<peer id> (a stage there). Layers that are not named: as the planner likes.",
     )
     plan_price_weight: int = _setting(
-        1, "Microseconds of an answer that a microcredit is worth to the planner; 0: only speed counts.",
-        minimum=0, maximum=1_000_000,
-    )
-    on_missing: str = _setting(
-        "fail",
-        "If nobody has a chosen expert any more: fail the answer, or renormalise: rescale the weights of the experts "
-        "that are left and mark the answer degraded (models with a sparse router).",
-        choices=("fail", "renormalise"),
+        1,
+        "Microseconds of an answer that a microcredit is worth to the planner; 0: only speed counts.",
+        minimum=0,
+        maximum=1_000_000,
     )
 
 
@@ -218,6 +216,11 @@ class Settings:
     dmoe: DmoeSettings = field(default_factory=DmoeSettings)
     ledger: LedgerSettings = field(default_factory=LedgerSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
+
+
+def chosen_route(dmoe: DmoeSettings) -> RouteWish:
+    """The route in force: ``fused = true`` of version 0.2.0 still means ``route = "fused"``."""
+    return "fused" if dmoe.fused and dmoe.route == "auto" else dmoe.route  # type: ignore[return-value]
 
 
 def sections() -> dict[str, type[Any]]:

@@ -26,9 +26,10 @@ from typing import Protocol
 import trio
 
 from config.errors import RequestError, RiosError
-from config.generation import Delta, GenerationEvent, GenerationRequest, ModelInfo, Route, Sampling
+from config.generation import Delta, GenerationEvent, GenerationRequest, ModelInfo, Route, RouteWish, Sampling
 from dmoe.constraint import Compiled, Compilers
 from dmoe.core.sampling import check, choice_seed
+from dmoe.core.spans import Ask
 from dmoe.generate import Job, generate
 from dmoe.line import Line, Place
 from dmoe.runner import Runner
@@ -38,6 +39,8 @@ _EVENTS_MAX = 64
 _INLINE_CHARACTERS_MAX = 8192
 """Text up to this length is tokenised at once (about 10 ms), longer text in a thread."""
 _RATE_WINDOW_SECONDS = 10
+_ANSWER_TOKENS_EXPECTED = 256
+"""Few answers use the whole of what they may: routes are chosen for one of this length."""
 
 
 class Model(Protocol):
@@ -54,8 +57,11 @@ class Model(Protocol):
     @property
     def stop_tokens(self) -> tuple[int, ...]: ...
 
-    def fault(self, route: Route) -> RiosError | None:
+    def fault(self, route: RouteWish) -> RiosError | None:
         """Why the model cannot answer by this route now (a shard without replica, files not here), or None."""
+
+    def route_for(self, ask: Ask) -> Route:
+        """What ``auto`` means for such a request now. Raises RiosError where no route is possible."""
 
     async def tokenizer(self) -> Tokenizer:
         """Its tokenizer, loaded once."""
@@ -106,7 +112,7 @@ class Engine:
         *,
         generations_max: int = 4,
         waiting_max: int = 64,
-        default_route: Route = "experts",
+        default_route: RouteWish = "experts",
         events_max: int = _EVENTS_MAX,
     ) -> None:
         self._models = models
@@ -128,8 +134,8 @@ class Engine:
         """Check a request and turn its prompt into tokens. Raises what the file docstring lists."""
         check(request.sampling)
         model = self._find(request.model)
-        route = request.route or self._default_route
-        fault = model.fault(route)
+        wish = request.route or self._default_route
+        fault = model.fault(wish)
         if fault is not None:
             raise fault
         self._line.require_room(self._answer_seconds)
@@ -137,6 +143,7 @@ class Engine:
         _check_bias(request.sampling, tokenizer.vocabulary)
         prompt = await _tokens(request, tokenizer)
         max_tokens = _room(model, len(prompt), request)
+        route = self._route(model, wish, len(prompt), max_tokens)
         asked = request.sampling.seed
         seed = secrets.randbits(63) if asked is None else choice_seed(asked, request.choice)
         if seed != asked:
@@ -153,6 +160,13 @@ class Engine:
             route=route,
             constraint=constraint,
         )
+
+    def _route(self, model: Model, wish: RouteWish, prompt_tokens: int, max_tokens: int) -> Route:
+        """The route an answer takes from its beginning to its end."""
+        if wish != "auto":
+            return wish
+        expected = min(max_tokens, _ANSWER_TOKENS_EXPECTED)
+        return model.route_for(Ask(prompt_tokens=prompt_tokens, answer_tokens=expected, batch=1 + self._line.active))
 
     def stream(self, prepared: Prepared) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
         """The answer's events. Entering raises BusyError where the line has filled up since ``prepare``;

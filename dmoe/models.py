@@ -13,17 +13,20 @@ Invariants:
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, get_args
 
 import trio
 
 from config.errors import LocalError, RemoteError, RiosError
-from config.generation import Route
+from config.generation import Route, RouteWish
 from config.vocabulary import ModelId, PeerId
 from dmoe import layers
 from dmoe import runner as seam
 from dmoe.caller import Caller, CallerSession
 from dmoe.core.manifest import Manifest, Shard
+from dmoe.core.plan import Candidate
+from dmoe.core.spans import Ask
+from dmoe.planning import Held
 from dmoe.runner import Feed, FloatRows, Report, Runner, Want
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.store import ModelStore
@@ -31,6 +34,8 @@ from dmoe.text import Tokenizer
 
 _Part = TypeVar("_Part")
 _NAMED_SHARDS_MAX = 4
+PREFERRED: tuple[Route, ...] = ("fused", "local", "experts")
+"""Routes in the order in which a node without a planner tries them."""
 
 
 class _Forward(Protocol):
@@ -69,6 +74,13 @@ class SwarmExperts:
         return [shard for shard in manifest.expert_shards() if manifest.shard_index(shard.id) not in table.offered]
 
 
+class Chooser(Protocol):
+    """Says what ``auto`` means: :class:`dmoe.planning.Planner`."""
+
+    def route(self, manifest: Manifest, ask: Ask) -> Candidate:
+        """How to answer such a request now. Raises RiosError where no route is possible."""
+
+
 class StoredModels:
     """Every model of a store that ``chosen`` accepts, in the order of their names. A provider for the engine."""
 
@@ -81,6 +93,9 @@ class StoredModels:
         *,
         chosen: Callable[[Manifest], bool] = lambda manifest: True,
     ) -> None:
+        """Set ``planner`` before the first answer by route ``auto``: without one, the first possible of
+        :data:`PREFERRED` is taken."""
+        self.planner: Chooser | None = None
         self._store = store
         self._experts = experts
         self._options = options
@@ -95,8 +110,16 @@ class StoredModels:
             del self._models[gone]
         for known, manifest in manifests.items():
             if known not in self._models:
-                self._models[known] = StoredModel(manifest, self._store, self._experts, self._options, self._peer_id)
+                self._models[known] = StoredModel(
+                    manifest, self._store, self._experts, self._options, self._peer_id, planner=lambda: self.planner
+                )
         return sorted(self._models.values(), key=lambda model: (model.name, model.id))
+
+    def held(self, manifest: Manifest) -> Held:
+        """What of a model is here, for the planner."""
+        model = self._models.get(manifest.model_id)
+        here = (index for index, shard in enumerate(manifest.shards) if is_here(self._store, manifest, shard))
+        return Held(frozenset(here), model.resident() if model else frozenset())
 
 
 class StoredModel:
@@ -109,6 +132,8 @@ class StoredModel:
         experts: ExpertsSource | None,
         options: RuntimeOptions,
         peer_id: PeerId,
+        *,
+        planner: Callable[[], Chooser | None] = lambda: None,
     ) -> None:
         self.manifest = manifest
         self.id = str(manifest.model_id)
@@ -120,16 +145,20 @@ class StoredModel:
         self._experts = experts
         self._options = options
         self._peer_id = peer_id
+        self._planner = planner
         self._tokenizer = _Once(self._load_tokenizer)
         self._trunk = _Once(lambda: layers.Trunk(manifest, store, options))
         self._local = _Once(self._load_local)
         self._fused = _Once(lambda: layers.FusedModel(manifest, store, options))
         self._runners: dict[Route, Runner] = {}
 
-    def fault(self, route: Route) -> RiosError | None:
-        """Why the model cannot answer by this route now, or None."""
+    def fault(self, route: RouteWish) -> RiosError | None:
+        """Why the model cannot answer by this route now, or None. By ``auto``: only if it cannot by any."""
+        if route == "auto":
+            faults = [self.fault(each) for each in PREFERRED]
+            return None if None in faults else faults[-1]
         needed = [self.manifest.trunk] if route == "experts" else list(self.manifest.shards)
-        absent = [shard for shard in needed if not self._is_here(shard)]
+        absent = [shard for shard in needed if not is_here(self._store, self.manifest, shard)]
         if absent:
             return LocalError(
                 "unavailable",
@@ -148,6 +177,25 @@ class StoredModel:
                 "start a node that serves this model, or raise its replica count",
             )
         return None
+
+    def route_for(self, ask: Ask) -> Route:
+        """What ``auto`` means for such a request now. Raises RiosError where no route is possible."""
+        planner = self._planner()
+        if planner is not None:
+            kind = planner.route(self.manifest, ask).kind
+            route: Route = next(each for each in get_args(Route) if each == kind)  # it offers only what can run
+            return route
+        is_dense = self.manifest.architecture.router.kind == "all"
+        possible = [each for each in PREFERRED if self.fault(each) is None and (is_dense or each != "fused")]
+        if not possible:
+            raise self.fault("experts") or LocalError("unavailable", f"{self.name}: no route is possible")
+        return possible[0]
+
+    def resident(self) -> frozenset[int]:
+        """Shards that are in memory for answers made here."""
+        if self._fused.is_loaded or self._local.is_loaded:
+            return frozenset(range(len(self.manifest.shards)))
+        return frozenset({self.manifest.shard_index(self.manifest.trunk.id)} if self._trunk.is_loaded else ())
 
     async def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded once."""
@@ -193,9 +241,6 @@ class StoredModel:
             ExpertShard(self.manifest, shard, self._store, self._options) for shard in self.manifest.expert_shards()
         ]
         return layers.LocalExperts(self.manifest, shards, threads=self._options.thread_count)
-
-    def _is_here(self, shard: Shard) -> bool:
-        return all(self._store.path(self.manifest.model_id, file).is_file() for file in shard.files)
 
     def _own_report(self, sequence: layers.Sequence) -> Report:
         """Everything was computed here, counted as calls to peers are: a row per sum group and layer."""
@@ -282,6 +327,11 @@ class _Once(Generic[_Part]):
         self._lock = trio.Lock()
         self._part: _Part | None = None
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it is in memory."""
+        return self._part is not None
+
     async def get(self) -> _Part:
         if self._part is not None:
             return self._part
@@ -293,6 +343,11 @@ class _Once(Generic[_Part]):
                     message = "not enough memory to load the model"
                     raise LocalError("local", message, "free memory, or use another route") from error
             return self._part
+
+
+def is_here(store: ModelStore, manifest: Manifest, shard: Shard) -> bool:
+    """Whether all files of a shard exist; what is in them shows when they are loaded."""
+    return all(store.path(manifest.model_id, file).is_file() for file in shard.files)
 
 
 def _report_of(session: CallerSession) -> Report:

@@ -72,7 +72,9 @@ def _pin(text: str) -> Pin:
     layers, equals, where = (part.strip() for part in text.partition("="))
     first, dash, last = layers.partition("-")
     if not (equals and where and first.isdecimal() and (last.isdecimal() if dash else True)):
-        raise ConfigError("config", f"dmoe.plan_pins: {text!r} is no pin", "e.g. 0-9=here, 10=experts, 20-29=12D3Koo...")
+        raise ConfigError(
+            "config", f"dmoe.plan_pins: {text!r} is no pin", "e.g. 0-9=here, 10=experts, 20-29=12D3Koo..."
+        )
     if where not in ("here", "experts") and not where.startswith(("12D3", "16Uiu2", "Qm")):
         raise ConfigError("config", f"dmoe.plan_pins: {text!r} names {where!r}", "one of here, experts, a peer id")
     pin = Pin(int(first), int(last or first), where)

@@ -204,7 +204,9 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     chat.add_argument("question", nargs="*", help="the question (else read from a pipe or the terminal)")
     chat.add_argument("--model", default="", help="model name or id (default: the only one)")
     chat.add_argument("--local", action="store_true", help="no daemon, no network: load the model into this process")
-    chat.add_argument("--route", choices=("experts", "local", "fused"), help="where the experts run")
+    chat.add_argument(
+        "--route", choices=("auto", "experts", "local", "fused"), help="who computes (default: dmoe.route)"
+    )
     chat.add_argument("--max-tokens", type=int, default=None, help="longest answer (default: what the context leaves)")
     chat.add_argument("--min-tokens", type=int, default=0, help="shortest answer (default: 0)")
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")

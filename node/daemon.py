@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry
 from config.errors import EXIT_OK, LocalError, RiosError
 from config.files import naming, write_whole
 from config.paths import PAUSE_NOTE, Paths
-from config.settings import Settings
+from config.settings import Settings, chosen_route
 from config.vocabulary import KFLOP_PER_TFLOP, MIB
 from dmoe import hardware
 from dmoe.caller import Caller
@@ -39,6 +39,7 @@ from dmoe.core.manifest import Manifest
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
 from dmoe.models import StoredModels, SwarmExperts
+from dmoe.planning import Planner, wishes_of
 from dmoe.ports import Quote
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.store import ModelStore
@@ -78,6 +79,7 @@ class Node:
         self.caller: Caller
         self.hosting: Hosting
         self.engine: Engine
+        self.planner: Planner
 
     def expert_rows(self) -> int:
         """Rows computed by the experts here, for peers and for this node's own answers."""
@@ -319,15 +321,24 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
     models = StoredModels(
         node.store, SwarmExperts(node.caller), node.options, identity.peer_id, chosen=_chosen(node.store, settings)
     )
+    route = chosen_route(settings.dmoe)
+    node.planner = models.planner = Planner(
+        network,
+        node.caller,
+        models.held,
+        wishes_of(route, settings.dmoe.stage_hosts, settings.dmoe.plan_pins, settings.dmoe.plan_price_weight),
+        threads=node.options.thread_count,
+        loaded=node.worker.indices,
+    )
     node.engine = Engine(
         models,
         generations_max=settings.dmoe.generations_max,
         waiting_max=settings.dmoe.waiting_max,
-        default_route="fused" if settings.dmoe.fused else "experts",
+        default_route=route,
     )
     for part in (node.worker.run, node.caller.run, node.hosting.run):
         await nursery.start(part)
-    bring = node.hosting.ensure_whole if settings.dmoe.fused else node.hosting.ensure_trunk
+    bring = node.hosting.ensure_whole if route in ("fused", "local") else node.hosting.ensure_trunk
     for name in settings.dmoe.orchestrate:
         nursery.start_soon(_bring, bring, name)
 

@@ -16,7 +16,7 @@ from config import seeds
 from config.errors import EXIT_OK, ConfigError, LocalError, RequestError, RiosError
 from config.load import Loaded, render_reference, to_toml
 from config.paths import Paths, cache_dir
-from config.settings import sections
+from config.settings import DmoeSettings, sections
 from config.vocabulary import format_credits
 from node import progress, threads
 from node.cli import VERSION, Context, Output, parse_credits
@@ -87,7 +87,21 @@ def config_check(context: Context) -> Output:
         for address in getattr(settings.p2p, name):
             seeds.host_port(address, f"p2p.{name}")
     where = str(context.config_file) if context.config_file.exists() else "no config file; defaults"
-    return Output({"ok": True, "config": where, "seeds": list(listed)}, f"ok: {where}, {len(listed)} seeds")
+    notes = _notes(settings.dmoe)
+    data = {"ok": True, "config": where, "seeds": list(listed), "notes": notes}
+    return Output(data, "\n".join([f"ok: {where}, {len(listed)} seeds", *(f"note: {note}" for note in notes)]))
+
+
+def _notes(dmoe: DmoeSettings) -> list[str]:
+    """What works but should be written otherwise. Raises ConfigError for pins that cannot be kept."""
+    from dmoe.planning import wishes_of  # noqa: PLC0415
+
+    wishes_of(dmoe.route, dmoe.stage_hosts, dmoe.plan_pins, dmoe.plan_price_weight)
+    notes = []
+    if dmoe.fused:
+        told = "has no effect beside it" if dmoe.route != "auto" else 'still works; write route = "fused"'
+        notes.append(f"dmoe.fused is deprecated and {told}")
+    return notes
 
 
 def config_show(context: Context) -> Output:

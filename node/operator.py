@@ -112,6 +112,7 @@ async def _status(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN40
             "hosting": node.hosting.status(),
             "worker": node.worker.statistics(),
             "caller": node.caller.statistics(),
+            "planner": node.planner.statistics(),
         },
         "ledger": _ledger_summary(node),
         "gateway": {"url": node.gateway_url} if node.gateway_url else None,

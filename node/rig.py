@@ -208,6 +208,7 @@ class Swarm:
             "node.name": name,
             "node.data_dir": "data",
             "p2p.listen": ("/ip4/127.0.0.1/tcp/0",),
+            "dmoe.route": "experts",  # what such a swarm is for, whatever would be faster
             **settings,
         }
         node.config_file.write_text(render_file(changes))

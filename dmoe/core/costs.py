@@ -95,8 +95,9 @@ def _missed(total: int, top_k: int, experts: int) -> float:
 class Host:
     """A machine as the planner sees it; all zero: nothing is known.
 
-    ``bytes_per_s``: of the way to it. ``row_us``: measured, one row of one sum group; ``layer_row_us``: measured, one row through one layer of a stage.
-    ``dialable``: other peers can connect to it, so that a stage may forward to it. ``barred``: why it is not asked.
+    ``bytes_per_s``: of the way to it. ``row_us``: measured, one row of one sum group; ``layer_row_us``: measured, one
+    row through one layer of a stage. ``dialable``: other peers can connect to it, so that a stage may forward to it.
+    ``barred``: why it is not asked.
     """
 
     peer_id: PeerId

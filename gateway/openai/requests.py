@@ -13,7 +13,7 @@ import trio
 from msgspec import Meta
 from starlette.requests import Request
 
-from config.generation import GenerationRequest, Message, Route, Sampling
+from config.generation import GenerationRequest, Message, RouteWish, Sampling
 from gateway.errors import ApiError, invalid, unsupported
 
 _BODY_SECONDS = 30.0
@@ -35,7 +35,7 @@ B = TypeVar("B", bound="SharedBody")
 class RiosOptions(msgspec.Struct, forbid_unknown_fields=True):
     """RiOS's extension of a request."""
 
-    route: Route | None = None
+    route: RouteWish | None = None
 
 
 class StreamOptions(msgspec.Struct):
@@ -301,7 +301,7 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     return stops
 
 
-def _route(body: SharedBody) -> Route | None:
+def _route(body: SharedBody) -> RouteWish | None:
     return body.rios.route if body.rios is not None else None
 
 
