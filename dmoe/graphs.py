@@ -8,7 +8,7 @@ Invariant: every operator treats each row alone, so a row's result does not depe
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,25 +17,38 @@ from onnx import TensorProto
 from dmoe.attention import LayerWeights, attention, declare_shared
 from dmoe.core.linear import Form, Linear
 from dmoe.core.manifest import Architecture
+from dmoe.core.variant import PLAIN, Variant
 from dmoe.operators import CONTRIB, Builder, Graph, i64, linear, normalise
 
 Array = NDArray[Any]
 
+
+class Activation(NamedTuple):
+    """What becomes of gate and up; see :data:`dmoe.core.variant.Activation`."""
+
+    kind: str
+    alpha: float
+    limit: float
+
+
+SILU = Activation("silu", 1.0, 0.0)
 _END = np.array([np.iinfo(np.int64).max], np.int64)
 
 
-def expert_graph(gate_up: Linear, down: Linear) -> Graph:
-    """``h f32[N, H] -> y f32[N, H]``: one expert, ``down(silu(gate(h)) * up(h))``, unweighted."""
-    model = _expert_model(gate_up.form, gate_up.rows, gate_up.columns, down.form)
+def expert_graph(gate_up: Linear, down: Linear, traits: Variant = PLAIN) -> Graph:
+    """``h f32[N, H] -> y f32[N, H]``: one expert, ``down(silu(gate(h)) * up(h))``, unweighted; or with the activation
+    and the biases of ``traits``."""
+    activation = Activation(traits.activation, traits.activation_alpha, traits.activation_limit)
+    model = _expert_model(gate_up.form, gate_up.rows, gate_up.columns, down.form, activation)
     return Graph(model, {**_named(gate_up, "gate_up"), **_named(down, "down")})
 
 
 @lru_cache(maxsize=64)
-def _expert_model(gate_up: Form, rows: int, hidden: int, down: Form) -> bytes:
+def _expert_model(gate_up: Form, rows: int, hidden: int, down: Form, activation: Activation) -> bytes:
     """All experts of one shape and form share a serialised graph."""
     builder = Builder()
     builder.input("h", TensorProto.FLOAT, ["N", hidden])
-    _feed_forward(builder, "", "h", _blank(gate_up, rows, hidden), _blank(down, hidden, rows // 2), "y")
+    _feed_forward(builder, "", "h", _blank(gate_up, rows, hidden), _blank(down, hidden, rows // 2), "y", activation)
     builder.output("y", ["N", hidden])
     return builder.graph().model
 
@@ -106,14 +119,27 @@ def _blank(form: Form, rows: int, columns: int) -> Linear:
     return Linear({suffix: np.broadcast_to(dtype(0), shape) for suffix, (dtype, shape) in shapes})
 
 
-def _feed_forward(builder: Builder, prefix: str, h: str, gate_up: Linear, down: Linear, out: str) -> str:
+def _feed_forward(
+    builder: Builder, prefix: str, h: str, gate_up: Linear, down: Linear, out: str, activation: Activation = SILU
+) -> str:
     width = gate_up.rows // 2
     both = linear(builder, h, f"{prefix}gate_up", gate_up, f"{prefix}both")
     gate, up = f"{prefix}gate", f"{prefix}up"
     builder.op("Split", [both, builder.constant(i64(width, width))], [gate, up], axis=-1)
-    active = builder.op("QuickGelu", [gate], [f"{prefix}silu"], domain=CONTRIB, alpha=1.0)  # x * sigmoid(x)
+    if activation.kind == "clamped":
+        gate, up = _clamped(builder, gate, up, activation.limit)
+    alpha = activation.alpha if activation.kind == "clamped" else 1.0
+    active = builder.op("QuickGelu", [gate], [f"{prefix}silu"], domain=CONTRIB, alpha=alpha)  # x * sigmoid(alpha * x)
     product = builder.op("Mul", [active, up], [f"{prefix}act"])
     return linear(builder, product, f"{prefix}down", down, out)
+
+
+def _clamped(builder: Builder, gate: str, up: str, limit: float) -> tuple[str, str]:
+    """The gate at most ``limit``; up within it, plus one."""
+    low, high, one = (builder.constant(np.array(value, np.float32)) for value in (-limit, limit, 1.0))
+    gate = builder.op("Clip", [gate, "", high], [f"{gate}.clamped"])
+    up = builder.op("Clip", [up, low, high], [f"{up}.clamped"])
+    return gate, builder.op("Add", [up, one], [f"{up}.one"])
 
 
 def _head(builder: Builder, arch: Architecture, norm: Array, head: Linear, stream: tuple[str, str]) -> None:

@@ -89,15 +89,18 @@ def i64(*values: int) -> Array:
 
 
 def linear(builder: Builder, x: str, name: str, layer: Linear, out: str) -> str:
-    """``out f32[S, N] = x @ W^T``."""
+    """``out f32[S, N] = x @ W^T + bias``."""
     parts = {suffix: builder.weight(f"{name}.{suffix}", part) for suffix, part in layer.parts.items()}
+    bias = parts.pop("bias", "")
     bits, block = layer.bits, layer.block
     if not bits:
-        return builder.op("Gemm", [x, _as_f32(builder, *parts.values())], [out], transB=1)
+        inputs = [x, _as_f32(builder, *parts.values()), bias]
+        return builder.op("Gemm", inputs if bias else inputs[:2], [out], transB=1)
     product = f"{out}.product" if "c" in parts else out
+    inputs = [x, parts[f"q{bits}"], parts["s"], "", "", bias]
     builder.op(
         "MatMulNBits",
-        [x, parts[f"q{bits}"], parts["s"]],
+        inputs if bias else inputs[:3],
         [product],
         domain=CONTRIB,
         K=layer.columns,

@@ -153,7 +153,8 @@ class ExpertShard:
         for layer in manifest.layers_of(shard):
             for expert in shard.experts:
                 gate_up, down = expert_weights(manifest.architecture, tensors, layer, expert)
-                session = open_session(expert_graph(gate_up, down), threads=1, providers=providers)
+                graph = expert_graph(gate_up, down, manifest.architecture.traits)
+                session = open_session(graph, threads=1, providers=providers)
                 self._sessions[layer, expert] = _Expert(session, self._hidden)
         self._warm_up()
         release(self._files)
@@ -306,10 +307,10 @@ def release(files: Sequence[ShardFile]) -> None:
 
 def expert_weights(arch: Architecture, tensors: Mapping[str, Array], layer: int, expert: int) -> tuple[Linear, Linear]:
     """gate|up ``[2 * intermediate, hidden]`` and down ``[hidden, intermediate]`` of an expert."""
-    name = f"layer.{layer}.expert.{expert}"
+    name, bias = f"layer.{layer}.expert.{expert}", arch.traits.expert_bias
     return (
-        linear.find(tensors, f"{name}.gate_up", 2 * arch.intermediate, arch.hidden),
-        linear.find(tensors, f"{name}.down", arch.hidden, arch.intermediate),
+        linear.find(tensors, f"{name}.gate_up", 2 * arch.intermediate, arch.hidden, bias=bias),
+        linear.find(tensors, f"{name}.down", arch.hidden, arch.intermediate, bias=bias),
     )
 
 

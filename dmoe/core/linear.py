@@ -10,6 +10,7 @@ For ``y = x @ W^T`` with ``W`` of shape ``[N, K]``, and blocks of ``B`` weights 
 - ``q4 u8[N, K/B, B/2]`` (two weights a byte, the even one low), ``s f32[N, K/B]``; ``W = s * (q4 - 8)``
 - either with ``c f32[K/B, N]``, an offset added to the weights of a block: ``y = matmul(x, s * (q - z)) + blocksums(x)
   @ c`` is then the arithmetic of a source with block minima: nothing is quantised again.
+- any with ``bias f32[N]``, added to ``y``
 
 Invariant: cutting rows or whole blocks and joining them again gives back the same bytes.
 """
@@ -36,6 +37,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "q8": np.uint8,
     "s": np.float32,
     "c": np.float32,
+    "bias": np.float32,
 }
 _FORMS = (("w",), ("h",), ("b",), ("q8", "s"), ("q8", "s", "c"), ("q4", "s"), ("q4", "s", "c"))
 
@@ -57,6 +59,7 @@ class Form(NamedTuple):
             "q8": (rows, blocks, self.block),
             "s": (rows, blocks),
             "c": (blocks, rows),
+            "bias": (rows,),
         }
         return {suffix: (_DTYPES[suffix], every[suffix]) for suffix in self.suffixes}
 
@@ -125,10 +128,15 @@ class Linear:
 
     def take_columns(self, columns: slice) -> Self:
         """Some inputs: whole blocks only."""
+        assert "bias" not in self.parts, "a bias would be added once per part"
         step = self.block if self.bits else 1
         assert columns.start % step == columns.stop % step == 0, "a block of weights cannot be cut"
         blocks = slice(columns.start // step, columns.stop // step)
         return type(self)({k: part[blocks] if k == "c" else part[:, blocks] for k, part in self.parts.items()})
+
+    def with_bias(self, bias: Array) -> Self:
+        """The same layer with ``bias f32[N]``."""
+        return type(self)({**self.parts, "bias": bias})
 
     def tensors(self, name: str) -> dict[str, Array]:
         """The parts as named tensors, e.g. ``layer.3.qkv.q4``."""
@@ -169,7 +177,7 @@ def alike(layers: Sequence[Linear]) -> list[Linear]:
     if len({layer.form for layer in layers}) == 1:
         return list(layers)
     if not all(layer.bits for layer in layers):
-        return [Linear({"w": layer.dequantised()}) for layer in layers]
+        return [_again({"w": layer.dequantised()}, layer) for layer in layers]
     block = min(layer.block for layer in layers)
     offset = any("c" in layer.parts for layer in layers)
     return [_widened(layer, block, offset) for layer in layers]
@@ -184,7 +192,13 @@ def _widened(layer: Linear, block: int, offset: bool) -> Linear:
         blocks = codes.shape[1]
         found = layer.parts.get("c")
         parts["c"] = np.zeros((blocks, rows), np.float32) if found is None else found.repeat(repeat, axis=0)
-    return Linear(parts)
+    return _again(parts, layer)
+
+
+def _again(parts: Mapping[str, Array], layer: Linear) -> Linear:
+    """Other parts with the bias of a layer."""
+    bias = layer.parts.get("bias")
+    return Linear(parts if bias is None else {**parts, "bias": bias})
 
 
 def pack(codes: Array) -> NDArray[np.uint8]:
@@ -207,14 +221,16 @@ def _join(layers: Sequence[Linear], axis: int) -> Linear:
     )
 
 
-def find(tensors: Mapping[str, Array], name: str, rows: int, columns: int) -> Linear:
-    """The linear layer called ``name`` among a file's tensors, its dtypes and shapes checked.
+def find(tensors: Mapping[str, Array], name: str, rows: int, columns: int, *, bias: bool = False) -> Linear:
+    """The linear layer called ``name`` among a file's tensors, with its bias or without, its dtypes and shapes checked.
 
     Raises IntegrityError naming the tensor at fault.
     """
     for suffixes in reversed(_FORMS):
         if all(f"{name}.{suffix}" in tensors for suffix in suffixes):
             layer = Linear({suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes})
+            if bias:
+                layer = layer.with_bias(vector(tensors, f"{name}.bias", rows))
             _check(name, layer, rows, columns)
             return layer
     raise IntegrityError("integrity", f"tensor {name} is missing", "get the shard again")

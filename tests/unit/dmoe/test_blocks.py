@@ -5,6 +5,7 @@ import pytest
 
 from dmoe.core import linear
 from dmoe.core.linear import Linear, alike, join_rows
+from dmoe.core.variant import PLAIN, Variant
 from dmoe.graphs import expert_graph
 from dmoe.importer.blocks import BLOCK_TYPES, block_size, bytes_per_weight, transcode
 from dmoe.importer.quantise import convert, quantise_int4, quantise_int8
@@ -18,8 +19,8 @@ from tests.unit.dmoe.model_kit import load, made, numpy_logits
 IDS = [int(token) for token in np.random.default_rng(7).integers(1, 250, 24)]
 
 
-def run(gate_up, down, h):
-    session = open_session(expert_graph(gate_up, down), threads=1)
+def run(gate_up, down, h, traits=PLAIN):
+    session = open_session(expert_graph(gate_up, down, traits), threads=1)
     y = np.empty((len(h), down.rows), np.float32)
     Binding(session, {"h": np.ascontiguousarray(h)}, {"y": y}).run()
     return y
@@ -153,3 +154,30 @@ def test_floats_of_16_bits_are_stored_as_they_are_and_run_as_f32(tmp_path, suffi
         run(Linear({"w": gate_up}), down, h).tobytes()
         == run(Linear({"w": gate_up}), Linear({"w": floats}), h).tobytes()
     )
+
+
+def gpt_oss_expert(gate_up, down, biases, h):
+    """The clamped activation in fp64 (transformers' ``GptOssExperts``)."""
+    gate, up = np.split(h.astype(np.float64) @ gate_up.astype(np.float64).T + biases[0], 2, axis=1)
+    gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
+    return (up + 1) * gate / (1 + np.exp(-1.702 * gate)) @ down.astype(np.float64).T + biases[1]
+
+
+@pytest.mark.parametrize("kind", ["F32", "MXFP4", "Q4_0", "Q4_1", "Q5_K"])
+def test_an_expert_with_biases_and_the_clamped_activation(kind):
+    random = np.random.default_rng(9)
+    biases = [random.standard_normal(size).astype(np.float32) for size in (512, 256)]
+    h = 3 * random.standard_normal((9, 256)).astype(np.float32)
+    if kind == "F32":
+        layers = [Linear({"w": random.standard_normal(shape).astype(np.float32)}) for shape in ((512, 256), (256, 256))]
+    else:
+        layers = [transcode(kind, random_blocks(kind, rows, 256, 1, 0.06)) for rows in (512, 256)]
+    gate_up, down = (layer.with_bias(bias) for layer, bias in zip(layers, biases, strict=True))
+    traits = Variant(activation="clamped", expert_bias=True)
+    got = run(gate_up, down, h, traits)
+    wanted = gpt_oss_expert(gate_up.dequantised(), down.dequantised(), biases, h)
+    assert np.abs(got - wanted).std() < (1e-5 if kind == "F32" else 0.03) * wanted.std()
+    single = np.concatenate([run(gate_up, down, h[row : row + 1], traits) for row in range(9)])
+    assert single.tobytes() == got.tobytes()
+    found = linear.find(down.tensors("x"), "x", 256, 256, bias=True)
+    assert found.form == down.form
