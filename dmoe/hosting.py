@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import trio
 
 from config.errors import RequestError, RiosError
 from config.vocabulary import PeerId
-from dmoe.core.deployment import REPLICAS_MAX
+from dmoe.core.deployment import DEFAULT_MODE, REPLICAS_MAX, Mode
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.placement import Candidate, Holding, Patience, Wanted, assign, decide, quantised
 from dmoe.deployments import Deployments
@@ -145,13 +145,17 @@ class Hosting:
 
     # --- what the operator says and sees
 
-    async def deploy(self, model_id: str, replicas: int) -> None:
-        """Ask all nodes that take this node's deployments to serve a model. Raises RequestError for a bad count, or
-        what :meth:`Fetcher.manifest` raises if the model is not known here."""
+    async def deploy(self, model_id: str, replicas: int, mode: Mode = DEFAULT_MODE) -> None:
+        """Ask all nodes that take this node's deployments to serve a model. Raises RequestError for a bad count or
+        mode, or what :meth:`Fetcher.manifest` raises if the model is not known here."""
         if not 1 <= replicas <= REPLICAS_MAX:
             raise RequestError("invalid_request", f"replicas must be 1 to {REPLICAS_MAX}, not {replicas}")
         manifest = await self.fetcher.manifest(model_id, self.deployments.book.deployers(model_id))
-        await self.deployments.announce(manifest, replicas)
+        if mode not in get_args(Mode):
+            raise RequestError("invalid_request", f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+        if mode != "experts" and not manifest.stages:
+            raise RequestError("invalid_request", f"{manifest.name} has no stages", "import the model again")
+        await self.deployments.announce(manifest, replicas, mode)
 
     async def undeploy(self, model_id: str) -> None:
         """Take this node's deployment of a model back. Raises RequestError ``not_found`` if there is none."""
@@ -189,6 +193,9 @@ class Hosting:
         missing = self._manifests.get(model_id)
         shards = []
         for index, shard in enumerate(manifest.shards if manifest else ()):
+            concerned = not replicas or self.deployments.book.wanted(model_id, shard.kind)
+            if not concerned and (model_id, index) not in self._taker.progress:
+                continue
             here = self._taker.progress.get((model_id, index), Progress())
             ready = sum(1 for a in adverts.values() if (offer := a.offer(model_id)) and offer.holds(index))
             shards.append(
@@ -244,17 +251,20 @@ class Hosting:
         for model_id, replicas in sorted(self.deployments.book.replicas().items()):
             manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
             if manifest is not None:
-                await self._reconcile_model(manifest, replicas, adverts)
+                await self._reconcile_model(manifest, adverts)
             elif replicas:
                 self._start_manifest(model_id)
         self._update_full()
         self._advertise()
         await self._remember()
 
-    async def _reconcile_model(self, manifest: Manifest, replicas: int, adverts: dict[PeerId, Advert]) -> None:
+    async def _reconcile_model(self, manifest: Manifest, adverts: dict[PeerId, Advert]) -> None:
         model_id = manifest.model_id
         mine = self._taker.ready(manifest)
-        wanted = [Wanted(index, shard.id, replicas) for index, shard in enumerate(manifest.shards)]
+        wanted = [
+            Wanted(index, shard.id, self.deployments.book.wanted(model_id, shard.kind))
+            for index, shard in enumerate(manifest.shards)
+        ]
         candidates = []
         for peer, advert in adverts.items():
             if peer == self._network.peer_id:
@@ -278,7 +288,9 @@ class Hosting:
         surplus = () if self._worker.paused else decision.surplus
         for index in self._holding.ripe(model_id, surplus, now_ms)[:DROPS_AT_ONCE]:
             holders = [c.peer_id for c in candidates if index in c.ready and c.peer_id != self._network.peer_id]
-            if await self._is_proved(manifest.shards[index], holders, min(replicas, len(assigned[index]))):
+            if await self._is_proved(
+                manifest.shards[index], holders, min(wanted[index].replicas, len(assigned[index]))
+            ):
                 await self._drop(manifest, index)
             else:
                 self._holding.postpone(model_id, index, now_ms)
@@ -386,11 +398,12 @@ class Hosting:
     def _update_full(self) -> None:
         """Full means: the largest shard deployed anywhere would not fit. It depends on nothing but that and on what
         is here, so it does not flap with the placement."""
-        largest = 0
+        largest, book = 0, self.deployments.book
         for model_id, replicas in self.deployments.book.replicas().items():
             manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
             if manifest is not None and replicas:
-                largest = max(largest, *(shard.ram_bytes for shard in manifest.expert_shards()))
+                placed = [s for s in manifest.shards if s.kind != "trunk" and book.wanted(model_id, s.kind)]
+                largest = max(largest, *(shard.ram_bytes for shard in placed))
         self._full = not self._taker.has_room(largest)
 
     def _advertise(self, without: tuple[str, int] | None = None) -> None:

@@ -272,7 +272,7 @@ class FusedSession:
             raise LocalError(
                 "local", f"{manifest.name}: only dense models have a fused graph", "use the route experts or local"
             )
-        self._files = [file for shard in manifest.shards for file in store.open_shard(manifest, shard)]
+        self._files = [file for shard in manifest.parts for file in store.open_shard(manifest, shard)]
         tensors = merged(self._files)
         self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
         self._joined = Spool(self._files[0].path.parent)

@@ -138,6 +138,8 @@ class Taker:
     async def _take(self, manifest: Manifest, index: int, progress: Progress) -> None:
         """One shard's way from wherever it is to being served (the trunk: to the disk)."""
         shard = manifest.shards[index]
+        if shard.kind == "stage":
+            raise LocalError("unavailable", f"{shard.id}: this node serves no stages yet")
         ram = shard.ram_bytes if shard.kind == "expert" else 0
         self._check_ram(shard, ram, progress)
         self._ram_reserved += ram

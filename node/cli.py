@@ -289,6 +289,12 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     deploy = command(model, "deploy", _online("model_deploy"), "Ask the swarm to hold a model.")
     deploy.add_argument("model")
     deploy.add_argument("--replicas", type=int, default=None)
+    deploy.add_argument(
+        "--mode",
+        choices=("experts", "stages", "both"),
+        default="experts",
+        help="what nodes hold: groups of experts (a LAN), whole layers with their caches (a WAN), or both",
+    )
     deploy.add_argument("--wait", action="store_true", help="return once the swarm holds every replica")
     fetch = command(model, "fetch", _online("model_fetch"), "Bring here what answering with a model needs.")
     fetch.add_argument("model", help="its name or id")

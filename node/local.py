@@ -209,8 +209,8 @@ def model_import(context: Context) -> Output:
         "model_id": manifest.model_id,
         "name": manifest.name,
         "shards": len(manifest.shards),
-        "params": sum(shard.params for shard in manifest.shards),
-        "bytes": sum(shard.size_bytes for shard in manifest.shards),
+        "params": sum(shard.params for shard in manifest.parts),
+        "bytes": sum(shard.size_bytes for shard in manifest.parts),
         "quantisation": manifest.quantisation,
     }
     text = f"{manifest.name}\n  id      {manifest.model_id}\n  shards  {data['shards']}, {data['bytes'] / 1e6:.0f} MB"

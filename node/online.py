@@ -334,7 +334,8 @@ def model_ls(context: Context) -> Output:
 
 def model_deploy(context: Context) -> Output:
     """``rios model deploy``"""
-    data = _ask(context, "model.deploy", model=context.args.model, replicas=context.args.replicas)
+    args = context.args
+    data = _ask(context, "model.deploy", model=args.model, replicas=args.replicas, mode=args.mode)
     if context.args.wait:
         _watch_replicas(context, data)
         return Output(data, f"deployed {data['name']}: the swarm holds {data['replicas']} replicas of every shard")

@@ -335,8 +335,9 @@ def _replicas(node: "Node", manifest: Manifest) -> tuple[int, int]:
 async def _model_deploy(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
     manifest = _manifest(node, args)
     replicas = node.settings.dmoe.replicas if args.get("replicas") is None else args["replicas"]
-    await node.hosting.deploy(manifest.model_id, int(replicas))
-    return {"model_id": manifest.model_id, "name": manifest.name, "replicas": int(replicas)}
+    mode = args.get("mode") or "experts"
+    await node.hosting.deploy(manifest.model_id, int(replicas), mode)
+    return {"model_id": manifest.model_id, "name": manifest.name, "replicas": int(replicas), "mode": mode}
 
 
 async def _model_undeploy(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON

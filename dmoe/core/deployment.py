@@ -7,11 +7,12 @@ Invariants:
 2. Of two records of one deployer for one model the higher ``seq`` wins; ``replicas == 0`` takes the deployment back.
 3. Deployers do not overrule each other: a model gets the most replicas that any allowed one asks for.
 4. The book is bounded: at most ``RECORDS_MAX`` records, at most ``PER_DEPLOYER_MAX`` of one deployer.
+5. A record without a ``mode`` has the same bytes as before modes were known; what a later version appends is skipped.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -28,16 +29,31 @@ REPLICAS_MAX = 64
 ANYBODY = "*"
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Mode = Literal["experts", "stages", "both"]
+"""Which of a model's shards are wanted: groups of experts, whole layers, or both kinds; the trunk with each."""
+DEFAULT_MODE: Mode = "experts"
+_KINDS: Mapping[str, frozenset[str]] = {
+    "experts": frozenset(("trunk", "expert")),
+    "stages": frozenset(("trunk", "stage")),
+    "both": frozenset(("trunk", "expert", "stage")),
+}
 
 
-class Deployment(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """``deployer`` wants ``replicas`` of every shard of a model. ``seq`` is the unix time in ms when it was signed."""
+class Deployment(msgspec.Struct, array_like=True, frozen=True):
+    """``deployer`` wants ``replicas`` of every shard of a model that ``mode`` speaks of. ``seq`` is the unix time in ms
+    when it was signed. A mode that is not known here counts as the default one."""
 
     model_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     manifest_sha256: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
     replicas: Annotated[int, msgspec.Meta(ge=0, le=REPLICAS_MAX)]
     deployer: Annotated[str, msgspec.Meta(max_length=64)]
     seq: Count
+    mode: Annotated[str, msgspec.Meta(max_length=16)] = DEFAULT_MODE
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of shards it speaks of."""
+        return _KINDS.get(self.mode, _KINDS[DEFAULT_MODE])
 
 
 class _Envelope(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
@@ -56,14 +72,15 @@ class SignedDeployment:
 def sign(identity: Identity, record: Deployment) -> SignedDeployment:
     """Sign one's own record."""
     assert record.deployer == identity.peer_id
-    body = codec.encode(record)
+    fields = msgspec.structs.astuple(record)
+    body = codec.encode(fields[:-1] if record.mode == DEFAULT_MODE else fields)
     return SignedDeployment(record, codec.encode(_Envelope(body, identity.sign(TAG, body))))
 
 
 def open_record(data: bytes) -> SignedDeployment:
     """Decode and check a record somebody sent. Raises IntegrityError naming what is wrong."""
     envelope = codec.decode(_Envelope, data, bytes_max=RECORD_BYTES_MAX)
-    record = codec.decode(Deployment, envelope.body, bytes_max=RECORD_BYTES_MAX)
+    record = codec.decode_open(Deployment, envelope.body, bytes_max=RECORD_BYTES_MAX)
     if not verify(public_key_of(record.deployer), TAG, envelope.body, envelope.signature):
         raise IntegrityError("integrity", f"deployment of {record.model_id[:12]} has a wrong signature")
     return SignedDeployment(record, data)
@@ -124,6 +141,11 @@ class Book:
             record = signed.record
             wanted[record.model_id] = max(wanted.get(record.model_id, 0), record.replicas)
         return wanted
+
+    def wanted(self, model_id: str, kind: str) -> int:
+        """Replicas wanted of a model's shards of one kind."""
+        records = (signed.record for (model, _), signed in self._records.items() if model == model_id)
+        return max((record.replicas for record in records if kind in record.kinds), default=0)
 
     def deployers(self, model_id: str) -> list[PeerId]:
         """Who deployed a model: they can be asked for its manifest."""

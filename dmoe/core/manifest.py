@@ -8,7 +8,9 @@ Invariants:
 2. ``model_id`` is the sha256 of that JSON without the signature, so a re-signed manifest keeps its id.
 3. A parsed manifest is complete: every (layer with experts, sum group) has exactly one expert shard, and there is a
    trunk.
-4. A file path is relative, plain and unique, so that it can never leave its model's folder.
+4. A file path is relative, plain and names one file, so that it can never leave its model's folder.
+5. Stages are optional. Where there are any they hold every layer once, and they list files of the trunk and of the
+   expert shards, never files of their own.
 """
 
 import re
@@ -62,20 +64,23 @@ class ModelFile(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Shard(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is stored, placed and served as one: a sum group of experts over some layers, or the trunk."""
+    """What is stored, placed and served as one: a sum group of experts over some layers, whole layers (a stage), or the
+    trunk."""
 
     id: ShardId
-    kind: Literal["expert", "trunk"]
+    kind: Literal["expert", "trunk", "stage"]
     layers: tuple[int, int]
     """First and last layer, both included."""
     group: int
-    """Sum group; -1 for the trunk."""
+    """Sum group; -1 for the trunk and for a stage."""
     experts: tuple[int, ...]
     files: tuple[ModelFile, ...]
     params: int
     flops_per_row: int
-    """Of one layer: multiplications and additions that a row costs if it chose every expert of the group."""
+    """Of one layer: multiplications and additions that a row costs if it chose every expert of the group. Of a stage:
+    of all its layers, attention's projections and as many experts as a row chooses."""
     ram_bytes: int
+    """Without key/value caches."""
     dtype: str
 
     @property
@@ -197,6 +202,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """All expert shards, in manifest order."""
         return tuple(shard for shard in self.shards if shard.kind == "expert")
 
+    @cached_property
+    def stages(self) -> tuple[Shard, ...]:
+        """The stages in the order of their layers; none if the model was imported without."""
+        return tuple(sorted((shard for shard in self.shards if shard.kind == "stage"), key=lambda shard: shard.layers))
+
     def shard_index(self, shard_id: ShardId) -> int:
         """A shard's place in ``shards`` (adverts name shards by it). Raises IntegrityError for an unknown id."""
         _check(shard_id in self._shard_indices, f"no shard is called {shard_id[:80]!r}")
@@ -208,12 +218,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return tuple(layer for layer in self.architecture.sparse_layers if first <= layer <= last)
 
     def groups_of(self, shard: Shard) -> tuple[int, ...]:
-        """The sum groups a shard holds; none for the trunk."""
-        return () if shard.kind == "trunk" else (shard.group,)
+        """The sum groups a shard holds; none for the trunk and for a stage."""
+        return (shard.group,) if shard.kind == "expert" else ()
+
+    @property
+    def parts(self) -> tuple[Shard, ...]:
+        """The shards that hold everything once: without stages, which list the others' files again."""
+        return tuple(shard for shard in self.shards if shard.kind != "stage")
 
     def files(self) -> tuple[ModelFile, ...]:
-        """Every file of the model, the tokenizer's last."""
-        return (*(file for shard in self.shards for file in shard.files), self.tokenizer)
+        """Every file of the model once, the tokenizer's last."""
+        return (*(file for shard in self.parts for file in shard.files), self.tokenizer)
 
     def check(self) -> None:
         """Raise IntegrityError unless the manifest is complete and consistent."""
@@ -226,6 +241,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for file in self.files():
             file.check()
         _check(len(set(paths)) == len(paths) and "manifest.json" not in paths, "two files have one path")
+        if self.stages:
+            self._check_stages()
         vocab = self.architecture.vocab
         golden = self.golden
         ids = (*self.stop_tokens, *golden.prompt, *golden.tokens)
@@ -255,3 +272,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _check(len(trunks) == 1 and trunks[0].layers == (0, layers - 1), "there is not exactly one trunk")
         wanted = len(self.architecture.sparse_layers) * len(self.sum_groups)
         _check(len(self._expert_shards) == wanted, "a layer lacks a sum group")
+
+    def _check_stages(self) -> None:
+        """Every layer in exactly one stage, and every stage made of the others' files."""
+        next_layer, everything = 0, tuple(range(self.experts_per_layer))
+        trunk = {file.path: file for file in self.trunk.files}
+        for stage in self.stages:
+            name, (first, last) = f"stage {stage.id[:80]}", stage.layers
+            _check(first == next_layer, f"{name} begins with layer {first}, not with {next_layer}")
+            _check(stage.group == -1 and stage.experts == everything, f"{name} does not list every expert")
+            next_layer = last + 1
+            inside = [s for s in self.expert_shards() if first <= s.layers[1] and s.layers[0] <= last]
+            whole = all(first <= s.layers[0] and s.layers[1] <= last for s in inside)
+            _check(whole, f"{name} ends within the layers of an expert shard")
+            experts = {file.path: file for shard in inside for file in shard.files}
+            listed = {file.path: file for file in stage.files}
+            _check(len(listed) == len(stage.files), f"{name} lists a file twice")
+            attention = {path: file for path, file in listed.items() if trunk.get(path) == file}
+            _check(bool(attention), f"{name} lists no file of the trunk")
+            _check(listed == {**experts, **attention}, f"{name} lists other files than its layers have")
+        _check(next_layer == self.architecture.layers, f"no stage holds layer {next_layer}")

@@ -103,7 +103,8 @@ class _Import:
             [files[part.path] for part in trunk_parts], sum(tensors[p.path] for p in trunk_parts)
         )
         experts = [self.cut.expert_shard(part, files[part.path], tensors[part.path]) for part in expert_parts]
-        manifest = self._manifest(identity, (*experts, trunk), tokenizer)
+        stages = self.cut.stage_shards(files, tensors)
+        manifest = self._manifest(identity, (*experts, trunk, *stages), tokenizer)
         self.progress(total - 1, total, "golden logits")
         options = RuntimeOptions(device="cpu", threads=threads)
         golden = trio.run(compute_golden, manifest, _Folder(self.folder), options)

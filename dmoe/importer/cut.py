@@ -4,7 +4,7 @@ Owns: which layers and experts share a file, the sum groups, which tensors a fil
 come from (``sources``, ``folder``) or how they are written (``write``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,31 @@ class Cut:
             params=params,
             flops_per_row=2 * 3 * len(experts) * self.arch.hidden * self.arch.intermediate,
             ram_bytes=file.size_bytes + sessions * _RUNTIME_OVERHEAD_BYTES,
+            dtype=self.quantisation,
+        )
+
+    def stage_shards(self, files: Mapping[str, ModelFile], params: Mapping[str, int]) -> list[Shard]:
+        """Every span of layers once more as a stage, over the files it has already."""
+        return [self._stage_shard(part.layers, files, params) for part in self.trunk if not part.holds_ends]
+
+    def _stage_shard(self, layers: tuple[int, int], files: Mapping[str, ModelFile], params: Mapping[str, int]) -> Shard:
+        arch, router, (first, last) = self.arch, self.arch.router, layers
+        span, dense = range(first, last + 1), router.kind == "all"
+        parts = (*self.trunk, *self.experts)
+        paths = [p.path for p in parts if not p.holds_ends and first <= p.layers[0] and p.layers[1] <= last]
+        sparse = sum(layer in arch.sparse_layers for layer in span)
+        weights = sum(map(arch.trunk_weights, span)) + sparse * 3 * router.top_k * arch.hidden * arch.intermediate
+        sessions = len(span) + (0 if dense else sparse * router.experts)
+        return Shard(
+            id=ShardId(f"stage-l{first:02d}-{last:02d}"),
+            kind="stage",
+            layers=layers,
+            group=-1,
+            experts=tuple(range(router.experts)),
+            files=tuple(files[path] for path in paths),
+            params=sum(params[path] for path in paths),
+            flops_per_row=2 * weights,
+            ram_bytes=sum(files[path].size_bytes for path in paths) + sessions * _RUNTIME_OVERHEAD_BYTES,
             dtype=self.quantisation,
         )
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import IntegrityError
-from dmoe.core.deployment import PER_DEPLOYER_MAX, RECORDS_MAX, Book, Deployment, open_record, sign
+from dmoe.core.deployment import PER_DEPLOYER_MAX, RECORDS_MAX, TAG, Book, Deployment, open_record, sign
+from p2p.core import codec
 from p2p.core.identity import Identity
 
 ALICE, BOB, ME = (Identity.from_seed(name * 32) for name in (b"a", b"b", b"m"))
@@ -75,3 +76,25 @@ def test_one_deployer_cannot_fill_the_book():
     assert taken == PER_DEPLOYER_MAX < RECORDS_MAX
     assert everybody.add(record(BOB))
     assert everybody.add(record(ALICE, model=f"{1:064x}", seq=2)), "known ones can still change"
+
+
+def test_a_mode_says_which_kinds_of_shards_are_wanted_and_the_default_costs_no_byte():
+    experts, staged = record(ALICE, replicas=2), sign(BOB, Deployment(MODEL, b"h" * 32, 3, BOB.peer_id, 1, "stages"))
+    assert len(record(BOB, replicas=3).data) < len(staged.data)
+    assert open_record(staged.data).record.mode == "stages"
+    mine = book("*")
+    mine.add(experts)
+    assert [mine.wanted(MODEL, kind) for kind in ("trunk", "expert", "stage")] == [2, 2, 0]
+    mine.add(staged)
+    assert [mine.wanted(MODEL, kind) for kind in ("trunk", "expert", "stage")] == [3, 2, 3]
+    assert mine.wanted("2" * 64, "trunk") == 0
+
+
+def test_records_of_the_first_version_and_of_later_ones_are_read():
+    fields = [MODEL, b"h" * 32, 2, ALICE.peer_id, 1]
+    for body in (fields, [*fields, "a mode of later"], [*fields, "both", {"more": 1}]):
+        data = codec.encode(body)
+        signed = open_record(codec.encode([data, ALICE.sign(TAG, data)]))
+        assert signed.record.replicas == 2
+        assert "expert" in signed.record.kinds
+    assert record(replicas=2).data == codec.encode([codec.encode(fields), ALICE.sign(TAG, codec.encode(fields))])

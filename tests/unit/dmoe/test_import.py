@@ -46,15 +46,16 @@ def test_weights_are_transcoded_without_loss(tmp_path, kind):
     assert width * manifest.experts_per_layer == WIDTH
 
 
-def test_smollm2_is_cut_into_twelve_expert_shards_and_a_trunk(smollm2_store, smollm2_gguf):
+def test_smollm2_is_cut_into_twelve_expert_shards_three_stages_and_a_trunk(smollm2_store, smollm2_gguf):
     (manifest,) = smollm2_store.manifests().values()
     experts = manifest.expert_shards()
     assert len(experts) == 12
-    assert len(manifest.shards) == 13
+    assert len(manifest.parts) == 13
+    assert [stage.layers for stage in manifest.stages] == [(0, 9), (10, 19), (20, 29)]
     assert manifest.trunk.kind == "trunk"
     assert {shard.layers for shard in experts} == {(0, 9), (10, 19), (20, 29)}
     assert manifest.sum_groups == ((0,), (1,), (2,), (3,))
-    assert sum(shard.params for shard in manifest.shards) == 134_515_008
+    assert sum(shard.params for shard in manifest.parts) == 134_515_008
     assert experts[0].flops_per_row == 2 * 3 * 576 * 384
     assert manifest.licence == "apache-2.0"
     assert 2 in manifest.stop_tokens

@@ -89,7 +89,7 @@ def altered_file(manifest, **change):
     [
         (lambda m: replace(m, format="rios-model/2"), "format 'rios-model/2'"),
         (lambda m: replace(m, shards=m.shards[1:]), "a layer lacks a sum group"),
-        (lambda m: replace(m, shards=m.shards[:-1]), "exactly one trunk"),
+        (lambda m: replace(m, shards=m.parts[:-1]), "exactly one trunk"),
         (lambda m: replace(m, shards=(*m.shards, m.shards[0])), "two shards have one id"),
         (lambda m: replace(m, sum_groups=((0,), (1,), (2,))), "every expert exactly once"),
         (lambda m: replace(m, sum_groups=((1, 0), (2,), (3,))), "not ascending"),
@@ -205,3 +205,60 @@ def test_layers_without_experts_have_no_expert_shards(tmp_path):
     only_dense = replace(mixed, shards=(*mixed.shards, replace(mixed.shards[0], id="more", layers=(1, 1))))
     with pytest.raises(IntegrityError, match="spans layers without experts"):
         signed(only_dense).check()
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """A model with a stage per layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dmoe.importer.cut.LAYERS_PER_SHARD_MAX", 1)
+        return tiny(tmp_path_factory.mktemp("staged"), experts=4)
+
+
+def test_stages_hold_every_layer_once_over_the_files_that_are_there(staged):
+    store, manifest = staged
+    assert [stage.layers for stage in manifest.stages] == [(0, 0), (1, 1), (2, 2)]
+    assert manifest.stages == tuple(shard for shard in manifest.shards if shard.kind == "stage")
+    paths = [file.path for file in manifest.files()]
+    assert len(paths) == len(set(paths))
+    for stage in manifest.stages:
+        assert {file.path for file in stage.files} < set(paths)
+        assert store.has_shard(manifest.model_id, stage.id)
+        assert manifest.groups_of(stage) == ()
+    experts = sum(shard.flops_per_row for shard in manifest.expert_shards())
+    work = sum(stage.flops_per_row for stage in manifest.stages)
+    arch = manifest.architecture
+    projections = 2 * arch.hidden * (arch.qkv_width + arch.heads * arch.head_dim + arch.router.experts)
+    # a row chooses 2 of 4 experts
+    assert work == arch.layers * projections + experts // 2
+    assert sum(stage.params for stage in manifest.stages) < sum(part.params for part in manifest.parts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda stages: stages[1:], "begins with layer 1"),
+        (lambda stages: stages[:-1], "no stage holds layer 2"),
+        (lambda stages: [*stages, replace(stages[0], id="again")], "begins with layer 0"),
+        (lambda stages: [replace(stages[0], experts=(0, 1)), *stages[1:]], "every expert"),
+        (lambda stages: [replace(stages[0], files=stages[0].files[:-1]), *stages[1:]], "other files"),
+        (lambda stages: [replace(stages[0], files=stages[0].files[1:]), *stages[1:]], "no file of the trunk"),
+        (lambda stages: [replace(stages[0], files=stages[0].files * 2), *stages[1:]], "a file twice"),
+        (
+            lambda stages: [replace(stages[0], files=(*stages[0].files, stages[1].files[-1])), *stages[1:]],
+            "other files",
+        ),
+    ],
+)
+def test_stages_that_do_not_fit_the_model_are_named(staged, damage, fault):
+    _, manifest = staged
+    changed = replace(manifest, shards=(*manifest.parts, *damage(list(manifest.stages))))
+    with pytest.raises(IntegrityError, match=fault):
+        Manifest.parse(signed(changed).to_json())
+
+
+def test_a_manifest_without_stages_is_whole(staged):
+    _, manifest = staged
+    bare = Manifest.parse(signed(replace(manifest, shards=manifest.parts)).to_json())
+    assert bare.stages == ()
+    assert bare.files() == manifest.files()

@@ -33,7 +33,7 @@ def test_a_new_store_on_the_same_folder_knows_the_model(model):
     for wanted in (manifest.name, manifest.model_id, manifest.model_id[:10]):
         assert again.find(wanted) == manifest
     assert json.loads(again.read(manifest, manifest.tokenizer))["model"]["type"] == "BPE"
-    assert again.disk_bytes() > sum(shard.size_bytes for shard in manifest.shards)
+    assert again.disk_bytes() > sum(shard.size_bytes for shard in manifest.parts)
 
 
 def test_unknown_models_are_named(model):
