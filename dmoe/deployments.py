@@ -22,7 +22,7 @@ import trio
 from config.errors import IntegrityError, LocalError, RiosError
 from config.vocabulary import PeerId
 from dmoe.core import deployment
-from dmoe.core.deployment import DEFAULT_MODE, Book, Deployment, Mode, SignedDeployment
+from dmoe.core.deployment import DEFAULT_MODE, Book, Deployment, SignedDeployment
 from dmoe.core.manifest import Manifest
 from p2p.face import Call, Network, RecordRule, Reply
 
@@ -79,7 +79,7 @@ class Deployments:
                 await self.save()
             await trio.sleep(pause * self._random.uniform(0.8, 1.2))
 
-    async def announce(self, manifest: Manifest, replicas: int, mode: Mode = DEFAULT_MODE) -> Deployment:
+    async def announce(self, manifest: Manifest, replicas: int, mode: str = DEFAULT_MODE) -> Deployment:
         """Sign and spread this node's wish for a model; 0 takes it back."""
         old = self.book.own(manifest.model_id)
         seq = max(int(time.time() * 1000), old.seq + 1 if old else 0)

@@ -145,7 +145,7 @@ class Hosting:
 
     # --- what the operator says and sees
 
-    async def deploy(self, model_id: str, replicas: int, mode: Mode = DEFAULT_MODE) -> None:
+    async def deploy(self, model_id: str, replicas: int, mode: str = DEFAULT_MODE) -> None:
         """Ask all nodes that take this node's deployments to serve a model. Raises RequestError for a bad count or
         mode, or what :meth:`Fetcher.manifest` raises if the model is not known here."""
         if not 1 <= replicas <= REPLICAS_MAX:
