@@ -1,0 +1,243 @@
+"""A stage in memory: its layers, the runs that wait for them, and how fast it is here.
+
+Owns: what runs together. Does not own: who asked (``host``), tickets (``tickets``), arithmetic (the segment).
+
+Whenever the layers are free, everything that waits runs at once, up to a row budget: sequences of all callers in one
+pass. So batches grow with the load, without a timer. Runs of one sequence keep their order, and only one of them is in
+a batch.
+
+Invariants:
+1. A run is refused (busy, with a hint) before it is queued, never dropped after.
+2. Before a part runs, its cache is cut to the part's position; a cache that is shorter fails its own run alone.
+3. One batch at a time.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import trio
+
+from config.errors import BusyError, RemoteError, RequestError, RiosError
+from dmoe.core.manifest import Manifest
+from dmoe.core.manifest import Shard as ManifestShard
+from dmoe.core.wire import Dtype, FloatRows
+from dmoe.stages.segment import Cache, Rows, Segment
+
+log = logging.getLogger(__name__)
+
+FASTER, SLOWER = 0.5, 0.1
+"""Weights of a new measurement: a slow one is more often the machine's doing than the stage's."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What the manifest says about a loaded stage; ``index`` counts in the manifest's shard list."""
+
+    model_id: str
+    shard_id: str
+    index: int
+    layers: tuple[int, int]
+    width: int
+    context: int
+    flops_per_row: int
+    position_bytes: int
+    """Of key/value cache per position."""
+    dtype: Dtype
+
+
+def stage_plan_of(manifest: Manifest, shard: ManifestShard) -> StagePlan:
+    """What a host keeps of a manifest's stage."""
+    architecture, (first, last) = manifest.architecture, shard.layers
+    latent = architecture.traits.latent
+    width = latent.width if latent else 2 * architecture.kv_heads * architecture.head_dim
+    return StagePlan(
+        model_id=manifest.model_id,
+        shard_id=shard.id,
+        index=manifest.shard_index(shard.id),
+        layers=shard.layers,
+        width=architecture.hidden,
+        context=architecture.context,
+        flops_per_row=shard.flops_per_row,
+        position_bytes=4 * width * (last - first + 1),
+        dtype=manifest.wire_dtype,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows of a run: where they belong."""
+
+    cache: Cache
+    position: int
+    rows: int
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A run that waits. ``done`` is set once ``answer`` or ``error`` is."""
+
+    places: Sequence[Place]
+    x: FloatRows
+    queued: float
+    started: float = 0.0
+    ended: float = 0.0
+    answer: FloatRows | None = None
+    error: BaseException | None = None
+    done: trio.Event = field(default_factory=trio.Event)
+
+    def prepare(self) -> None:
+        """Cut the caches to their positions. Raises RequestError if one has less, or has not the room."""
+        for place in self.places:
+            if place.cache.length < place.position:
+                message = f"the cache holds {place.cache.length} positions, the run begins at {place.position}"
+                raise RequestError("conflict", message, "run what is missing first")
+            if place.position + place.rows > place.cache.capacity:
+                message = f"{place.position + place.rows} positions do not fit a cache for {place.cache.capacity}"
+                raise RequestError("context_length_exceeded", message)
+        for place in self.places:
+            place.cache.truncate(place.position)
+
+
+class LoadedStage:
+    """A stage with its queue and its figures."""
+
+    def __init__(
+        self, plan: StagePlan, segment: Segment, *, queue_rows_max: int = 4096, batch_rows_max: int = 512
+    ) -> None:
+        self.plan = plan
+        self.segment = segment
+        self.waiting: deque[Job] = deque()
+        self.rows_waiting = 0
+        self.row_seconds = plan.flops_per_row / 2e10
+        self.idle = trio.Event()
+        """Set whenever nothing runs and nothing waits."""
+        self.idle.set()
+        self.rows = self.runs = self.batches = self.batch_rows_max = self.refused = 0
+        self._queue_rows_max = queue_rows_max
+        self._batch_rows_max = batch_rows_max
+        self._driving = False
+
+    async def run(self, places: Sequence[Place], x: FloatRows, deadline: float, nursery: trio.Nursery) -> Job:
+        """``f32[N, H]`` through the layers, with whatever else waits; ``nursery`` outlives the caller. Raises BusyError
+        before it is queued, and what the run itself met."""
+        self._check_room(len(x), deadline)
+        job = Job(places, x, perf_counter())
+        self.waiting.append(job)
+        self.rows_waiting += len(x)
+        if not self._driving:
+            self._driving = True
+            self.idle = trio.Event()
+            nursery.start_soon(self._drive)
+        try:
+            await job.done.wait()
+        finally:
+            if job in self.waiting:  # its caller has gone
+                self.waiting.remove(job)
+                self.rows_waiting -= len(x)
+        if job.error is not None:
+            raise job.error
+        self.runs += 1
+        return job
+
+    def _check_room(self, rows: int, deadline: float) -> None:
+        if rows > self._queue_rows_max:
+            raise RequestError("too_large", f"{rows} rows in one run, at most {self._queue_rows_max} fit")
+        wait = self.row_seconds * (self.rows_waiting + rows)
+        if self.rows_waiting + rows > self._queue_rows_max or trio.current_time() + wait > deadline:
+            self.refused += 1
+            raise BusyError(
+                f"{self.rows_waiting} rows wait for {self.plan.shard_id}",
+                "ask another replica",
+                retry_after_ms=max(1, int(1000 * self.row_seconds * self.rows_waiting)),
+            )
+
+    async def _drive(self) -> None:
+        """Run what waits until nothing does."""
+        batch: list[Job] = []
+        try:
+            while self.waiting:
+                batch = self._take()
+                await self._run(batch)
+        finally:
+            self._driving = False
+            for job in (*batch, *self.waiting):
+                if not job.done.is_set():
+                    job.error = RemoteError("unavailable", "this node is shutting down", "ask another replica")
+                    job.done.set()
+            self.waiting.clear()
+            self.rows_waiting = 0
+            self.idle.set()
+
+    def _take(self) -> list[Job]:
+        """The first job and every other that fits the row budget, as long as no cache is in two of them."""
+        taken: list[Job] = []
+        left: deque[Job] = deque()
+        seen: set[int] = set()
+        rows = 0
+        for job in self.waiting:
+            caches = {id(place.cache) for place in job.places}
+            fits = not taken or rows + len(job.x) <= self._batch_rows_max
+            if fits and seen.isdisjoint(caches):
+                taken.append(job)
+                rows += len(job.x)
+            else:
+                left.append(job)
+            seen |= caches  # also of those left behind: later runs of a sequence do not overtake earlier ones
+        self.waiting = left
+        self.rows_waiting -= rows
+        return taken
+
+    async def _run(self, batch: Sequence[Job]) -> None:
+        start = perf_counter()
+        ready = []
+        for job in batch:
+            job.started = start
+            try:
+                job.prepare()
+                ready.append(job)
+            except RiosError as error:
+                job.error = error
+        try:
+            if ready:
+                await self._compute(ready, start)
+        except Exception as error:
+            if not isinstance(error, RiosError):
+                log.exception("running %s failed", self.plan.shard_id)
+            for job in ready:
+                job.error = error
+        for job in batch:
+            job.done.set()
+
+    async def _compute(self, jobs: Sequence[Job], start: float) -> None:
+        x = jobs[0].x if len(jobs) == 1 else np.concatenate([job.x for job in jobs])
+        parts = [Rows(place.cache, place.rows) for job in jobs for place in job.places]
+        y = await self.segment.run(x, parts)
+        end, count = perf_counter(), len(x)
+        spent = (end - start) / count
+        self.row_seconds += (FASTER if spent < self.row_seconds else SLOWER) * (spent - self.row_seconds)
+        self.batches += 1
+        self.rows += count
+        self.batch_rows_max = max(self.batch_rows_max, count)
+        first = 0
+        for job in jobs:
+            job.answer, job.ended = y[first : first + len(job.x)], end
+            first += len(job.x)
+
+    def statistics(self) -> dict[str, Any]:
+        """Figures of this stage, JSON-able."""
+        return {
+            "runs": self.runs,
+            "rows": self.rows,
+            "rows_computed": self.rows,
+            "batches": self.batches,
+            "batch_rows_max": self.batch_rows_max,
+            "rows_waiting": self.rows_waiting,
+            "refused": self.refused,
+            "row_us": round(self.row_seconds * 1e6, 1),
+            "ram_bytes": self.segment.ram_bytes,
+        }
