@@ -1,15 +1,18 @@
 """Golden logits: does this machine compute what the publisher computed?
 
-Owns: the prompt, the tolerance and the comparison. The route is ``local``: pieces with wire roundings, so every shard
-takes part. Another CPU family sums in another order, and quantised activations amplify that: hence a tolerance.
+Owns: the prompt, the tolerance and the comparison. The route is ``local``: pieces with wire roundings, so every layer
+takes part; they are run one by one (``dmoe/layerwise``), so that a model larger than memory can be checked. Another CPU
+family sums in another order, and quantised activations amplify that: hence a tolerance.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
 from config.errors import IntegrityError
 from dmoe.core.manifest import Golden, Manifest
-from dmoe.layers import LocalExperts, Trunk, forward
-from dmoe.runtime import ExpertShard, RuntimeOptions, ShardFiles
+from dmoe.layerwise import last_logits
+from dmoe.runtime import RuntimeOptions, ShardFiles
 
 TOKENS = 12
 TOP = 8
@@ -18,11 +21,19 @@ TOLERANCE_QUANTISED = 2.5
 """Measured between two attention kernels: 0.64, the median of the largest difference."""
 
 
-async def compute_golden(manifest: Manifest, store: ShardFiles, options: RuntimeOptions) -> Golden:
+Ran = Callable[[int], None]
+"""Called after every piece that was run, with its bytes."""
+
+
+def _silent(count: int) -> None:
+    """Nobody watches."""
+
+
+async def compute_golden(manifest: Manifest, store: ShardFiles, options: RuntimeOptions, ran: Ran = _silent) -> Golden:
     """The top logits behind a fixed prompt, computed here."""
     vocab = manifest.architecture.vocab
     prompt = tuple((7919 * index + 13) % vocab for index in range(min(TOKENS, manifest.architecture.context)))
-    logits = await _logits(manifest, store, options, prompt)
+    logits = await last_logits(manifest, store, options, prompt, ran)
     top = np.argsort(-logits, kind="stable")[:TOP]
     return Golden(
         prompt=prompt,
@@ -32,13 +43,13 @@ async def compute_golden(manifest: Manifest, store: ShardFiles, options: Runtime
     )
 
 
-async def verify(manifest: Manifest, store: ShardFiles, options: RuntimeOptions) -> float:
+async def verify(manifest: Manifest, store: ShardFiles, options: RuntimeOptions, ran: Ran = _silent) -> float:
     """Run the manifest's golden prompt here. Returns the largest difference.
 
     Raises IntegrityError if it exceeds the manifest's tolerance, or if a shard's file is altered.
     """
     golden = manifest.golden
-    logits = await _logits(manifest, store, options, golden.prompt)
+    logits = await last_logits(manifest, store, options, golden.prompt, ran)
     difference = float(np.abs(logits[list(golden.tokens)] - np.array(golden.logits)).max())
     if not difference <= golden.tolerance:
         raise IntegrityError(
@@ -48,15 +59,3 @@ async def verify(manifest: Manifest, store: ShardFiles, options: RuntimeOptions)
             "get the model again; if that does not help, this machine's processor computes wrongly",
         )
     return difference
-
-
-async def _logits(
-    manifest: Manifest, store: ShardFiles, options: RuntimeOptions, prompt: tuple[int, ...]
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    trunk = Trunk(manifest, store, options)
-    shards = [ExpertShard(manifest, shard, store, options) for shard in manifest.expert_shards()]
-    experts = LocalExperts(manifest, shards)
-    try:
-        return await forward(trunk, trunk.new_sequence(len(prompt)), prompt, experts)
-    finally:
-        experts.close()

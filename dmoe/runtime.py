@@ -252,14 +252,11 @@ class TrunkSessions:
         self._files = store.open_shard(manifest, manifest.trunk)
         tensors = merged(self._files)
         self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
-        threads = options.thread_count
         layers = [layer_weights(arch, tensors, layer) for layer in range(arch.layers)]
-        large = min(weights.qkv.size_bytes for weights in layers) >= POOL_BYTES_MIN
-        self.attention = [
-            open_session(attention_graph(arch, weights), threads=threads if large else 1) for weights in layers
-        ]
+        threads = attention_threads(arch, tensors, options)
+        self.attention = [open_session(attention_graph(arch, weights), threads=threads) for weights in layers]
         norm, head = head_weights(arch, tensors)
-        self.head = open_session(head_graph(arch, norm, head), threads=threads)
+        self.head = open_session(head_graph(arch, norm, head), threads=options.thread_count)
         release(self._files)
 
 
@@ -329,6 +326,12 @@ def layer_weights(arch: Architecture, tensors: Mapping[str, Array], layer: int) 
         output=linear.find(tensors, f"{name}.output", arch.hidden, arch.heads * arch.head_dim),
         router=router,
     )
+
+
+def attention_threads(arch: Architecture, tensors: Mapping[str, Array], options: RuntimeOptions) -> int:
+    """For every attention piece of a trunk: one if there is a layer so small that it is faster without a pool."""
+    smallest = min(layer_weights(arch, tensors, layer).qkv.size_bytes for layer in range(arch.layers))
+    return options.thread_count if smallest >= POOL_BYTES_MIN else 1
 
 
 def head_weights(arch: Architecture, tensors: Mapping[str, Array]) -> tuple[Array, Linear]:

@@ -1,4 +1,4 @@
-"""Shard files: safetensors, written whole, read through a memory map without a copy.
+"""Shard files: safetensors, read through a memory map without a copy.
 
 Owns: the bytes of one file. Does not own: what tensors mean, or whether a file is the one its manifest names.
 
@@ -34,26 +34,26 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def to_bytes(tensors: Mapping[str, Array]) -> list[bytes | memoryview]:
-    """A file's bytes in pieces: the header, padded so that data starts aligned, then the tensors in the order given
-    (their sizes are multiples of 4, so every tensor starts aligned too)."""
-    header: dict[str, object] = {}
-    pieces: list[bytes | memoryview] = [b""]
+def header(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> bytes:
+    """A file's first bytes, padded so that data starts aligned. The tensors follow in the order given (their sizes are
+    multiples of 4, so every tensor starts aligned too)."""
+    entries: dict[str, object] = {}
     offset = 0
-    for name, tensor in tensors.items():
-        data = np.ascontiguousarray(tensor)
-        assert data.nbytes % 4 == 0, f"{name} would leave the next tensor unaligned"
-        header[name] = {
-            "dtype": _NAMES[data.dtype],
-            "shape": list(data.shape),
-            "data_offsets": [offset, offset + data.nbytes],
-        }
-        pieces.append(data.data.cast("B"))
-        offset += data.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    for name, (dtype, shape) in shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        assert end % 4 == 0, f"{name} would leave the next tensor unaligned"
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    pieces[0] = len(text).to_bytes(8, "little") + text
-    return pieces
+    return len(text).to_bytes(8, "little") + text
+
+
+def to_bytes(tensors: Mapping[str, Array]) -> list[bytes | memoryview]:
+    """A file's bytes in pieces: the header, then the tensors."""
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    head = header({name: (array.dtype, array.shape) for name, array in arrays.items()})
+    return [head, *(array.data.cast("B") for array in arrays.values())]
 
 
 class ShardFile:

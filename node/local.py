@@ -199,7 +199,7 @@ def model_import(context: Context) -> Output:
         )
     identity, paths = own_identity(context)
     store = ModelStore(paths.models)
-    with progress.bar("files") as show:
+    with progress.bar("bytes") as show:
         if args.source == "bundled":
             source = bundled.fetch_bundled(cache_dir(os.environ, Path.home()))
             name = name or source.name.partition(".")[0]

@@ -56,15 +56,6 @@ def transcode(kind: str, blocks: Array) -> Linear:
         return _coded(kind, _dequantised(kind, blocks).reshape(*scales.shape, -1), scales)
 
 
-def bytes_per_weight(kind: str) -> float:
-    """What a weight takes in its stored form: codes, scales and offsets."""
-    if kind in FLOAT_TYPES:
-        return 4 if kind == "F32" else 2
-    of = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    layer = transcode(kind, np.zeros((1, 1, of[1]), np.uint8))
-    return layer.size_bytes / layer.columns
-
-
 def _coded(kind: str, weights: Floats, scales: Floats) -> Linear:
     """Weights ``f32[N, K/B, B]`` that are whole multiples of their block's scale ``f32[N, K/B]``."""
     codes = np.rint(weights / np.where(scales == 0, 1, scales)[..., None])

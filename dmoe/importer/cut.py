@@ -1,7 +1,8 @@
 """How a model is cut into files and shards.
 
 Owns: which layers and experts share a file, the sum groups, which tensors a file holds. Does not own: where the numbers
-come from (``sources``, ``folder``) or how they are written (``write``).
+come from (``sources``, ``folder``) or how they are written (``write``). Matrices are named here, not read: what a part
+holds are :class:`Rows`, which the writer reads block by block.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,14 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.vocabulary import ShardId
-from dmoe.core.linear import Linear, alike, join_rows
+from dmoe.core.linear import Linear
 from dmoe.core.manifest import ModelFile, Quantisation, Shard
 from dmoe.importer.model import Model
+from dmoe.importer.rows import Rows, joined
+from dmoe.importer.write import Entries
 
 Array = NDArray[Any]
 
 LAYERS_PER_SHARD_MAX = 10
 GROUPS_MAX = 4
+_ALL = slice(None)
 _RUNTIME_OVERHEAD_BYTES = 200_000
 """Memory of one ONNX Runtime session beside its weights."""
 
@@ -52,8 +56,16 @@ class Cut:
             for group in range(len(self.groups))
         ]
 
-    def tensors(self, part: Part) -> Iterator[tuple[str, Array]]:
-        """What a file holds, by name."""
+    @property
+    def parts(self) -> list[Part]:
+        """All files, in the order they are made."""
+        return [*self.trunk, *self.experts]
+
+    def entries(self, part: Part) -> Entries:
+        """What a file holds. Raises IntegrityError naming a tensor that is missing or wrong."""
+        return list(self._entries(part))
+
+    def _entries(self, part: Part) -> Iterator[tuple[str, Rows | Array]]:
         if part.holds_ends:
             yield from self._ends()
         for layer in range(part.layers[0], part.layers[1] + 1):
@@ -62,51 +74,70 @@ class Cut:
             else:
                 for expert in self.groups[part.group]:
                     gate_up, down = self._expert(layer, expert)
-                    yield from gate_up.tensors(f"layer.{layer}.expert.{expert}.gate_up").items()
-                    yield from down.tensors(f"layer.{layer}.expert.{expert}.down").items()
+                    yield f"layer.{layer}.expert.{expert}.gate_up", gate_up
+                    yield f"layer.{layer}.expert.{expert}.down", down
 
-    def _ends(self) -> Iterator[tuple[str, Array]]:
+    def _matrix(self, name: str, rows: int, columns: int, quantisation: Quantisation | None = None) -> Rows:
+        """A matrix of the source in the wanted form."""
+        return self._part(name, (rows, columns), slice(0, rows), _ALL, quantisation)
+
+    def _part(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        rows: slice,
+        columns: slice,
+        quantisation: Quantisation | None = None,
+    ) -> Rows:
+        """Some rows and columns of a matrix of ``shape``."""
+        wanted = quantisation or self.quantisation
+
+        def read(block: slice) -> Linear:
+            inside = slice(rows.start + block.start, rows.start + block.stop)
+            return self.source.linear(name, shape, wanted, (inside, columns))
+
+        width = shape[1] if columns == _ALL else columns.stop - columns.start
+        return Rows(rows.stop - rows.start, width, name, read)
+
+    def _member(self, name: str, index: int, shape: tuple[int, int, int]) -> Rows:
+        """Matrix ``index`` of a stack of ``shape``: one expert's."""
+        return Rows(*shape[1:], name, lambda rows: self.source.linear_of(name, index, shape, self.quantisation, rows))
+
+    def _ends(self) -> Iterator[tuple[str, Rows | Array]]:
         arch, family = self.arch, self.family
-        shape = (arch.vocab, arch.hidden)
-        yield from self.source.linear(family.embedding, shape, self.quantisation).tensors("embed").items()
+        yield "embed", self._matrix(family.embedding, arch.vocab, arch.hidden)
         if not arch.tie_embeddings:
-            yield from self.source.linear(family.head, shape, self.quantisation).tensors("head").items()
+            yield "head", self._matrix(family.head, arch.vocab, arch.hidden)
         yield "norm", self.source.vector(family.norm, arch.hidden)
 
-    def _attention(self, layer: int) -> Iterator[tuple[str, Array]]:
+    def _attention(self, layer: int) -> Iterator[tuple[str, Rows | Array]]:
         arch, family, prefix = self.arch, self.family, f"layer.{layer}"
         width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-
-        def read(name: str, rows: int, columns: int) -> Linear:
-            return self.source.linear(name.format(l=layer), (rows, columns), self.quantisation)
-
         yield f"{prefix}.norm_attention", self.source.vector(family.norm_attention.format(l=layer), arch.hidden)
         yield f"{prefix}.norm_experts", self.source.vector(family.norm_experts.format(l=layer), arch.hidden)
         rows = ((family.queries, width), (family.keys, kv_width), (family.values, kv_width))
-        qkv = join_rows(alike([read(name, size, arch.hidden) for name, size in rows]))
-        yield from qkv.tensors(f"{prefix}.qkv").items()
-        yield from read(family.output, arch.hidden, width).tensors(f"{prefix}.output").items()
+        yield f"{prefix}.qkv", joined([self._matrix(name.format(l=layer), size, arch.hidden) for name, size in rows])
+        yield f"{prefix}.output", self._matrix(family.output.format(l=layer), arch.hidden, width)
         if arch.router.kind != "all":
-            shape = (arch.router.experts, arch.hidden)
-            router = self.source.linear(family.router.format(l=layer), shape, "fp32")
-            yield from router.tensors(f"{prefix}.router").items()
+            router = self._matrix(family.router.format(l=layer), arch.router.experts, arch.hidden, "fp32")
+            yield f"{prefix}.router", router
 
-    def _expert(self, layer: int, expert: int) -> tuple[Linear, Linear]:
+    def _expert(self, layer: int, expert: int) -> tuple[Rows, Rows]:
         """gate|up and down of an expert; of a dense model, of a block of neurons."""
-        arch, family, q = self.arch, self.family, self.quantisation
+        arch, family = self.arch, self.family
         width, hidden, count = arch.intermediate, arch.hidden, arch.router.experts
         if arch.router.kind == "all":
-            block, every = slice(expert * width, (expert + 1) * width), slice(None)
+            block, every = slice(expert * width, (expert + 1) * width), slice(0, hidden)
             wide, tall = (count * width, hidden), (hidden, count * width)
-            gate = self.source.linear(family.gate.format(l=layer), wide, q, (block, every))
-            up = self.source.linear(family.up.format(l=layer), wide, q, (block, every))
-            down = self.source.linear(family.down.format(l=layer), tall, q, (every, block))
+            gate = self._part(family.gate.format(l=layer), wide, block, _ALL)
+            up = self._part(family.up.format(l=layer), wide, block, _ALL)
+            down = self._part(family.down.format(l=layer), tall, every, block)
         else:
             stack, stack_down = (count, width, hidden), (count, hidden, width)
-            gate = self.source.linear_of(family.gate_experts.format(l=layer), expert, stack, q)
-            up = self.source.linear_of(family.up_experts.format(l=layer), expert, stack, q)
-            down = self.source.linear_of(family.down_experts.format(l=layer), expert, stack_down, q)
-        return join_rows(alike([gate, up])), down
+            gate = self._member(family.gate_experts.format(l=layer), expert, stack)
+            up = self._member(family.up_experts.format(l=layer), expert, stack)
+            down = self._member(family.down_experts.format(l=layer), expert, stack_down)
+        return joined([gate, up]), down
 
     def trunk_shard(self, files: list[ModelFile], params: int) -> Shard:
         """The trunk over its files."""
@@ -179,10 +210,3 @@ def _sum_groups(experts: int) -> tuple[tuple[int, ...], ...]:
     count = min(GROUPS_MAX, experts)
     parts = np.array_split(np.arange(experts), count)
     return tuple(tuple(int(expert) for expert in part) for part in parts)
-
-
-def weight_count(name: str, tensor: Array) -> int:
-    """How many of the model's parameters a stored tensor holds; scales and offsets are none."""
-    if name.endswith((".s", ".c")):
-        return 0
-    return tensor.size * (2 if name.endswith(".q4") else 1)

@@ -14,7 +14,7 @@ Fails with IntegrityError or LocalError naming the file and the tensor or key.
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -27,7 +27,8 @@ from config.errors import IntegrityError, LocalError
 from config.vocabulary import MIB
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Quantisation
-from dmoe.importer.quantise import BYTES_PER_WEIGHT, convert, float_layer, to_float
+from dmoe.importer.hashing import hash_file
+from dmoe.importer.quantise import convert, float_layer, to_float
 from dmoe.importer.tokenizer import ends_answer
 from dmoe.text import Tokenizer
 
@@ -44,8 +45,6 @@ _BITS: dict[str, tuple[str, np.dtype[Any]]] = {
     "BF16": ("BF16", np.dtype("<u2")),
 }
 """safetensors' name: ours, and an integer as wide, because numpy has no bfloat16."""
-_ROOM = 1.05
-"""For all that is no weight."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,34 +65,36 @@ class FolderSource:
             raise LocalError("not_found", f"{path} has no config.json", "give a folder in Hugging Face layout")
         self.config: Mapping[str, Any] = _json(path / "config.json")
         self._files = _weight_files(path)
+        self._maps: list[mmap.mmap] = []
         self._tensors: dict[str, _Tensor] = {}
         for file in self._files:
-            for name, tensor in _open(file).items():
+            data = _map(file)
+            self._maps.append(data)
+            for name, tensor in _tensors(file, data).items():
                 if name in self._tensors:
                     raise IntegrityError("integrity", f"{file}: tensor {name[:80]} is in another file too", _AGAIN)
                 self._tensors[name] = tensor
 
-    def sha256(self) -> str:
-        """A hash over ``config.json`` and the weight files in order of their names, hex."""
+    @property
+    def size_bytes(self) -> int:
+        """Of what :meth:`sha256` reads."""
+        return sum(path.stat().st_size for path in self._hashed())
+
+    def sha256(self, read: Callable[[int], None] = lambda count: None) -> str:
+        """A hash over ``config.json`` and the weight files in order of their names, hex. ``read`` is called after every
+        block with its bytes."""
         whole = sha256()
-        for path in (self.path / "config.json", *self._files):
-            with path.open("rb") as file:
-                digest = sha256()
-                while block := file.read(8 * MIB):
-                    digest.update(block)
-            whole.update(digest.digest())
+        for path in self._hashed():
+            whole.update(hash_file(path, read).digest())
         return whole.hexdigest()
 
-    def bytes_needed(self, quantisation: Quantisation) -> int:
-        """About what the imported model takes on disk."""
-        factor = BYTES_PER_WEIGHT.get(quantisation)
-        return int(
-            sum(
-                math.prod(tensor.shape) * (factor or (4 if tensor.dtype == "F32" else 2))
-                for tensor in self._tensors.values()
-            )
-            * _ROOM
-        )
+    def _hashed(self) -> list[Path]:
+        return [self.path / "config.json", *self._files]
+
+    def release_pages(self) -> None:
+        """Give back the memory of what was read so far; it is read again when touched."""
+        for data in self._maps:
+            data.madvise(mmap.MADV_DONTNEED)
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -125,9 +126,11 @@ class FolderSource:
             raise self._fault(name, "holds numbers that are not finite", _AGAIN)
         return convert(layer, quantisation)
 
-    def linear_of(self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation) -> Linear:
-        """One expert's matrix of ``shape[1:]``; here every expert has a tensor of its own."""
-        return self.linear(name.replace("{e}", str(index)), shape[1:], quantisation)
+    def linear_of(
+        self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation, rows: slice = _ALL
+    ) -> Linear:
+        """Rows of one expert's matrix of ``shape[1:]``; here every expert has a tensor of its own."""
+        return self.linear(name.replace("{e}", str(index)), shape[1:], quantisation, (rows, _ALL))
 
     def _bits(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> tuple[str, Array]:
         tensor = self._tensor(name)
@@ -239,17 +242,22 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open(path: Path) -> dict[str, _Tensor]:
-    """A file's tensors. The memory map lives as long as one of them."""
+def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise IntegrityError("integrity", f"{path} is not a whole safetensors file: {error}", _AGAIN) from error
+
+
+def _tensors(path: Path, data: mmap.mmap) -> dict[str, _Tensor]:
+    try:
         size = int.from_bytes(data[:8], "little")
         if not 2 <= size <= min(HEADER_BYTES_MAX, len(data) - 8):
             raise ValueError(f"a header of {size} bytes is impossible")
         header = json.loads(data[8 : 8 + size])
         return {name: _tensor(path, name, entry, data, 8 + size) for name, entry in header.items() if name[:2] != "__"}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError("integrity", f"{path} is not a whole safetensors file: {error}", _AGAIN) from error
 
 

@@ -15,7 +15,6 @@ from dmoe.core.manifest import BLOCK, Quantisation
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
-BYTES_PER_WEIGHT: dict[Quantisation, float] = {"fp32": 4, "fp16": 2, "int8": 1.125, "int4": 0.75}
 _F16_MAX = 65504.0
 _WEIGHTS_AT_ONCE = 1 << 20
 _SPANS = tuple(np.float32(span) for span in np.arange(13, 16.1, 0.5))

@@ -4,8 +4,8 @@ Owns: opening, bounds and types of a GGUF's tensors. Does not own: what they mea
 (``quantise``). Fails with IntegrityError naming the file, the tensor and its offset; never reads past the file.
 """
 
-from collections.abc import Iterator, Mapping
-from hashlib import sha256
+import mmap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,26 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.errors import IntegrityError, LocalError
-from config.vocabulary import MIB
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Quantisation
-from dmoe.importer.blocks import BLOCK_TYPES, FLOAT_TYPES, block_size, bytes_per_weight, transcode
-from dmoe.importer.quantise import BYTES_PER_WEIGHT, convert, float_layer, to_float
+from dmoe.importer.blocks import BLOCK_TYPES, FLOAT_TYPES, block_size, transcode
+from dmoe.importer.hashing import hash_file
+from dmoe.importer.quantise import convert, float_layer, to_float
 
 Array = NDArray[Any]
 
 _ALL = slice(None)
-_ROOM = 1.05
-"""For what is joined in a wider form, and for all that is no weight."""
 _AGAIN = "the file is truncated, altered or of another kind; download it again"
 
 
 class _Reader(gguf.GGUFReader):
     """The package's reader, four times as fast: it makes several arrays for each of a tokenizer's 100,000 strings, and
-    numpy's memory maps are slow to slice. Reading past the end raises ValueError."""
+    numpy's memory maps are slow to slice. Reading past the end raises ValueError. ``map``: the file's memory map."""
+
+    map: mmap.mmap
 
     def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value.view(np.ndarray) if isinstance(value, np.memmap) else value)
+        if isinstance(value, np.memmap):
+            super().__setattr__("map", value._mmap)  # type: ignore[attr-defined]
+            value = value.view(np.ndarray)
+        super().__setattr__(name, value)
 
     def _get(
         self,
@@ -61,25 +64,21 @@ class GgufSource:
             self.metadata: Mapping[str, Any] = {key: field.contents() for key, field in own.items()}
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
             raise IntegrityError("integrity", f"{path} is not a whole GGUF file: {error}", _AGAIN) from error
+        self._map = reader.map
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-    def sha256(self) -> str:
-        """The whole file's hash, hex."""
-        digest = sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(8 * MIB):
-                digest.update(block)
-        return digest.hexdigest()
+    @property
+    def size_bytes(self) -> int:
+        """Of what :meth:`sha256` reads."""
+        return self.path.stat().st_size
 
-    def bytes_needed(self, quantisation: Quantisation) -> int:
-        """About what the imported model takes on disk."""
-        need = 0.0
-        for tensor in self._tensors.values():
-            kind = tensor.tensor_type.name
-            known = kind in BLOCK_TYPES or kind in FLOAT_TYPES
-            own = bytes_per_weight(kind) if known else 4.0
-            need += int(tensor.n_elements) * (own if quantisation == "source" else BYTES_PER_WEIGHT[quantisation])
-        return int(need * _ROOM)
+    def sha256(self, read: Callable[[int], None] = lambda count: None) -> str:
+        """The whole file's hash, hex. ``read`` is called after every block with its bytes."""
+        return hash_file(self.path, read).hexdigest()
+
+    def release_pages(self) -> None:
+        """Give back the memory of what was read so far; it is read again when touched."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -107,28 +106,25 @@ class GgufSource:
         kind, data = self._data(name)
         if self.shape(name) != shape:
             raise self._fault(name, f"has shape {list(self.shape(name))}, expected {list(shape)}")
-        return self._convert(name, kind, data, shape, quantisation, part)
+        return self._convert(name, kind, data[part[0]], shape[1], quantisation, part[1])
 
-    def linear_of(self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation) -> Linear:
-        """Matrix ``index`` of a stack of ``shape`` (count, rows, columns): one expert's."""
+    def linear_of(
+        self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation, rows: slice = _ALL
+    ) -> Linear:
+        """Rows of matrix ``index`` of a stack of ``shape`` (count, rows, columns): one expert's."""
         kind, data = self._data(name)
         if self.shape(name) != shape:
             raise self._fault(name, f"has shape {list(self.shape(name))}, expected {list(shape)}")
-        return self._convert(name, kind, data[index], shape[1:], quantisation, (_ALL, _ALL))
+        return self._convert(name, kind, data[index][rows], shape[2], quantisation, _ALL)
 
     def _convert(
-        self,
-        name: str,
-        kind: str,
-        data: Array,
-        shape: tuple[int, int],
-        quantisation: Quantisation,
-        part: tuple[slice, slice],
+        self, name: str, kind: str, data: Array, width: int, quantisation: Quantisation, columns: slice
     ) -> Linear:
+        """Rows of ``width`` numbers, of which ``columns`` are wanted."""
         if kind in FLOAT_TYPES:
-            layer = _cut(float_layer(kind, data[part[0]], -1, shape[1]), part[1])
+            layer = _cut(float_layer(kind, data, -1, width), columns)
         elif kind in BLOCK_TYPES:
-            layer = self._transcode(kind, data[part[0]], shape[1], part[1])
+            layer = self._transcode(kind, data, width, columns)
         else:
             raise self._fault(name, f"is {kind}, which is not supported", f"known: {', '.join(sorted(BLOCK_TYPES))}")
         if not layer.is_finite():

@@ -12,7 +12,7 @@ import pytest
 
 from config.errors import IntegrityError, LocalError
 from dmoe.core import linear
-from dmoe.importer import build, bundled, scratch
+from dmoe.importer import bundled, scratch, write
 from dmoe.importer.build import import_gguf
 from dmoe.importer.sources import GgufSource
 from dmoe.runtime import merged
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(build, "to_bytes", full)  # fails in the middle, as a write does
+    monkeypatch.setattr(write.os, "posix_fallocate", full)
     with pytest.raises(LocalError) as caught:
         import_gguf(path, store, PUBLISHER)
     assert caught.value.code == "disk_full"
