@@ -6,7 +6,7 @@ Both sides import these types so that neither has to import the other.
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 Route = Literal["experts", "local", "fused"]
 """``experts``: experts wherever their replicas are. ``local``: the same graph and roundings, all in this process.
 ``fused``: one local graph without wire roundings (fastest; its own reference class)."""
@@ -15,11 +15,43 @@ RouteWish = Route | Literal["auto"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A function that the model wants called. ``arguments`` is what it wrote: meant as JSON, not always valid."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One chat message."""
+    """One chat message. ``tool_calls``: of an assistant's; ``tool_call_id``: which of them a tool's message answers."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that the model may call. ``parameters`` is the JSON schema of its arguments, as JSON."""
+
+    name: str
+    description: str = ""
+    parameters: str = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """The functions of a request. ``choice``: ``auto`` leaves it to the model whether to call one, ``required`` makes
+    it call one or more, or the one called ``name``. ``parallel``: several calls in one answer are welcome."""
+
+    tools: tuple[Tool, ...]
+    choice: Literal["auto", "required"] = "auto"
+    name: str = ""
+    parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +97,7 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     request_id: str = ""
     route: RouteWish | None = None
+    tool_use: ToolUse | None = None
     choice: int = 0
     """Which of several answers to the same request this is: each has a seed of its own, made from the request's."""
 
@@ -102,6 +135,16 @@ class PlaceLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolDelta:
+    """A piece of the answer's ``index``-th call: first its ``id`` and ``name``, then its arguments bit by bit."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """A piece of the answer. ``text`` may be empty while a character or a possible stop string is incomplete;
     ``tokens`` are the ids behind this step (they may lead their text)."""
@@ -110,6 +153,9 @@ class Delta:
     tokens: tuple[int, ...]
     logprobs: tuple[PlaceLogprobs, ...] = ()
     """One per token of ``tokens`` if they were asked for."""
+    tool_calls: tuple[ToolDelta, ...] = ()
+    reasoning: str = ""
+    """What the model thinks aloud before its answer, where it marks that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
