@@ -34,6 +34,7 @@ from dmoe.generate import Job, generate
 from dmoe.line import Line, Place
 from dmoe.runner import Runner
 from dmoe.text import Tokenizer
+from dmoe.tools import Plan, plan, reading
 
 _EVENTS_MAX = 64
 _INLINE_CHARACTERS_MAX = 8192
@@ -86,6 +87,7 @@ class Prepared:
     max_tokens: int
     model: Model
     route: Route
+    plan: Plan
     constraint: Compiled | None = None
 
 
@@ -141,7 +143,9 @@ class Engine:
         self._line.require_room(self._answer_seconds)
         tokenizer = await model.tokenizer()
         _check_bias(request.sampling, tokenizer.vocabulary)
-        prompt = await _tokens(request, tokenizer)
+        planned = plan(request, tokenizer)
+        request = planned.request
+        prompt = await _tokens(planned, tokenizer)
         max_tokens = _room(model, len(prompt), request)
         route = self._route(model, wish, len(prompt), max_tokens)
         asked = request.sampling.seed
@@ -158,6 +162,7 @@ class Engine:
             max_tokens=max_tokens,
             model=model,
             route=route,
+            plan=planned,
             constraint=constraint,
         )
 
@@ -171,7 +176,7 @@ class Engine:
     def stream(self, prepared: Prepared) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
         """The answer's events. Entering raises BusyError where the line has filled up since ``prepare``;
         leaving cancels what is left of the answer and frees everything it held."""
-        return _Stream(self, prepared, self._events_max)
+        return reading(_Stream(self, prepared, self._events_max), prepared.plan.reader())
 
     def statistics(self) -> EngineStatistics:
         """What the engine does now and did since it was made."""
@@ -232,7 +237,7 @@ class Engine:
             route=prepared.route,
             constraint=prepared.constraint.begin() if prepared.constraint else None,
         )
-        tokenizer = await prepared.model.tokenizer()
+        tokenizer = (await prepared.model.tokenizer()).showing(prepared.plan.shown)
         runner = await prepared.model.runner(prepared.route)
         sequence = await runner.open(len(job.prompt_tokens) + job.max_tokens)
 
@@ -313,9 +318,9 @@ class _Rate:
         return recent / _RATE_WINDOW_SECONDS
 
 
-async def _tokens(request: GenerationRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
+async def _tokens(planned: Plan, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The prompt as token ids. RequestError for none, two or an impossible one."""
-    messages, prompt = request.messages, request.prompt
+    messages, prompt = planned.request.messages, planned.request.prompt
     if (messages is None) == (prompt is None):
         raise RequestError("invalid_request", "set exactly one of messages and prompt", "")
     if not messages and not prompt:
@@ -326,8 +331,7 @@ async def _tokens(request: GenerationRequest, tokenizer: Tokenizer) -> tuple[int
     if prompt is not None:
         encode, characters = partial(tokenizer.encode, prompt), len(prompt)
     else:
-        assert messages is not None
-        encode, characters = partial(tokenizer.chat, messages), sum(len(message.content) for message in messages)
+        encode, characters = partial(planned.prompt, tokenizer), planned.characters
     if characters <= _INLINE_CHARACTERS_MAX:
         return encode()
     return await trio.to_thread.run_sync(encode, abandon_on_cancel=True)

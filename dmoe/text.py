@@ -1,14 +1,14 @@
 """Text to tokens and back: encoding, chat templates, and decoding token by token.
 
 Owns: what of a prompt may become a control token, and which characters of an unfinished answer may be shown.
-Does not own: making ``tokenizer.json`` (``dmoe/importer/tokenizer.py``) or stop strings (``dmoe/core/sampling.py``).
+Does not own: making ``tokenizer.json`` (``dmoe/importer/tokenizer.py``), chat templates (``dmoe/template.py``) or stop
+strings (``dmoe/core/sampling.py``).
 
 Invariants:
 
-1. Control tokens in a chat prompt come from the template alone: the same characters inside a message are plain text.
+1. Control tokens in a chat prompt come from the template alone: the same characters inside a message, a tool or its
+   result are plain text.
 2. A stream of tokens gives the same text as decoding them at once, and no piece ever holds half a character.
-3. A chat template runs in jinja's immutable sandbox and its output is bounded. It has no other limits on time or
-   memory, so it is only run for models whose publisher is trusted.
 
 Fails with IntegrityError for a tokenizer that cannot be used, RequestError for messages that its template refuses.
 """
@@ -16,21 +16,17 @@ Fails with IntegrityError for a tokenizer that cannot be used, RequestError for 
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
-from typing import Any, Final, NoReturn
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
+from typing import Any, Final
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as BpeTokenizer
 
 from config.errors import IntegrityError, RequestError
-from config.generation import Message
+from config.generation import Message, Tool
+from dmoe.template import Arguments, Template
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
-PROMPT_CHARACTERS_MAX: Final = 8 << 20
-"""Longest prompt rendered from a template; far above any context, it only stops a template that runs away."""
-
 _BREAKERS: Final = "".join(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters: never in text meant for exchange
 
 
@@ -54,7 +50,7 @@ class Tokenizer:
         self._control_regex = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._pieces, self._strip = _pieces(document, self._plain, set(self._control.values()))
         self._begin = tuple(self._plain.encode("", add_special_tokens=True).ids)
-        self._template = _Template(chat_template, _text_of(self._plain, bos)) if chat_template else None
+        self.template = Template(chat_template, _text_of(self._plain, bos)) if chat_template else None
 
     @property
     def vocabulary(self) -> int:
@@ -76,18 +72,38 @@ class Tokenizer:
             self._encode_plain(text, ids, "")
         return tuple(ids)
 
-    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[int, ...]:
         """Token ids of a conversation, ready for the model's answer. RequestError if the template refuses it."""
-        if self._template is None:
+        if self.template is None:
             raise RequestError(
                 "invalid_request", "this model has no chat template", "send a prompt to /v1/completions instead"
             )
-        breaker = _breaker(messages)
-        plain = [{"role": _role(message), "content": self._defuse(message.content, breaker)} for message in messages]
-        rendered = self._template.render(plain)
+        plain = [_plain_message(message) for message in messages]
+        described = [_plain_tool(tool) for tool in tools]
+        breaker = _breaker(json.dumps([plain, described], ensure_ascii=False))
+
+        def defused(value: Any) -> Any:  # noqa: ANN401 - JSON
+            if isinstance(value, str):
+                return self._defuse(value, breaker)
+            if isinstance(value, dict):
+                return type(value)({defused(key): defused(each) for key, each in value.items()})
+            return [defused(each) for each in value] if isinstance(value, list) else value
+
+        rendered = self.template.render(defused(plain), defused(described) or None)
         ids: list[int] = []
         self._encode_control(rendered, ids, breaker)
         return tuple(ids)
+
+    def showing(self, names: Collection[str]) -> "Tokenizer":
+        """The same tokenizer, whose decoders write the control tokens of these names out."""
+        shown = [self._control[name] for name in names if name in self._control]
+        if not shown:
+            return self
+        other = copy(self)
+        other._pieces = list(self._pieces)
+        for token in shown:
+            other._pieces[token] = _text_of(self._plain, token).encode()
+        return other
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens; control tokens have none."""
@@ -163,59 +179,6 @@ def _begun(content: str, token: str) -> int:
     return 0
 
 
-class _Template:
-    """A compiled chat template."""
-
-    def __init__(self, source: str, bos: str, now: Callable[[], datetime] = datetime.now) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
-        self._bos = bos
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise IntegrityError("integrity", f"the model's chat template does not parse: {error}", "") from error
-
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt. RequestError if the template raises or writes without end."""
-        parts, size = [], 0
-        try:
-            for part in self._template.generate(
-                messages=messages,
-                add_generation_prompt=True,
-                bos_token=self._bos,
-                eos_token="",
-                tools=None,
-                documents=None,
-            ):
-                size += len(part)
-                if size > PROMPT_CHARACTERS_MAX:
-                    _refuse(f"the prompt is longer than {PROMPT_CHARACTERS_MAX} characters")
-                parts.append(part)
-        except jinja2.TemplateError as error:
-            _refuse(f"the model's chat template refused the messages: {error.message or type(error).__name__}", error)
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
-            _refuse(f"the model's chat template failed on these messages: {error}", error)
-        return "".join(parts)
-
-
-def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
-    hint = "check the order and the roles of the messages, or send fewer"
-    raise RequestError("invalid_request", message, hint) from cause
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: object, indent: int | None = None) -> str:
-    """As in the Python reference implementation: not escaped for HTML, unlike jinja's own filter."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
 def _role(message: Message) -> str:
     """Templates write roles next to control tokens, so only the known ones pass."""
     if message.role not in ROLES:
@@ -231,10 +194,34 @@ def _check_unicode(text: str) -> None:
         raise RequestError("invalid_request", f"the text is not Unicode: {where}", "send whole characters") from error
 
 
-def _breaker(messages: Sequence[Message]) -> str:
-    """A character that stands in no message."""
+def _plain_message(message: Message) -> dict[str, Any]:
+    """A message as templates of transformers expect it, without the fields that it does not use."""
+    plain: dict[str, Any] = {"role": _role(message), "content": message.content}
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": Arguments.of(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.name:
+        plain["name"] = message.name
+    return plain
+
+
+def _plain_tool(tool: Tool) -> dict[str, Any]:
+    function = {"name": tool.name, "description": tool.description, "parameters": json.loads(tool.parameters)}
+    return {"type": "function", "function": function}
+
+
+def _breaker(text: str) -> str:
+    """A character that does not stand in ``text``."""
     for candidate in _BREAKERS:
-        if not any(candidate in message.content for message in messages):
+        if candidate not in text:
             return candidate
     raise RequestError("invalid_request", "the messages use every Unicode noncharacter", "remove U+FDD0 to U+FDEF")
 

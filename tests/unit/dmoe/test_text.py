@@ -12,7 +12,8 @@ from tokenizers import pre_tokenizers
 from config.errors import IntegrityError, RequestError
 from config.generation import Message
 from dmoe.importer.tokenizer import tokenizer_json
-from dmoe.text import Tokenizer, _Template
+from dmoe.template import Template
+from dmoe.text import Tokenizer
 
 CONTROL = ["<|end|>", "<|start|>", "<|stop|>"]
 START, STOP = 1, 2
@@ -156,7 +157,7 @@ def test_a_template_that_refuses_or_runs_away_is_the_requests_error(template, sa
 def test_template_helpers():
     source = "{{ messages | tojson }}{{ strftime_now('%d %b %Y') }}{{ bos_token }}"
     source += "{% for m in messages %}{% break %}{% endfor %}"
-    rendered = _Template(source, "<s>", now=lambda: datetime(2025, 1, 2)).render([{"content": "<é>"}])
+    rendered = Template(source, "<s>", now=lambda: datetime(2025, 1, 2)).render([{"content": "<é>"}])
     assert rendered == json.dumps([{"content": "<é>"}], ensure_ascii=False) + "02 Jan 2025<s>"
 
 
