@@ -220,6 +220,13 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     chat.add_argument("--repetition-penalty", type=float, default=1.0, help="divides what was read or said; 1: off")
     chat.add_argument("--seed", type=int, default=None, help="the same seed gives the same answer")
     chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    plan = command(
+        top, "plan", _command("plan", "show"), "Which route an answer would take, who would serve it, and why."
+    )
+    plan.add_argument("model", help="its name or id")
+    plan.add_argument("--prompt-tokens", type=int, default=256, help="length of the prompt (default: 256)")
+    plan.add_argument("--answer-tokens", type=int, default=128, help="length of the answer (default: 128)")
+    plan.add_argument("--batch", type=int, default=1, help="answers at the same time (default: 1)")
     config = command(top, "config", None, "Check, show and explain the settings.").add_subparsers(
         metavar="COMMAND", required=True, parser_class=_Parser
     )

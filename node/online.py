@@ -11,6 +11,7 @@ from config.paths import PAUSE_NOTE
 from config.vocabulary import GIB, MIB, format_credits
 from node import control, progress
 from node.cli import Context, Output, parse_credits
+from node.table import table as _table
 
 WATCH_SECONDS = 0.5
 HEALTH_SECONDS_MAX = 4.0
@@ -20,13 +21,6 @@ SCORE_CLEAN = 100
 
 def _ask(context: Context, command: str, *, seconds: float | None = None, **args: Any) -> Any:  # noqa: ANN401 - JSON
     return control.ask(context.paths().control, command, args, seconds=seconds)
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def _duration(seconds: float) -> str:
@@ -61,11 +55,17 @@ def status(context: Context) -> Output:
             else []
         ),
         ["", f"answers with: {models}"],
+        ["", _routes_line(work["planner"])],
         ["", f"{work['active']} answers in progress, {work['waiting']} waiting, {work['tokens']} tokens made"],
         ["Ledger", _ledger_line(ledger)],
         ["Gateway", data["gateway"]["url"] if data["gateway"] else "off"],
     ]
     return Output(data, _table(rows))
+
+
+def _routes_line(planner: Mapping[str, Any]) -> str:
+    taken = ", ".join(f"{count} {route}" for route, count in sorted(planner["chosen"].items()))
+    return f"route {planner['route']}" + (f"; the planner took {taken}" if taken else "")
 
 
 def _count(number: int, thing: str) -> str:

@@ -16,7 +16,7 @@ from config.generation import Delta, Finished, GenerationRequest, Message, Sampl
 from dmoe.core.manifest import Manifest
 from dmoe.hosting import Bringing
 from ledger.ledger import Ledger
-from node import membership
+from node import membership, plan
 from node.cli import VERSION
 from node.control import Command, Send
 from p2p import allow, clock
@@ -48,6 +48,7 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "pause": _pause,
             "resume": _resume,
             "chat": _chat,
+            "plan": plan.answer,
             "model.list": _model_list,
             "model.deploy": _model_deploy,
             "model.undeploy": _model_undeploy,
