@@ -1,7 +1,7 @@
 """GGUF metadata to a tokenizer that needs no GGUF: ``tokenizer.json`` for the ``tokenizers`` library.
 
-Owns: the translation of byte-level BPE vocabularies and the table of pre-tokenizers by their GGUF name.
-Does not own: encoding and decoding (``dmoe/text.py``).
+Owns: the translation of byte-level BPE vocabularies, special tokens, the chat template. Does not own: how text is cut
+before (``pretokenizers``), SentencePiece vocabularies (``pieces``), encoding and decoding (``dmoe/text.py``).
 
 Invariants:
 
@@ -17,49 +17,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from config.errors import IntegrityError
+from dmoe.importer.pieces import pieces_model, pieces_text
+from dmoe.importer.pretokenizers import PRE_TOKENIZERS
 
 _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
 
 _Json = dict[str, Any]
 
-
-def _byte_level(*, use_regex: bool) -> _Json:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _sequence(*steps: _Json) -> _Json:
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-def _split(regex: str) -> _Json:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-def _words_regex(digits: str) -> str:
-    """The cl100k-style pattern; llama 3 cuts digits in groups of up to three, qwen 2 one by one."""
-    return (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-
-
-_DIGITS_THEN_BYTES = _sequence({"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True))
-_LLAMA3 = _sequence(_split(_words_regex(r"\p{N}{1,3}")), _byte_level(use_regex=False))
-_QWEN2 = _sequence(_split(_words_regex(r"\p{N}")), _byte_level(use_regex=False))
-
-PRE_TOKENIZERS: Mapping[str, _Json] = {
-    # tokenizer.ggml.pre: the pre-tokenizer of the original Hugging Face tokenizer.json
-    "smollm": _DIGITS_THEN_BYTES,
-    "starcoder": _DIGITS_THEN_BYTES,
-    "gpt-2": _byte_level(use_regex=True),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "qwen2": _QWEN2,
-}
-_IGNORE_MERGES = frozenset({"llama-bpe", "llama3"})
-_NFC = frozenset({"qwen2"})
-_BOS_UNLESS_TOLD = frozenset({"llama-bpe", "llama3"})
 
 _END_TEXTS = frozenset(
     {
@@ -83,28 +47,38 @@ def tokenizer_json(metadata: Mapping[str, object]) -> bytes:
     ``metadata`` maps GGUF keys to plain values (``str``, ``int``, ``bool``, ``list``). Raises IntegrityError.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         raise IntegrityError(
             "integrity",
             f"unsupported tokenizer: tokenizer.ggml.model is {kind!r}",
-            'only byte-level BPE ("gpt2") can be imported',
+            'byte-level BPE ("gpt2") and SentencePiece ("llama") can be imported',
         )
+    tokens = _texts(metadata, "tokenizer.ggml.tokens")
+    if len(set(tokens)) != len(tokens):
+        raise IntegrityError("integrity", "tokenizer.ggml.tokens holds the same token twice", "the file is damaged")
+    types = _token_types(metadata, len(tokens))
+    parts = _byte_pairs(metadata, tokens) if kind == "gpt2" else _pieces(metadata, tokens, types)
+    document = parts | {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(tokens, types),
+    }
+    return json.dumps(document, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _byte_pairs(metadata: Mapping[str, object], tokens: Sequence[str]) -> _Json:
     pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise IntegrityError("integrity", f"unsupported tokenizer: tokenizer.ggml.pre is {pre!r}", f"known: {known}")
-    tokens = _texts(metadata, "tokenizer.ggml.tokens")
     vocabulary = {text: number for number, text in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise IntegrityError("integrity", "tokenizer.ggml.tokens holds the same token twice", "the file is damaged")
-    document: _Json = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(tokens, _token_types(metadata, len(tokens))),
-        "normalizer": {"type": "NFC"} if pre in _NFC else None,
-        "pre_tokenizer": PRE_TOKENIZERS[pre],
-        "post_processor": _post_processor(metadata, tokens, pre),
+    cut = PRE_TOKENIZERS[pre]
+    plain = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    return {
+        "normalizer": {"type": "NFC"} if cut.composed else None,
+        "pre_tokenizer": cut.document,
+        "post_processor": _begin(metadata, tokens, cut.begins) or plain,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -114,12 +88,22 @@ def tokenizer_json(metadata: Mapping[str, object]) -> bytes:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": pre in _IGNORE_MERGES,
+            "ignore_merges": cut.ignore_merges,
             "vocab": vocabulary,
             "merges": _merges(_texts(metadata, "tokenizer.ggml.merges"), vocabulary),
         },
     }
-    return json.dumps(document, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _pieces(metadata: Mapping[str, object], tokens: Sequence[str], types: Sequence[int]) -> _Json:
+    normalizer, decoder = pieces_text(metadata)
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": None,
+        "post_processor": _begin(metadata, tokens, True),
+        "decoder": decoder,
+        "model": pieces_model(metadata, tokens, types),
+    }
 
 
 def stop_tokens(metadata: Mapping[str, object]) -> tuple[int, ...]:
@@ -224,11 +208,11 @@ def _merges(merges: Sequence[str], vocabulary: Mapping[str, int]) -> list[list[s
     return pairs
 
 
-def _post_processor(metadata: Mapping[str, object], tokens: Sequence[str], pre: str) -> _Json:
-    """Puts the begin token in front where the model was trained so; offsets are trimmed as the original does."""
+def _begin(metadata: Mapping[str, object], tokens: Sequence[str], by_default: bool) -> _Json | None:
+    """Puts the begin token in front where the model was trained so."""
     bos = _token_id(metadata, "tokenizer.ggml.bos_token_id", len(tokens))
-    if bos is None or not metadata.get("tokenizer.ggml.add_bos_token", pre in _BOS_UNLESS_TOLD):
-        return {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    if bos is None or not metadata.get("tokenizer.ggml.add_bos_token", by_default):
+        return None
     begin = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
