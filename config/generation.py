@@ -100,6 +100,8 @@ class GenerationRequest:
     tool_use: ToolUse | None = None
     choice: int = 0
     """Which of several answers to the same request this is: each has a seed of its own, made from the request's."""
+    user: str = ""
+    """Whose request it is: users take turns, and what one asked speeds up only their own later prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +175,8 @@ class Finished:
     serving: dict[str, dict[str, list[int]]]
     """peer id -> {"layers": [...], "experts": [...]} that served this answer."""
     retries: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that an earlier or a neighbouring answer had computed."""
 
 
 GenerationEvent = Delta | Finished

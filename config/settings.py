@@ -137,8 +137,31 @@ class DmoeSettings:
         4096, "Rows that may wait per shard before callers are told busy.", minimum=1, maximum=1 << 20
     )
     batch_rows_max: int = _setting(512, "Rows run at once.", minimum=1, maximum=1 << 16)
-    generations_max: int = _setting(4, "Answers generated at the same time; others wait.", minimum=1, maximum=1024)
+    generations_max: int = _setting(16, "Answers generated at the same time; others wait.", minimum=1, maximum=1024)
     waiting_max: int = _setting(64, "Requests that may wait for a slot.", minimum=0, maximum=65536)
+    kv_tokens_max: int = _setting(
+        1 << 17,
+        "Tokens of all running answers together, each counted with its prompt and the most it may say: bounds the "
+        "memory of their caches, and the length of a single one.",
+        minimum=16,
+        maximum=1 << 32,
+    )
+    pass_rows_max: int = _setting(
+        256,
+        "Tokens fed to a model at once: one of each running answer, drafts, and parts of prompts in what is left.",
+        minimum=1,
+        maximum=1 << 14,
+    )
+    drafts_max: int = _setting(
+        16, "Tokens guessed ahead of an answer, as far as that pays; 0: none.", minimum=0, maximum=24
+    )
+    prefix_cache_tokens: int = _setting(
+        1 << 15,
+        "Tokens of earlier prompts and answers kept, so that a user's next prompt that begins the same starts behind "
+        "them; 0: none.",
+        minimum=0,
+        maximum=1 << 32,
+    )
     fused: bool = _setting(False, 'Deprecated: write route = "fused".')
     route: str = _setting(
         "auto",

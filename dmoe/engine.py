@@ -1,45 +1,51 @@
 """Generation requests in, answers out: what the gateway and the command line talk to.
 
-Owns: which models there are, checking a request before anything streams, slots and the waiting line, statistics.
-Does not own: the loop over tokens (``dmoe/generate.py``), the models themselves (a :class:`Models` provider).
+Owns: which models there are, checking a request before anything streams, admission, statistics. Does not own: passes
+(``dmoe/passes.py``, one loop per model and route), what an answer is (``dmoe/core/answer.py``), who is next
+(``dmoe/core/scheduler.py``), the models themselves (a :class:`Models` provider).
 
 Invariants:
 
-1. At most ``generations_max`` answers run and ``waiting_max`` wait, first come first served; more are refused ``busy``.
-2. An answer's cache and slot are free when its context has been left, however it was left.
-3. Events pass through a bounded channel: a slow consumer slows its own answer only.
-4. A prepared request holds its seed: streaming it again gives the same tokens.
+1. At most ``generations_max`` answers run with at most ``kv_tokens_max`` positions of cache, and ``waiting_max`` wait,
+   users in turn; more are refused ``busy``.
+2. An answer's slot is free when its context has been left, however it was left; its cache is, as soon as the pass that
+   uses it is over.
+3. Events pass through a bounded outbox: a slow consumer slows its own answer only.
+4. A prepared request holds its seed: streaming it again gives the same tokens, whatever runs beside it.
+5. Answers come only while :meth:`Engine.run` runs; when it ends, those under way end with ``unavailable``.
 
 Fails before streaming with RequestError (``not_found``, ``invalid_request``, ``context_length_exceeded``), BusyError or
 the model's own fault (``no_replica`` ...); in the stream with the RiosError that ended the answer.
 """
 
 import secrets
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import TracebackType
 from typing import Protocol
 
 import trio
 
 from config.errors import RequestError, RiosError
-from config.generation import Delta, GenerationEvent, GenerationRequest, ModelInfo, Route, RouteWish, Sampling
+from config.generation import FinishReason, GenerationEvent, GenerationRequest, ModelInfo, Route, RouteWish, Sampling
 from dmoe.constraint import Compiled, Compilers
+from dmoe.core.answer import Answer, Job
 from dmoe.core.sampling import check, choice_seed
+from dmoe.core.scheduler import Admission
 from dmoe.core.spans import Ask
-from dmoe.generate import Job, generate
-from dmoe.line import Line, Place
+from dmoe.outbox import Outbox
+from dmoe.passes import Passes, PassOptions
 from dmoe.runner import Runner
+from dmoe.slots import Slot
+from dmoe.tallies import Totals
 from dmoe.text import Tokenizer
 from dmoe.tools import Plan, plan, reading
 
 _EVENTS_MAX = 64
+DEFAULT_PASSES = PassOptions()
 _INLINE_CHARACTERS_MAX = 8192
 """Text up to this length is tokenised at once (about 10 ms), longer text in a thread."""
-_RATE_WINDOW_SECONDS = 10
 _ANSWER_TOKENS_EXPECTED = 256
 """Few answers use the whole of what they may: routes are chosen for one of this length."""
 
@@ -93,7 +99,9 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatistics:
-    """A snapshot. ``tokens_per_s`` is over the last ten seconds, all answers together."""
+    """A snapshot. ``tokens_per_s`` is over the last ten seconds, all answers together; ``rows`` of ``passes`` are
+    tokens fed, of prompts, answers and drafts; ``prefix_tokens`` are prompt tokens that ``prefix_hits`` answers did not
+    have to compute; ``kv_positions`` are held by running answers, ``prefix_positions`` are kept for later prompts."""
 
     active: int
     waiting: int
@@ -103,6 +111,14 @@ class EngineStatistics:
     prompt_tokens: int
     completion_tokens: int
     tokens_per_s: float
+    passes: int
+    rows: int
+    drafts_proposed: int
+    drafts_accepted: int
+    prefix_hits: int
+    prefix_tokens: int
+    prefix_positions: int
+    kv_positions: int
 
 
 class Engine:
@@ -112,21 +128,55 @@ class Engine:
         self,
         models: Models,
         *,
-        generations_max: int = 4,
+        generations_max: int = 16,
         waiting_max: int = 64,
+        kv_tokens_max: int = 1 << 17,
+        passes: PassOptions = DEFAULT_PASSES,
         default_route: RouteWish = "experts",
         events_max: int = _EVENTS_MAX,
     ) -> None:
         self._models = models
-        self._line = Line(generations_max, waiting_max)
+        self._admission: Admission[Slot] = Admission(
+            slots_max=generations_max, positions_max=kv_tokens_max, waiting_max=waiting_max
+        )
+        self._kv_tokens_max = kv_tokens_max
+        self._options = passes
         self._default_route = default_route
         self._events_max = events_max
         self._compilers = Compilers()
         self._outcomes = {"finished": 0, "failed": 0, "cancelled": 0}
-        self._prompt_tokens = 0
-        self._completion_tokens = 0
-        self._rate = _Rate()
         self._answer_seconds = 1.0  # moving average, for retry hints
+        self._totals = Totals()
+        self._nursery: trio.Nursery | None = None
+        self._passes: dict[tuple[str, Route], Passes] = {}
+        self._slots: dict[Slot, Passes] = {}
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Compute answers until cancelled."""
+        assert self._nursery is None, "the engine runs already"
+        try:
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+            for passes in self._passes.values():
+                passes.close()
+            self._passes.clear()
+            stopped = RiosError("unavailable", "this node is stopping", "ask another node, or try again later")
+            for slot in list(self._slots):
+                self._close(slot, "cancelled")
+                slot.outbox.end(stopped)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """:meth:`run` for as long as the block."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.run)
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel()
 
     def models(self) -> Sequence[ModelInfo]:
         """Every model, ready or with the reason why not."""
@@ -140,13 +190,13 @@ class Engine:
         fault = model.fault(wish)
         if fault is not None:
             raise fault
-        self._line.require_room(self._answer_seconds)
+        self._admission.require_room(self._answer_seconds)
         tokenizer = await model.tokenizer()
         _check_bias(request.sampling, tokenizer.vocabulary)
         planned = plan(request, tokenizer)
         request = planned.request
         prompt = await _tokens(planned, tokenizer)
-        max_tokens = _room(model, len(prompt), request)
+        max_tokens = _room(model, len(prompt), request, self._kv_tokens_max)
         route = self._route(model, wish, len(prompt), max_tokens)
         asked = request.sampling.seed
         seed = secrets.randbits(63) if asked is None else choice_seed(asked, request.choice)
@@ -171,21 +221,24 @@ class Engine:
         if wish != "auto":
             return wish
         expected = min(max_tokens, _ANSWER_TOKENS_EXPECTED)
-        return model.route_for(Ask(prompt_tokens=prompt_tokens, answer_tokens=expected, batch=1 + self._line.active))
+        return model.route_for(
+            Ask(prompt_tokens=prompt_tokens, answer_tokens=expected, batch=1 + self._admission.active)
+        )
 
     def stream(self, prepared: Prepared) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
         """The answer's events. Entering raises BusyError where the line has filled up since ``prepare``;
         leaving cancels what is left of the answer and frees everything it held."""
-        return reading(_Stream(self, prepared, self._events_max), prepared.plan.reader())
+        return reading(self._answering(prepared), prepared.plan.reader())
 
     def statistics(self) -> EngineStatistics:
         """What the engine does now and did since it was made."""
         return EngineStatistics(
-            active=self._line.active,
-            waiting=self._line.waiting,
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._completion_tokens,
-            tokens_per_s=self._rate.per_second(trio.current_time()),
+            active=self._admission.active,
+            waiting=self._admission.waiting,
+            tokens_per_s=self._totals.rate.per_second(trio.current_time()),
+            prefix_positions=sum(passes.kept_positions for passes in self._passes.values()),
+            kv_positions=self._admission.positions,
+            **self._totals.numbers(),
             **self._outcomes,
         )
 
@@ -208,114 +261,79 @@ class Engine:
         names = ", ".join(model.name for model in known) or "none"
         raise RequestError("not_found", f"there is no model {name!r} on this node", f"known models: {names}")
 
-    def admit(self) -> Place:
-        """Take a place: a slot or one in the line. BusyError if there is none. :meth:`answer` gives it back."""
-        self._line.require_room(self._answer_seconds)
-        return self._line.join()
-
-    async def answer(self, place: Place, prepared: Prepared, send: trio.MemorySendChannel[GenerationEvent]) -> None:
-        """Wait for the slot and generate. Raises RiosError."""
-        outcome = "cancelled"
+    @asynccontextmanager
+    async def _answering(self, prepared: Prepared) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
+        self._admission.require_room(self._answer_seconds)
+        passes = self._passes_of(prepared.model, prepared.route)
+        slot = self._slot(prepared, passes)
+        self._slots[slot] = passes
+        self._admission.join(slot, slot.user, slot.positions)
+        self._admit()
         try:
-            await place.turn.wait()
-            await self._generate(prepared, send)
-            outcome = "finished"
-        except RiosError:
-            outcome = "failed"
-            raise
+            yield slot.outbox
         finally:
-            self._line.leave(place)
-            self._outcomes[outcome] += 1
+            self._close(slot, "cancelled")
 
-    async def _generate(self, prepared: Prepared, send: trio.MemorySendChannel[GenerationEvent]) -> None:
-        started = trio.current_time()
+    def _slot(self, prepared: Prepared, passes: Passes) -> Slot:
         job = Job(
             prompt_tokens=prepared.prompt_tokens,
             max_tokens=prepared.max_tokens,
             sampling=prepared.request.sampling,
             stop_tokens=frozenset(prepared.model.stop_tokens),
-            route=prepared.route,
             constraint=prepared.constraint.begin() if prepared.constraint else None,
         )
-        tokenizer = (await prepared.model.tokenizer()).showing(prepared.plan.shown)
-        runner = await prepared.model.runner(prepared.route)
-        sequence = await runner.open(len(job.prompt_tokens) + job.max_tokens)
 
-        async def emit(event: GenerationEvent) -> None:
-            self._count(event)
-            await send.send(event)
+        async def make(length: int) -> Answer:
+            tokenizer = (await prepared.model.tokenizer()).showing(prepared.plan.shown)
+            return Answer(job, tokenizer, length=length)
 
-        try:
-            await generate(runner, sequence, job, tokenizer, emit)
-        finally:
-            sequence.close()
-        self._answer_seconds += 0.2 * (trio.current_time() - started - self._answer_seconds)
+        return Slot(
+            prompt_tokens=job.prompt_tokens,
+            positions=len(job.prompt_tokens) + job.max_tokens,
+            user=prepared.request.user,
+            route=prepared.route,
+            make=make,
+            outbox=Outbox(self._events_max, passes.wake),
+        )
 
-    def _count(self, event: GenerationEvent) -> None:
-        if isinstance(event, Delta):
-            self._completion_tokens += len(event.tokens)
-            self._rate.add(len(event.tokens), trio.current_time())
-        else:
-            self._prompt_tokens += event.prompt_tokens
+    def _passes_of(self, model: Model, route: Route) -> Passes:
+        """The loop for a model's route, started when first needed."""
+        assert self._nursery is not None, "Engine.run must run"
+        key = (model.id, route)
+        if key not in self._passes:
+            self._forget_models()
+            load = partial(model.runner, route)
+            self._passes[key] = Passes(load, self._nursery, self._options, self._totals, self._ended)
+            self._nursery.start_soon(self._passes[key].run)
+        return self._passes[key]
 
+    def _forget_models(self) -> None:
+        """End the loops of models that are gone from this node."""
+        known = {model.id for model in self._models.models()}
+        for key, passes in list(self._passes.items()):
+            if key[0] not in known and passes.idle:
+                self._passes.pop(key).close()
 
-class _Stream(AbstractAsyncContextManager[AsyncIterator[GenerationEvent]], AsyncIterator[GenerationEvent]):
-    """One answer as a context manager: a nursery whose failures reach the consumer as plain RiosErrors."""
+    def _admit(self) -> None:
+        for slot in self._admission.admit():
+            self._slots[slot].start(slot)
 
-    def __init__(self, engine: Engine, prepared: Prepared, events_max: int) -> None:
-        self._engine = engine
-        self._prepared = prepared
-        self._send, self._receive = trio.open_memory_channel[GenerationEvent](events_max)
-        self._manager = trio.open_nursery()
-        self._failure: RiosError | None = None
+    def _ended(self, slot: Slot, how: FinishReason | Exception) -> None:
+        """An answer has ended by itself."""
+        if not isinstance(how, Exception):
+            self._answer_seconds += 0.2 * (trio.current_time() - slot.started - self._answer_seconds)
+        self._close(slot, "failed" if isinstance(how, Exception) else "finished")
 
-    async def __aenter__(self) -> AsyncIterator[GenerationEvent]:
-        place = self._engine.admit()
-        self._nursery = await self._manager.__aenter__()
-        self._nursery.start_soon(self._produce, place)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """The body's own exception is not shown to the nursery, so it leaves as it is and not in a group."""
-        self._nursery.cancel_scope.cancel()
-        await self._manager.__aexit__(None, None, None)
-
-    def __aiter__(self) -> AsyncIterator[GenerationEvent]:
-        return self
-
-    async def __anext__(self) -> GenerationEvent:
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            if self._failure is not None:
-                raise self._failure from None
-            raise StopAsyncIteration from None
-
-    async def _produce(self, place: Place) -> None:
-        with self._send:
-            try:
-                await self._engine.answer(place, self._prepared, self._send)
-            except RiosError as failure:
-                self._failure = failure
-
-
-class _Rate:
-    """Tokens per second over a sliding window, in one bucket per second."""
-
-    def __init__(self) -> None:
-        self._buckets: deque[tuple[int, int]] = deque(maxlen=_RATE_WINDOW_SECONDS)
-
-    def add(self, tokens: int, now: float) -> None:
-        second = int(now)
-        if self._buckets and self._buckets[-1][0] == second:
-            tokens += self._buckets.pop()[1]
-        self._buckets.append((second, tokens))
-
-    def per_second(self, now: float) -> float:
-        recent = sum(tokens for second, tokens in self._buckets if now - second < _RATE_WINDOW_SECONDS)
-        return recent / _RATE_WINDOW_SECONDS
+    def _close(self, slot: Slot, outcome: str) -> None:
+        """Give the slot back; the first who says how it ended is heard."""
+        passes = self._slots.pop(slot, None)
+        if passes is None:
+            return
+        self._outcomes[outcome] += 1
+        self._admission.leave(slot)
+        passes.leave(slot)
+        if self._nursery is not None:
+            self._admit()
 
 
 async def _tokens(planned: Plan, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -355,9 +373,15 @@ def _check_bias(sampling: Sampling, vocabulary: int) -> None:
             )
 
 
-def _room(model: Model, prompt: int, request: GenerationRequest) -> int:
-    """How many tokens the answer may have: what was asked for, within what the context leaves."""
-    left = model.context_tokens - prompt
+def _room(model: Model, prompt: int, request: GenerationRequest, kv_tokens_max: int) -> int:
+    """How many tokens the answer may have: what was asked for, within what context and memory leave."""
+    if kv_tokens_max < model.context_tokens and prompt + max(1, request.sampling.min_tokens) > kv_tokens_max:
+        raise RequestError(
+            "context_length_exceeded",
+            f"the prompt has {prompt} tokens, this node gives an answer {kv_tokens_max} with its prompt",
+            "shorten the prompt, or ask its operator to raise dmoe.kv_tokens_max",
+        )
+    left = min(model.context_tokens, kv_tokens_max) - prompt
     if left < max(1, request.sampling.min_tokens):
         wanted = f" and min_tokens {request.sampling.min_tokens}" if left > 0 else ""
         raise RequestError(

@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry
 from config.errors import EXIT_OK, LocalError, RiosError
 from config.files import naming, write_whole
 from config.paths import PAUSE_NOTE, Paths
-from config.settings import Settings, chosen_route
+from config.settings import DmoeSettings, Settings, chosen_route
 from config.vocabulary import KFLOP_PER_TFLOP, MIB
 from dmoe import hardware
 from dmoe.caller import Caller
@@ -39,6 +39,7 @@ from dmoe.core.manifest import Manifest
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
 from dmoe.models import StoredModels, SwarmExperts
+from dmoe.passes import PassOptions
 from dmoe.planning import Planner, wishes_of
 from dmoe.ports import Quote
 from dmoe.runtime import ExpertShard, RuntimeOptions
@@ -334,13 +335,24 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         models,
         generations_max=settings.dmoe.generations_max,
         waiting_max=settings.dmoe.waiting_max,
+        kv_tokens_max=settings.dmoe.kv_tokens_max,
+        passes=pass_options(settings.dmoe),
         default_route=route,
     )
-    for part in (node.worker.run, node.caller.run, node.hosting.run):
+    for part in (node.worker.run, node.caller.run, node.hosting.run, node.engine.run):
         await nursery.start(part)
     bring = node.hosting.ensure_whole if route in ("fused", "local") else node.hosting.ensure_trunk
     for name in settings.dmoe.orchestrate:
         nursery.start_soon(_bring, bring, name)
+
+
+def pass_options(dmoe: DmoeSettings) -> PassOptions:
+    """The bounds of passes, from the settings."""
+    return PassOptions(
+        rows_max=dmoe.pass_rows_max,
+        drafts_max=dmoe.drafts_max,
+        prefix_positions_max=dmoe.prefix_cache_tokens,
+    )
 
 
 async def _bring(bring: Callable[[str], Awaitable[object]], name: str) -> None:

@@ -304,19 +304,25 @@ def chat(context: Context, question: str) -> Output | int:
 async def _chat_here(context: Context, asked: dict[str, Any], echo: bool) -> Any:  # noqa: ANN401 - JSON
     from dmoe.engine import Engine  # noqa: PLC0415
     from dmoe.models import StoredModels  # noqa: PLC0415
+    from dmoe.passes import PassOptions  # noqa: PLC0415
     from dmoe.runtime import RuntimeOptions  # noqa: PLC0415
     from node import operator  # noqa: PLC0415
 
     settings = context.settings().settings.dmoe
     options = RuntimeOptions(device=settings.device, threads=settings.threads)  # type: ignore[arg-type]
     identity, _ = own_identity(context)
-    engine = Engine(StoredModels(_store(context), None, options, identity.peer_id), default_route=asked["route"])
+    engine = Engine(
+        StoredModels(_store(context), None, options, identity.peer_id),
+        passes=PassOptions(drafts_max=settings.drafts_max),
+        default_route=asked["route"],
+    )
 
     async def send(event: Any) -> None:  # noqa: ANN401 - JSON
         if echo:
             print(event["text"], end="", flush=True)  # noqa: T201 - the command's output
 
-    answer = await operator.generate(engine, asked, send)
+    async with engine.running():
+        answer = await operator.generate(engine, asked, send)
     if echo:
         print()  # noqa: T201 - the command's output
         print(f"[{answer['completion_tokens']} tokens, {answer['tokens_per_s']:.1f} tokens/s]", file=sys.stderr)  # noqa: T201

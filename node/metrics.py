@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from node.cli import VERSION
 
 if TYPE_CHECKING:
+    from dmoe.engine import EngineStatistics
     from node.daemon import Node
 
 
@@ -63,9 +64,22 @@ class NodeCollector(Collector):
         for outcome in ("finished", "failed", "cancelled"):
             outcomes.add_metric([outcome], getattr(engine, outcome))
         yield outcomes
+        yield from _generation(engine)
         if node.ledger is not None:
             yield _gauge("rios_ledger_balance_microcredits", "Free balance of this node", node.ledger.balance())
             yield _counter("rios_ledger_entries", "Entries applied", node.ledger.statistics()["entries"])
+
+
+def _generation(engine: "EngineStatistics") -> Iterator[Metric]:
+    yield _gauge("rios_generation_tokens_per_second", "Tokens generated per second of late", engine.tokens_per_s)
+    yield _counter("rios_passes", "Passes through models: rows / passes is how well answers share", engine.passes)
+    yield _counter("rios_pass_rows", "Tokens fed: of prompts, answers and drafts", engine.rows)
+    yield _counter("rios_drafts_proposed", "Guessed tokens that were fed", engine.drafts_proposed)
+    yield _counter("rios_drafts_accepted", "Guessed tokens that came true", engine.drafts_accepted)
+    yield _counter("rios_prefix_hits", "Answers that began with what was computed before", engine.prefix_hits)
+    yield _counter("rios_prefix_tokens", "Prompt tokens that were not computed again", engine.prefix_tokens)
+    yield _gauge("rios_prefix_positions", "Cache positions kept for later prompts", engine.prefix_positions)
+    yield _gauge("rios_kv_positions", "Cache positions of running answers", engine.kv_positions)
 
 
 def _directory(node: "Node") -> Iterator[Metric]:

@@ -110,6 +110,7 @@ async def _status(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN40
             "waiting": engine.waiting,
             "tokens": engine.completion_tokens,
             "tokens_per_s": engine.tokens_per_s,
+            "engine": asdict(engine),
             "hosting": node.hosting.status(),
             "worker": node.worker.statistics(),
             "caller": node.caller.statistics(),

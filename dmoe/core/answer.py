@@ -16,7 +16,7 @@ Invariants:
 Fails with IntegrityError where logits are not numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,26 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.generation import Delta, FinishReason, PlaceLogprobs, Sampling, TokenLogprob
+from dmoe.core.constraint import Constraint, only
 from dmoe.core.logprobs import logprobs
 from dmoe.core.penalties import penalties_of
 from dmoe.core.sampling import StopMatcher, choose
 
 FloatRows = NDArray[np.float32]
-
-
-class Constraint(Protocol):
-    """What an answer may say, token by token (a schema, a grammar). One per answer; used by one thread at a time."""
-
-    @property
-    def done(self) -> bool:
-        """Nothing may follow: the answer is complete."""
-
-    def mask(self, logits: FloatRows) -> FloatRows:
-        """``logits`` f32[V] with -inf for tokens that may not come next; a copy, the caller's stay as they were. Stop
-        tokens are allowed where the answer may end here."""
-
-    def accept(self, token: int) -> None:
-        """The answer has one more token, one that the mask allowed. Not called for stop tokens."""
 
 
 class Decoder(Protocol):
@@ -171,12 +157,11 @@ class Answer:
     def _choose(self, logits: FloatRows) -> int:
         """The token for one row. Until ``min_tokens`` are there, stop tokens are banned; what a constraint leaves no
         other choice than is allowed all the same."""
-        banned = self._job.stop_tokens if self.said < self._sampling.min_tokens else ()
+        banned: Collection[int] = self._job.stop_tokens if self.said < self._sampling.min_tokens else ()
         moved = logits if self._penalties is None else self._penalties.apply(logits)
         if self._job.constraint is not None:
             moved = self._job.constraint.mask(moved)
-            if banned and not np.isfinite(np.delete(moved, list(banned))).any():
-                banned = ()
+            banned = () if banned and only(moved, self._job.stop_tokens) else banned
         return choose(moved, self._sampling, len(self.tokens), banned)
 
     def _push(self, token: int, logits: FloatRows, places: list[PlaceLogprobs]) -> str:

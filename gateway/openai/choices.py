@@ -88,4 +88,5 @@ def joined(parts: Sequence[Finished]) -> Finished:
         expert_rows=rows,
         serving=serving,
         retries=sum(part.retries for part in parts),
+        cached_tokens=sum(part.cached_tokens for part in parts),
     )

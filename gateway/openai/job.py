@@ -134,7 +134,8 @@ class Job:
 async def open_job(service: Service, order: Order) -> AsyncIterator[Job]:
     """Admit and run an order. Raises RiosError of limits, money and engine."""
     with service.limits.running(order.limit_key):
-        prepared = await service.engine.prepare(order.request)
+        request = replace(order.request, user=order.principal.account_id)
+        prepared = await service.engine.prepare(request)
         ticket = await _reserve(service, order, prepared)
         job = Job(service, ticket)
         failed = False

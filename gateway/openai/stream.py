@@ -138,12 +138,13 @@ class _Writer:
                 await self.write(b": keep-alive\n\n")
 
 
-def usage_of(finished: Finished) -> Mapping[str, int]:
+def usage_of(finished: Finished) -> Mapping[str, object]:
     """``usage`` of an answer."""
     return {
         "prompt_tokens": finished.prompt_tokens,
         "completion_tokens": finished.completion_tokens,
         "total_tokens": finished.prompt_tokens + finished.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": finished.cached_tokens},
     }
 
 

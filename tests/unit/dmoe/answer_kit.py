@@ -3,11 +3,11 @@
 from tokenizers import pre_tokenizers
 
 from config.generation import Delta, GenerationRequest, Sampling
-from dmoe.engine import Engine
 from dmoe.importer.tokenizer import tokenizer_json
 from dmoe.models import StoredModels
 from dmoe.runtime import RuntimeOptions
 from dmoe.text import Tokenizer
+from tests.unit.dmoe.engine_kit import SelfRunningEngine
 from tests.unit.dmoe.model_kit import made
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -30,7 +30,7 @@ async def tiny_engine(folder, *, route="fused", **options):
     """An engine over one model called ``tiny``; ``options`` as :func:`model_kit.write_gguf` takes them."""
     store, _ = await made(folder, **options)
     models = StoredModels(store, None, RuntimeOptions(device="cpu", threads=1), "me")
-    return Engine(models, default_route=route)
+    return SelfRunningEngine(models, default_route=route)
 
 
 def request(prompt="hello", **sampling):

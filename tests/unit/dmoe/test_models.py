@@ -17,10 +17,10 @@ from tokenizers import pre_tokenizers
 from config.errors import IntegrityError, RemoteError, RiosError
 from config.generation import Delta, GenerationRequest, Message, Sampling
 from dmoe.caller import Caller
-from dmoe.engine import Engine
 from dmoe.importer.build import import_gguf
 from dmoe.layers import Sequence
 from dmoe.models import StoredModels, SwarmExperts
+from dmoe.passes import PassOptions
 from dmoe.ports import Quote
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.store import ModelStore
@@ -28,6 +28,7 @@ from dmoe.worker import Worker, plan_of
 from p2p.core.advert import ModelOffer, bitmap
 from p2p.core.identity import Identity
 from p2p.memory import MemoryHub
+from tests.unit.dmoe.engine_kit import SelfRunningEngine
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, WIDTH, CONTEXT = 64, 2, 4, 2, 128, 600
 OPTIONS = RuntimeOptions(device="cpu", threads=1)
@@ -93,7 +94,10 @@ def store(imported, tmp_path):
 
 
 def engine_of(store, experts=None):
-    return Engine(StoredModels(store, experts, OPTIONS, "me"), default_route="experts" if experts else "local")
+    """Without drafts, whose rows would count, and without kept prompts."""
+    models, route = StoredModels(store, experts, OPTIONS, "me"), "experts" if experts else "local"
+    passes = PassOptions(drafts_max=0, prefix_positions_max=0)
+    return SelfRunningEngine(models, default_route=route, passes=passes)
 
 
 def request(route, prompt="hello there", **sampling):
@@ -182,6 +186,8 @@ async def test_a_left_answer_frees_its_cache(store, monkeypatch):
     engine = engine_of(store)
     async with engine.stream(await engine.prepare(request("local"))) as stream:
         await anext(stream)
+    await trio.sleep(0.2)
+    await trio.testing.wait_all_tasks_blocked()
     gc.collect()
     assert len(made) == 1
     assert made[0]() is None

@@ -11,7 +11,6 @@ from config.settings import DmoeSettings, chosen_route
 from dmoe.caller import Caller
 from dmoe.core.plan import Pin, Wishes
 from dmoe.core.spans import Ask
-from dmoe.engine import Engine
 from dmoe.models import StoredModels, SwarmExperts
 from dmoe.planning import KEPT_SECONDS, Planner, class_of, wishes_of
 from dmoe.ports import Quote
@@ -20,6 +19,7 @@ from dmoe.worker import Worker, plan_of
 from p2p.core.advert import Hardware, ModelOffer, bitmap
 from p2p.memory import MemoryHub
 from tests.unit.dmoe.answer_kit import answer, request
+from tests.unit.dmoe.engine_kit import SelfRunningEngine
 from tests.unit.dmoe.model_kit import made
 
 OPTIONS = RuntimeOptions(device="cpu", threads=1)
@@ -70,7 +70,7 @@ async def test_the_view_is_what_adverts_and_calls_say(tmp_path):
         assert (peer.microcredits_per_tflop, peer.dialable, peer.row_us, peer.barred) == (PRICE, False, None, "")
         assert {manifest.shards[index].kind for index in peer.shards} == {"expert"}
         assert view.me.shards == frozenset(range(len(manifest.shards)))
-        await answer(Engine(models, default_route="experts"), request(max_tokens=3, min_tokens=3))
+        await answer(SelfRunningEngine(models, default_route="experts"), request(max_tokens=3, min_tokens=3))
         called = planner.view(manifest).peers[0]
         assert called.row_us > 0
         assert called.round_trip_us != peer.round_trip_us
@@ -82,7 +82,7 @@ async def test_the_view_is_what_adverts_and_calls_say(tmp_path):
 @pytest.mark.parametrize(("experts", "expected"), [(0, "fused"), (4, "local")])
 async def test_auto_stays_here_where_everything_is_here(tmp_path, experts, expected):
     async with node(tmp_path, experts=experts) as (models, *_):
-        engine = Engine(models, default_route="auto")
+        engine = SelfRunningEngine(models, default_route="auto")
         _, finished = await answer(engine, request(max_tokens=3, min_tokens=3))
         assert finished.route == expected
         assert models.planner.statistics()["chosen"] == {expected: 1}
@@ -91,7 +91,7 @@ async def test_auto_stays_here_where_everything_is_here(tmp_path, experts, expec
 async def test_auto_calls_others_for_what_is_not_here_and_says_what_lacks_when_they_leave(tmp_path):
     async with node(tmp_path) as (models, networks, manifest, store):
         forget_experts(store, manifest)
-        engine = Engine(models, default_route="auto")
+        engine = SelfRunningEngine(models, default_route="auto")
         _, finished = await answer(engine, request(max_tokens=3, min_tokens=3))
         assert finished.route == "experts"
         assert set(finished.expert_rows) == {networks[1].peer_id}
@@ -105,7 +105,7 @@ async def test_a_pin_that_nobody_can_keep_refuses_with_every_reason(tmp_path):
     pins = wishes_of("auto", plan_pins=["0=12D3KooWnobody"])
     async with node(tmp_path, wishes=pins) as (models, *_):
         with pytest.raises(RiosError, match=r"no route is possible: .*pinned to 12D3KooWnobody") as caught:
-            await Engine(models, default_route="auto").prepare(request())
+            await SelfRunningEngine(models, default_route="auto").prepare(request())
         assert caught.value.code == "unavailable"
 
 

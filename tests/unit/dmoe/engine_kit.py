@@ -1,0 +1,16 @@
+"""An engine for tests that need not say when it runs."""
+
+import trio
+
+from dmoe.engine import Engine
+
+
+class SelfRunningEngine(Engine):
+    """Runs from the first request to the end of the test's event loop."""
+
+    async def prepare(self, request):
+        if self._nursery is None:
+            trio.lowlevel.spawn_system_task(self.run)
+            while self._nursery is None:
+                await trio.lowlevel.checkpoint()
+        return await super().prepare(request)
