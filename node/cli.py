@@ -280,11 +280,22 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     model = command(top, "model", None, "Import, list, deploy and remove models.").add_subparsers(
         metavar="COMMAND", required=True, parser_class=_Parser
     )
-    importing = command(model, "import", _local("model_import"), "Cut a GGUF file into signed shards.")
-    importing.add_argument(
-        "source", help="a .gguf file, a folder of safetensors, or `bundled` for SmolLM2-135M-Instruct"
+    importing = command(
+        model, "import", _command("importing", "model_import"), "Cut a model into signed shards and keep it here."
     )
-    importing.add_argument("--name", default="", help="the model's name (default: from the file)")
+    importing.add_argument(
+        "source",
+        help="a .gguf file, a folder of safetensors, hf:owner/name[@revision][:file.gguf] from a hub, "
+        "or `bundled` for SmolLM2-135M-Instruct",
+    )
+    importing.add_argument("--name", default="", help="the model's name (default: from the source)")
+    importing.add_argument("--licence", default="", help="the model's licence (default: what the source says)")
+    for name, text in (
+        ("experts-per-shard", "experts of a layer in one shard: these are the sum groups (default: a quarter)"),
+        ("layers-per-shard", "layers in one file (default: up to 10)"),
+        ("layers-per-stage", "layers of a stage, whole files of them (default: as in a file)"),
+    ):
+        importing.add_argument(f"--{name}", type=_count, default=0, metavar="N", help=text)
     importing.add_argument(
         "--format", choices=("source", "fp32", "fp16", "int8", "int4"), default="source", help="weight format"
     )
@@ -350,6 +361,13 @@ def _gateway_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     create.add_argument("--name", default="", help="a label")
     command(key, "ls", _local("key_ls"), "List keys.")
     command(key, "revoke", _local("key_revoke"), "Revoke a key.").add_argument("key_id")
+
+
+def _count(text: str) -> int:
+    """A number of one or more."""
+    if not text.isdecimal() or not text.isascii() or not 1 <= len(text) <= 6 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of one or more")
+    return int(text)
 
 
 def parse_credits(text: str) -> int:

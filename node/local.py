@@ -15,10 +15,10 @@ import trio
 from config import seeds
 from config.errors import EXIT_OK, ConfigError, LocalError, RequestError, RiosError
 from config.load import Loaded, render_reference, to_toml
-from config.paths import Paths, cache_dir
+from config.paths import Paths
 from config.settings import DmoeSettings, sections
 from config.vocabulary import format_credits
-from node import progress, threads
+from node import threads
 from node.cli import VERSION, Context, Output, parse_credits
 from p2p.core.identity import Identity
 
@@ -182,39 +182,6 @@ def id_import(context: Context) -> Output:
 
 
 # --- models
-
-
-def model_import(context: Context) -> Output:
-    """``rios model import``"""
-    count = context.settings().settings.dmoe.threads
-    threads.bound(count)
-    from dmoe.importer import build, bundled  # noqa: PLC0415
-    from dmoe.store import ModelStore  # noqa: PLC0415
-
-    args = context.args
-    source, name = Path(args.source), args.name
-    if args.source != "bundled" and not source.exists():
-        raise LocalError(
-            "not_found", f"there is no file or folder {source}", "give a .gguf file, a model's folder, or `bundled`"
-        )
-    identity, paths = own_identity(context)
-    store = ModelStore(paths.models)
-    with progress.bar("bytes") as show:
-        if args.source == "bundled":
-            source = bundled.fetch_bundled(cache_dir(os.environ, Path.home()))
-            name = name or source.name.partition(".")[0]
-        read = build.import_folder if source.is_dir() else build.import_gguf
-        manifest = read(source, store, identity, name=name, quantisation=args.format, progress=show, threads=count)
-    data: dict[str, Any] = {
-        "model_id": manifest.model_id,
-        "name": manifest.name,
-        "shards": len(manifest.shards),
-        "params": sum(shard.params for shard in manifest.parts),
-        "bytes": sum(shard.size_bytes for shard in manifest.parts),
-        "quantisation": manifest.quantisation,
-    }
-    text = f"{manifest.name}\n  id      {manifest.model_id}\n  shards  {data['shards']}, {data['bytes'] / 1e6:.0f} MB"
-    return Output(data, text + "\n  next    rios model deploy " + manifest.name)
 
 
 def require_stopped(paths: Paths, doing: str) -> None:

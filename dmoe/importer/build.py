@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from dmoe.core.manifest import Golden, Manifest, ModelFile, Quantisation, Shard, Source
 from dmoe.golden import compute_golden
-from dmoe.importer.cut import Cut, Part
+from dmoe.importer.cut import AS_USUAL, Cut, Part, Sizes
 from dmoe.importer.folder import FolderSource
 from dmoe.importer.model import Model, read_folder, read_gguf
 from dmoe.importer.scratch import scratch
@@ -31,6 +31,18 @@ Progress = Callable[[int, int, str], None]
 _MANIFEST_BYTES = 1 << 20
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What whoever imports decides. ``quantisation``: ``source`` keeps the source's own weights without loss. Empty
+    ``name``, ``licence`` and ``origin`` (where the model came from) are the source's own."""
+
+    name: str = ""
+    licence: str = ""
+    origin: str = ""
+    quantisation: Quantisation = "source"
+    sizes: Sizes = AS_USUAL
+
+
 def import_gguf(
     path: Path,
     store: ModelStore,
@@ -41,13 +53,9 @@ def import_gguf(
     progress: Progress = lambda done, total, what: None,
     threads: int = 0,
 ) -> Manifest:
-    """Import a GGUF file into the store, signed by ``identity``. Blocking: run it in a thread or a process of its own.
-
-    ``quantisation``: ``source`` keeps the file's own weights without loss. ``threads``: for the golden logits, which
-    depend on it by less than their tolerance; 0: all cores. Raises IntegrityError for a file that is
-    broken or not supported, LocalError ``disk_full`` if the disk is.
-    """
-    return _import(read_gguf(GgufSource(path)), store, identity, name, quantisation, progress, threads)
+    """:func:`import_model` of a GGUF file, or of the first of several that belong together."""
+    wishes = Wishes(name=name, quantisation=quantisation)
+    return _import(read_gguf(GgufSource(path)), store, identity, wishes, progress, threads)
 
 
 def import_folder(
@@ -60,21 +68,35 @@ def import_folder(
     progress: Progress = lambda done, total, what: None,
     threads: int = 0,
 ) -> Manifest:
-    """As :func:`import_gguf`, of a folder with ``config.json``, safetensors and ``tokenizer.json``. 16-bit floats
-    become fp32, without loss."""
-    return _import(read_folder(FolderSource(path)), store, identity, name, quantisation, progress, threads)
+    """:func:`import_model` of a folder with ``config.json``, safetensors and ``tokenizer.json``."""
+    wishes = Wishes(name=name, quantisation=quantisation)
+    return _import(read_folder(FolderSource(path)), store, identity, wishes, progress, threads)
+
+
+def import_model(
+    path: Path,
+    store: ModelStore,
+    identity: Identity,
+    wishes: Wishes,
+    *,
+    progress: Progress = lambda done, total, what: None,
+    threads: int = 0,
+) -> Manifest:
+    """Import a folder or a GGUF file into the store, signed by ``identity``. Blocking: run it in a thread or process of
+    its own.
+
+    ``threads``: for the golden logits, which depend on it by less than their tolerance; 0: all cores. Raises
+    IntegrityError for a source that is broken or not supported, ConfigError for wishes that do not fit it, LocalError
+    ``disk_full`` if the disk is.
+    """
+    model = read_folder(FolderSource(path)) if path.is_dir() else read_gguf(GgufSource(path))
+    return _import(model, store, identity, wishes, progress, threads)
 
 
 def _import(
-    model: Model,
-    store: ModelStore,
-    identity: Identity,
-    name: str,
-    quantisation: Quantisation,
-    progress: Progress,
-    threads: int,
+    model: Model, store: ModelStore, identity: Identity, wishes: Wishes, progress: Progress, threads: int
 ) -> Manifest:
-    making = _Import(model, name, quantisation, progress)
+    making = _Import(model, wishes, progress)
     with scratch(store.root, making.bytes_needed) as folder:
         with disk_errors(folder):
             manifest = making.run(folder, identity, threads)
@@ -83,12 +105,11 @@ def _import(
 
 
 class _Import:
-    def __init__(self, model: Model, name: str, quantisation: Quantisation, progress: Progress) -> None:
+    def __init__(self, model: Model, wishes: Wishes, progress: Progress) -> None:
         self.model = model
         self.source = model.source
-        self.quantisation = quantisation
-        self.name = (name or model.name)[:200]
-        self.cut = Cut(model, quantisation)
+        self.wishes = wishes
+        self.cut = Cut(model, wishes.quantisation, wishes.sizes)
         sizes = [size_of(shapes_of(self.cut.entries(part))) for part in self.cut.parts]
         self.source.release_pages()
         self.bytes_needed = sum(sizes) + len(model.text.tokenizer) + _MANIFEST_BYTES
@@ -122,11 +143,11 @@ class _Import:
 
     def _manifest(self, identity: Identity, shards: tuple[Shard, ...], tokenizer: ModelFile) -> Manifest:
         return Manifest(
-            name=self.name,
-            licence=self.model.licence[:200],
-            source=Source(name=self.source.path.name, sha256=self._source_hash()),
+            name=(self.wishes.name or self.model.name)[:200],
+            licence=(self.wishes.licence or self.model.licence)[:200],
+            source=Source(name=self.wishes.origin or self.source.path.name, sha256=self._source_hash()),
             architecture=self.model.architecture,
-            quantisation=self.quantisation,
+            quantisation=self.wishes.quantisation,
             sum_groups=self.cut.groups,
             shards=shards,
             tokenizer=tokenizer,

@@ -5,13 +5,14 @@ come from (``sources``, ``folder``) or how they are written (``write``). Matrice
 holds are :class:`Rows`, which the writer reads block by block.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from config.errors import ConfigError
 from config.vocabulary import ShardId
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import ModelFile, Quantisation, Shard
@@ -28,6 +29,51 @@ _RUNTIME_OVERHEAD_BYTES = 200_000
 """Memory of one ONNX Runtime session beside its weights."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How finely a model is cut; 0: as usual. A shard is a sum group, so ``experts_per_shard`` fixes the groups."""
+
+    experts_per_shard: int = 0
+    layers_per_shard: int = 0
+    layers_per_stage: int = 0
+    """A multiple of ``layers_per_shard``, because a stage lists whole files."""
+
+    def check(self, layers: int, experts: int) -> None:
+        """Raise ConfigError unless a model of so many layers and experts can be cut so."""
+        limits = {"experts_per_shard": experts, "layers_per_shard": layers, "layers_per_stage": layers}
+        for name, most in limits.items():
+            value = getattr(self, name)
+            option = "--" + name.replace("_", "-")
+            if not 0 <= value <= most:
+                raise ConfigError("usage", f"{option} {value} is not within 1..{most}", f"this model has {most}")
+        stage, shard = self.layers_per_stage, self.layers_per_shard
+        if stage and shard and stage % shard and stage < layers:
+            fault = f"--layers-per-stage {stage} is no multiple of --layers-per-shard {shard}"
+            raise ConfigError("usage", fault, "a stage is made of whole shards: choose a multiple, or leave one away")
+
+    def spans(self, layers: int) -> list[tuple[int, int]]:
+        """First and last layer of every file."""
+        usual = -(-layers // -(-layers // LAYERS_PER_SHARD_MAX))
+        size = self.layers_per_shard or self.layers_per_stage or usual
+        return [(first, min(first + size, layers) - 1) for first in range(0, layers, size)]
+
+    def stages(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """First and last layer of every stage."""
+        size = self.layers_per_stage or spans[0][1] + 1
+        count = max(1, -(-size // (spans[0][1] + 1)))
+        return [(part[0][0], part[-1][1]) for part in (spans[at : at + count] for at in range(0, len(spans), count))]
+
+    def groups(self, experts: int) -> tuple[tuple[int, ...], ...]:
+        """The experts of every sum group."""
+        if size := self.experts_per_shard:
+            return tuple(tuple(range(at, min(at + size, experts))) for at in range(0, experts, size))
+        parts = np.array_split(np.arange(experts), min(GROUPS_MAX, experts))
+        return tuple(tuple(int(expert) for expert in part) for part in parts)
+
+
+AS_USUAL = Sizes()
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A file to be made and what it holds."""
@@ -41,13 +87,15 @@ class Part:
 class Cut:
     """A model cut into parts: its trunk files, and its expert files of one sum group each."""
 
-    def __init__(self, model: Model, quantisation: Quantisation) -> None:
+    def __init__(self, model: Model, quantisation: Quantisation, sizes: Sizes) -> None:
         self.source = model.source
         self.quantisation = quantisation
         self.family = model.family
         self.arch = model.architecture
-        self.groups = _sum_groups(self.arch.router.experts)
-        spans = list(_spans(self.arch.layers))
+        sizes.check(self.arch.layers, self.arch.router.experts)
+        self.groups = sizes.groups(self.arch.router.experts)
+        spans = sizes.spans(self.arch.layers)
+        self.stages = sizes.stages(spans)
         self.trunk = [Part("trunk/ends.safetensors", (0, -1), -1, holds_ends=True)]
         self.trunk += [Part(f"trunk/l{first:02d}-{last:02d}.safetensors", (first, last), -1) for first, last in spans]
         self.experts = [
@@ -174,8 +222,8 @@ class Cut:
         )
 
     def stage_shards(self, files: Mapping[str, ModelFile], params: Mapping[str, int]) -> list[Shard]:
-        """Every span of layers once more as a stage, over the files it has already."""
-        return [self._stage_shard(part.layers, files, params) for part in self.trunk if not part.holds_ends]
+        """Spans of layers once more as stages, over the files they have already."""
+        return [self._stage_shard(layers, files, params) for layers in self.stages]
 
     def _stage_shard(self, layers: tuple[int, int], files: Mapping[str, ModelFile], params: Mapping[str, int]) -> Shard:
         arch, router, (first, last) = self.arch, self.arch.router, layers
@@ -197,16 +245,3 @@ class Cut:
             ram_bytes=sum(files[path].size_bytes for path in paths) + sessions * _RUNTIME_OVERHEAD_BYTES,
             dtype=self.quantisation,
         )
-
-
-def _spans(layers: int) -> Iterator[tuple[int, int]]:
-    count = -(-layers // LAYERS_PER_SHARD_MAX)
-    size = -(-layers // count)
-    for first in range(0, layers, size):
-        yield first, min(first + size, layers) - 1
-
-
-def _sum_groups(experts: int) -> tuple[tuple[int, ...], ...]:
-    count = min(GROUPS_MAX, experts)
-    parts = np.array_split(np.arange(experts), count)
-    return tuple(tuple(int(expert) for expert in part) for part in parts)
