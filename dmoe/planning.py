@@ -101,7 +101,7 @@ class Planner:
         self._network = network
         self._caller = caller
         self._held = held
-        self._wishes = wishes
+        self.wishes = wishes
         self._threads = threads
         self._runs = frozenset(runs)
         self._loaded = loaded
@@ -114,7 +114,7 @@ class Planner:
 
     def plan(self, manifest: Manifest, ask: Ask) -> Plan:
         """A plan for exactly this, made now."""
-        return plan(self._shape(manifest), self.view(manifest), ask, self._wishes)
+        return plan(self._shape(manifest), self.view(manifest), ask, self.wishes)
 
     def route(self, manifest: Manifest, ask: Ask) -> Candidate:
         """How to answer a request of this class. Raises LocalError ``unavailable`` if no route is possible."""
@@ -132,7 +132,7 @@ class Planner:
         if known is not None and known[0] == version and now < known[1]:
             return known[2]
         settled = known[2].chosen.kind if known is not None and known[2].chosen is not None else None
-        made = plan(self._shape(manifest), self.view(manifest), ask, self._wishes, settled=settled)
+        made = plan(self._shape(manifest), self.view(manifest), ask, self.wishes, settled=settled)
         if len(self._kept) >= CLASSES_MAX:
             self._kept.clear()
         self._kept[manifest.model_id, ask] = (version, now + KEPT_SECONDS, made)
@@ -163,7 +163,7 @@ class Planner:
                     "first_token_ms": round(chosen.first_token_us / 1000, 3) if chosen else None,
                 }
             )
-        return {"route": self._wishes.route, "chosen": dict(self._chosen), "plans": plans}
+        return {"route": self.wishes.route, "chosen": dict(self._chosen), "plans": plans}
 
     # --- the view
 

@@ -5,6 +5,7 @@ Owns: what a stage's host and its orchestrator must read alike. Does not own: wh
 A **ticket** (16 random bytes) stands for one sequence's key/value cache at one stage's host. A run carries rows of
 several sequences, ``parts`` of one activation buffer as :mod:`dmoe.core.wire` makes it. Before a part runs, its cache
 is cut to the part's position: what a former run put there (a draft that was refused, a try that failed) is forgotten.
+A run that was overtaken by a later pass (``pass`` numbers grow) is refused, so that it cannot undo that one.
 
 The path of a run stands in it: ``next`` lists the hosts behind this one with their tickets. A host gives its rows to
 the first of them; the last one sends each part's last ``outputs`` rows to the orchestrator (``stage.result``), or puts
@@ -72,7 +73,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class RunCall:
-    """A run as a host reads it. ``number`` is the orchestrator's name for the pass."""
+    """A run as a host reads it. ``number`` is the orchestrator's name for the pass: each is higher than the last."""
 
     number: int
     parts: tuple[Part, ...]

@@ -32,7 +32,7 @@ from dmoe.core.stagecalls import Failure, Hop, Part, RunCall, Step
 from dmoe.core.wire import FloatRows
 from dmoe.ports import Quote, Seller
 from dmoe.stages.loaded import Job, LoadedStage, Place, StagePlan
-from dmoe.stages.segment import Segment
+from dmoe.stages.segment import Cache, Segment
 from dmoe.stages.tickets import Ticket, Tickets
 from p2p.face import Call, Network, Reply
 
@@ -104,6 +104,7 @@ class StageHost:
             self._tickets.close_all()
             for stage in self._stages.values():
                 stage.segment.close()
+                stage.closed = True
             self._stages.clear()
 
     async def drain(self) -> None:
@@ -136,8 +137,7 @@ class StageHost:
             del self._stages[key]
             self.changes += 1
             self._tickets.close_all(stage)
-            await stage.idle.wait()
-            stage.segment.close()
+            await stage.close()
 
     def local(self, model_id: str, layers: tuple[int, int]) -> LoadedStage | None:
         """The loaded stage over these layers, if any."""
@@ -172,7 +172,9 @@ class StageHost:
 
     # --- this node's own sequences
 
-    def open(self, stage: LoadedStage, owner: PeerId, capacity: int, *, like: bytes = b"", length: int = 0) -> Ticket:
+    async def open(
+        self, stage: LoadedStage, owner: PeerId, capacity: int, *, like: bytes = b"", length: int = 0
+    ) -> Ticket:
         """A cache at a stage here. Raises RequestError or BusyError if there is no room for it."""
         plan = stage.plan
         if capacity > plan.context:
@@ -191,27 +193,39 @@ class StageHost:
             self._tickets.make_room(kv_bytes, now)
             if self.ram_bytes() + kv_bytes > self._limits.ram_bytes_max:
                 raise BusyError("this node's memory for models is in use", "ask another replica", retry_after_ms=1000)
-            cache = stage.segment.open(capacity, like=source.cache if source else None, length=length)
+            cache = await self._cache(stage, kv_bytes, capacity, source.cache if source else None, length)
         finally:
             self._tickets.end([source] if source else [], now)
+        if stage.closed:
+            cache.close()
+            raise RequestError("not_found", f"{plan.shard_id} is not served here any more", "ask another replica")
         ticket = Ticket(owner, stage, cache, kv_bytes, b"", self.quote, now)
         self._tickets.add(ticket)
         return ticket
+
+    async def _cache(self, stage: LoadedStage, kv_bytes: int, capacity: int, like: Cache | None, length: int) -> Cache:
+        """A cache whose room is kept while one waits for it."""
+        self._tickets.kv_bytes += kv_bytes
+        try:
+            return await stage.open(capacity, like, length)
+        finally:
+            self._tickets.kv_bytes -= kv_bytes
 
     def close(self, ticket: Ticket) -> None:
         """Free a cache."""
         self._tickets.close(ticket)
 
     async def compute(
-        self, tickets: Sequence[Ticket], places: Sequence[tuple[int, int]], x: FloatRows, deadline: float
+        self, tickets: Sequence[Ticket], places: Sequence[tuple[int, int]], x: FloatRows, deadline: float, number: int
     ) -> Job:
-        """``f32[N, H]`` through a stage: ``places`` are (position, rows) per ticket. ``deadline`` is a trio time."""
+        """``f32[N, H]`` through a stage in pass ``number``: ``places`` are (position, rows) per ticket. ``deadline`` is
+        a trio time."""
         if self._nursery is None:
             raise RemoteError("unavailable", "this node is shutting down", "ask another replica")
         self._tickets.begin(tickets)
         try:
-            wanted = [Place(t.cache, position, rows) for t, (position, rows) in zip(tickets, places, strict=True)]
-            return await tickets[0].stage.run(wanted, x, deadline, self._nursery)
+            wanted = [Place(t, position, rows) for t, (position, rows) in zip(tickets, places, strict=True)]
+            return await tickets[0].stage.run(number, wanted, x, deadline, self._nursery)
         finally:
             self._tickets.end(tickets, trio.current_time())
 
@@ -226,7 +240,7 @@ class StageHost:
             what = f"the stage of layers {first} to {last} of model {asked.model_id[:12]}"
             raise RequestError("not_found", f"{what} is not served here", "read this node's advert again")
         paid = self._admit(call.peer_id, asked.channel, asked.quote)
-        ticket = self.open(stage, call.peer_id, asked.capacity, like=asked.like, length=asked.length)
+        ticket = await self.open(stage, call.peer_id, asked.capacity, like=asked.like, length=asked.length)
         ticket.channel = asked.channel if paid else b""
         return Reply({"ticket": ticket.token})
 
@@ -283,7 +297,7 @@ class StageHost:
 
     async def _answer(self, call: Call, asked: RunCall, tickets: list[Ticket]) -> Reply:
         places = [(part.position, part.rows) for part in asked.parts]
-        job = await self.compute(tickets, places, asked.rows, call.deadline)
+        job = await self.compute(tickets, places, asked.rows, call.deadline, asked.number)
         assert job.answer is not None
         rows = job.answer if asked.hops else _kept(job.answer, asked.parts)
         shape, buffer = wire.encode(rows, asked.dtype)

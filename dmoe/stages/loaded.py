@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import trio
@@ -72,15 +72,28 @@ def stage_plan_of(manifest: Manifest, shard: ManifestShard) -> StagePlan:
 class Place:
     """Rows of a run: where they belong."""
 
-    cache: Cache
+    ticket: "Numbered"
     position: int
     rows: int
+
+    @property
+    def cache(self) -> Cache:
+        """The cache they belong to."""
+        return self.ticket.cache
+
+
+class Numbered(Protocol):
+    """What is kept of a sequence here: its cache, and the number of the last pass that ran on it."""
+
+    cache: Cache
+    newest: int
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """A run that waits. ``done`` is set once ``answer`` or ``error`` is."""
 
+    number: int
     places: Sequence[Place]
     x: FloatRows
     queued: float
@@ -91,8 +104,11 @@ class Job:
     done: trio.Event = field(default_factory=trio.Event)
 
     def prepare(self) -> None:
-        """Cut the caches to their positions. Raises RequestError if one has less, or has not the room."""
+        """Cut the caches to their positions. Raises RequestError if one has less, or has not the room, or has been
+        used by a later pass."""
         for place in self.places:
+            if place.ticket.newest > self.number:
+                raise RequestError("conflict", f"pass {self.number} was overtaken by pass {place.ticket.newest}")
             if place.cache.length < place.position:
                 message = f"the cache holds {place.cache.length} positions, the run begins at {place.position}"
                 raise RequestError("conflict", message, "run what is missing first")
@@ -100,6 +116,7 @@ class Job:
                 message = f"{place.position + place.rows} positions do not fit a cache for {place.cache.capacity}"
                 raise RequestError("context_length_exceeded", message)
         for place in self.places:
+            place.ticket.newest = self.number
             place.cache.truncate(place.position)
 
 
@@ -120,13 +137,29 @@ class LoadedStage:
         self.rows = self.runs = self.batches = self.batch_rows_max = self.refused = 0
         self._queue_rows_max = queue_rows_max
         self._batch_rows_max = batch_rows_max
+        self.closed = False
         self._driving = False
+        self._passes = trio.Lock()
 
-    async def run(self, places: Sequence[Place], x: FloatRows, deadline: float, nursery: trio.Nursery) -> Job:
+    async def open(self, capacity: int, like: Cache | None = None, length: int = 0) -> Cache:
+        """A cache in these layers, as :meth:`Segment.open` makes it, between two batches."""
+        async with self._passes:
+            return await self.segment.open(capacity, like, length)
+
+    async def close(self) -> None:
+        """Wait for the runs that are queued, then free the layers."""
+        self.closed = True
+        await self.idle.wait()
+        async with self._passes:
+            self.segment.close()
+
+    async def run(
+        self, number: int, places: Sequence[Place], x: FloatRows, deadline: float, nursery: trio.Nursery
+    ) -> Job:
         """``f32[N, H]`` through the layers, with whatever else waits; ``nursery`` outlives the caller. Raises BusyError
         before it is queued, and what the run itself met."""
         self._check_room(len(x), deadline)
-        job = Job(places, x, perf_counter())
+        job = Job(number, places, x, perf_counter())
         self.waiting.append(job)
         self.rows_waiting += len(x)
         if not self._driving:
@@ -216,7 +249,8 @@ class LoadedStage:
     async def _compute(self, jobs: Sequence[Job], start: float) -> None:
         x = jobs[0].x if len(jobs) == 1 else np.concatenate([job.x for job in jobs])
         parts = [Rows(place.cache, place.rows) for job in jobs for place in job.places]
-        y = await self.segment.run(x, parts)
+        async with self._passes:
+            y = (await self.segment.run(x, parts)).copy()
         end, count = perf_counter(), len(x)
         spent = (end - start) / count
         self.row_seconds += (FASTER if spent < self.row_seconds else SLOWER) * (spent - self.row_seconds)

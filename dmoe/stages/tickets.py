@@ -37,6 +37,8 @@ class Ticket:
     quote: Quote
     used_at: float
     token: bytes = field(default_factory=lambda: secrets.token_bytes(TICKET_BYTES))
+    newest: int = 0
+    """The number of the last pass that ran on it."""
     users: int = 0
     closed: bool = False
 

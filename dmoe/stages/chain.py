@@ -1,0 +1,241 @@
+"""One pass through hosts of stages: rows out, rows back, and an account of who did what.
+
+Owns: a chain's calls, forwarded from host to host or one after the other, and counting them for payment. Does not own:
+which hosts (``route``), sequences and second tries (``caller``).
+
+Forwarded, the rows go to the first host, from each host to the next, and from the last one home: (S+1)/2 round trips.
+The hosts' answers follow behind and are read in the background: they say who did what, and what went wrong where.
+Otherwise every host answers with its rows, one round trip each: the way for hosts that cannot reach each other.
+
+Invariants:
+1. Every step that a host says it took is counted for payment once, with the same kFLOP and leaf as there.
+2. A failure names the stage: :class:`StageError`.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import trio
+
+from config.errors import BusyError, IntegrityError, RemoteError, RiosError
+from config.vocabulary import PeerId
+from dmoe.core import stagecalls, wire
+from dmoe.core.stagecalls import Failure, Hop, Part, Step
+from dmoe.core.wire import Dtype, FloatRows
+from dmoe.ports import Buyer, Quote
+from dmoe.stages.results import Expected, Results
+from p2p.face import Network, Pending, Reply
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One host of a chain: who runs which layers, and how it is paid."""
+
+    stage: int
+    peer: PeerId
+    layers: tuple[int, int]
+    flops_per_row: int
+    channel: bytes
+    quote: Quote
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The hosts that rows pass, one behind the other. ``forward``: they give them on themselves."""
+
+    model_id: str
+    dtype: Dtype
+    width: int
+    links: tuple[Link, ...]
+    forward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The next ``rows`` rows of a pass: one sequence's, with its tickets per link. The last ``outputs`` come back."""
+
+    tickets: tuple[bytes, ...]
+    position: int
+    rows: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a host did, for estimates and reports."""
+
+    link: Link
+    rows: int
+    service_us: int
+    waited_us: int
+
+
+class StageError(Exception):
+    """A stage failed a pass: which one, and why. ``between``: it could not be reached by the host before it."""
+
+    def __init__(self, link: Link, error: RiosError, *, between: bool = False) -> None:
+        super().__init__(f"stage {link.stage} at {link.peer}: {error}")
+        self.link = link
+        self.error = error
+        self.between = between
+
+
+Tell = Callable[[Account], None]
+
+
+class Chains:
+    """Runs passes. ``nursery`` outlives them: what the hosts answer is read there."""
+
+    def __init__(self, network: Network, buyer: Buyer | None) -> None:
+        self.nursery: trio.Nursery | None = None
+        self._network = network
+        self._buyer = buyer
+        self._results = Results(network)
+
+    def number(self) -> int:
+        """A name for a pass, higher than all before."""
+        return self._results.number()
+
+    async def run(self, way: Way, parts: Sequence[Rows], x: FloatRows, deadline: float, tell: Tell) -> FloatRows:
+        """``f32[N, H]`` through a way's stages; of each part its last ``outputs`` rows come back. ``deadline`` is a
+        trio time. Raises StageError."""
+        if way.forward and len(way.links) > 1:
+            return await self._forwarded(way, parts, x, deadline, tell)
+        for index in range(len(way.links)):
+            is_last = index == len(way.links) - 1
+            wanted = [p if is_last else Rows(p.tickets, p.position, p.rows, p.rows) for p in parts]
+            x = await self._one(way, index, wanted, x, deadline, tell)
+        return x
+
+    async def _one(
+        self, way: Way, index: int, parts: Sequence[Rows], x: FloatRows, deadline: float, tell: Tell
+    ) -> FloatRows:
+        """One host, which answers with its rows."""
+        link = way.links[index]
+        shape, buffer = wire.encode(x, way.dtype)
+        own = _parts(parts, index)
+        header = stagecalls.run_header(self.number(), own, (), shape, reply=True)
+        try:
+            left_ms = max(1, int((deadline - trio.current_time()) * 1000))
+            reply = await self._network.call(link.peer, stagecalls.RUN, header, (buffer,), deadline_ms=left_ms)
+            trail, _ = _answer_of(reply, link, 0)
+            rows = _rows_of(reply.header, reply.buffers, way, parts)
+        except RiosError as error:
+            raise StageError(link, error) from error
+        if len(trail) == 1:
+            self._count(way, index, own, trail[0], tell)
+        return rows
+
+    async def _forwarded(self, way: Way, parts: Sequence[Rows], x: FloatRows, deadline: float, tell: Tell) -> FloatRows:
+        shape, buffer = wire.encode(x, way.dtype)
+        first, rest = way.links[0], way.links[1:]
+        hops = [Hop(link.peer, tuple(p.tickets[n] for p in parts)) for n, link in enumerate(rest, 1)]
+        expected = self._results.expect(way.links[-1].peer)
+        header = stagecalls.run_header(expected.number, _parts(parts, 0), hops, shape, reply=False)
+        left_ms = max(1, int((deadline - trio.current_time()) * 1000))
+        call = (first.peer, stagecalls.RUN, header, (buffer,))
+        assert self.nursery is not None, "chains run while the node does"
+        failed: list[StageError] = []
+        try:
+            pending = self._begin(call, left_ms)
+            self.nursery.start_soon(self._account, way, parts, pending, call, left_ms, expected, failed, tell)
+            with trio.move_on_at(deadline):
+                await expected.happened.wait()
+            if failed:
+                raise failed[0]
+            if expected.header is None or expected.buffer is None:
+                late = RemoteError("deadline", f"no rows came back within {left_ms} ms", peer_id=first.peer)
+                raise StageError(first, expected.error or late)
+            try:
+                return _rows_of(expected.header, (expected.buffer,), way, parts)
+            except RiosError as error:
+                raise StageError(way.links[-1], error) from error
+        finally:
+            self._results.forget(expected)
+
+    def _begin(self, call: tuple[PeerId, str, dict[str, object], tuple[memoryview]], left_ms: int) -> Pending | None:
+        try:
+            return self._network.begin(*call, deadline_ms=left_ms)
+        except RiosError:
+            return None  # the slow way meets it again
+
+    async def _account(
+        self,
+        way: Way,
+        parts: Sequence[Rows],
+        pending: Pending | None,
+        call: tuple[PeerId, str, dict[str, object], tuple[memoryview]],
+        left_ms: int,
+        expected: Expected,
+        failed: list[StageError],
+        tell: Tell,
+    ) -> None:
+        """Read what the hosts answer: count it; end the pass if it cannot succeed any more. Never raises RiosError."""
+        first = way.links[0]
+        try:
+            if pending is not None:
+                reply = await pending.wait()
+            else:
+                reply = await self._network.call(*call, deadline_ms=left_ms)
+            trail, failure = _answer_of(reply, first, len(way.links) - 1)
+        except RiosError as error:
+            failed.append(StageError(first, error))
+            expected.fail(error)
+            return
+        for index, step in enumerate(trail):
+            self._count(way, index, _parts(parts, index), step, tell)
+        if any(a.answer != b.request for a, b in pairwise(trail)):
+            log.warning("hosts of one pass disagree about the rows between them")
+        if failure is not None:
+            failed.append(_failure_of(way, failure, len(trail)))
+            expected.fail(failed[0].error)
+
+    def _count(self, way: Way, index: int, parts: Sequence[Part], step: Step, tell: Tell) -> None:
+        link = way.links[index]
+        tell(Account(link, sum(part.rows for part in parts), step.service_us, step.waited_us))
+        if self._buyer is None or not link.channel:
+            return
+        work = stagecalls.kflop(link.flops_per_row, parts)
+        leaf = stagecalls.leaf(way.model_id, link.layers, parts, step.request, step.answer)
+        self._buyer.used(link.peer, link.channel, link.quote, work, leaf)
+
+
+def _parts(parts: Sequence[Rows], index: int) -> list[Part]:
+    return [Part(p.tickets[index], p.position, p.rows, p.outputs) for p in parts]
+
+
+def _answer_of(reply: Reply, link: Link, hops: int) -> tuple[list[Step], Failure | None]:
+    try:
+        return stagecalls.parse_answer(reply.header, hops)
+    except RiosError as error:
+        raise RemoteError(error.code, f"{link.peer}: {error.message}", peer_id=link.peer) from error
+
+
+def _failure_of(way: Way, failure: Failure, steps: int) -> StageError:
+    """A failure that a host reports, as one of the stage it speaks of."""
+    link = way.links[min(failure.hop, len(way.links) - 1)]
+    error: RiosError = RemoteError(failure.code, failure.message, failure.hint, peer_id=link.peer)
+    if failure.code == "busy":
+        error = BusyError(failure.message, failure.hint, retry_after_ms=failure.retry_after_ms)
+    # the host before it ran its part, and could not hand the rows on
+    between = failure.code == "unavailable" and failure.hop == steps > 0
+    return StageError(link, error, between=between)
+
+
+def _rows_of(header: object, buffers: Sequence[object], way: Way, parts: Sequence[Rows]) -> FloatRows:
+    """The rows of an answer. Raises RemoteError if they are not those that were asked for."""
+    last = way.links[-1]
+    if not isinstance(header, dict) or len(buffers) != 1:
+        raise RemoteError("protocol", f"{last.peer} answered without rows", peer_id=last.peer)
+    try:
+        rows = wire.decode(header, buffers[0])  # type: ignore[arg-type]
+    except IntegrityError as error:
+        raise RemoteError("integrity", f"{last.peer} answered with {error.message}", peer_id=last.peer) from error
+    wanted = (sum(part.outputs for part in parts), way.width)
+    if rows.shape != wanted or wire.dtype_of(header) != way.dtype:
+        raise RemoteError("protocol", f"{last.peer} answered with shape {list(rows.shape)}", peer_id=last.peer)
+    return rows

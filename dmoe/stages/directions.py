@@ -1,0 +1,89 @@
+"""Who shall run which stage of a sequence: the planner's chain, with what stands already and without who failed.
+
+Owns: the choice for one sequence. Does not own: the estimates (``core.plan``), what is known (``dmoe.planning``), what
+happens after a failure (``caller``).
+
+Invariants:
+1. Stages that a sequence has already stay where they are.
+2. A peer that was refused for a stage is not chosen for it; a stage that nobody is left for is named with its layers.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from config.errors import LocalError, RemoteError
+from config.vocabulary import PeerId
+from dmoe.core.costs import Host, View, shape_of
+from dmoe.core.manifest import Manifest
+from dmoe.core.plan import Pin, plan
+from dmoe.core.spans import Ask
+from dmoe.planning import Planner
+
+ASK = Ask(prompt_tokens=256, answer_tokens=256)
+SHAPES_MAX = 64
+
+Refused = Mapping[int, Collection[PeerId]]
+"""Stage -> the peers that shall not be asked for it."""
+
+
+class Directions:
+    """Paths over the stages of a node's models."""
+
+    def __init__(self, planner: Planner, me: PeerId) -> None:
+        self.legs: Counter[PeerId] = Counter()
+        """Stages of this node's own sequences at each peer."""
+        self._planner = planner
+        self._me = me
+
+    def path(self, manifest: Manifest, fixed: Mapping[int, PeerId], refused: Refused, batch: int = 1) -> list[PeerId]:
+        """A peer for each of the model's stages, in order. Raises RemoteError ``no_replica`` naming stage and layers,
+        LocalError ``unavailable`` for a model without stages."""
+        if not manifest.stages:
+            raise without_stages(manifest)
+        view = self._view(manifest, refused)
+        wishes = self._planner.wishes
+        pins = [pin for pin in wishes.pins if not self._is_fixed(manifest, pin, fixed)]
+        for stage, peer in fixed.items():
+            first, last = manifest.stages[stage].layers
+            pins.append(Pin(first, last, "here" if peer == self._me else peer))
+        hosts = (*wishes.stage_hosts, *fixed.values()) if wishes.stage_hosts else ()
+        wanted = replace(wishes, route="stages", pins=tuple(pins), stage_hosts=hosts)
+        ask = replace(ASK, batch=batch)
+        made = plan(shape_of(manifest), replace(view, runs=frozenset({"stages"})), ask, wanted)
+        if made.chosen is None:
+            why = next(each.why_not for each in made.candidates if each.kind == "stages")
+            hint = "start a node that serves it, or raise its replica count"
+            raise RemoteError("no_replica", f"{manifest.name}: {why}", hint)
+        return self._peers_of(manifest, made.chosen.spans)
+
+    def _peers_of(self, manifest: Manifest, spans: Collection[object]) -> list[PeerId]:
+        """A peer per stage; a span here may cover several."""
+        found: dict[int, PeerId] = {}
+        for span in spans:
+            where, peers, first = span.where, span.peers, span.first  # type: ignore[attr-defined]
+            found[first] = self._me if where == "here" else peers[0]
+        return [found[stage.layers[0]] for stage in manifest.stages]
+
+    def _is_fixed(self, manifest: Manifest, pin: Pin, fixed: Mapping[int, PeerId]) -> bool:
+        spans = (manifest.stages[stage].layers for stage in fixed)
+        return any(pin.first <= last and first <= pin.last for first, last in spans)
+
+    def _view(self, manifest: Manifest, refused: Refused) -> View:
+        """What the planner sees, without those who are refused and with this node's own load."""
+        without: dict[PeerId, set[int]] = {}
+        for stage, peers in refused.items():
+            for peer in peers:
+                without.setdefault(peer, set()).add(manifest.shard_index(manifest.stages[stage].id))
+        view = self._planner.view(manifest)
+
+        def seen(host: Host) -> Host:
+            shards = host.shards - without.get(host.peer_id, set())
+            return replace(host, shards=shards, queue_rows=host.queue_rows + self.legs[host.peer_id])
+
+        return replace(view, peers=tuple(seen(host) for host in view.peers))
+
+
+def without_stages(manifest: Manifest) -> LocalError:
+    """What is said of a model that was imported before stages were known."""
+    return LocalError("unavailable", f"{manifest.name} has no stages", 'import it again, or use the route "experts"')

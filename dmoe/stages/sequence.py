@@ -1,0 +1,90 @@
+"""One sequence over stages: its tokens, and at which peer each stage keeps its cache.
+
+Owns: what is known to lie in each cache. Does not own: calls (``caller``).
+
+Invariants:
+1. ``leg.held`` positions of a leg's cache hold the sequence's first tokens, or fewer: never others.
+2. ``length`` counts only tokens of passes that succeeded.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from config.vocabulary import PeerId
+from dmoe.runner import Report
+from dmoe.stages.chain import Account, Link
+from dmoe.stages.tickets import Ticket
+
+
+@dataclass(slots=True, eq=False)
+class Leg:
+    """One stage of a sequence: a ticket at a peer, or a cache here. ``held`` positions of it are good."""
+
+    link: Link
+    ticket: bytes
+    here: Ticket | None = None
+    held: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class StageSequence:
+    """A sequence (:class:`dmoe.runner.Sequence`)."""
+
+    capacity: int
+    let_go: Callable[[Leg], None]
+    """Frees a leg's cache; never blocks."""
+    tokens: list[int] = field(default_factory=list)
+    legs: dict[int, Leg] = field(default_factory=dict)
+    """By stage; those that are not there are opened before the next pass."""
+    hub: bool = False
+    """Its hosts do not reach each other: every one answers here."""
+    retries: int = 0
+    closed: bool = False
+    rows: Counter[PeerId] = field(default_factory=Counter)
+    served: dict[PeerId, set[int]] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Positions that are in it."""
+        return len(self.tokens)
+
+    def truncate(self, length: int) -> None:
+        """See :class:`dmoe.runner.Sequence`."""
+        assert 0 <= length <= len(self.tokens)
+        del self.tokens[length:]
+        for leg in self.legs.values():
+            leg.held = min(leg.held, length)
+
+    def report(self) -> Report:
+        """Who computed what: rows times layers, as experts are counted in rows times groups and layers."""
+        serving: Mapping[PeerId, dict[str, list[int]]] = {
+            peer: {"layers": sorted(layers), "experts": []} for peer, layers in self.served.items()
+        }
+        return Report(
+            expert_rows={str(peer): rows for peer, rows in self.rows.items()},
+            serving={str(peer): served for peer, served in serving.items()},
+            retries=self.retries,
+        )
+
+    def count(self, link: Link, rows: int) -> None:
+        """A stage was run."""
+        first, last = link.layers
+        self.rows[link.peer] += rows * (last - first + 1)
+        self.served.setdefault(link.peer, set()).update(range(first, last + 1))
+
+    def told(self, account: Account) -> None:
+        """As :meth:`count`."""
+        self.count(account.link, account.rows)
+
+    def drop(self, stage: int) -> None:
+        """Give a leg up."""
+        leg = self.legs.pop(stage, None)
+        if leg is not None:
+            self.let_go(leg)
+
+    def close(self) -> None:
+        """See :class:`dmoe.runner.Sequence`."""
+        self.closed = True
+        for stage in list(self.legs):
+            self.drop(stage)

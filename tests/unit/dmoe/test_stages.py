@@ -1,0 +1,283 @@
+"""Stages over a network in memory: whoever computes, and whatever fails, the same bits come out."""
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+from config.errors import RemoteError, RequestError
+from dmoe.runner import Feed
+from tests.unit.dmoe.stages_kit import PRICED, staged, swarm
+from tests.unit.dmoe.swarm_kit import CountingBuyer, CountingSeller
+
+TEXT = tuple(range(3, 40))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return staged(tmp_path_factory.mktemp("staged"), kind="F32")[1]
+
+
+async def answer(runner, text=TEXT, steps=6, sequence=None):
+    """Logits of a greedy answer, and its tokens."""
+    sequence = sequence or await runner.open(200)
+    tokens, rows = list(text[sequence.length :]), []
+    for _ in range(steps):
+        (logits,) = await runner.forward([Feed(sequence=sequence, tokens=tuple(tokens))])
+        rows.append(logits[0])
+        tokens = [int(logits[0].argmax())]
+    return np.stack(rows)
+
+
+async def single(manifest, text=TEXT, steps=6):
+    """The reference: every stage in one process."""
+    async with swarm(manifest) as net:
+        return await answer(await net.runner(here=(0, 1, 2)), text, steps)
+
+
+@pytest.fixture
+async def alone(manifest):
+    return await single(manifest)
+
+
+@pytest.mark.parametrize("forward", [True, False])
+async def test_three_hosts_give_the_bits_of_one_process(manifest, alone, forward):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner(may_forward=forward)
+        sequence = await runner.open(200)
+        found = await answer(runner, sequence=sequence)
+        assert np.array_equal(found, alone)
+        assert all(node.host.statistics()["runs"] == 6 for node in nodes)
+        assert nodes[0].host.statistics()["forwarded"] == (6 if forward else 0)
+        report = sequence.report()
+        assert report.expert_rows == {node.peer_id: len(TEXT) + 5 for node in nodes}
+        assert report.serving[nodes[1].peer_id] == {"layers": [1], "experts": []}
+        sequence.close()
+        await trio.testing.wait_all_tasks_blocked(0.02)  # the accounts follow behind the rows
+        assert all(node.host.statistics()["sequences"] == 0 for node in nodes)
+        assert all(cache.closed for node in nodes for each in node.segments.values() for cache in each.opened)
+
+
+async def test_a_stage_here_between_two_elsewhere_gives_the_same_bits(manifest, alone):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(0), await net.node(2)]
+        runner = await net.runner(here=(1,))
+        assert np.array_equal(await answer(runner), alone)
+        assert [node.host.statistics()["runs"] for node in nodes] == [6, 6]
+
+
+async def test_a_pass_of_several_sequences_is_one_message_and_changes_no_bit(manifest, alone):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        texts = [TEXT, TEXT[:5], TEXT[3:20]]
+        sequences = [await runner.open(200) for _ in texts]
+        singles = [await single(manifest, text) for text in texts]
+        feeds = list(texts)
+        runs = nodes[0].host.statistics()["runs"]
+        for step in range(6):
+            wanted = [Feed(sequence=s, tokens=tuple(t)) for s, t in zip(sequences, feeds, strict=True)]
+            found = await runner.forward(wanted)
+            for logits, expected in zip(found, singles, strict=True):
+                assert np.array_equal(logits[0], expected[step])
+            feeds = [(int(logits[0].argmax()),) for logits in found]
+        assert nodes[2].host.statistics()["runs"] - runs == 6
+        assert nodes[1].segments[1].batches[-1] == [1, 1, 1]
+
+
+async def test_outputs_of_the_last_rows_and_hidden_rows(manifest):
+    async with swarm(manifest) as net:
+        for index in range(3):
+            await net.node(index)
+        runner = await net.runner()
+        for want in ("logits", "hidden"):
+            found, none = await runner.forward(
+                [
+                    Feed(sequence=await runner.open(64), tokens=TEXT, outputs=4, want=want),
+                    Feed(sequence=await runner.open(64), tokens=TEXT[:3], outputs=0),
+                ]
+            )
+            assert none.shape[0] == 0
+            sequence = await runner.open(64)
+            for n, token in enumerate(TEXT):
+                (one,) = await runner.forward([Feed(sequence=sequence, tokens=(token,), want=want)])
+                if n >= len(TEXT) - 4:
+                    assert np.array_equal(found[n - len(TEXT) + 4], one[0])
+
+
+async def test_refused_drafts_leave_no_trace(manifest, alone):
+    async with swarm(manifest) as net:
+        for index in range(3):
+            await net.node(index)
+        runner = await net.runner()
+        sequence = await runner.open(200)
+        tokens, rows = TEXT, []
+        for _ in range(6):
+            (logits,) = await runner.forward([Feed(sequence=sequence, tokens=(*tokens, 1, 2, 3), outputs=4)])
+            sequence.truncate(sequence.length - 3)
+            rows.append(logits[0])
+            tokens = (int(logits[0].argmax()),)
+        assert np.array_equal(np.stack(rows), alone)
+
+
+async def test_a_fork_starts_with_anothers_prefix_without_computing_it(manifest):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        first = await runner.open(200)
+        await runner.forward([Feed(sequence=first, tokens=TEXT)])
+        rows = nodes[1].segments[1].batches
+        fork = await runner.open(100, like=first, length=20)
+        assert fork.length == 20
+        found = await answer(runner, (*TEXT[:20], 7, 8), sequence=fork)
+        assert sum(map(sum, rows)) == len(TEXT) + 2 + 5
+        assert np.array_equal(found, await single(manifest, (*TEXT[:20], 7, 8)))
+        (after,) = await runner.forward([Feed(sequence=first, tokens=(5,))])
+        assert np.array_equal(after, await single(manifest, (*TEXT, 5), steps=1))
+
+
+@pytest.mark.parametrize("dies", [0, 1, 2])
+@pytest.mark.parametrize("forward", [True, False])
+async def test_the_death_of_a_host_changes_no_bit(manifest, alone, dies, forward):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner(may_forward=forward)
+        sequence = await runner.open(200)
+        other = await runner.open(200)
+        await runner.forward([Feed(sequence=other, tokens=TEXT[:9])])
+        head = await answer(runner, sequence=sequence, steps=3)
+        spare = await net.node(dies)
+        net.hub.kill(nodes[dies].peer_id)
+        tokens, rows = int(head[-1].argmax()), list(head)
+        for _ in range(3):
+            (logits, _) = await runner.forward(
+                [Feed(sequence=sequence, tokens=(tokens,)), Feed(sequence=other, tokens=(tokens,))]
+            )
+            rows.append(logits[0])
+            tokens = int(logits[0].argmax())
+        assert np.array_equal(np.stack(rows), alone)
+        assert spare.host.statistics()["sequences"] == 2
+        report = sequence.report()
+        assert report.retries > 0
+        assert {nodes[dies].peer_id, spare.peer_id} <= set(report.serving)
+        behind = [node.segments[index] for index, node in enumerate(nodes) if index > dies]
+        assert all(sum(map(sum, segment.batches)) < 2 * len(TEXT) + 20 for segment in behind), "only what is needed"
+
+
+async def test_a_death_in_the_middle_of_a_pass(manifest, alone):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        sequence = await runner.open(200)
+        nodes[1].segments[1].gate = trio.Event()
+        found = []
+        async with trio.open_nursery() as nursery:
+
+            async def ask():
+                found.append(await answer(runner, sequence=sequence))
+
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked(0.02)  # the accounts follow behind the rows
+            await net.node(1)
+            net.hub.kill(nodes[1].peer_id)
+        assert np.array_equal(found[0], alone)
+
+
+async def test_a_stage_that_nobody_holds_is_named_with_its_layers(manifest):
+    async with swarm(manifest) as net:
+        await net.node(0)
+        last = await net.node(2)
+        runner = await net.runner()
+        with pytest.raises(RemoteError, match=r"layers 1 to 1 \(stage-l01-01\)") as error:
+            await runner.open(100)
+        assert error.value.code == "no_replica"
+        middle = await net.node(1)
+        sequence = await runner.open(100)
+        await runner.forward([Feed(sequence=sequence, tokens=TEXT)])
+        net.hub.kill(middle.peer_id)
+        with pytest.raises(RemoteError, match="stage-l01-01") as error:
+            await runner.forward([Feed(sequence=sequence, tokens=(1,))])
+        assert error.value.code == "no_replica"
+        assert sequence.length == len(TEXT), "a pass that fails changes nothing"
+        await net.node(1)
+        (after,) = await runner.forward([Feed(sequence=sequence, tokens=(1,))])
+        assert np.array_equal(after, await single(manifest, (*TEXT, 1), steps=1))
+        assert last.host.statistics()["sequences"] == 1
+
+
+async def test_hosts_that_do_not_reach_each_other_answer_here(manifest, alone):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        net.hub.partition(nodes[0].peer_id, nodes[1].peer_id)
+        runner = await net.runner()
+        sequence = await runner.open(200)
+        assert np.array_equal(await answer(runner, sequence=sequence), alone)
+        assert sequence.hub
+        assert nodes[0].host.statistics()["forwarded"] == 1
+
+
+async def test_a_ticket_that_expired_is_made_anew(manifest, alone):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index, idle_seconds=0.05) for index in range(3)]
+        runner = await net.runner()
+        sequence = await runner.open(200)
+        head = await answer(runner, sequence=sequence, steps=3)
+        await trio.sleep(0.1)
+        for node in nodes:
+            node.host._tickets.expire(trio.current_time())
+            assert node.host.statistics()["kv_bytes"] == 0
+        token = int(head[-1].argmax())
+        (logits,) = await runner.forward([Feed(sequence=sequence, tokens=(token,))])
+        assert np.array_equal(logits[0], alone[3])
+
+
+async def test_what_runs_at_a_host_is_paid_for_and_both_sides_count_alike(manifest):
+    sellers, buyer = [CountingSeller() for _ in range(3)], CountingBuyer()
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index, quote=PRICED, seller=sellers[index]) for index in range(3)]
+        buyer.sellers = {node.peer_id: seller for node, seller in zip(nodes, sellers, strict=True)}
+        runner = await net.runner(buyer=buyer)
+        sequence = await runner.open(200)
+        await answer(runner, sequence=sequence, steps=4)
+        await trio.testing.wait_all_tasks_blocked(0.02)  # the accounts follow behind the rows
+        for index, node in enumerate(nodes):
+            rows = [len(TEXT), 1, 1, 1]
+            kflop = sum(count * manifest.stages[index].flops_per_row // 1000 for count in rows)
+            assert sum(sellers[index].kflop.values()) == kflop == buyer.kflop[node.peer_id]
+            assert sellers[index].leaves == buyer.leaves[node.peer_id]
+        assert len({leaf for seller in sellers for leaf in seller.leaves}) == 12
+        sellers[1].channels.clear()
+        buyer.poor = {nodes[1].peer_id}
+        with pytest.raises(RemoteError) as error:
+            await runner.forward([Feed(sequence=sequence, tokens=(1,))])
+        assert error.value.code == "no_replica"
+
+
+async def test_a_cancelled_pass_changes_nothing(manifest, alone):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        sequence = await runner.open(200)
+        head = await answer(runner, sequence=sequence, steps=3)
+        gate = nodes[2].segments[2].gate = trio.Event()
+        with trio.move_on_after(0.05) as scope:
+            await runner.forward([Feed(sequence=sequence, tokens=(1, 2, 3))])
+        assert scope.cancelled_caught
+        gate.set()
+        token = int(head[-1].argmax())
+        (logits,) = await runner.forward([Feed(sequence=sequence, tokens=(token,))])
+        assert np.array_equal(logits[0], alone[3])
+
+
+async def test_tokens_that_do_not_fit_are_refused(manifest):
+    async with swarm(manifest) as net:
+        for index in range(3):
+            await net.node(index)
+        runner = await net.runner()
+        with pytest.raises(RequestError, match="context"):
+            await runner.open(1000)
+        sequence = await runner.open(10)
+        with pytest.raises(RequestError, match="10 positions"):
+            await runner.forward([Feed(sequence=sequence, tokens=TEXT)])
+        assert sequence.length == 0
