@@ -29,7 +29,8 @@ from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.placement import Candidate, Holding, Patience, Wanted, assign, decide, quantised
 from dmoe.deployments import Deployments
 from dmoe.fetching import Fetcher, Models
-from dmoe.taking import RETRY_FIRST_SECONDS, Loader, Progress, Taker
+from dmoe.stages.host import StageHost
+from dmoe.taking import RETRY_FIRST_SECONDS, Loader, Progress, StageLoader, Taker
 from dmoe.worker import Worker
 from p2p.core.advert import Advert, ModelOffer, bitmap
 from p2p.core.heartbeat import is_worth_sending
@@ -83,10 +84,12 @@ class Hosting:
         settle_seconds: float = 3.0,
         check_seconds: float = 5.0,
         random: Random | None = None,
+        stages: StageHost | None = None,
+        load_stage: StageLoader | None = None,
     ) -> None:
         """``publishers``: peer ids whose models and deployments are taken ("*": anybody), this node's own always.
-        ``load`` opens a shard (called in a thread). ``settle_seconds``: after the start, adverts are collected so long
-        before anything is fetched."""
+        ``load`` and ``load_stage`` open a shard (called in a thread); without ``stages`` none of those is taken.
+        ``settle_seconds``: after the start, adverts are collected so long before anything is fetched."""
         self._network = network
         self._store = store
         self._worker = worker
@@ -116,7 +119,10 @@ class Hosting:
             ram_bytes_max=self._ram_bytes_max,
             deployers=self.deployments.book.deployers,
             on_change=self.wake,
+            stages=stages,
+            load_stage=load_stage,
         )
+        self._stages = stages
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow deployments and adverts until cancelled. Shards that were served before the restart come first."""
@@ -181,7 +187,7 @@ class Hosting:
                 self._model_status(model_id, replicas, candidates)
                 for model_id, replicas in sorted(self.deployments.book.replicas().items())
             ],
-            "ram_bytes": self._worker.ram_bytes(),
+            "ram_bytes": self._worker.ram_bytes() + (self._stages.ram_bytes() if self._stages else 0),
             "ram_bytes_max": self._ram_bytes_max,
             "disk_bytes": self._taker.disk_bytes,
             "disk_bytes_max": self._disk_bytes_max,
@@ -230,7 +236,8 @@ class Hosting:
         load = 0.0
         while True:
             await trio.sleep(LOAD_SECONDS)
-            load += (self._worker.rows_waiting() - load) / 2
+            waiting = self._worker.rows_waiting() + (self._stages.rows_waiting() if self._stages else 0)
+            load += (waiting - load) / 2
             own = self._network.directory.own()
             now = msgspec.structs.replace(own, load=round(load))
             if is_worth_sending(own, now):
@@ -335,9 +342,11 @@ class Hosting:
             return
         self._taker.progress.pop((model_id, index), None)
         self._advertise(without=(model_id, index))
-        await self._worker.unload(model_id, shard.id)
+        await self._taker.drop(manifest, shard)
         if not keep_files:
-            await trio.to_thread.run_sync(self._store.remove_shard, model_id, shard.id)
+            needed = self._taker.ready(manifest) | {i for m, i in self._taker.progress if m == model_id}
+            others = frozenset(manifest.shards[i].id for i in needed - {index})
+            await trio.to_thread.run_sync(self._store.remove_shard, model_id, shard.id, others)
             await self._taker.measure_disk()
         log.info("%s: shard %s is dropped: enough others have it", manifest.name, shard.id)
         await self._remember()

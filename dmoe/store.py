@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -175,11 +175,13 @@ class ModelStore:
             self._chunks = None
         shutil.rmtree(self.root / model_id, ignore_errors=True)
 
-    def remove_shard(self, model_id: str, shard_id: str) -> None:
-        """Delete a shard's files, keep the manifest."""
+    def remove_shard(self, model_id: str, shard_id: str, kept: Collection[str] = ()) -> None:
+        """Delete a shard's files, except those that the shards in ``kept`` have too; keep the manifest."""
         manifest = self.manifest(model_id)
+        needed = {file.path for shard in manifest.shards if shard.id in kept for file in shard.files}
         for file in manifest.shards[manifest.shard_index(ShardId(shard_id))].files:
-            self.path(model_id, file).unlink(missing_ok=True)
+            if file.path not in needed:
+                self.path(model_id, file).unlink(missing_ok=True)
 
     def disk_bytes(self) -> int:
         """Bytes that all models take."""

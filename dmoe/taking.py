@@ -7,11 +7,12 @@ kept on disk for nodes that answer requests.
 Invariants:
 1. Never more than ``disk_bytes_max`` on disk nor ``ram_bytes_max`` in memory, what is on its way included.
 2. A failure is kept under the shard's name and tried again later, ever less often; it never ends the node.
-3. One task at a time works on a shard.
+3. One task at a time works on a shard, and on a file: shards of two kinds may list the same.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from config.errors import IntegrityError, LocalError, RiosError
 from config.vocabulary import PeerId
 from dmoe.core.manifest import Manifest, ModelFile, Shard
 from dmoe.fetching import Fetcher, Models
+from dmoe.stages.host import StageHost
+from dmoe.stages.loaded import stage_plan_of
+from dmoe.stages.segment import Segment
 from dmoe.worker import Shard as LoadedShard
 from dmoe.worker import Worker, plan_of
 
@@ -28,6 +32,7 @@ log = logging.getLogger(__name__)
 
 State = Literal["wanted", "fetching", "verifying", "loading", "serving", "stored", "no_room", "failed"]
 Loader = Callable[[Manifest, Shard], LoadedShard]
+StageLoader = Callable[[Manifest, Shard], Segment]
 
 RETRY_FIRST_SECONDS = 2.0
 RETRY_MAX_SECONDS = 300.0
@@ -73,6 +78,8 @@ class Taker:
         ram_bytes_max: int,
         deployers: Callable[[str], list[PeerId]],
         on_change: Callable[[], None],
+        stages: StageHost | None = None,
+        load_stage: StageLoader | None = None,
     ) -> None:
         self.progress: dict[tuple[str, int], Progress] = {}
         """(model id, shard index) -> how far it is; shards that were never wanted here are missing."""
@@ -81,25 +88,34 @@ class Taker:
         self._worker = worker
         self._fetcher = fetcher
         self._load = load
+        self._stages = stages
+        self._load_stage = load_stage
         self._disk_bytes_max = disk_bytes_max
         self._ram_bytes_max = ram_bytes_max
         self._deployers = deployers
         self._on_change = on_change
         self._fetch_limit = trio.CapacityLimiter(FETCHES_AT_ONCE)
         self._load_limit = trio.CapacityLimiter(1)
+        self._files: dict[tuple[str, str], trio.Lock] = {}
         self._ram_reserved = 0
         self._disk_reserved = 0
 
     def has_room(self, ram_bytes: int) -> bool:
         """Whether a shard of this size still fits into memory."""
-        return self._worker.ram_bytes() + self._ram_reserved + ram_bytes <= self._ram_bytes_max
+        return self._ram_used() + ram_bytes <= self._ram_bytes_max
+
+    def _ram_used(self) -> int:
+        """What is loaded, caches of stages included, and what is being loaded."""
+        stages = self._stages.ram_bytes() if self._stages is not None else 0
+        return self._worker.ram_bytes() + stages + self._ram_reserved
 
     def ready(self, manifest: Manifest) -> frozenset[int]:
-        """Shards ready here: loaded experts, and a trunk on disk."""
+        """Shards ready here: loaded experts and stages, and a trunk on disk."""
         index = manifest.shard_index(manifest.trunk.id)
         progress = self.progress.get((manifest.model_id, index))
         stored = {index} if progress is not None and progress.state == "stored" else set()
-        return self._worker.indices(manifest.model_id) | stored
+        staged = self._stages.indices(manifest.model_id) if self._stages is not None else frozenset()
+        return self._worker.indices(manifest.model_id) | staged | stored
 
     def start(self, nursery: trio.Nursery, manifest: Manifest, index: int) -> None:
         """Begin to take a shard, unless it is on its way or rests after a failure."""
@@ -138,9 +154,7 @@ class Taker:
     async def _take(self, manifest: Manifest, index: int, progress: Progress) -> None:
         """One shard's way from wherever it is to being served (the trunk: to the disk)."""
         shard = manifest.shards[index]
-        if shard.kind == "stage":
-            raise LocalError("unavailable", f"{shard.id}: this node serves no stages yet")
-        ram = shard.ram_bytes if shard.kind == "expert" else 0
+        ram = 0 if shard.kind == "trunk" else shard.ram_bytes
         self._check_ram(shard, ram, progress)
         self._ram_reserved += ram
         try:
@@ -151,12 +165,28 @@ class Taker:
             else:
                 async with self._load_limit:
                     progress.state = "loading"
-                    loaded = await trio.to_thread.run_sync(self._load, manifest, shard)
-                self._worker.load(plan_of(manifest, shard), loaded)
+                    await self._load_and_serve(manifest, shard)
                 progress.state = "serving"
         finally:
             self._ram_reserved -= ram
         log.info("%s: shard %s is %s", manifest.name, shard.id, progress.state)
+
+    async def _load_and_serve(self, manifest: Manifest, shard: Shard) -> None:
+        if shard.kind == "expert":
+            loaded = await trio.to_thread.run_sync(self._load, manifest, shard)
+            self._worker.load(plan_of(manifest, shard), loaded)
+            return
+        if self._stages is None or self._load_stage is None:
+            raise LocalError("unavailable", f"{shard.id}: this node serves no stages")
+        segment = await trio.to_thread.run_sync(self._load_stage, manifest, shard)
+        self._stages.load(stage_plan_of(manifest, shard), segment)
+
+    async def drop(self, manifest: Manifest, shard: Shard) -> None:
+        """Stop serving a shard, and free it after the last call on it."""
+        if shard.kind == "stage" and self._stages is not None:
+            await self._stages.unload(manifest.model_id, shard.id)
+        else:
+            await self._worker.unload(manifest.model_id, shard.id)
 
     async def _bring(self, manifest: Manifest, shard: Shard, progress: Progress) -> None:
         """Make the shard's files whole on disk; the trunk's with the tokenizer."""
@@ -164,6 +194,15 @@ class Taker:
         files = (*shard.files, manifest.tokenizer) if shard.kind == "trunk" else shard.files
         progress.bytes_total = sum(file.size_bytes for file in files)
         progress.state = "verifying"
+        async with AsyncExitStack() as stack:
+            for path in sorted(file.path for file in files):  # always in one order: nobody waits in a circle
+                await stack.enter_async_context(self._files.setdefault((model_id, path), trio.Lock()))
+            await self._bring_files(manifest, shard, files, progress)
+
+    async def _bring_files(
+        self, manifest: Manifest, shard: Shard, files: Sequence[ModelFile], progress: Progress
+    ) -> None:
+        model_id = manifest.model_id
         missing = []
         for file in files:
             if not await trio.to_thread.run_sync(self._is_whole, model_id, file):
@@ -207,7 +246,7 @@ class Taker:
 
     def _check_ram(self, shard: Shard, ram: int, progress: Progress) -> None:
         if ram and not self.has_room(ram):
-            used = self._worker.ram_bytes() + self._ram_reserved
+            used = self._ram_used()
             progress.state = "no_room"
             message = f"shard {shard.id} needs {ram} bytes of memory; {used} of {self._ram_bytes_max} are taken"
             raise LocalError("local", message, "raise dmoe.ram_bytes_max")
@@ -229,7 +268,7 @@ class Taker:
             raise
         finally:
             progress.end()
-        if shard.kind == "expert":
+        if shard.kind != "trunk":
             del self.progress[manifest.model_id, index]  # on disk, not served: placement decides about that
         self._on_change()
 
