@@ -155,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     _node_commands(command, top)
     _swarm_commands(command, top)
     _model_commands(command, top)
+    _bench_commands(command, top)
     _ledger_commands(command, top)
     _gateway_commands(command, top)
     return parser
@@ -319,6 +320,26 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     fetch.add_argument("--whole", action="store_true", help="every shard, to answer without the swarm")
     undeploy = command(model, "undeploy", _online("model_undeploy"), "Withdraw a deployment made here.")
     undeploy.add_argument("model")
+
+
+def _bench_commands(command: Command, top: Any) -> None:  # noqa: ANN401
+    bench = command(top, "bench", None, "Measure this machine.").add_subparsers(
+        metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    generate = command(bench, "generate", _command("bench", "generate"), "Tokens per second, alone and in batches.")
+    generate.add_argument("--batch", default="1,4,16", help="sequences at the same time (default: 1,4,16)")
+    generate.add_argument("--route", default="", help="only this route (default: every one that is possible here)")
+    expert = command(bench, "expert", _command("bench", "expert"), "Rows per second that experts compute here.")
+    expert.add_argument("--rows", default="1,4,16,64,256", help="rows per call (default: 1,4,16,64,256)")
+    for made in (generate, expert):
+        made.add_argument("model", nargs="?", default="", help="its name or id (default: the only one, or a random)")
+        made.add_argument(
+            "--seconds", type=float, default=20.0, help="measure for so long, besides loading (default: 20)"
+        )
+        made.add_argument("--threads", type=int, default=None, help="compute threads (default: dmoe.threads)")
+        made.add_argument(
+            "--format", choices=("fp32", "fp16", "int8", "int4"), default="int8", help="weights of a random model"
+        )
 
 
 def _ledger_commands(command: Command, top: Any) -> None:  # noqa: ANN401

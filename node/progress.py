@@ -9,7 +9,7 @@ Show = Callable[[int, int, str], None]
 
 
 @contextmanager
-def bar(unit: Literal["bytes", "files", "replicas"]) -> Iterator[Show]:
+def bar(unit: Literal["bytes", "files", "replicas", "steps"]) -> Iterator[Show]:
     """A bar that goes when the block ends."""
     from rich import progress as rich  # noqa: PLC0415 - slow to load, and for few commands
     from rich.console import Console  # noqa: PLC0415

@@ -23,7 +23,7 @@ _VOCAB = 32000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Of a Mixtral: a sparse model of a common family."""
+    """Of a Mixtral: a sparse model of a common family; without ``experts``: of a Llama, a dense one."""
 
     hidden: int = 2048
     layers: int = 5
@@ -58,6 +58,9 @@ class Sizes:
         narrow = self.hidden // self.heads * self.kv_heads
         rows = {"q": self.hidden, "k": narrow, "v": narrow, "o": self.hidden}
         found = {f"self_attn.{name}_proj": (size, self.hidden) for name, size in rows.items()}
+        if not self.experts:
+            found |= {f"mlp.{name}_proj": (self.intermediate, self.hidden) for name in ("gate", "up")}
+            return found | {"mlp.down_proj": (self.hidden, self.intermediate)}
         found["block_sparse_moe.gate"] = (self.experts, self.hidden)
         for expert in range(self.experts):
             prefix = f"block_sparse_moe.experts.{expert}."
@@ -67,15 +70,14 @@ class Sizes:
 
     def config(self) -> dict[str, Any]:
         """Its ``config.json``."""
+        sparse = {"num_local_experts": self.experts, "num_experts_per_tok": min(2, self.experts)}
         return {
-            "model_type": "mixtral",
-            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral" if self.experts else "llama",
+            "architectures": ["MixtralForCausalLM" if self.experts else "LlamaForCausalLM"],
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
-            "num_local_experts": self.experts,
-            "num_experts_per_tok": min(2, self.experts),
             "intermediate_size": self.intermediate,
             "vocab_size": self.vocab,
             "max_position_embeddings": 4096,
@@ -83,6 +85,8 @@ class Sizes:
             "rope_theta": 1e6,
             "tie_word_embeddings": False,
             "eos_token_id": 0,
+            "hidden_act": "silu",
+            **(sparse if self.experts else {}),
         }
 
 
