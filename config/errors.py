@@ -33,7 +33,11 @@ class LocalError(RiosError):
 
 
 class RequestError(RiosError):
-    """The caller of an API asked for something that cannot be done."""
+    """The caller of an API asked for something that cannot be done. ``param`` names the part of the request."""
+
+    def __init__(self, code: str, message: str, hint: str = "", *, param: str | None = None) -> None:
+        super().__init__(code, message, hint)
+        self.param = param
 
 
 class RemoteError(RiosError):

@@ -61,6 +61,8 @@ class Constraint:
     kind: Literal["json", "regex", "choice", "grammar"]
     text: str
     """A JSON schema; a regular expression; a JSON list of texts, one of which is the answer; a grammar (Lark)."""
+    where: str = ""
+    """What the request calls it, for errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,8 @@ class Sampling:
     logprobs: int | None = None
     """Tell the log probability of each token, and of this many likeliest ones in its place; None: of none."""
     constraint: Constraint | None = None
+    stop_tokens: tuple[int, ...] = ()
+    """Token ids that end the answer, besides the model's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

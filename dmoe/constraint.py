@@ -50,17 +50,17 @@ class Constraints:
         """Check a constraint and make it ready. Raises RequestError."""
         with trio.move_on_after(COMPILE_SECONDS_MAX):
             return await trio.to_thread.run_sync(self.compile_here, wanted, abandon_on_cancel=True)
-        raise _refused(wanted.kind, f"reading it takes longer than {COMPILE_SECONDS_MAX:g} s")
+        raise _refused(wanted, f"reading it takes longer than {COMPILE_SECONDS_MAX:g} s")
 
     def compile_here(self, wanted: generation.Constraint) -> "Compiled":
         """The same in this thread."""
         if len(wanted.text) > CHARACTERS_MAX:
-            raise _refused(wanted.kind, f"it has {len(wanted.text)} characters, at most {CHARACTERS_MAX} are read")
+            raise _refused(wanted, f"it has {len(wanted.text)} characters, at most {CHARACTERS_MAX} are read")
         matcher = llguidance.LLMatcher(self._tokens, _grammar(wanted), log_level=0, limits=_LIMITS)
         matcher.is_error() or matcher.compute_bitmask()  # the first mask finds what no text can satisfy
         if matcher.is_stopped() and not matcher.is_accepting():  # also after an error
-            raise _refused(wanted.kind, matcher.get_error())
-        return Compiled(matcher, wanted.kind, self._vocabulary)
+            raise _refused(wanted, matcher.get_error())
+        return Compiled(matcher, wanted, self._vocabulary)
 
 
 class Compilers:
@@ -87,23 +87,23 @@ class Compilers:
 class Compiled:
     """A constraint that was checked; every answer gets a state of its own."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, kind: str, vocabulary: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, wanted: generation.Constraint, vocabulary: int) -> None:
         self._matcher = matcher
-        self._kind = kind
+        self._wanted = wanted
         self._vocabulary = vocabulary
 
     def begin(self) -> "Constrained":
         """The state of a new answer."""
-        return Constrained(self._matcher.deep_copy(), self._kind, self._vocabulary)
+        return Constrained(self._matcher.deep_copy(), self._wanted, self._vocabulary)
 
 
 class Constrained:
     """The state of one answer (:class:`dmoe.core.constraint.Constraint`). A mask takes about 10 microseconds, and the
     library's limits keep the worst one near 30 ms, so masks are made on the event loop."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, kind: str, vocabulary: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, wanted: generation.Constraint, vocabulary: int) -> None:
         self._matcher = matcher
-        self._kind = kind
+        self._wanted = wanted
         self._vocabulary = vocabulary
 
     @property
@@ -117,7 +117,7 @@ class Constrained:
         self._check()
         allowed = np.unpackbits(bits, bitorder="little")[: self._vocabulary].view(np.bool_)
         if not allowed.any():
-            raise _refused(self._kind, "no token of this model continues the answer")
+            raise _refused(self._wanted, "no token of this model continues the answer")
         return masked(logits, allowed)
 
     def accept(self, token: int) -> None:
@@ -127,7 +127,7 @@ class Constrained:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise _refused(self._kind, self._matcher.get_error())
+            raise _refused(self._wanted, self._matcher.get_error())
 
 
 class _Vocabulary:
@@ -166,7 +166,7 @@ def _grammar(wanted: generation.Constraint) -> str:
             case "grammar":
                 return llguidance.grammar_from("grammar", wanted.text)
     except (ValueError, RecursionError) as error:
-        raise _refused(wanted.kind, str(error)) from error
+        raise _refused(wanted, str(error)) from error
 
 
 def _object(text: str) -> str:
@@ -190,12 +190,14 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _refused(kind: str, why: str) -> RequestError:
+def _refused(wanted: generation.Constraint, why: str) -> RequestError:
     """The library's messages end in a listing of the grammar, which the caller has."""
     short = why.split("<non-verbose/>")[0].strip()
     if short in ("", "NoExtension", "NoExtensionBias"):
         short = "no text satisfies it"
     if len(short) > _MESSAGE_CHARACTERS_MAX:
         short = short[:_MESSAGE_CHARACTERS_MAX] + " ..."
-    name = _NAMES.get(kind, kind)
-    return RequestError("invalid_request", f"the {name} cannot be used: {short}", f"change the {name}")
+    name = _NAMES[wanted.kind]
+    where = f"{wanted.where}: " if wanted.where else ""
+    message = f"{where}the {name} cannot be used: {short}"
+    return RequestError("invalid_request", message, f"change the {name}", param=wanted.where or None)

@@ -279,7 +279,7 @@ class Engine:
             prompt_tokens=prepared.prompt_tokens,
             max_tokens=prepared.max_tokens,
             sampling=prepared.request.sampling,
-            stop_tokens=frozenset(prepared.model.stop_tokens),
+            stop_tokens=frozenset((*prepared.model.stop_tokens, *prepared.request.sampling.stop_tokens)),
             constraint=prepared.constraint.begin() if prepared.constraint else None,
         )
 
@@ -355,21 +355,26 @@ async def _tokens(planned: Plan, tokenizer: Tokenizer) -> tuple[int, ...]:
     return await trio.to_thread.run_sync(encode, abandon_on_cancel=True)
 
 
-def _check_ids(ids: tuple[int, ...], vocabulary: int) -> None:
+def _check_ids(ids: tuple[int, ...], vocabulary: int, what: str = "prompt") -> None:
     for index, token in enumerate(ids):
         if not isinstance(token, int) or not 0 <= token < vocabulary:
             raise RequestError(
-                "invalid_request", f"prompt token {index} is {token!r}", f"use token ids from 0 to {vocabulary - 1}"
+                "invalid_request",
+                f"{what}: token {index} is {token!r}",
+                f"use token ids from 0 to {vocabulary - 1}",
+                param=what,
             )
 
 
 def _check_bias(sampling: Sampling, vocabulary: int) -> None:
+    _check_ids(sampling.stop_tokens, vocabulary, "stop_token_ids")
     for token, _ in sampling.logit_bias:
         if token >= vocabulary:
             raise RequestError(
                 "invalid_request",
                 f"logit_bias names token {token}, this model has {vocabulary}",
                 f"use token ids from 0 to {vocabulary - 1}",
+                param="logit_bias",
             )
 
 

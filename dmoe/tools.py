@@ -177,9 +177,9 @@ def _with_tools(
     one = not use.parallel or kind.alone
     if use.choice == "required":
         if sampling.constraint is not None:
-            raise _refused("a forced call and a constraint exclude each other", "leave one of them out")
+            raise _refused("a forced call and a constraint exclude each other", "leave one of them out", "tool_choice")
         grammar = _grammar(kind, _callable(use), tokenizer.control_tokens, one=one)
-        sampling = replace(sampling, constraint=Constraint(kind="grammar", text=grammar))
+        sampling = replace(sampling, constraint=Constraint(kind="grammar", text=grammar, where="tools"))
     elif sampling.constraint is not None:
         raise _refused("tools that the model may call and a constraint exclude each other", "leave one of them out")
     elif not use.parallel and kind.tail.strip("} \n"):
@@ -208,7 +208,9 @@ def _check(use: ToolUse) -> None:
         if not isinstance(_parsed(tool.parameters), dict):
             raise _refused(f"the parameters of {tool.name} are no JSON schema", "send a JSON object")
     if use.name and not _callable(use):
-        raise _refused(f"tool_choice names {use.name!r:.80}, which is none of the tools", "name one of them")
+        raise _refused(
+            f"tool_choice names {use.name!r:.80}, which is none of the tools", "name one of them", "tool_choice"
+        )
 
 
 def _grammar(kind: ToolFormat, tools: Sequence[Tool], control: Mapping[str, int], *, one: bool) -> str:
@@ -295,5 +297,5 @@ def _parsed(text: str) -> Any:  # noqa: ANN401 - JSON
         return None
 
 
-def _refused(message: str, hint: str) -> RequestError:
-    return RequestError("invalid_request", message, hint)
+def _refused(message: str, hint: str, param: str = "tools") -> RequestError:
+    return RequestError("invalid_request", message, hint, param=param)

@@ -50,8 +50,7 @@ class ApiError(RequestError):
         retry_after_ms: int = 0,
         status: int | None = None,
     ) -> None:
-        super().__init__(code, message, hint)
-        self.param = param
+        super().__init__(code, message, hint, param=param)
         self.public_code = public_code
         self.retry_after_ms = retry_after_ms
         self.status = status
@@ -69,9 +68,10 @@ def error_object(error: RiosError) -> dict[str, object]:
     """The body of an error answer, also used as an event in a stream that fails midway."""
     code: str | None = _CODES.get(error.code, error.code)
     param = None
+    if isinstance(error, RequestError):
+        param = error.param
     if isinstance(error, ApiError):
         code = error.public_code or code
-        param = error.param
     elif error.code == "not_found":
         code, param = "model_not_found", "model"
     elif error.code == "context_length_exceeded":

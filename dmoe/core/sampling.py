@@ -162,7 +162,7 @@ def _check_penalties(sampling: Sampling) -> None:
 
 def _require(parameter: str, fits: bool, bounds: str) -> None:
     if not fits:
-        raise RequestError("invalid_request", f"{parameter} must be {bounds}", f"change {parameter}")
+        raise RequestError("invalid_request", f"{parameter} must be {bounds}", f"change {parameter}", param=parameter)
 
 
 def _is_number(value: object, low: float, high: float) -> bool:

@@ -15,6 +15,7 @@ from gateway.openai.job import Order, Service
 from gateway.openai.logprobs import chat_logprobs
 from gateway.openai.requests import ChatBody, chat_request, read_body
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
+from gateway.openai.tools import call_deltas, whole_calls
 from gateway.request import identify
 
 
@@ -48,8 +49,8 @@ class ChatShape:
 
     def piece(self, choice: int, delta: Delta) -> bytes:
         """A content delta."""
-        if delta.logprobs:
-            return event(self._chunk(choice, {"content": delta.text}, logprobs=chat_logprobs(delta.logprobs)))
+        if delta.logprobs or delta.tool_calls or delta.reasoning:
+            return event(self._chunk(choice, _parts(delta), logprobs=chat_logprobs(delta.logprobs)))
         before, after = self._frames.get(choice) or self._frame(choice)
         return before + msgspec.json.encode(delta.text) + after
 
@@ -78,7 +79,7 @@ class ChatShape:
     def _choice(self, choice: int, answer: Answer) -> dict[str, Any]:
         return {
             "index": choice,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": _message(answer),
             "logprobs": chat_logprobs(answer.places),
             "finish_reason": answer.finished.reason,
         }
@@ -93,7 +94,7 @@ class ChatShape:
     def _chunk(
         self,
         choice: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         finish_reason: str | None = None,
         logprobs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
@@ -107,3 +108,25 @@ class ChatShape:
         if self._include_usage:
             chunk["usage"] = None
         return chunk
+
+
+def _parts(delta: Delta) -> dict[str, Any]:
+    """What a piece adds to the message. ``reasoning_content`` is the name that other servers use."""
+    parts: dict[str, Any] = {}
+    if delta.tool_calls:
+        parts["tool_calls"] = call_deltas(delta.tool_calls)
+    if delta.reasoning:
+        parts["reasoning_content"] = delta.reasoning
+    if delta.text or not parts:
+        parts["content"] = delta.text
+    return parts
+
+
+def _message(answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.calls:
+        message["content"] = answer.text or None
+        message["tool_calls"] = whole_calls(answer.calls)
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    return message

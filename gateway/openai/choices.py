@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from config.generation import Delta, Finished, PlaceLogprobs
+from config.generation import Delta, Finished, PlaceLogprobs, ToolDelta
 from gateway.openai.job import Job
 
 
@@ -25,12 +25,20 @@ class Answer:
     text: str
     places: tuple[PlaceLogprobs, ...]
     finished: Finished
+    calls: tuple[ToolDelta, ...] = ()
+    reasoning: str = ""
 
     @classmethod
     def of(cls, deltas: Sequence[Delta], finished: Finished) -> "Answer":
         """The answer that the pieces make."""
         text = "".join(delta.text for delta in deltas)
-        return cls(text, tuple(place for delta in deltas for place in delta.logprobs), finished)
+        return cls(
+            text,
+            tuple(place for delta in deltas for place in delta.logprobs),
+            finished,
+            calls=tuple(call for delta in deltas for call in delta.tool_calls),
+            reasoning="".join(delta.reasoning for delta in deltas),
+        )
 
 
 async def run_jobs(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:

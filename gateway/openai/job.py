@@ -124,7 +124,7 @@ class Job:
             unused -= settlement.prompt_tokens
             self._service.metrics.observe_tokens(settlement.prompt_tokens, completion_tokens)
         self._service.limits.give_back_tokens(reservation.key_id or reservation.user_id, max(unused, 0))
-        if outcome in ("stop", "length"):
+        if outcome in ("stop", "length", "tool_calls"):
             await self._service.till.settle(settlement)
         else:
             await self._service.till.settle_after_cancel(settlement)

@@ -15,6 +15,8 @@ from starlette.requests import Request
 
 from config.generation import GenerationRequest, Message, RouteWish, Sampling
 from gateway.errors import ApiError, invalid, unsupported
+from gateway.openai.constraints import StructuredOutputs, constraint_of
+from gateway.openai.tools import check_results, message_calls, tool_use
 
 _BODY_SECONDS = 30.0
 _STOPS_MAX = 4
@@ -65,6 +67,13 @@ class SharedBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[CountOrZero], Meta(max_length=64)] | None = None
+    response_format: Any = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class ChatMessage(msgspec.Struct):
@@ -72,7 +81,9 @@ class ChatMessage(msgspec.Struct):
 
     role: str
     content: Any = None
+    name: str | None = None
     tool_calls: Any = None
+    tool_call_id: str | None = None
     function_call: Any = None
 
 
@@ -91,7 +102,6 @@ class ChatBody(SharedBody, kw_only=True):
     tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -113,11 +123,8 @@ class CompletionBody(SharedBody, kw_only=True):
 
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -128,7 +135,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
     "suffix": ("",),
 }
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 _PATH = re.compile(r"^(?P<what>.*?) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
@@ -184,12 +191,18 @@ def chat_request(body: ChatBody, request_id: str) -> GenerationRequest:
     if len(limits) > 1:
         raise invalid("max_tokens", "max_tokens and max_completion_tokens differ; send one of them")
     messages = tuple(_message(index, message) for index, message in enumerate(body.messages))
+    check_results(messages)
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", "top_logprobs is only allowed with logprobs: true")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = _sampling(body, limits.pop() if limits else None, logprobs)
     return GenerationRequest(
-        model=body.model, messages=messages, sampling=sampling, request_id=request_id, route=_route(body)
+        model=body.model,
+        messages=messages,
+        sampling=sampling,
+        request_id=request_id,
+        route=_route(body),
+        tool_use=tool_use(body.tools, body.tool_choice, body.parallel_tool_calls),
     )
 
 
@@ -213,10 +226,21 @@ def _message(index: int, message: ChatMessage) -> Message:
     if role is None:
         known = ", ".join(_ROLES)
         raise invalid(f"{where}.role", f"{where}.role {message.role!r:.60} is not one of {known}")
-    for name in ("tool_calls", "function_call"):
-        if getattr(message, name):
-            raise unsupported(f"{where}.{name}")
-    return Message(role=role, content=_content(f"{where}.content", message.content))
+    if message.function_call:
+        raise unsupported(f"{where}.function_call", "send tool_calls")
+    calls = message_calls(f"{where}.tool_calls", message.tool_calls)
+    if calls and role != "assistant":
+        raise invalid(f"{where}.tool_calls", f"{where}.tool_calls: only an assistant's message has calls")
+    if role == "tool" and not message.tool_call_id:
+        raise invalid(f"{where}.tool_call_id", f"{where}.tool_call_id is required")
+    silent = calls and message.content is None
+    return Message(
+        role=role,
+        content="" if silent else _content(f"{where}.content", message.content),
+        tool_calls=calls,
+        tool_call_id=(message.tool_call_id or "") if role == "tool" else "",
+        name=message.name or "",
+    )
 
 
 def _content(where: str, content: object) -> str:
@@ -280,6 +304,8 @@ def _sampling(body: SharedBody, max_tokens: int | None, logprobs: int | None) ->
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_biases(body.logit_bias or {}),
         logprobs=logprobs,
+        constraint=constraint_of(body),
+        stop_tokens=tuple(body.stop_token_ids or ()),
     )
 
 

@@ -1,14 +1,18 @@
 """A tiny model with random weights behind the real engine, for tests of what is asked of an answer."""
 
+from contextlib import asynccontextmanager
+
 from tokenizers import pre_tokenizers
 
 from config.generation import Delta, GenerationRequest, Sampling
+from dmoe.engine import Engine
 from dmoe.importer.tokenizer import tokenizer_json
 from dmoe.models import StoredModels
 from dmoe.runtime import RuntimeOptions
+from dmoe.store import ModelStore
 from dmoe.text import Tokenizer
 from tests.unit.dmoe.engine_kit import SelfRunningEngine
-from tests.unit.dmoe.model_kit import made
+from tests.unit.dmoe.model_kit import TOKENS, made
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -26,11 +30,22 @@ def tokenizer(template="", control=()):
     return Tokenizer(tokenizer_json(metadata), template)
 
 
-async def tiny_engine(folder, *, route="fused", **options):
-    """An engine over one model called ``tiny``; ``options`` as :func:`model_kit.write_gguf` takes them."""
-    store, _ = await made(folder, **options)
+@asynccontextmanager
+async def engine_running(folder, **options):
+    """:func:`tiny_engine` for as long as the block."""
+    engine = await tiny_engine(folder, kind=Engine, **options)
+    async with engine.running():
+        yield engine
+
+
+async def tiny_engine(folder, *, route="fused", kind=SelfRunningEngine, **options):
+    """An engine over one model called ``tiny``; ``options`` as :func:`model_kit.write_gguf` takes them. A model that is
+    in the folder already is used as it is."""
+    store = ModelStore(folder / "models")
+    if not store.manifests():
+        store, _ = await made(folder, **options)
     models = StoredModels(store, None, RuntimeOptions(device="cpu", threads=1), "me")
-    return SelfRunningEngine(models, default_route=route)
+    return kind(models, default_route=route)
 
 
 def request(prompt="hello", **sampling):
@@ -51,3 +66,8 @@ async def answer(engine, asked):
 
 def tokens_of(events):
     return [token for event in events if isinstance(event, Delta) for token in event.tokens]
+
+
+def token_of(text):
+    """The id of a token of the tiny model."""
+    return [*TOKENS, "ab"].index(text)
