@@ -50,8 +50,8 @@ def quantise_int8(weights: NDArray[np.float32]) -> Linear:
 
 
 def quantise_int4(weights: Floats) -> Linear:
-    """``f32[N, K]`` in blocks of 32 with the scale and offset of least weighted squared error that a search finds
-    (after ``make_qkx2_quants`` of ggml-quants.c: large weights weigh more)."""
+    """``f32[N, K]`` in blocks of 32 with the scale and offset of least squared error that a search finds (after
+    ``make_qkx2_quants`` of ggml-quants.c; its extra weight for large numbers made SmolLM2's text worse)."""
     rows, columns = weights.shape
     step = max(1, _WEIGHTS_AT_ONCE // columns)
     parts = [_fit(weights[row : row + step].reshape(-1, columns // BLOCK, BLOCK)) for row in range(0, rows, step)]
@@ -61,33 +61,31 @@ def quantise_int4(weights: Floats) -> Linear:
 
 def _fit(x: Floats) -> tuple[Floats, Floats, Floats]:
     """Codes, scales and offsets of blocks ``f32[.., 32]``, so that ``x`` is about ``scale * code + offset``."""
-    importance = np.abs(x) + np.sqrt((x * x).mean(axis=-1, keepdims=True))
     low, width = x.min(axis=-1), x.max(axis=-1) - x.min(axis=-1)
     tries = [(width / span, np.float32(8) - max(span - 15, np.float32(0)) / 2) for span in _SPANS]
-    best = _try(x, importance, tries[0][0], low + tries[0][0] * tries[0][1])
+    best = _try(x, tries[0][0], low + tries[0][0] * tries[0][1])
     for scale, steps in tries[1:]:
-        best = _better(best, _try(x, importance, scale, low + scale * steps))
+        best = _better(best, _try(x, scale, low + scale * steps))
     for _ in range(_REFITS):
-        best = _better(best, _try(x, importance, best[2], best[3]))
+        best = _better(best, _try(x, best[2], best[3]))
     return best[1], best[2], best[3]
 
 
 _Fit = tuple[Floats, Floats, Floats, Floats]
-"""Weighted error, codes, scale and offset per block."""
+"""Squared error, codes, scale and offset per block."""
 
 
-def _try(x: Floats, importance: Floats, scale: Floats, offset: Floats) -> _Fit:
-    """Round to the grid of ``scale`` and ``offset``, then fit both to the codes by weighted least squares."""
+def _try(x: Floats, scale: Floats, offset: Floats) -> _Fit:
+    """Round to the grid of ``scale`` and ``offset``, then fit both to the codes by least squares."""
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)[..., None]
     codes = np.clip(np.rint((x - offset[..., None]) * inverse), -8, 7)
-    total = np.maximum(importance.sum(axis=-1), np.finfo(np.float32).tiny)
-    code_mean, x_mean = (importance * codes).sum(axis=-1) / total, (importance * x).sum(axis=-1) / total
+    code_mean, x_mean = codes.mean(axis=-1), x.mean(axis=-1)
     off = codes - code_mean[..., None]
-    spread = (importance * off * off).sum(axis=-1)
-    shared = (importance * off * (x - x_mean[..., None])).sum(axis=-1)
+    spread = (off * off).sum(axis=-1)
+    shared = (off * (x - x_mean[..., None])).sum(axis=-1)
     fitted = np.divide(shared, spread, out=np.zeros_like(spread), where=spread > 0)
     offset = x_mean - fitted * code_mean
-    error = (importance * np.square(fitted[..., None] * codes + offset[..., None] - x)).sum(axis=-1)
+    error = np.square(fitted[..., None] * codes + offset[..., None] - x).sum(axis=-1)
     return error, codes, fitted, offset
 
 
