@@ -30,6 +30,8 @@ LOGIT_BIASES_MAX = 1024
 TOP_LOGPROBS_MAX = 20
 _SEED_MIN, _SEED_MAX = -(1 << 63), (1 << 64) - 1
 _PHILOX_DOMAIN = 0x52694F53 << 64  # the upper key half: draws of other parts of a program never coincide with these
+_BLOCK = 256
+_INVERSE_MAX = 1e30
 _CHOICE_DOMAIN = 0x52694F54 << 64  # seeds of further choices
 
 
@@ -66,10 +68,11 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, position: int, banne
 
     ``banned`` tokens are never chosen. ``sampling.seed`` must be set unless ``temperature`` is 0 (greedy).
     """
-    if banned:
+    best = int(logits.argmax())  # NaN counts as the largest, so one look at the winner finds it
+    if banned and (best in banned or sampling.temperature != 0):
         logits = logits.copy()
         logits[list(banned)] = -np.inf
-    best = int(logits.argmax())  # NaN counts as the largest, so one look at the winner finds it
+        best = int(logits.argmax())
     top = float(logits[best])
     if not math.isfinite(top):
         raise IntegrityError("integrity", f"the logits at position {position} are not finite", "a shard is damaged")
@@ -77,10 +80,23 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, position: int, banne
         return best
     assert sampling.seed is not None, "sampling needs a seed"
     ids, weights = _candidates(logits, top, sampling)
-    cumulative = weights.cumsum()
-    drawn = int(cumulative.searchsorted(uniform(sampling.seed, position) * cumulative[-1], side="right"))
-    drawn = min(drawn, len(weights) - 1)  # the product may round up to the total
+    drawn = _draw(weights, uniform(sampling.seed, position))
     return drawn if ids is None else int(ids[drawn])
+
+
+def _draw(weights: NDArray[np.float32], share: float) -> int:
+    """The index behind which the cumulative weight first exceeds ``share`` of all. A block first, then in the block:
+    a running sum over a large vocabulary costs more than its exponentials."""
+    blocks = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
+    reached = blocks.cumsum()
+    wanted = share * float(reached[-1])
+    block = min(int(reached.searchsorted(wanted, side="right")), len(blocks) - 1)
+    wanted -= float(reached[block - 1]) if block else 0.0
+    inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    at = min(int(inside.searchsorted(wanted, side="right")), len(inside) - 1)
+    while weights[block * _BLOCK + at] == 0:  # the product was rounded up beyond the last that can be drawn
+        at -= 1
+    return block * _BLOCK + at
 
 
 def uniform(seed: int, position: int) -> float:
@@ -175,14 +191,14 @@ def _is_whole(value: object, low: int) -> bool:
 
 def _candidates(
     logits: NDArray[np.float32], top: float, sampling: Sampling
-) -> tuple[NDArray[np.intp] | None, NDArray[np.float64]]:
-    """Token ids that may be drawn (None: all, in order) and their unnormalised probabilities f64."""
+) -> tuple[NDArray[np.intp] | None, NDArray[np.float32]]:
+    """Token ids that may be drawn (None: all, in order) and their unnormalised probabilities, the likeliest's 1."""
     ids: NDArray[np.intp] | None = None
     if 0 < sampling.top_k < len(logits):
         ids = largest(logits, sampling.top_k)
         logits = logits[ids]
     with np.errstate(over="ignore", under="ignore"):  # a tiny temperature sends all but the best to exp(-inf) = 0
-        weights = np.exp((logits.astype(np.float64) - top) / sampling.temperature)
+        weights = np.exp((logits - np.float32(top)) * np.float32(min(1 / sampling.temperature, _INVERSE_MAX)))
     if sampling.top_p < 1:
         kept = _nucleus(weights, sampling.top_p)
         ids, weights = (kept if ids is None else ids[kept]), weights[kept]
@@ -194,17 +210,16 @@ def _candidates(
     return ids, weights
 
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.intp]:
     """The smallest set of most probable indices whose share reaches ``top_p`` (Holtzman et al., 2019), ascending.
 
-    Sorting all of a large vocabulary costs more than the rest together, so ever larger heads are tried first.
+    Sorting all of a large vocabulary costs more than the rest together, so the likeliest are tried first.
     """
-    enough = top_p * float(weights.sum())
-    count = min(64, len(weights))
-    while True:
-        head = largest(weights, count)
+    enough = top_p * float(weights.sum(dtype=np.float64))
+    for least in (1e-3, 1e-6, 0.0):
+        head = np.flatnonzero(weights >= least)
         order = head[np.argsort(-weights[head], kind="stable")]
-        reached = int(weights[order].cumsum().searchsorted(enough))
-        if reached < count or count == len(weights):
-            return np.sort(order[: reached + 1])
-        count = min(count * 8, len(weights))
+        reached = int(weights[order].cumsum(dtype=np.float64).searchsorted(enough))
+        if reached < len(order):
+            break
+    return np.sort(order[: reached + 1])
