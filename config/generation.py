@@ -181,6 +181,9 @@ class Finished:
     retries: int = 0
     cached_tokens: int = 0
     """Tokens of the prompt that an earlier or a neighbouring answer had computed."""
+    missing: tuple[tuple[int, int], ...] = ()
+    """(layer, expert) that the router chose and nobody had; the weights of the others were rescaled. Not empty: the
+    answer is degraded."""
 
 
 GenerationEvent = Delta | Finished

@@ -182,6 +182,12 @@ class DmoeSettings:
         minimum=0,
         maximum=1_000_000,
     )
+    on_missing: str = _setting(
+        "fail",
+        "If nobody has an expert that a sparse router chose. fail: the answer ends with an error. renormalise: the "
+        "weights of the other experts chosen are rescaled, and the answer is marked degraded.",
+        choices=("fail", "renormalise"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ Invariants:
 2. A row goes to a peer only if it chose an expert of the groups asked there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Work:
         "experts",
         "grace_until",
         "layer",
+        "lost",
         "model",
         "partials",
         "shape",
@@ -69,6 +70,8 @@ class Work:
         self.error: RiosError | None = None
         self.calls_failed = 0
         self.grace_until = 0.0
+        self.lost: set[int] = set()
+        """Sum groups that the sum does without: the other experts of a row weigh more instead."""
         self._seen: FloatRows | None = None
         self._row_groups: list[list[int]] = []
         self.wanted: Sequence[int] = range(len(model.layers[layer]))
@@ -86,7 +89,36 @@ class Work:
 
     def total(self) -> FloatRows:
         """The sum of all partial sums."""
-        return wire.total([self.partials[group] for group in self.wanted], (self.count, self.model.width))
+        known = [self.partials[group] for group in self.wanted if group not in self.lost]
+        total = wire.total(known, (self.count, self.model.width))
+        if self.lost:
+            # every expert of a row weighs more by the same factor, and so does their sum
+            total *= self._rescaled(self.lost)[:, None]
+        return total
+
+    def leave_out(self, group: int) -> bool:
+        """Do without a sum group. False, and nothing changed, if a row would have no expert left."""
+        if not np.isfinite(self._rescaled(self.lost | {group})).all():
+            return False
+        self.lost.add(group)
+        self.partials.pop(group, None)
+        return True
+
+    def chosen_of(self, group: int) -> list[int]:
+        """Which experts of a sum group the rows chose, ascending."""
+        assert self.experts is not None
+        return sorted(set(self.experts[self.model.group_of[self.experts] == group].tolist()))
+
+    def _rescaled(self, lost: Collection[int]) -> FloatRows:
+        """``f32[N]``: a row's whole weight over what is left of it without these groups; infinite if nothing is."""
+        assert self.experts is not None
+        assert self.weights is not None
+        gone = np.isin(self.model.group_of[self.experts], list(lost))
+        left = np.where(gone, np.float32(0), self.weights).sum(axis=1, dtype=np.float32)
+        whole = self.weights.sum(axis=1, dtype=np.float32)
+        factor: FloatRows = np.full(self.count, np.inf, np.float32)
+        np.divide(whole, left, out=factor, where=left > 0)
+        return factor
 
     def rows_for(self, groups: Sequence[int]) -> NDArray[np.intp] | None:
         """Which rows chose an expert of these groups; None: all of them."""

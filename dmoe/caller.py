@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from dmoe.core.dispatch import Dispatcher
-from dmoe.core.manifest import Manifest
+from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.routes import ModelMap, Table, map_of
 from dmoe.jobs import Shared
 from dmoe.ports import Buyer
@@ -31,16 +31,22 @@ class Caller:
         worker: Worker | None = None,
         buyer: Buyer | None = None,
         call_timeout_ms: int = 10_000,
+        renormalise: bool = False,
         random: Random | None = None,
     ) -> None:
         self._replicas = Replicas(network, worker, random)
-        self._shared = Shared(network, worker, Purse(buyer), self._replicas, call_timeout_ms)
+        self._shared = Shared(network, worker, Purse(buyer), self._replicas, call_timeout_ms, renormalise)
         self._maps: dict[str, ModelMap] = {}
 
     @property
     def dispatcher(self) -> Dispatcher:
         """What is known about the peers, and which of them rest."""
         return self._replicas.dispatcher
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether layers do without experts that nobody has, where that is possible."""
+        return self._shared.renormalise
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the directory until cancelled."""
@@ -56,6 +62,18 @@ class Caller:
         if model is None:
             model = self._maps[manifest.model_id] = map_of(manifest)
         return model
+
+    def missing(self, manifest: Manifest) -> list[Shard]:
+        """Expert shards without which no answer can be made now: nobody offers them, and they cannot be done
+        without."""
+        model = self.map(manifest)
+        _, table = self.table(model)
+        lacking = {n for places in model.layers for place in places if (n := place.shard) not in table.offered}
+        if self._shared.renormalise and model.top_k:
+            # some row chooses only these sooner or later, but a layer without any expert fails every row
+            empty = [places for places in model.layers if lacking.issuperset(place.shard for place in places)]
+            lacking = {place.shard for places in empty for place in places}
+        return [manifest.shards[index] for index in sorted(lacking)]
 
     def table(self, model: ModelMap) -> tuple[tuple[int, int], Table]:
         """The current table of a model's replicas and its version."""

@@ -48,6 +48,8 @@ class Shared:
     purse: Purse
     replicas: Replicas
     call_timeout_ms: int
+    renormalise: bool = False
+    """Do without experts that nobody has, where the router chose others too."""
 
 
 @dataclass(slots=True, eq=False)

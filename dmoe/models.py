@@ -70,8 +70,7 @@ class SwarmExperts:
 
     def missing(self, manifest: Manifest) -> Sequence[Shard]:
         """See :class:`ExpertsSource`."""
-        _, table = self._caller.table(self._caller.map(manifest))
-        return [shard for shard in manifest.expert_shards() if manifest.shard_index(shard.id) not in table.offered]
+        return self._caller.missing(manifest)
 
 
 class Chooser(Protocol):
@@ -352,7 +351,7 @@ def is_here(store: ModelStore, manifest: Manifest, shard: Shard) -> bool:
 
 def _report_of(session: CallerSession) -> Report:
     report = session.report()
-    return Report(expert_rows=report.rows, serving=report.serving, retries=report.retries)
+    return Report(expert_rows=report.rows, serving=report.serving, retries=report.retries, missing=report.missing)
 
 
 def _named(shards: Collection[Shard]) -> str:

@@ -144,6 +144,9 @@ class Passes:
         if found is None:
             return Held(await runner.open(slot.positions)), 0
         source, length = found
+        if source.sequence.report().missing:
+            source.unpin()  # computed without some experts: nothing for another answer
+            return Held(await runner.open(slot.positions)), 0
         try:
             sequence = await runner.open(slot.positions, like=source.sequence, length=length)
         finally:
@@ -307,6 +310,7 @@ class Passes:
             expert_rows=report.expert_rows,
             serving=report.serving,
             retries=report.retries,
+            missing=report.missing,
             cached_tokens=slot.work.cached,
         )
         self._totals.prompt_tokens += event.prompt_tokens
@@ -332,7 +336,8 @@ class Passes:
             return
         held, slot.held = slot.held, None
         work = slot.work
-        if work is None or not slot.reuse or self._loop.cancel_called or not self._kept.takes(work.length):
+        usable = slot.reuse and not held.sequence.report().missing
+        if work is None or not usable or self._loop.cancel_called or not self._kept.takes(work.length):
             held.drop()
         else:
             self._keep(held, slot.user, tokens_of(work.tokens[: work.length]), slot.positions)

@@ -204,6 +204,7 @@ class Planner:
             ram_bytes_free=self._ram_bytes_free(),
             hops_us=self._hops(manifest, peers, adverts),
             runs=self._runs,
+            may_miss=self._caller.renormalises,
         )
 
     def _host(self, manifest: Manifest, peer: PeerId, advert: Advert, bitmap: bytes, price: int) -> Host:

@@ -28,6 +28,7 @@ class Report:
     expert_rows: dict[str, int] = field(default_factory=dict)
     serving: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     retries: int = 0
+    missing: tuple[tuple[int, int], ...] = ()
 
 
 class Sequence(Protocol):

@@ -7,8 +7,10 @@ Invariants:
 1. The sum does not depend on who computed which group: every partial is rounded as on the wire and added in group
    order; every replica, the local one too, computes with the rows as the wire rounds them.
 2. One call per peer and layer (and chunk of rows), all peers at the same time.
-3. A failed call is tried at another replica within the deadline and the retry budget; which peer failed is remembered.
-4. Every answer that arrives is counted for payment, once, at the latest when its token is done or its run fails.
+3. If nobody has an expert that a sparse router chose, the layer fails; or, where the operator allows it, the weights
+   of the row's other experts are rescaled to the same sum and the report names what is missing.
+4. A failed call is tried at another replica within the deadline and the retry budget; which peer failed is remembered.
+5. Every answer that arrives is counted for payment, once, at the latest when its token is done or its run fails.
 """
 
 import logging
@@ -42,6 +44,9 @@ OPEN_SECONDS_MAX = 3.0
 """How long a generation waits for channels to be opened before it starts; what is late opens at first use."""
 SEARCHED_MAX = 4
 """Shards looked for at the same time."""
+LOST_SECONDS = 5.0
+"""How long sum groups that nobody had are not asked for again, unless the directory changes."""
+MISSING_TOLD_MAX = 256
 GRACE_SECONDS = 1.0
 """How long a layer without a replica waits for an advert of a new one: shards move while they are called."""
 
@@ -53,6 +58,8 @@ class CallerReport:
     rows: dict[str, int]
     serving: dict[str, dict[str, list[int]]]
     retries: int
+    missing: tuple[tuple[int, int], ...] = ()
+    """(layer, expert) that were chosen and done without."""
 
 
 class CallerSession:
@@ -67,6 +74,8 @@ class CallerSession:
         self._plans: dict[int, tuple[object, int, dict[PeerId, list[int]]]] = {}
         self._jobs = Jobs(shared, model)
         self._retries = 0
+        self._lost: dict[tuple[int, int], tuple[object, float]] = {}
+        self._missing: set[tuple[int, int]] = set()
         self._last_layer = max(layer for layer, places in enumerate(model.layers) if places)
         groups = max(1, max(len(places) for places in model.layers))
         self._chunk_rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES_MAX // (2 * model.width * groups)))
@@ -99,7 +108,8 @@ class CallerSession:
             groups = {(layer, group) for layer, group in places}
             experts = {e for layer, group in groups for e in self._model.layers[layer][group].experts}
             serving[str(peer)] = {"layers": sorted({layer for layer, _ in groups}), "experts": sorted(experts)}
-        return CallerReport({str(peer): rows for peer, rows in self._jobs.rows.items()}, serving, self._retries)
+        rows = {str(peer): rows for peer, rows in self._jobs.rows.items()}
+        return CallerReport(rows, serving, self._retries, tuple(sorted(self._missing)[:MISSING_TOLD_MAX]))
 
     async def run(self, layer: int, h: FloatRows, routing: Any) -> FloatRows:  # noqa: ANN401 - dmoe.layers.Routing
         """``f32[N, H] -> f32[N, H]``: the sum over all chosen experts of this layer.
@@ -145,11 +155,11 @@ class CallerSession:
     async def _run_chunk(self, layer: int, h: FloatRows, experts: Indices | None, weights: Weights | None) -> FloatRows:
         deadline = trio.current_time() + self._shared.call_timeout_ms / 1000
         work = Work(self._model, layer, h, experts, weights, deadline)
-        missing = work.wanted
+        missing = self._without_lost(work) if self._lost else work.wanted
         rounds = 0
         while missing:
             await self._round(work, missing, first=not work.tried)
-            missing = [group for group in missing if group not in work.partials]
+            missing = [group for group in missing if group not in work.partials and group not in work.lost]
             if missing:
                 rounds += 1
                 self._check_going_on(work, rounds)
@@ -225,7 +235,7 @@ class CallerSession:
         planned = {position for positions in plan.values() for position in positions}
         lost = [need.group for position, need in enumerate(needs) if position not in planned]
         gone = [group for group in lost if group not in work.busy_ms]
-        if gone and not await self._wait_change(work, gone):
+        if gone and not await self._wait_change(work, gone) and not self._do_without(work, gone):
             raise self._no_replica(work, gone[0])
         if gone:
             return False
@@ -237,6 +247,32 @@ class CallerSession:
             del work.busy_ms[group]
         await trio.sleep(max(0.0, min(pause, work.deadline - trio.current_time())))
         return False
+
+    # --- doing without what nobody has
+
+    def _do_without(self, work: Work, groups: Sequence[int]) -> bool:
+        """Leave sum groups out of the sum, if that is allowed and every row has others."""
+        paid = work.error is None or work.error.code != "payment_required"
+        if not (self._shared.renormalise and work.experts is not None and paid):
+            return False
+        version = self._replicas.table(self._model)[0]
+        for group in groups:
+            if not work.leave_out(group):
+                return False
+            self._lost[work.layer, group] = (version, trio.current_time() + LOST_SECONDS)
+            self._missing.update((work.layer, expert) for expert in work.chosen_of(group))
+        log.warning("%s: layer %d goes on without sum groups %s", self._model.name, work.layer, list(groups))
+        return True
+
+    def _without_lost(self, work: Work) -> Sequence[int]:
+        """The wanted sum groups but for those that were lost a moment ago: nobody waits for them at every token."""
+        version, now = self._replicas.table(self._model)[0], trio.current_time()
+        found = []
+        for group in work.wanted:
+            known = self._lost.get((work.layer, group))
+            if known is None or known[0] != version or now > known[1] or not self._do_without(work, (group,)):
+                found.append(group)
+        return found
 
     async def _wait_change(self, work: Work, gone: Sequence[int]) -> bool:
         """Wait for the directory to change, and look for replicas beyond its view meanwhile; False once the grace is

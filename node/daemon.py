@@ -307,6 +307,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         worker=node.worker,
         buyer=node.ledger.buyer if node.ledger else None,
         call_timeout_ms=settings.dmoe.call_timeout_ms,
+        renormalise=settings.dmoe.on_missing == "renormalise",
     )
     node.hosting = Hosting(
         network,

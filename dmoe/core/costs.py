@@ -120,7 +120,8 @@ class View:
     """What this node knows at one moment. ``me.shards``: whose files are here; ``loaded``: which of them it serves;
     ``resident``: which need no further memory.
 
-    ``hops_us``: estimated round trips between two other peers (ids ascending); ``runs``: routes this node can run.
+    ``hops_us``: estimated round trips between two other peers (ids ascending); ``runs``: routes this node can run;
+    ``may_miss``: a sparse layer may do without experts that nobody has.
     """
 
     me: Host
@@ -130,6 +131,7 @@ class View:
     ram_bytes_free: int = 1 << 62
     hops_us: Mapping[tuple[PeerId, PeerId], float] = field(default_factory=dict)
     runs: frozenset[str] = frozenset({"experts", "local", "fused"})
+    may_miss: bool = False
 
     def one_way_us(self, a: Host, b: Host) -> float:
         """Expected time of a message from one host to another; through this node where they cannot connect."""
@@ -152,7 +154,7 @@ def shape_of(manifest: Manifest) -> Shape:
     layers = []
     for layer in range(arch.layers):
         groups = []
-        for group, members in enumerate(manifest.sum_groups):
+        for group, members in enumerate(manifest.sum_groups if layer in arch.sparse_layers else ()):
             shard = manifest.expert_shard(layer, group)
             read = shard.size_bytes / (shard.layers[1] - shard.layers[0] + 1)
             groups.append(Group(manifest.shard_index(shard.id), len(members), Cost(shard.flops_per_row, read)))

@@ -203,6 +203,8 @@ class Spans:
 
     def _layer_afresh(self, groups: Sequence[Group]) -> Span | str:
         holders = [(group, self._holders(group)) for group in groups]
+        if self._view.may_miss and not self._shape.dense:
+            holders = [each for each in holders if each[1]] or holders
         for group, hosts in holders:
             if not hosts:
                 return f"no replica of {self._shape.shard_ids[group.shard]}{self.barred(group.shard)}"
@@ -292,7 +294,8 @@ class Spans:
         return host.round_trip_us + self._queue_us(host) + costs.experts_us(self._shape, host, groups, rows)
 
     def _queue_us(self, host: Host) -> float:
-        return host.queue_rows * costs.experts_us(self._shape, host, self._shape.layers[0][:1], 1)
+        some = next((groups for groups in self._shape.layers if groups), ())[:1]
+        return host.queue_rows * costs.experts_us(self._shape, host, some, 1)
 
     def _asked(self, groups: Sequence[Group], rows: int) -> float:
         """The chance that a pass calls a peer for these groups."""

@@ -155,6 +155,8 @@ def rios_of(finished: Finished) -> Mapping[str, object]:
         "expert_rows": finished.expert_rows,
         "serving": finished.serving,
         "retries": finished.retries,
+        "degraded": bool(finished.missing),
+        "missing": [{"layer": layer, "expert": expert} for layer, expert in finished.missing],
         "prefill_seconds": finished.prefill_seconds,
         "decode_seconds": finished.decode_seconds,
     }

@@ -28,7 +28,7 @@ ASK = Ask(prompt_tokens=100, answer_tokens=50)
 
 
 @asynccontextmanager
-async def node(folder, *, wishes=None, **kwargs):
+async def node(folder, *, wishes=None, renormalise=False, **kwargs):
     """A node that answers with a tiny model, beside one that serves all its experts."""
     store, manifest = await made(folder, **kwargs)
     async with trio.open_nursery() as nursery:
@@ -46,7 +46,7 @@ async def node(folder, *, wishes=None, **kwargs):
                 advert, models=(offer,), hardware=hardware, load=7, reach="relayed", paused=False
             )
         )
-        caller = Caller(networks[0], worker=workers[0])
+        caller = Caller(networks[0], worker=workers[0], renormalise=renormalise)
         await nursery.start(caller.run)
         await trio.testing.wait_all_tasks_blocked()
         models = StoredModels(store, SwarmExperts(caller), OPTIONS, networks[0].peer_id)
