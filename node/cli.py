@@ -30,6 +30,7 @@ from config.paths import Paths
 VERSION = "0.2.0"
 EXIT_INTERRUPTED = 130
 """What shells expect after Ctrl-C."""
+_FORMATS = ("source", "fp32", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,9 +298,7 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
         ("layers-per-stage", "layers of a stage, whole files of them (default: as in a file)"),
     ):
         importing.add_argument(f"--{name}", type=_count, default=0, metavar="N", help=text)
-    importing.add_argument(
-        "--format", choices=("source", "fp32", "fp16", "int8", "int4"), default="source", help="weight format"
-    )
+    importing.add_argument("--format", choices=_FORMATS, default="source", help="weight format")
     command(model, "ls", _online("model_ls"), "Models known here, their shards and replicas.")
     verify = command(model, "verify", _local("model_verify"), "Check every hash and the stored golden logits.")
     verify.add_argument("model")
@@ -340,6 +339,14 @@ def _bench_commands(command: Command, top: Any) -> None:  # noqa: ANN401
         made.add_argument(
             "--format", choices=("fp32", "fp16", "int8", "int4"), default="int8", help="weights of a random model"
         )
+    importing = command(
+        bench, "import", _command("bench_import", "run"), "Speed and memory of an import; nothing of it is kept."
+    )
+    importing.add_argument(
+        "source", nargs="?", default="", help="as of rios model import (default: a random checkpoint)"
+    )
+    importing.add_argument("--mb", type=int, default=500, metavar="N", help="size of the random checkpoint")
+    importing.add_argument("--format", choices=_FORMATS, default="source", help="weight format")
 
 
 def _ledger_commands(command: Command, top: Any) -> None:  # noqa: ANN401

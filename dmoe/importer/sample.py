@@ -6,7 +6,7 @@ disk.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ _FILE_BYTES = 512 * MIB
 _BLOCK = 1 << 22
 """bfloat16 numbers that are repeated."""
 _VOCAB = 32000
+_LAYERS_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,16 @@ class Sizes:
             "hidden_act": "silu",
             **(sparse if self.experts else {}),
         }
+
+
+def sizes_of(total_bytes: int) -> Sizes:
+    """A model of about so many bytes: as many layers as that takes, of 100 MB; a small one is narrower."""
+    small = Sizes(hidden=256, intermediate=512, heads=8, kv_heads=2, vocab=4096, layers=1)
+    usual = Sizes(hidden=1024, intermediate=2048, layers=1)
+    least = usual if total_bytes >= usual.total_bytes else small
+    fixed = least.total_bytes - least.layer_bytes
+    layers = max(1, round((total_bytes - fixed) / least.layer_bytes))
+    return replace(least, layers=min(layers, _LAYERS_MAX))
 
 
 def write_sample(folder: Path, sizes: Sizes) -> Path:

@@ -1,0 +1,63 @@
+"""``rios model import`` and ``rios bench import`` over real files."""
+
+import json
+
+import pytest
+
+from node.cli import main
+from tests.unit.dmoe.folder_kit import write_folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RIOS_CONFIG", str(tmp_path / "rios.toml"))
+    assert main(["init", "--set", f'node.data_dir="{tmp_path}/data"']) == 0
+    return tmp_path
+
+
+def answer(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_folder_is_imported_and_cut_as_asked(home, capsys):
+    folder = write_folder(home / "tiny", "mixtral")
+    options = ["--name", "mine", "--licence", "mit", "--experts-per-shard", "2", "--layers-per-shard", "1"]
+    assert main(["model", "import", str(folder), *options, "--layers-per-stage", "3", "--json"]) == 0
+    data = answer(capsys)
+    assert (data["name"], data["licence"], data["stages"]) == ("mine", "mit", 1)
+    assert data["shards"] == 3 * 3 + 1 + 1  # three groups of three layers, the trunk, the stage
+    assert main(["model", "verify", "mine", "--json"]) == 0
+    assert answer(capsys)["golden_difference"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--experts-per-shard", "0"], "'0' is not a number of one or more"),
+        (["--experts-per-shard", "7"], "--experts-per-shard 7 is not within 1..6"),
+        (["--format", "int3"], "invalid choice: 'int3'"),
+    ],
+)
+def test_options_that_do_not_fit_are_usage_errors(home, capsys, options, says):
+    folder = write_folder(home / "tiny", "mixtral")
+    assert main(["model", "import", str(folder), *options]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["none.gguf", "hf:one", "hf:a/b:c.bin"])
+def test_a_source_that_is_none_is_explained(home, capsys, source):
+    assert main(["model", "import", source]) == 1
+    assert "names no repository" in (said := capsys.readouterr().err) or "there is no file" in said
+
+
+def test_bench_import_measures_and_keeps_nothing(home, capsys):
+    assert main(["bench", "import", "--mb", "5", "--format", "int8", "--json"]) == 0
+    data = answer(capsys)
+    assert data["format"] == "int8"
+    assert data["source_bytes"] > 4_000_000
+    assert data["peak_bytes"] > data["peak_above_start_bytes"] >= 0
+    assert {"read headers", "write shards", "golden logits"} <= set(data["phases_s"])
+    assert main(["bench", "import", "--mb", "5"]) == 0
+    assert "peak memory" in capsys.readouterr().out
+    models = home / "data" / "models"
+    assert not models.exists() or list(models.iterdir()) == []
