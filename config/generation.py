@@ -86,6 +86,8 @@ class Sampling:
     """(token id, what is added to its logit)"""
     logprobs: int | None = None
     """Tell the log probability of each token, and of this many likeliest ones in its place; None: of none."""
+    prompt_logprobs: bool = False
+    """Tell those of the prompt's tokens too (``logprobs`` says how many)."""
     constraint: Constraint | None = None
     stop_tokens: tuple[int, ...] = ()
     """Token ids that end the answer, besides the model's own."""
@@ -109,6 +111,27 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRequest:
+    """Texts, or their token ids, to be turned into vectors."""
+
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    request_id: str = ""
+    route: RouteWish | None = None
+    user: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """A vector of length 1 per input, as little-endian f32. ``expert_rows`` as in :class:`Finished`."""
+
+    vectors: tuple[bytes, ...]
+    prompt_tokens: int
+    route: Route
+    expert_rows: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A model that this node can answer with. ``created`` is a unix time in seconds."""
 
@@ -127,7 +150,8 @@ class TokenLogprob:
 
     token: int
     data: bytes
-    logprob: float
+    logprob: float | None
+    """None: of a prompt's first token, which nothing foretells."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +183,8 @@ class Delta:
     tokens: tuple[int, ...]
     logprobs: tuple[PlaceLogprobs, ...] = ()
     """One per token of ``tokens`` if they were asked for."""
+    prompt_logprobs: tuple[PlaceLogprobs, ...] = ()
+    """Those of the next tokens of the prompt, their offsets counted in its text."""
     tool_calls: tuple[ToolDelta, ...] = ()
     reasoning: str = ""
     """What the model thinks aloud before its answer, where it marks that."""

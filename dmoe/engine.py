@@ -28,12 +28,25 @@ from typing import Protocol
 import trio
 
 from config.errors import RequestError, RiosError
-from config.generation import FinishReason, GenerationEvent, GenerationRequest, ModelInfo, Route, RouteWish, Sampling
+from config.generation import (
+    Embedded,
+    EmbeddingRequest,
+    Finished,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    ModelInfo,
+    Route,
+    RouteWish,
+    Sampling,
+)
 from dmoe.constraint import Compiled, Compilers
 from dmoe.core.answer import Answer, Job
+from dmoe.core.embedding import Pooled
 from dmoe.core.sampling import check, choice_seed
 from dmoe.core.scheduler import Admission
 from dmoe.core.spans import Ask
+from dmoe.embedding import PreparedEmbeddings, embed, tokens_of
 from dmoe.outbox import Outbox
 from dmoe.passes import Passes, PassOptions
 from dmoe.runner import Runner
@@ -261,11 +274,50 @@ class Engine:
         names = ", ".join(model.name for model in known) or "none"
         raise RequestError("not_found", f"there is no model {name!r} on this node", f"known models: {names}")
 
-    @asynccontextmanager
-    async def _answering(self, prepared: Prepared) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
+    async def prepare_embeddings(self, request: EmbeddingRequest) -> PreparedEmbeddings:
+        """Check a request for vectors and turn its texts into tokens. Raises what the file docstring lists."""
+        model = self._find(request.model)
+        wish = request.route or self._default_route
+        fault = model.fault(wish)
+        if fault is not None:
+            raise fault
         self._admission.require_room(self._answer_seconds)
+        context = min(model.context_tokens, self._kv_tokens_max)
+        inputs = await tokens_of(request, await model.tokenizer(), context)
+        route = self._route(model, wish, max(map(len, inputs)), 1)
+        return PreparedEmbeddings(request=request, inputs=inputs, model=model, route=route)
+
+    async def embed(self, prepared: PreparedEmbeddings) -> Embedded:
+        """The vectors of a prepared request. Raises RiosError; cancelling it frees everything it held."""
+        return await embed(prepared, partial(self._embed_one, prepared.model))
+
+    async def _embed_one(self, model: Model, prepared: PreparedEmbeddings, work: Pooled) -> Finished:
+        async def make(length: int) -> Pooled:
+            return work
+
+        passes = self._passes_of(model, prepared.route)
+        slot = Slot(
+            prompt_tokens=tuple(work.tokens),
+            positions=len(work.tokens),
+            user=prepared.request.user,
+            route=prepared.route,
+            make=make,
+            outbox=Outbox(self._events_max, passes.wake),
+            reuse=False,
+        )
+        async with self._placed(slot, passes) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    return event
+        raise RiosError("internal", "the text's vector ended without an end")
+
+    def _answering(self, prepared: Prepared) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
         passes = self._passes_of(prepared.model, prepared.route)
-        slot = self._slot(prepared, passes)
+        return self._placed(self._slot(prepared, passes), passes)
+
+    @asynccontextmanager
+    async def _placed(self, slot: Slot, passes: Passes) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
+        self._admission.require_room(self._answer_seconds)
         self._slots[slot] = passes
         self._admission.join(slot, slot.user, slot.positions)
         self._admit()
@@ -294,6 +346,7 @@ class Engine:
             route=prepared.route,
             make=make,
             outbox=Outbox(self._events_max, passes.wake),
+            reuse=not prepared.request.sampling.prompt_logprobs,
         )
 
     def _passes_of(self, model: Model, route: Route) -> Passes:

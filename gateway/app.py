@@ -19,6 +19,7 @@ from gateway.errors import ApiError, error_headers, error_object, error_status, 
 from gateway.exchange import Exchanges
 from gateway.openai.chat import chat
 from gateway.openai.completions import completions
+from gateway.openai.embeddings import embeddings
 from gateway.openai.job import Service
 from gateway.openai.models import list_models, public_models, retrieve_model
 from gateway.openapi import document
@@ -44,6 +45,7 @@ def build_app(service: Service, site: Site, *, body_bytes_max: int) -> ASGIApp:
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", retrieve_model),
         Route("/v1/billing/balance", _balance),

@@ -75,7 +75,7 @@ def error_object(error: RiosError) -> dict[str, object]:
     elif error.code == "not_found":
         code, param = "model_not_found", "model"
     elif error.code == "context_length_exceeded":
-        param = "messages"
+        param = param or "messages"
     kind = _TYPES.get(error_status(error), "server_error")
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 

@@ -12,6 +12,7 @@ ROUTES = (
     "/openapi.json",
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/embeddings",
     "/v1/models",
     "/v1/billing/balance",
     "/v1/billing/usage",

@@ -10,6 +10,10 @@ PRICE_UNIT_TOKENS = 1_000_000
 """Prices are microcredits per this many tokens."""
 
 
+EMBEDDED = "embedded"
+"""The outcome of a request for vectors: its prompt is what is paid for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prices:
     """Microcredits per million tokens."""
@@ -57,12 +61,13 @@ class Settlement:
     prompt_tokens: int
     completion_tokens: int
     outcome: str
-    """``stop``, ``length``, ``cancelled`` (the client left), ``failed``, ``recovered`` (after a crash)."""
+    """``stop``, ``length``, ``tool_calls``, ``embedded`` (vectors, which have no tokens of their own), ``cancelled``
+    (the client left), ``failed``, ``recovered`` (after a crash)."""
 
     @property
     def microcredits(self) -> int:
         """What the payer pays. Nothing produced costs nothing; never more than was reserved."""
-        if self.completion_tokens == 0:
+        if self.completion_tokens == 0 and self.outcome != EMBEDDED:
             return 0
         charge = self.reservation.prices.charge(self.prompt_tokens, self.completion_tokens)
         return min(charge, self.reservation.microcredits)

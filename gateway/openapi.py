@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.openai.embeddings import EmbeddingBody
 from gateway.openai.requests import ChatBody, CompletionBody
 
 _ERRORS = {
@@ -21,7 +22,7 @@ _ERRORS = {
 def document(version: str) -> dict[str, Any]:
     """The document as JSON-able values."""
     bodies, components = msgspec.json.schema_components(
-        [ChatBody, CompletionBody], ref_template="#/components/schemas/{name}"
+        [ChatBody, CompletionBody, EmbeddingBody], ref_template="#/components/schemas/{name}"
     )
     return {
         "openapi": "3.1.0",
@@ -34,6 +35,7 @@ def document(version: str) -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": {"post": _operation("Answer a conversation", bodies[0], stream=True)},
             "/v1/completions": {"post": _operation("Continue a prompt", bodies[1], stream=True)},
+            "/v1/embeddings": {"post": _operation("Texts as vectors", bodies[2])},
             "/v1/models": {"get": _operation("List models")},
             "/v1/models/{model}": {"get": _operation("One model", parameters=[_path("model")])},
             "/v1/billing/balance": {"get": _operation("The caller's balance")},

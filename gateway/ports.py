@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
-from config.generation import GenerationEvent, GenerationRequest, ModelInfo
+from config.generation import Embedded, EmbeddingRequest, GenerationEvent, GenerationRequest, ModelInfo
 
 
 class PreparedGeneration(Protocol):
@@ -41,6 +41,13 @@ class Engine(Protocol):
         Leaving the context stops the generation at once and closes the iterator, wherever it stands. Raises RiosError
         (BusyError when all slots and the queue are full) on entry or while iterating.
         """
+
+    async def prepare_embeddings(self, request: EmbeddingRequest) -> Any:  # noqa: ANN401
+        """Check a request for vectors and tokenize its texts: what comes back has ``prompt_tokens``, of all together.
+        Raises as :meth:`prepare`."""
+
+    async def embed(self, prepared: Any) -> Embedded:  # noqa: ANN401
+        """The vectors that :meth:`prepare_embeddings` of the same engine prepared. Cancelling it stops the work."""
 
 
 class Health(Protocol):

@@ -17,7 +17,7 @@ Fails with IntegrityError where logits are not numbers.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -30,6 +30,9 @@ from dmoe.core.penalties import penalties_of
 from dmoe.core.sampling import StopMatcher, choose
 
 FloatRows = NDArray[np.float32]
+
+PLACES_MAX = 16
+"""Prompt rows per pass whose log probabilities are told: each takes about a millisecond between two passes."""
 
 
 class Decoder(Protocol):
@@ -95,6 +98,8 @@ class Answer:
         self._stops = StopMatcher(job.sampling.stop)
         self._penalties = penalties_of(job.sampling, job.prompt_tokens)
         self._offset = 0
+        self._prompt_text = vocabulary.detokenizer()
+        self._prompt_offset = 0
 
     @property
     def said(self) -> int:
@@ -115,14 +120,19 @@ class Answer:
         """What to feed: up to ``rows_max`` tokens of the prompt, then the last token and guesses of what follows."""
         assert rows_max >= 1
         if self.prompt_left:
+            if self._sampling.prompt_logprobs:
+                rows_max = min(rows_max, PLACES_MAX)
             end = min(self._prompt, self.length + rows_max)
-            return Step(tuple(self.tokens[self.length : end]), int(end == self._prompt))
+            outputs = end - self.length if self._sampling.prompt_logprobs else int(end == self._prompt)
+            return Step(tuple(self.tokens[self.length : end]), outputs)
         useful = min(rows_max - 1, self.drafts_max)
         guesses = tuple(drafts[:useful]) if useful > 0 else ()
         return Step((self.tokens[-1], *guesses), 1 + len(guesses))
 
     def take(self, step: Step, outputs: FloatRows) -> Taken:
         """Move on by a step that was fed, with its ``outputs`` f32[step.outputs, V]."""
+        if self._sampling.prompt_logprobs and self.prompt_left:
+            return self._take_places(step, outputs)
         end = self.length + len(step.tokens)
         if end < self._prompt:
             self.length = end
@@ -131,6 +141,29 @@ class Answer:
         self.length = end - len(drafts)
         self.drafted += len(drafts)
         return self._say(drafts, outputs)
+
+    def _take_places(self, step: Step, outputs: FloatRows) -> Taken:
+        """Move on in a prompt whose log probabilities are asked for: a row foretells the token behind its own."""
+        places = [] if self.length else [self._first_place()]
+        for row, token in zip(outputs, self.tokens[self.length + 1 :], strict=False):
+            places.append(self._prompt_place(row, token))
+        self.length += len(step.tokens)
+        told = Delta(text="", tokens=(), prompt_logprobs=tuple(places))
+        if self.prompt_left:
+            return Taken((told,), self.length)
+        taken = self._say((), outputs[-1:])
+        return replace(taken, deltas=(told, *taken.deltas))
+
+    def _first_place(self) -> PlaceLogprobs:
+        token = self.tokens[0]
+        self._prompt_offset = len(self._prompt_text.push(token))
+        chosen = TokenLogprob(token=token, data=self._vocabulary.token_bytes(token), logprob=None)
+        return PlaceLogprobs(chosen=chosen, top=(), offset=0)
+
+    def _prompt_place(self, logits: FloatRows, token: int) -> PlaceLogprobs:
+        place = _place(logits, token, self._sampling.logprobs or 0, self._prompt_offset, self._vocabulary)
+        self._prompt_offset += len(self._prompt_text.push(token))
+        return place
 
     def _say(self, drafts: Sequence[int], outputs: FloatRows) -> Taken:
         """Choose a token per row, as long as it is the one that the next row was computed for."""

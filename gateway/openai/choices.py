@@ -9,6 +9,7 @@ Invariants:
 3. They are settled as finished only when all have finished: who got no answer does not pay for the others' text.
 """
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ class Answer:
     finished: Finished
     calls: tuple[ToolDelta, ...] = ()
     reasoning: str = ""
+    prompt_places: tuple[PlaceLogprobs, ...] = ()
 
     @classmethod
     def of(cls, deltas: Sequence[Delta], finished: Finished) -> "Answer":
@@ -38,6 +40,7 @@ class Answer:
             finished,
             calls=tuple(call for delta in deltas for call in delta.tool_calls),
             reasoning="".join(delta.reasoning for delta in deltas),
+            prompt_places=tuple(place for delta in deltas for place in delta.prompt_logprobs),
         )
 
 
@@ -49,8 +52,8 @@ async def run_jobs(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[N
             await take(0, delta)
     else:
         await _side_by_side(jobs, take)
-    for job in jobs:
-        await job.settle()
+    for job, prompt_tokens in zip(jobs, prompt_shares([job.finished for job in jobs]), strict=True):
+        await job.settle(prompt_tokens)
 
 
 async def _side_by_side(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:
@@ -73,9 +76,30 @@ async def _side_by_side(jobs: Sequence[Job], take: Callable[[int, Delta], Awaita
         raise failures[0]
 
 
+def prompt_shares(parts: Sequence[Finished]) -> list[int]:
+    """How many tokens of the prompt each answer is charged: one of them all, the others what was computed again. (The
+    last token of a prompt is always computed, so one token is no second computation.)"""
+    first = min(range(len(parts)), key=lambda index: parts[index].cached_tokens)
+    again = [part.prompt_tokens - part.cached_tokens for part in parts]
+    return [
+        part.prompt_tokens if index == first else (again[index] if again[index] > 1 else 0)
+        for index, part in enumerate(parts)
+    ]
+
+
+def best(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """The ``count`` answers whose tokens are the likeliest on average, best first."""
+    return sorted(answers, key=_mean_logprob, reverse=True)[:count]
+
+
+def _mean_logprob(answer: Answer) -> float:
+    values = [place.chosen.logprob for place in answer.places if place.chosen.logprob is not None]
+    return sum(values) / len(values) if values else -math.inf
+
+
 def joined(parts: Sequence[Finished]) -> Finished:
-    """The account of all answers together: tokens, rows and retries add up (each answer's prompt was computed, and is
-    charged, for itself), times are the longest."""
+    """The account of all answers together: tokens, rows and retries add up (of the prompt: what is charged), times are
+    the longest."""
     if len(parts) == 1:
         return parts[0]
     rows: dict[str, int] = {}
@@ -89,12 +113,12 @@ def joined(parts: Sequence[Finished]) -> Finished:
                 into[kind] = sorted({*into.get(kind, ()), *numbers})
     return replace(
         parts[0],
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        prompt_tokens=sum(prompt_shares(parts)),
         completion_tokens=sum(part.completion_tokens for part in parts),
         prefill_seconds=max(part.prefill_seconds for part in parts),
         decode_seconds=max(part.decode_seconds for part in parts),
         expert_rows=rows,
         serving=serving,
         retries=sum(part.retries for part in parts),
-        cached_tokens=sum(part.cached_tokens for part in parts),
+        cached_tokens=min(part.cached_tokens for part in parts),
     )

@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from config.generation import Delta, Finished
-from gateway.openai.choices import Answer
+from gateway.openai.choices import Answer, best
 from gateway.openai.job import Order, Service
-from gateway.openai.logprobs import completion_logprobs
+from gateway.openai.logprobs import completion_logprobs, merged
 from gateway.openai.requests import CompletionBody, completion_request, read_body
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
 from gateway.request import identify
@@ -23,23 +23,26 @@ async def completions(request: Request) -> Response:
     principal = await identify(request)
     body = await read_body(request, CompletionBody)
     generation = completion_request(body, request.scope["state"]["request_id"])
-    order = Order(principal=principal, request=generation, endpoint="completions", choices=body.n or 1)
+    order = Order(principal=principal, request=generation, endpoint="completions", choices=body.best_of or body.n or 1)
     echo = generation.prompt if body.echo and isinstance(generation.prompt, str) else ""
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    shape = CompletionShape(body.model, echo=echo, include_usage=include_usage)
+    shown = body.logprobs is not None and body.logprobs is not False
+    shape = CompletionShape(body.model, echo=echo, include_usage=include_usage, count=body.n or 1, logprobs=shown)
     if body.stream:
         return EventStream(service, order, shape)
     return await whole_answer(service, order, shape)
 
 
 class CompletionShape:
-    """Completion answers as JSON. ``echo`` is put before the answer."""
+    """Completion answers as JSON. ``echo`` is put before the answer; the ``count`` best of the answers are shown."""
 
-    def __init__(self, model: str, *, echo: str, include_usage: bool) -> None:
+    def __init__(self, model: str, *, echo: str, include_usage: bool, count: int, logprobs: bool) -> None:
         self._id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._model = model
         self._echo = echo
+        self._count = count
+        self._logprobs = logprobs
         self._include_usage = include_usage
 
     def opening(self, choice: int) -> bytes:
@@ -48,7 +51,7 @@ class CompletionShape:
 
     def piece(self, choice: int, delta: Delta) -> bytes:
         """A piece of text."""
-        return event(self._chunk([_choice(choice, delta.text, logprobs=completion_logprobs(delta.logprobs))]))
+        return event(self._chunk([_choice(choice, delta.text, logprobs=self._places(delta))]))
 
     def closing(self, choice: int, finished: Finished) -> bytes:
         """The finish reason."""
@@ -60,11 +63,20 @@ class CompletionShape:
 
     def whole(self, answers: Sequence[Answer], finished: Finished) -> dict[str, Any]:
         """The answers at once."""
+        shown = best(answers, self._count) if len(answers) > self._count else answers
         choices = [
-            _choice(choice, self._echo + answer.text, answer.finished.reason, completion_logprobs(answer.places))
-            for choice, answer in enumerate(answers)
+            _choice(choice, self._echo + answer.text, answer.finished.reason, self._places(answer))
+            for choice, answer in enumerate(shown)
         ]
         return {**self._body(choices), "usage": usage_of(finished), "rios": rios_of(finished)}
+
+    def _places(self, said: Answer | Delta) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        own, prompts = (
+            (said.places, said.prompt_places) if isinstance(said, Answer) else (said.logprobs, said.prompt_logprobs)
+        )
+        return merged(completion_logprobs(prompts), completion_logprobs(own, len(self._echo)))
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         body = self._body(choices)

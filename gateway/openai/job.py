@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import trio
 
 from config.errors import RiosError
-from config.generation import Delta, Finished, GenerationEvent, GenerationRequest
+from config.generation import Delta, EmbeddingRequest, Finished, GenerationEvent, GenerationRequest
 from gateway.accounts import Principal
 from gateway.books import new_id
 from gateway.errors import invalid
@@ -22,7 +22,7 @@ from gateway.guard import Guard
 from gateway.limits import Limits
 from gateway.metrics import Metrics
 from gateway.money import Prices, Reservation, Settlement
-from gateway.ports import Engine, PreparedGeneration
+from gateway.ports import Engine
 from gateway.till import Ticket, Till
 
 
@@ -90,10 +90,10 @@ class Job:
         self._finished = event
         raise StopAsyncIteration
 
-    async def settle(self) -> None:
-        """Charge for the finished answer, durably."""
+    async def settle(self, prompt_tokens: int) -> None:
+        """Charge for the finished answer, durably: so many tokens of its prompt, and all of its own."""
         finished = self.finished
-        await self._settle(finished.completion_tokens, finished.reason, finished.prompt_tokens)
+        await self._settle(finished.completion_tokens, finished.reason, prompt_tokens)
 
     def mark_delivered(self) -> None:
         """All that was produced up to now has reached the client."""
@@ -136,7 +136,9 @@ async def open_job(service: Service, order: Order) -> AsyncIterator[Job]:
     with service.limits.running(order.limit_key):
         request = replace(order.request, user=order.principal.account_id)
         prepared = await service.engine.prepare(request)
-        ticket = await _reserve(service, order, prepared)
+        ticket = await reserve(
+            service, order.principal, order.request, order.endpoint, len(prepared.prompt_tokens), prepared.max_tokens
+        )
         job = Job(service, ticket)
         failed = False
         try:
@@ -165,28 +167,35 @@ async def open_jobs(service: Service, order: Order) -> AsyncIterator[list[Job]]:
         yield jobs
 
 
-async def _reserve(service: Service, order: Order, prepared: PreparedGeneration) -> Ticket:
-    principal = order.principal
+async def reserve(
+    service: Service,
+    principal: Principal,
+    request: GenerationRequest | EmbeddingRequest,
+    endpoint: str,
+    prompt_tokens: int,
+    max_tokens: int,
+) -> Ticket:
+    """Count a request's worst case and hold its price back. Raises ApiError ``rate_limited``, ``payment_required``."""
     reservation = Reservation(
         id=new_id(),
         instance=service.till.instance,
         account_id=principal.account_id,
         user_id=principal.user_id,
         key_id=principal.key_id,
-        request_id=order.request.request_id,
-        endpoint=order.endpoint,
-        model=order.request.model,
-        prompt_tokens=len(prepared.prompt_tokens),
-        max_tokens=prepared.max_tokens,
+        request_id=request.request_id,
+        endpoint=endpoint,
+        model=request.model,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
         prices=service.prices if principal.key_id else service.local_prices,
     )
-    worst_case = reservation.prompt_tokens + reservation.max_tokens
-    service.limits.take_tokens(order.limit_key, worst_case)
+    key, worst_case = principal.key_id or principal.user_id, prompt_tokens + max_tokens
+    service.limits.take_tokens(key, worst_case)
     reserved = False
     try:
         ticket = await service.till.reserve(reservation)
         reserved = True
     finally:
         if not reserved:
-            service.limits.give_back_tokens(order.limit_key, worst_case)
+            service.limits.give_back_tokens(key, worst_case)
     return ticket

@@ -18,15 +18,16 @@ def chat_logprobs(places: Sequence[PlaceLogprobs]) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(places: Sequence[PlaceLogprobs]) -> dict[str, Any] | None:
-    """The completions form: parallel lists. ``top_logprobs`` always has the chosen token too, so up to one more."""
+def completion_logprobs(places: Sequence[PlaceLogprobs], start: int = 0) -> dict[str, Any] | None:
+    """The completions form: parallel lists. ``top_logprobs`` always has the chosen token too, so up to one more; a
+    prompt's first token has neither. ``start``: how many characters stand before the places' own text."""
     if not places:
         return None
     return {
         "tokens": [_name(place.chosen) for place in places],
         "token_logprobs": [place.chosen.logprob for place in places],
         "top_logprobs": [_by_name(place) for place in places],
-        "text_offset": [place.offset for place in places],
+        "text_offset": [start + place.offset for place in places],
     }
 
 
@@ -35,12 +36,20 @@ def _entry(token: TokenLogprob) -> dict[str, Any]:
     return {"token": text, "logprob": token.logprob, "bytes": list(token.data)}
 
 
-def _by_name(place: PlaceLogprobs) -> dict[str, float]:
+def _by_name(place: PlaceLogprobs) -> dict[str, float] | None:
     """Tokens of the same name share an entry, the likeliest one's."""
     found: dict[str, float] = {}
     for token in (*place.top, place.chosen):
-        found.setdefault(_name(token), token.logprob)
-    return found
+        if token.logprob is not None:
+            found.setdefault(_name(token), token.logprob)
+    return found or None
+
+
+def merged(first: dict[str, Any] | None, then: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The completions form of two stretches of text, one behind the other."""
+    if first is None or then is None:
+        return first or then
+    return {name: first[name] + then[name] for name in first}
 
 
 def _name(token: TokenLogprob) -> str:

@@ -6,6 +6,7 @@ parameter is refused by name.
 """
 
 import re
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -31,7 +32,7 @@ Count = Annotated[int, Meta(ge=1, le=_INTEGER_MAX)]
 CountOrZero = Annotated[int, Meta(ge=0, le=_INTEGER_MAX)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
-B = TypeVar("B", bound="SharedBody")
+B = TypeVar("B", bound=msgspec.Struct)
 
 
 class RiosOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -119,7 +120,7 @@ class CompletionBody(SharedBody, kw_only=True):
     echo: bool | None = None
     logprobs: bool | Annotated[int, Meta(ge=0, le=5)] | None = None
     suffix: Any = None
-    best_of: int | None = None
+    best_of: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
 
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -174,7 +175,7 @@ def _validation_error(text: str) -> ApiError:
     return invalid(path or None, f"{path or 'the body'}: {what[:1].lower()}{what[1:]}")
 
 
-def _check_neutral(body: SharedBody) -> None:
+def _check_neutral(body: msgspec.Struct) -> None:
     for name in body.__struct_fields__:
         accepted = _NEUTRAL.get(name)
         if accepted is None:
@@ -212,9 +213,16 @@ def completion_request(body: CompletionBody, request_id: str) -> GenerationReque
     if body.echo and not isinstance(prompt, str):
         raise invalid("echo", "echo needs a prompt that is text, not token ids")
     logprobs = _completion_logprobs(body)
-    if body.best_of not in (None, body.n or 1):
-        raise unsupported("best_of", "it gives every answer that it generates, so best_of is n")
+    best_of, n = body.best_of or body.n or 1, body.n or 1
+    if not n <= best_of <= CHOICES_MAX:
+        raise invalid("best_of", f"best_of is at least n ({n}) and at most {CHOICES_MAX}")
+    if best_of > n and body.stream:
+        raise invalid("best_of", "best_of above n cannot be streamed: the best is known at the end")
+    if best_of > n and logprobs is None:
+        logprobs = 0  # the answers are compared by them
     sampling = _sampling(body, body.max_tokens or _COMPLETION_MAX_TOKENS, logprobs)
+    if body.echo and body.logprobs is not None and body.logprobs is not False:
+        sampling = replace(sampling, prompt_logprobs=True)
     return GenerationRequest(
         model=body.model, prompt=prompt, sampling=sampling, request_id=request_id, route=_route(body)
     )
@@ -245,7 +253,7 @@ def _message(index: int, message: ChatMessage) -> Message:
 
 def _content(where: str, content: object) -> str:
     if isinstance(content, str):
-        return _text(where, content)
+        return check_text(where, content)
     if not isinstance(content, list):
         raise invalid(where, f"{where} must be text or a list of text parts")
     texts = []
@@ -256,7 +264,7 @@ def _content(where: str, content: object) -> str:
             raise unsupported(where, f"it reads text parts only, not {part['type']!r:.60}")
         if not isinstance(part.get("text"), str):
             raise invalid(where, f"{where}: a text part needs its text")
-        texts.append(_text(where, part["text"]))
+        texts.append(check_text(where, part["text"]))
     return "".join(texts)
 
 
@@ -264,14 +272,21 @@ def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return _text("prompt", prompt)
+        return check_text("prompt", prompt)
     if not prompt:
         raise invalid("prompt", "prompt is empty")
     if not all(isinstance(token, int) for token in prompt):
         raise unsupported("prompt", "it takes one prompt per request")
-    if not all(0 <= token <= _INTEGER_MAX for token in prompt):
-        raise invalid("prompt", "prompt: token ids are not negative and fit into 31 bits")
-    return tuple(prompt)
+    return token_ids("prompt", prompt)
+
+
+def token_ids(where: str, given: object) -> tuple[int, ...]:
+    """A list of token ids. Raises ApiError."""
+    if not isinstance(given, list) or not all(isinstance(token, int) for token in given):
+        raise invalid(where, f"{where} must be text or a list of token ids")
+    if not all(0 <= token <= _INTEGER_MAX for token in given):
+        raise invalid(where, f"{where}: token ids are not negative and fit into 31 bits")
+    return tuple(given)
 
 
 def _completion_logprobs(body: CompletionBody) -> int | None:
@@ -279,8 +294,6 @@ def _completion_logprobs(body: CompletionBody) -> int | None:
         return None
     if body.logprobs is True:
         raise invalid("logprobs", "logprobs is a number from 0 to 5 here (true is chat's form)")
-    if body.echo:
-        raise unsupported("logprobs", "it has none of the prompt's tokens, so not with echo")
     return body.logprobs
 
 
@@ -322,7 +335,7 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if len(stops) > _STOPS_MAX:
         raise invalid("stop", f"stop has {len(stops)} entries, and {_STOPS_MAX} are allowed")
     for text in stops:
-        if not 0 < len(_text("stop", text)) <= _STOP_CHARACTERS_MAX:
+        if not 0 < len(check_text("stop", text)) <= _STOP_CHARACTERS_MAX:
             raise invalid("stop", f"a stop string has 1 to {_STOP_CHARACTERS_MAX} characters")
     return stops
 
@@ -331,7 +344,7 @@ def _route(body: SharedBody) -> RouteWish | None:
     return body.rios.route if body.rios is not None else None
 
 
-def _text(where: str, text: str) -> str:
+def check_text(where: str, text: str) -> str:
     """JSON can spell half a character; no tokenizer can read one."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise invalid(where, f"{where} holds half of a surrogate pair, which is not a character")

@@ -92,7 +92,7 @@ class EventStream(Response):
                 leads = [shape.opening(choice) for choice in range(len(jobs))]
 
                 async def show(choice: int, delta: Delta) -> None:
-                    if delta.text or delta.logprobs or delta.tool_calls or delta.reasoning:
+                    if delta.text or delta.logprobs or delta.tool_calls or delta.reasoning or delta.prompt_logprobs:
                         lead, leads[choice] = leads[choice], b""
                         await writer.write(lead + shape.piece(choice, delta))
                         jobs[choice].mark_delivered()

@@ -81,7 +81,12 @@ async def test_completion_logprobs(tmp_path: Path, stream: bool) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "param"),
-    [({"logprobs": 6}, "logprobs"), ({"logprobs": 1, "echo": True}, "logprobs"), ({"best_of": 3, "n": 2}, "best_of")],
+    [
+        ({"logprobs": 6}, "logprobs"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 9}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+    ],
 )
 async def test_bad_completion_parameter_is_named(tmp_path: Path, changes: dict[str, object], param: str) -> None:
     async with serving(tmp_path) as rig:

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from tokenizers import pre_tokenizers
 
 from config.generation import Delta, GenerationRequest, Sampling
-from dmoe.engine import Engine
+from dmoe.engine import DEFAULT_PASSES, Engine
 from dmoe.importer.tokenizer import tokenizer_json
 from dmoe.models import StoredModels
 from dmoe.runtime import RuntimeOptions
@@ -38,14 +38,14 @@ async def engine_running(folder, **options):
         yield engine
 
 
-async def tiny_engine(folder, *, route="fused", kind=SelfRunningEngine, **options):
+async def tiny_engine(folder, *, route="fused", kind=SelfRunningEngine, passes=DEFAULT_PASSES, **options):
     """An engine over one model called ``tiny``; ``options`` as :func:`model_kit.write_gguf` takes them. A model that is
     in the folder already is used as it is."""
     store = ModelStore(folder / "models")
     if not store.manifests():
         store, _ = await made(folder, **options)
     models = StoredModels(store, None, RuntimeOptions(device="cpu", threads=1), "me")
-    return kind(models, default_route=route)
+    return kind(models, default_route=route, passes=passes)
 
 
 def request(prompt="hello", **sampling):
