@@ -155,6 +155,9 @@ class DmoeSettings:
     drafts_max: int = _setting(
         16, "Tokens guessed ahead of an answer, as far as that pays; 0: none.", minimum=0, maximum=24
     )
+    draft_model: str = _setting(
+        "", "A small model here (name or id) with the same vocabulary, asked for guesses where that pays."
+    )
     prefix_cache_tokens: int = _setting(
         1 << 15,
         "Tokens of earlier prompts and answers kept, so that a user's next prompt that begins the same starts behind "

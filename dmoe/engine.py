@@ -18,6 +18,7 @@ Fails before streaming with RequestError (``not_found``, ``invalid_request``, ``
 the model's own fault (``no_replica`` ...); in the stream with the RiosError that ended the answer.
 """
 
+import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -46,6 +47,7 @@ from dmoe.core.embedding import Pooled
 from dmoe.core.sampling import check, choice_seed
 from dmoe.core.scheduler import Admission
 from dmoe.core.spans import Ask
+from dmoe.drafting import Drafter
 from dmoe.embedding import PreparedEmbeddings, embed, tokens_of
 from dmoe.outbox import Outbox
 from dmoe.passes import Passes, PassOptions
@@ -54,6 +56,8 @@ from dmoe.slots import Slot
 from dmoe.tallies import Totals
 from dmoe.text import Tokenizer
 from dmoe.tools import Plan, plan, reading
+
+log = logging.getLogger(__name__)
 
 _EVENTS_MAX = 64
 DEFAULT_PASSES = PassOptions()
@@ -146,6 +150,7 @@ class Engine:
         kv_tokens_max: int = 1 << 17,
         passes: PassOptions = DEFAULT_PASSES,
         default_route: RouteWish = "experts",
+        draft_model: str = "",
         events_max: int = _EVENTS_MAX,
     ) -> None:
         self._models = models
@@ -155,6 +160,7 @@ class Engine:
         self._kv_tokens_max = kv_tokens_max
         self._options = passes
         self._default_route = default_route
+        self._draft_model = draft_model
         self._events_max = events_max
         self._compilers = Compilers()
         self._outcomes = {"finished": 0, "failed": 0, "cancelled": 0}
@@ -162,6 +168,7 @@ class Engine:
         self._totals = Totals()
         self._nursery: trio.Nursery | None = None
         self._passes: dict[tuple[str, Route], Passes] = {}
+        self._locks: dict[tuple[str, Route], trio.Lock] = {}
         self._slots: dict[Slot, Passes] = {}
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -355,10 +362,41 @@ class Engine:
         key = (model.id, route)
         if key not in self._passes:
             self._forget_models()
-            load = partial(model.runner, route)
-            self._passes[key] = Passes(load, self._nursery, self._options, self._totals, self._ended)
+            self._passes[key] = Passes(
+                partial(model.runner, route),
+                self._lock(key),
+                self._nursery,
+                self._options,
+                self._totals,
+                self._ended,
+                partial(self._drafter, model) if self._draft_model and self._options.drafts_max else None,
+            )
             self._nursery.start_soon(self._passes[key].run)
         return self._passes[key]
+
+    def _lock(self, key: tuple[str, Route]) -> trio.Lock:
+        return self._locks.setdefault(key, trio.Lock())
+
+    async def _drafter(self, model: Model) -> Drafter | None:
+        """The draft model for ``model``; None, and a word in the log, if it does not fit."""
+        try:
+            small = self._find(self._draft_model)
+            if small.id == model.id:
+                return None
+            route: Route = "local" if small.fault("fused") else "fused"
+            fault = small.fault(route)
+            if fault is not None:
+                raise fault
+            if not (await small.tokenizer()).same_vocabulary(await model.tokenizer()):
+                raise RequestError(
+                    "invalid_request",
+                    f"{small.name} has another vocabulary than {model.name}",
+                    "set dmoe.draft_model to a smaller model of the same family",
+                )
+            return Drafter(await small.runner(route), self._lock((small.id, route)))
+        except RiosError as failure:
+            log.warning("%s is answered without a draft model: %s", model.name, failure)
+            return None
 
     def _forget_models(self) -> None:
         """End the loops of models that are gone from this node."""

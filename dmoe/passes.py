@@ -24,7 +24,8 @@ from config.generation import Finished, FinishReason
 from dmoe.core.answer import FloatRows, Step, Taken
 from dmoe.core.prefixes import PREFIX_TOKENS_MIN, Prefixes, Tokens, common, tokens_of
 from dmoe.core.scheduler import PassPlan, Ready
-from dmoe.core.speculate import NO_DRAFT, Draft, Lookup, Odds, Pace, allot
+from dmoe.core.speculate import MODEL_KIND, NO_DRAFT, Draft, Lookup, ModelDrafts, Odds, Pace, allot
+from dmoe.drafting import Drafter, Wanted
 from dmoe.runner import Feed, Runner
 from dmoe.slots import Held, Slot, Work
 from dmoe.tallies import Totals
@@ -54,17 +55,25 @@ class Passes:
     def __init__(
         self,
         load: Callable[[], Awaitable[Runner]],
+        lock: trio.Lock,
         nursery: trio.Nursery,
         options: PassOptions,
         totals: Totals,
         over: Over,
+        draft: Callable[[], Awaitable[Drafter | None]] | None = None,
     ) -> None:
-        """``nursery`` holds the loop and the openings; ``load`` is asked by each opening, and loads once."""
+        """``nursery`` holds the loop and the openings; ``load`` is asked by each opening, and loads once; ``lock`` is
+        held during each pass, as the runner may also draft for another model; ``draft`` is asked once for the draft
+        model, if there is one that fits."""
         self._load = load
         self._nursery = nursery
         self._options = options
         self._totals = totals
         self._over = over
+        self._find_drafter = draft
+        self._drafter: Drafter | None = None
+        self._model_drafts = ModelDrafts()
+        self._lock = lock
         self._slots: list[Slot] = []
         self._in_pass: list[Slot] = []
         self._pass_scope = trio.CancelScope()
@@ -109,7 +118,10 @@ class Passes:
             while True:
                 ready = [slot for slot in self._slots if slot.work is not None and not slot.outbox.full]
                 if ready:
-                    await self._pass(self._steps(ready))
+                    await self._draft(ready)
+                    steps = self._steps([slot for slot in ready if not slot.over])
+                    if steps:
+                        await self._pass(steps)
                 else:
                     await self._work.park()
 
@@ -120,6 +132,8 @@ class Passes:
             self._retire(slot)
         for held in self._kept.clear():
             held.drop()
+        if self._drafter is not None:
+            self._drafter.close()
 
     # --- opening
 
@@ -127,6 +141,9 @@ class Passes:
         with slot.opening:
             try:
                 runner = self._runner = await self._load()
+                if self._find_drafter is not None:
+                    find, self._find_drafter = self._find_drafter, None
+                    self._drafter = await find()
                 held, length = await self._opened(runner, slot)
                 if slot.over:
                     held.drop()
@@ -183,9 +200,41 @@ class Passes:
 
     # --- passes
 
+    async def _draft(self, ready: Sequence[Slot]) -> None:
+        """Guess what each answer will say: from its own text, else by the draft model, if there is one."""
+        without = []
+        for slot in ready:
+            if slot.work is not None and not slot.work.prompt_left:
+                slot.draft = self._lookup(slot, slot.work)
+                if not slot.draft.tokens and self._drafter is not None and self._drafter.serves(slot):
+                    without.append(slot)
+        if self._drafter is not None and without:
+            await self._ask(self._drafter, without, len(ready))
+
+    def _lookup(self, slot: Slot, work: Work) -> Draft:
+        useful = min(work.drafts_max, self._options.drafts_max)
+        if useful < 1:
+            return NO_DRAFT
+        if slot.lookup is None:
+            slot.lookup = Lookup(work.tokens, slot.positions)
+        return slot.lookup.draft(useful)
+
+    async def _ask(self, drafter: Drafter, slots: Sequence[Slot], rows: int) -> None:
+        """Ask the draft model, as far as that pays."""
+        asked = [slot for slot in slots if slot.work is not None and slot.work.drafts_max > 0]
+        room = min((slot.work.drafts_max for slot in asked if slot.work is not None), default=0)
+        odds = [slot.odds.of(MODEL_KIND) for slot in asked]
+        most = min(room, self._options.drafts_max)
+        count = self._model_drafts.count(odds, self._pace, drafter.pace, rows, most)
+        if count:
+            wanted = [Wanted(slot, slot.work.tokens, slot.positions) for slot in asked if slot.work is not None]
+            guesses = await drafter.draft(wanted, count)
+            for slot, tokens in zip(asked, guesses, strict=True):
+                slot.draft = Draft(tokens, MODEL_KIND)
+
     def _steps(self, ready: Sequence[Slot]) -> list[tuple[Slot, Step]]:
         """What the next pass feeds."""
-        drafts = self._drafts(ready)
+        drafts = self._shares(ready)
         plan = self._plan.plan(
             [
                 Ready(slot, slot.user, slot.work.prompt_left, drafts.get(slot, 0))
@@ -195,14 +244,13 @@ class Passes:
         )
         return [(slot, slot.work.next(rows, slot.draft.tokens)) for slot, rows in plan if slot.work is not None]
 
-    def _drafts(self, ready: Sequence[Slot]) -> dict[Slot, int]:
+    def _shares(self, ready: Sequence[Slot]) -> dict[Slot, int]:
         """How many guesses of each answer are worth a row. All are kept, to be compared with what is said."""
-        chances = []
-        for slot in ready:
-            if slot.work is None or slot.work.prompt_left:
-                continue
-            slot.draft = self._draft(slot, slot.work)
-            chances.append((slot, slot.odds.of(slot.draft.kind), len(slot.draft.tokens)))
+        chances = [
+            (slot, slot.odds.of(slot.draft.kind), len(slot.draft.tokens))
+            for slot in ready
+            if slot.work is not None and not slot.work.prompt_left
+        ]
         if not any(available for _, _, available in chances):
             return {}
         base, spare = self._plan.spare(
@@ -210,14 +258,6 @@ class Passes:
         )
         counts = allot([(odds, available) for _, odds, available in chances], self._pace, base, spare)
         return {slot: count for (slot, _, _), count in zip(chances, counts, strict=True)}
-
-    def _draft(self, slot: Slot, work: Work) -> Draft:
-        useful = min(work.drafts_max, self._options.drafts_max)
-        if useful < 1:
-            return NO_DRAFT
-        if slot.lookup is None:
-            slot.lookup = Lookup(work.tokens, slot.positions)
-        return slot.lookup.draft(useful)
 
     async def _pass(self, steps: Sequence[tuple[Slot, Step]]) -> None:
         """Run one pass; where it fails, each of its answers alone."""
@@ -247,10 +287,11 @@ class Passes:
         assert self._runner is not None
         self._in_pass, self._pass_scope = [slot for slot, _ in steps], trio.CancelScope()
         outputs: list[FloatRows] = []
-        started = trio.current_time()
         try:
             with self._pass_scope:
-                outputs = await self._runner.forward(feeds)
+                async with self._lock:
+                    started = trio.current_time()
+                    outputs = await self._runner.forward(feeds)
                 self._count(sum(len(step.tokens) for _, step in steps), trio.current_time() - started)
         finally:
             self._in_pass = []
@@ -332,6 +373,8 @@ class Passes:
         if slot in self._slots:  # it was still waiting otherwise
             self._slots.remove(slot)
         slot.progress.unpark_all()
+        if self._drafter is not None:
+            self._drafter.forget(slot)
         if slot.held is None:
             return
         held, slot.held = slot.held, None

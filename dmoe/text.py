@@ -57,6 +57,10 @@ class Tokenizer:
         """The number of token ids."""
         return len(self._pieces)
 
+    def same_vocabulary(self, other: "Tokenizer") -> bool:
+        """Whether every token id means the same in both."""
+        return self._pieces == other._pieces and self._control == other._control
+
     @property
     def control_tokens(self) -> Mapping[str, int]:
         """The control tokens by their names."""

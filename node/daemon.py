@@ -338,6 +338,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         waiting_max=settings.dmoe.waiting_max,
         kv_tokens_max=settings.dmoe.kv_tokens_max,
         passes=pass_options(settings.dmoe),
+        draft_model=settings.dmoe.draft_model,
         default_route=route,
     )
     for part in (node.worker.run, node.caller.run, node.hosting.run, node.engine.run):
@@ -367,6 +368,8 @@ async def _bring(bring: Callable[[str], Awaitable[object]], name: str) -> None:
 def _chosen(store: ModelStore, settings: Settings) -> Callable[[Manifest], bool]:
     """Which models requests are answered with: those listed, else all whose trunk is here."""
     listed = frozenset(settings.dmoe.orchestrate)
+    if listed and settings.dmoe.draft_model:
+        listed |= {settings.dmoe.draft_model}
 
     def chosen(manifest: Manifest) -> bool:
         if listed:

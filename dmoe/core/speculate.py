@@ -22,9 +22,14 @@ from numpy.typing import NDArray
 
 DRAFT_TOKENS_MAX = 24
 NGRAM_MIN, NGRAM_MAX = 2, 8
-_CLASSES = 3
-_PRIOR = (0.3, 0.5, 0.7)
-"""How likely a guess after a match of 2, of 3 or 4, of 5 or more tokens is right, before anything is known."""
+MODEL_KIND = 3
+_CLASSES = 4
+_PRIOR = (0.3, 0.5, 0.7, 0.6)
+"""How likely a guess after a match of 2, of 3 or 4, of 5 or more tokens, or of a model, is right, before anything is
+known."""
+MODEL_DRAFT_MAX = 8
+_PROBE_PASSES = 48
+"""A draft model that did not pay is asked for one guess again after so many passes."""
 _PRIOR_WEIGHT = 2.0
 _MEMORY = 0.93
 """Weight of a trial against the next one: about the last 14 count."""
@@ -206,3 +211,32 @@ def allot(chances: Sequence[tuple[float, int]], pace: Pace, base_rows: int, spar
         for _, answer in worth[:best]:
             counts[answer] += 1
     return counts
+
+
+class ModelDrafts:
+    """How many guesses a draft model is asked for: each costs a pass of its own, so they pay rarely where the model
+    itself is near."""
+
+    def __init__(self) -> None:
+        self._since = _PROBE_PASSES
+
+    def count(self, odds: Sequence[float], pace: Pace, draft_pace: Pace, rows: int, most: int) -> int:
+        """Guesses for each of the answers with these ``odds``, at most ``most``; ``rows``: of the pass without them."""
+        if not odds or most < 1 or not pace.known:
+            return 0
+        self._since += 1
+        best = self._best(odds, pace, draft_pace, rows, min(most, MODEL_DRAFT_MAX)) if draft_pace.known else 0
+        if not best and self._since >= _PROBE_PASSES:
+            best = min(2, most)  # the second guess is a pass that shows the draft model's pace
+        if best:
+            self._since = 0
+        return best
+
+    def _best(self, odds: Sequence[float], pace: Pace, draft_pace: Pace, rows: int, most: int) -> int:
+        counts = np.arange(most + 1)
+        powers = np.array(odds)[:, None] ** counts  # how likely the k-th guess is right with all before it
+        tokens = powers.cumsum(axis=1).sum(axis=0)
+        seconds = pace.seconds(rows + len(odds) * counts) + counts * draft_pace.seconds(np.array([len(odds)]))
+        rates = tokens / seconds
+        best = int(rates.argmax())
+        return best if rates[best] >= _GAIN_MIN * rates[0] else 0

@@ -22,18 +22,15 @@ from dmoe.passes import PassOptions
 from dmoe.runtime import RuntimeOptions
 
 USERS = 16
-NEW_TOKENS = 48
+NEW_TOKENS = 96
 SUBJECTS = ("rivers", "bread", "clocks", "bridges", "violins", "whales", "tea", "paper")
 ROUTES: tuple[Route, ...] = ("fused", "local", "stages")
 
 
 def prompt_of(user: int) -> str:
-    """About sixty tokens that no other user's prompt begins with."""
+    """About twenty tokens, a question's worth, that no other user's prompt begins with."""
     subject = SUBJECTS[user % len(SUBJECTS)]
-    return f"{subject.capitalize()} {user}: a long essay about the history of {subject}. " + (
-        f"In the beginning there was little to say about {subject}, and nobody who wrote it down. Then, in the year "
-        f"{1300 + 17 * user}, somebody began to ask where {subject} came from, and the first answer was this:"
-    )
+    return f"{subject.capitalize()} {user}: a long essay about the history of {subject} since {1300 + 17 * user}."
 
 
 class Crowd:

@@ -77,6 +77,7 @@ class FakeModel:
         self.stop_tokens = (STOP,)
         self.open_sequences, self.opened, self.calls = [], [], 0
         self.busy, self.passes, self.seconds = [], [], 0
+        self.words = TOKENIZER
         self.gate = trio.Event()
         self.gate.set()
 
@@ -87,7 +88,7 @@ class FakeModel:
         return self.problem
 
     async def tokenizer(self):
-        return TOKENIZER
+        return self.words
 
     async def runner(self, route):
         return self
@@ -725,3 +726,78 @@ async def test_one_users_many_requests_do_not_keep_another_waiting():
         nursery.start_soon(run, one)
     assert ends.index("one") <= 7
     assert len(ends) == 13
+
+
+SAID = "Pack my box with five dozen liquor jugs, quick brown fox!"
+
+
+def small_model(script=SAID, **changes):
+    """A quick model that says the same, for drafts."""
+    small = FakeModel(script, prompt=5)
+    small.id, small.name = "cd" * 32, "small"
+    for name, value in changes.items():
+        setattr(small, name, value)
+    return small
+
+
+async def with_drafts_of(small):
+    """What a slow model says with the other's guesses, its passes, and the engine's numbers."""
+    model, asked = scripted(SAID, max_tokens=100)
+    model.seconds = 0.02
+    engine = engine_of(model, small, drafts_max=8, draft_model="small")
+    found = text_of(await answer(engine, asked))
+    await trio.testing.wait_all_tasks_blocked()
+    assert model.open_sequences == small.open_sequences == []
+    return found, len(model.passes), engine.statistics()
+
+
+async def test_a_draft_model_saves_passes_and_changes_no_text():
+    found, passes, numbers = await with_drafts_of(small_model())
+    assert found == SAID
+    assert passes < len(SAID) / 2
+    assert numbers.drafts_accepted > len(SAID) / 2
+
+
+async def test_a_draft_model_that_guesses_wrong_is_hardly_asked():
+    small = small_model("x" * 100)
+    found, passes, _ = await with_drafts_of(small)
+    assert found == SAID
+    assert passes > len(SAID) - 5
+    assert len(small.passes) < 20
+
+
+async def test_a_draft_model_that_is_as_slow_is_hardly_asked():
+    small = small_model(seconds=0.02)
+    assert (await with_drafts_of(small))[0] == SAID
+    assert len(small.passes) < 20
+
+
+async def test_a_draft_model_that_fails_ends_no_answer(caplog):
+    class Broken(FakeModel):
+        async def before(self, feeds):
+            raise RemoteError("no_replica", "gone", peer_id="somebody")
+
+    small = Broken(SAID, prompt=5)
+    small.id, small.name = "cd" * 32, "small"
+    assert (await with_drafts_of(small))[0] == SAID
+    assert "no drafts from the draft model" in caplog.text
+    assert caplog.text.count("no drafts") == 1
+
+
+async def test_a_draft_model_of_another_vocabulary_is_not_used(caplog):
+    small = small_model(words=tokenizer_of_letters())
+    assert (await with_drafts_of(small))[0] == SAID
+    assert small.passes == []
+    assert "small has another vocabulary than fake" in caplog.text
+
+
+def tokenizer_of_letters():
+    """Another vocabulary."""
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["<|stop|>", *reversed(LETTERS), "zz"],
+        "tokenizer.ggml.token_type": [3, *[1] * (len(LETTERS) + 1)],
+        "tokenizer.ggml.merges": ["z z"],
+    }
+    return Tokenizer(tokenizer_json(metadata), "")
