@@ -26,6 +26,7 @@ from config import paths as places
 from config.errors import EXIT_FAILED, EXIT_OK, ConfigError, LocalError, RiosError, exit_code
 from config.load import Loaded, load
 from config.paths import Paths
+from node import flags
 
 VERSION = "0.2.0"
 EXIT_INTERRUPTED = 130
@@ -202,26 +203,10 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     )
     pause.add_argument("--wait", action="store_true", help="return once the calls in flight are answered")
     command(top, "resume", _online("resume"), "Take work again.")
-    chat = command(top, "chat", _online("chat"), "Ask a model; without a question: a conversation.")
-    chat.add_argument("question", nargs="*", help="the question (else read from a pipe or the terminal)")
-    chat.add_argument("--model", default="", help="model name or id (default: the only one)")
-    chat.add_argument("--local", action="store_true", help="no daemon, no network: load the model into this process")
-    chat.add_argument(
-        "--route", choices=("auto", "experts", "local", "fused"), help="who computes (default: dmoe.route)"
-    )
-    chat.add_argument("--max-tokens", type=int, default=None, help="longest answer (default: what the context leaves)")
-    chat.add_argument("--min-tokens", type=int, default=0, help="shortest answer (default: 0)")
-    chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
-    chat.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest tokens; 0: all")
-    chat.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest tokens of this probability")
-    chat.add_argument(
-        "--min-p", type=float, default=0.0, help="drop tokens under this share of the likeliest one's chance"
-    )
-    chat.add_argument("--frequency-penalty", type=float, default=0.0, help="per time that a token was said (-2 to 2)")
-    chat.add_argument("--presence-penalty", type=float, default=0.0, help="once a token was said (-2 to 2)")
-    chat.add_argument("--repetition-penalty", type=float, default=1.0, help="divides what was read or said; 1: off")
-    chat.add_argument("--seed", type=int, default=None, help="the same seed gives the same answer")
-    chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    chat = command(top, "chat", _command("asking", "chat"), "Ask a model; without a question: a conversation.")
+    flags.chat(chat)
+    embed = command(top, "embed", _command("asking", "embed"), "Turn texts into vectors (mean-pooled, of length 1).")
+    flags.embed(embed)
     plan = command(
         top, "plan", _command("plan", "show"), "Which route an answer would take, who would serve it, and why."
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from config import seeds
-from config.errors import EXIT_OK, ConfigError, LocalError, RequestError, RiosError
+from config.errors import ConfigError, LocalError, RequestError, RiosError
 from config.load import Loaded, render_reference, to_toml
 from config.paths import Paths
 from config.settings import DmoeSettings, sections
@@ -253,47 +253,6 @@ def model_rm(context: Context) -> Output:
     require_stopped(context.paths(), "may serve this model")
     store.remove(manifest.model_id)
     return Output({"model_id": manifest.model_id}, f"removed {manifest.name}")
-
-
-def chat(context: Context, question: str) -> Output | int:
-    """``rios chat --local``"""
-    threads.bound(context.settings().settings.dmoe.threads)
-    from node import online  # noqa: PLC0415
-
-    asked = {"messages": [{"role": "user", "content": question}], **online.chat_options(context)}
-    asked["route"] = asked["route"] or "fused"
-    if asked["route"] == "experts":
-        raise ConfigError("usage", "--local has no peers to call", "--route local or --route fused")
-    answer = trio.run(_chat_here, context, asked, not context.as_json)
-    return Output(answer, "") if context.as_json else EXIT_OK
-
-
-async def _chat_here(context: Context, asked: dict[str, Any], echo: bool) -> Any:  # noqa: ANN401 - JSON
-    from dmoe.engine import Engine  # noqa: PLC0415
-    from dmoe.models import StoredModels  # noqa: PLC0415
-    from dmoe.passes import PassOptions  # noqa: PLC0415
-    from dmoe.runtime import RuntimeOptions  # noqa: PLC0415
-    from node import operator  # noqa: PLC0415
-
-    settings = context.settings().settings.dmoe
-    options = RuntimeOptions(device=settings.device, threads=settings.threads)  # type: ignore[arg-type]
-    identity, _ = own_identity(context)
-    engine = Engine(
-        StoredModels(_store(context), None, options, identity.peer_id),
-        passes=PassOptions(drafts_max=settings.drafts_max),
-        default_route=asked["route"],
-    )
-
-    async def send(event: Any) -> None:  # noqa: ANN401 - JSON
-        if echo:
-            print(event["text"], end="", flush=True)  # noqa: T201 - the command's output
-
-    async with engine.running():
-        answer = await operator.generate(engine, asked, send)
-    if echo:
-        print()  # noqa: T201 - the command's output
-        print(f"[{answer['completion_tokens']} tokens, {answer['tokens_per_s']:.1f} tokens/s]", file=sys.stderr)  # noqa: T201
-    return answer
 
 
 # --- ledger

@@ -1,11 +1,10 @@
 """Commands that ask the running daemon over its control socket, and how their answers look to people."""
 
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from config.errors import EXIT_FAILED, EXIT_OK, ConfigError, RiosError
+from config.errors import EXIT_FAILED, EXIT_OK, RiosError
 from config.files import write_whole
 from config.paths import PAUSE_NOTE
 from config.vocabulary import GIB, MIB, format_credits
@@ -222,85 +221,6 @@ def health(context: Context) -> Output:
     data = _ask(context, "health", seconds=HEALTH_SECONDS_MAX)
     text = "ok" if data["ok"] else "impaired: " + "; ".join(data["reasons"])
     return Output(data, text, EXIT_OK if data["ok"] else EXIT_FAILED)
-
-
-def chat(context: Context) -> Output | int:
-    """``rios chat``"""
-    question = _question(context)
-    if question is not None:
-        if context.args.local:
-            from node import local  # noqa: PLC0415 - loads the runtime
-
-            return local.chat(context, question)
-        answer = _stream(context, [{"role": "user", "content": question}], echo=not context.as_json)
-        return Output(answer, "") if context.as_json else EXIT_OK
-    history: list[dict[str, str]] = []
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            print(file=sys.stderr)  # noqa: T201 - leave the prompt's line
-            return EXIT_OK
-        if question:
-            asked = {"role": "user", "content": question}
-            try:
-                answer = _stream(context, [*history, asked], echo=True)
-            except RiosError as error:
-                if error.code == "not_running":
-                    raise
-                print(f"rios: {error}", file=sys.stderr)  # noqa: T201 - one failed question does not end a conversation
-                continue
-            history += [asked, {"role": "assistant", "content": answer["text"]}]
-
-
-def _question(context: Context) -> str | None:
-    """From the command line or a pipe; None where a conversation is wanted."""
-    given = " ".join(context.args.question)
-    try:
-        if not given and not sys.stdin.isatty():
-            given = sys.stdin.read()
-        given.encode()
-    except UnicodeError as error:
-        raise ConfigError("usage", f"the question is not UTF-8: {error}", "rios chat takes text") from error
-    if given.strip():
-        return given.strip()
-    if context.args.question or not sys.stdin.isatty() or context.as_json or context.args.local:
-        raise ConfigError("usage", "no question", 'e.g. rios chat "What is the capital of France?"')
-    return None
-
-
-def _stream(context: Context, messages: list[dict[str, str]], *, echo: bool) -> Any:  # noqa: ANN401 - JSON
-    asked = {"messages": messages, **chat_options(context)}
-    for kind, value in control.request(context.paths().control, "chat", asked):
-        if kind == "event" and echo:
-            print(value["text"], end="", flush=True)  # noqa: T201 - the command's output
-        if kind == "result":
-            if echo:
-                print(flush=True)  # noqa: T201 - the command's output
-                note = f"[{value['completion_tokens']} tokens, {value['tokens_per_s']:.1f} tokens/s]"
-                print(note, file=sys.stderr)  # noqa: T201 - a note for people
-            return value
-    raise RiosError("internal", "the node sent no answer")
-
-
-def chat_options(context: Context) -> dict[str, Any]:
-    """The sampling flags of ``rios chat`` as JSON."""
-    args = context.args
-    return {
-        "model": args.model,
-        "route": args.route,
-        "max_tokens": args.max_tokens,
-        "min_tokens": args.min_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "frequency_penalty": args.frequency_penalty,
-        "presence_penalty": args.presence_penalty,
-        "repetition_penalty": args.repetition_penalty,
-        "seed": args.seed,
-        "stop": args.stop,
-    }
 
 
 # --- models

@@ -4,7 +4,7 @@ Reads and drives the parts of a :class:`node.daemon.Node`; owns no behaviour of 
 """
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,10 @@ import psutil
 import trio
 
 from config.errors import ConfigError, IntegrityError, LocalError, RequestError, RiosError
-from config.generation import Delta, Finished, GenerationRequest, Message, Sampling
 from dmoe.core.manifest import Manifest
 from dmoe.hosting import Bringing
 from ledger.ledger import Ledger
-from node import membership, plan
+from node import answering, membership, plan
 from node.cli import VERSION
 from node.control import Command, Send
 from p2p import allow, clock
@@ -47,7 +46,8 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "clock": _clock,
             "pause": _pause,
             "resume": _resume,
-            "chat": _chat,
+            "chat": answering.chat,
+            "embed": answering.embed,
             "plan": plan.answer,
             "model.list": _model_list,
             "model.deploy": _model_deploy,
@@ -232,58 +232,6 @@ async def _pause(node: "Node", args: Args, send: Send) -> Any:  # noqa: ANN401 -
 async def _resume(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
     node.pause(False)
     return {"paused": False}
-
-
-# --- answers
-
-
-async def _chat(node: "Node", args: Args, send: Send) -> Any:  # noqa: ANN401 - JSON
-    return await generate(node.engine, args, send)
-
-
-def request_of(args: Args, models: Sequence[str]) -> GenerationRequest:
-    """A generation request from the chat command's JSON; ``models``: the ones known, for the default."""
-    model = args.get("model") or (models[0] if len(models) == 1 else "")
-    if not model:
-        known = ", ".join(models) or "none; import or deploy one first: rios model --help"
-        raise RequestError("invalid_request", "which model?", f"--model NAME, one of: {known}")
-    return GenerationRequest(
-        model=model,
-        messages=tuple(Message(role=m["role"], content=m["content"]) for m in args["messages"]),
-        sampling=Sampling(
-            temperature=args.get("temperature", 1.0),
-            top_k=args.get("top_k", 0),
-            top_p=args.get("top_p", 1.0),
-            min_p=args.get("min_p", 0.0),
-            frequency_penalty=args.get("frequency_penalty", 0.0),
-            presence_penalty=args.get("presence_penalty", 0.0),
-            repetition_penalty=args.get("repetition_penalty", 1.0),
-            seed=args.get("seed"),
-            stop=tuple(args.get("stop", ())),
-            max_tokens=args.get("max_tokens"),
-            min_tokens=args.get("min_tokens", 0),
-        ),
-        route=args.get("route"),
-    )
-
-
-async def generate(engine: Any, args: Args, send: Send) -> Any:  # noqa: ANN401 - an Engine; JSON
-    """Run one request; text goes to ``send`` as it comes, the whole is returned."""
-    prepared = await engine.prepare(request_of(args, [model.name for model in engine.models()]))
-    text: list[str] = []
-    finished: Finished | None = None
-    async with engine.stream(prepared) as events:
-        async for event in events:
-            if isinstance(event, Delta):
-                if event.text:
-                    text.append(event.text)
-                    await send({"text": event.text})
-            else:
-                finished = event
-    assert finished is not None
-    steps = max(0, finished.completion_tokens - 1)
-    rate = steps / finished.decode_seconds if finished.decode_seconds > 0 else 0.0
-    return {"text": "".join(text), "tokens_per_s": round(rate, 2), **asdict(finished)}
 
 
 # --- models

@@ -11,10 +11,11 @@ import tomllib
 import pytest
 
 from config.errors import ConfigError, LocalError
-from node import local, online
+from node import asking, local
+from node.answering import request_of
 from node.cli import Context, Output, build_parser, main, parse_credits
 from node.demo import Outcome, spans
-from node.operator import request_of
+from tests.unit.dmoe.model_kit import write_gguf
 
 SEED = "/ip4/127.0.0.1/tcp/4701/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
 
@@ -103,10 +104,67 @@ def test_every_command_explains_itself(capsys):
 
 def test_the_sampling_flags_of_chat_reach_the_engine():
     flags = "--min-p 0.1 --frequency-penalty 0.5 --presence-penalty -1 --repetition-penalty 1.2 --top-p 0.9"
-    options = online.chat_options(Context(build_parser().parse_args(["chat", "hi", *flags.split()])))
+    options = asking.chat_options(Context(build_parser().parse_args(["chat", "hi", *flags.split()])))
     sampling = request_of({"messages": [], **options}, ["tiny"]).sampling
     assert (sampling.min_p, sampling.top_p, sampling.repetition_penalty) == (0.1, 0.9, 1.2)
     assert (sampling.frequency_penalty, sampling.presence_penalty) == (0.5, -1)
+
+
+@pytest.fixture
+def tiny_model(home):
+    """A node with one tiny model."""
+    assert main(["init"]) == 0
+    assert main(["model", "import", str(write_gguf(home / "tiny.gguf")), "--name", "tiny"]) == 0
+
+
+def said(capsys, *words):
+    """What a command says as JSON."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_chat_is_held_to_a_form(tiny_model, home, capsys):
+    (home / "schema.json").write_text('{"enum": [{"a": 1}, {"a": 2}]}')
+    (home / "yes.lark").write_text('start: "yes"')
+    ask = ("chat", "--local", "--temperature", "1", "hi")
+    assert json.loads(said(capsys, *ask, "--json-schema", str(home / "schema.json"))["text"])["a"] in (1, 2)
+    answer = said(capsys, *ask, "--regex", "[0-9]{5}", "--logprobs", "2", "--logit-bias", "16=100")
+    assert answer["text"] == "00000", "token 16 is the digit 0"
+    assert [len(place["top"]) for place in answer["logprobs"]] == [2] * 5
+    assert said(capsys, *ask, "--choice", "x", "--choice", "y")["text"] in ("x", "y")
+    assert said(capsys, *ask, "--grammar", str(home / "yes.lark"))["text"] == "yes"
+    assert main([*ask, "--regex", "[0-9]{5}", "--logprobs", "1"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.strip()) == 5
+    assert captured.err.count("-") >= 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "why"),
+    [
+        (["--json-schema", "/nonexistent"], 2, "/nonexistent"),
+        (["--regex", "a(b"], 1, "--regex"),
+        (["--regex", "a", "--choice", "b"], 2, "not allowed"),
+        (["--logit-bias", "five"], 2, "ID=NUMBER"),
+        (["--logprobs", "99"], 1, "logprobs"),
+    ],
+)
+def test_forms_that_cannot_be_kept_are_named(tiny_model, flags, code, why, capsys):
+    capsys.readouterr()
+    assert main(["chat", "--local", "hi", "--json", *flags]) == code
+    assert why in failure(capsys)["message"]
+
+
+def test_embed_prints_a_vector_per_text(tiny_model, capsys):
+    data = said(capsys, "embed", "--local", "hello", "there")
+    assert [len(vector) for vector in data["vectors"]] == [128, 128]
+    assert data["prompt_tokens"] == 10
+    assert main(["embed", "--local", "hello"]) == 0
+    numbers = [float(text) for text in capsys.readouterr().out.split()]
+    assert numbers == pytest.approx(data["vectors"][0], abs=1e-6)
+    assert main(["embed", "--local", "", "--json"]) == 1
+    assert "input 0 is empty" in failure(capsys)["message"]
 
 
 def test_numbers_as_spans():
