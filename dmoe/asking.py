@@ -25,7 +25,8 @@ from p2p.face import Reply
 
 
 class Work:
-    """One chunk of rows of one layer: what is asked, what came back, what went wrong. ``deadline`` is a trio time."""
+    """One chunk of rows of one layer: what is asked, what came back, what went wrong. ``deadline`` is a trio time,
+    ``first`` the first row's place in the pass."""
 
     __slots__ = (
         "_row_groups",
@@ -37,6 +38,7 @@ class Work:
         "deadline",
         "error",
         "experts",
+        "first",
         "grace_until",
         "layer",
         "lost",
@@ -56,8 +58,10 @@ class Work:
         experts: Indices | None,
         weights: Weights | None,
         deadline: float,
+        first: int = 0,
     ) -> None:
         self.model = model
+        self.first = first
         self.layer = layer
         self.count = len(h)
         self.shape, self.buffer = wire.encode(h, model.dtype)
@@ -104,10 +108,12 @@ class Work:
         self.partials.pop(group, None)
         return True
 
-    def chosen_of(self, group: int) -> list[int]:
-        """Which experts of a sum group the rows chose, ascending."""
+    def chosen_of(self, group: int) -> list[tuple[int, Indices]]:
+        """Which experts of a sum group the rows chose, ascending, and which rows of the pass those are."""
         assert self.experts is not None
-        return sorted(set(self.experts[self.model.group_of[self.experts] == group].tolist()))
+        chosen = sorted(set(self.experts[self.model.group_of[self.experts] == group].tolist()))
+        choosers = [np.flatnonzero((self.experts == expert).any(axis=1)) for expert in chosen]
+        return [(expert, (self.first + rows).astype(np.int32)) for expert, rows in zip(chosen, choosers, strict=True)]
 
     def _rescaled(self, lost: Collection[int]) -> FloatRows:
         """``f32[N]``: a row's whole weight over what is left of it without these groups; infinite if nothing is."""
@@ -119,6 +125,13 @@ class Work:
         factor: FloatRows = np.full(self.count, np.inf, np.float32)
         np.divide(whole, left, out=factor, where=left > 0)
         return factor
+
+    def needed(self, groups: Sequence[int]) -> int | Indices:
+        """How many of these groups each row needs: ``[N]``, or one number for all rows."""
+        if self.experts is None:
+            return len(groups)
+        asked = set(groups)
+        return np.array([len(asked.intersection(mine)) for mine in self._row_groups], np.int32)
 
     def rows_for(self, groups: Sequence[int]) -> NDArray[np.intp] | None:
         """Which rows chose an expert of these groups; None: all of them."""

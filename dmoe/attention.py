@@ -1,16 +1,20 @@
 """Attention as a graph: from the residual stream through norm, attention and its cache to the stream behind it.
 
-Owns: a layer's trunk weights, the cache's shape and the rope tables. Does not own: the memory of a cache
-(``dmoe/layers``) or the rest of a layer (``dmoe/graphs``).
+Owns: a layer's trunk weights, the cache's shape, where rows stand in the operator's batch, the rope tables. Does not
+own: the memory of a cache (``dmoe/kv``) or the rest of a layer (``dmoe/graphs``).
 
-Shapes: rows ``S`` of one sequence, ``f32[S, H]``; the key/value cache ``f32[1, kv_heads, capacity + 1, head_dim]`` is
-updated in place (past and present are the same memory).
+Shapes: rows ``N`` of several sequences, ``f32[N, H]``, one behind the other. Around the attention operator alone they
+are a batch of ``B`` slots with ``S`` rows each: ``spread i32[B, S]`` says which row stands where, ``collect i32[N]``
+takes them back. The cache (:func:`cache_parts`) is updated in place: past and present are the same memory.
 
-Invariant: attention never runs with one query row. ONNX Runtime takes another path then, whose sums differ in the last
-bit, and quantised activations amplify that. A dummy row is appended to the packed q, k, v and dropped behind the
-operator; its key and value land in the slot that the next token overwrites.
+Invariants:
+1. Attention never runs with one query row. ONNX Runtime takes another path then, whose sums differ in the last bit,
+   and quantised activations amplify that. Behind the rows of each sequence stands a dummy row (one of them, again); its
+   result is dropped, its key and value land in the slot that the next token overwrites.
+2. A slot with ``query_seqlens`` 0 is neither read nor written.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +24,7 @@ from onnx import TensorProto
 
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Architecture
+from dmoe.kv import CachePart
 from dmoe.operators import CONTRIB, Builder, i64, linear, normalise
 
 Array = NDArray[Any]
@@ -43,37 +48,85 @@ def rope_tables(arch: Architecture, positions: int) -> tuple[Array, Array]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def cache_parts(arch: Architecture, layer: int) -> tuple[CachePart, ...]:
+    """What a layer's cache keeps of each position."""
+    return CachePart("k", arch.kv_heads, arch.head_dim), CachePart("v", arch.kv_heads, arch.head_dim)
+
+
 def declare_shared(builder: Builder, arch: Architecture) -> None:
     """Inputs that all layers share. Rope tables are inputs because a session would copy them as initialisers."""
     for name in ("rope_cos", "rope_sin"):
         builder.input(name, TensorProto.FLOAT, ["R", arch.head_dim // 2])
-    builder.input("seqlens_k", TensorProto.INT32, [1])
-    builder.input("total_length", TensorProto.INT32, [])
+    for name, shape in (("seqlens_k", ["B"]), ("query_seqlens", ["B"]), ("total_length", [])):
+        builder.input(name, TensorProto.INT32, shape)
+    builder.input("spread", TensorProto.INT32, ["B", "S"])
+    builder.input("collect", TensorProto.INT32, ["N"])
+
+
+class Places:
+    """Where the rows of a group stand in attention's batch: the memory of the inputs that all layers share."""
+
+    def __init__(self, slots: int, rows_max: int, rows: int) -> None:
+        """For ``slots`` neighbouring slots, at most ``rows_max`` rows of each, ``rows`` in all."""
+        self.spread = np.zeros((slots, rows_max + 1), np.int32)
+        self.collect = np.zeros(rows, np.int32)
+        self.seqlens_k = np.zeros(slots, np.int32)
+        self.query_seqlens = np.zeros(slots, np.int32)
+        self.total_length = np.zeros((), np.int32)
+        self._rows: Sequence[tuple[int, int]] = ()
+
+    def fill(self, rows: Sequence[tuple[int, int]], lengths: Sequence[int]) -> None:
+        """``rows``: (slot within the group, how many rows) per sequence, in the order of the rows; ``lengths``: how
+        many positions each has had so far."""
+        if rows != self._rows:
+            self._rows = rows
+            self._place(rows)
+        longest = 0
+        for (slot, count), length in zip(rows, lengths, strict=True):
+            self.seqlens_k[slot] = total = length + count  # the last key's index: the dummy row's
+            longest = max(longest, total)
+        self.total_length[...] = longest + 1
+
+    def _place(self, rows: Sequence[tuple[int, int]]) -> None:
+        self.query_seqlens[:] = self.seqlens_k[:] = 0
+        first, width = 0, self.spread.shape[1]
+        for slot, count in rows:
+            self.query_seqlens[slot] = count + 1
+            self.spread[slot, :count] = np.arange(first, first + count)
+            self.spread[slot, count:] = first  # the dummy, and padding
+            self.collect[first : first + count] = np.arange(slot * width, slot * width + count)
+            first += count
+
+    def inputs(self) -> dict[str, Array]:
+        """By the names of :func:`declare_shared`."""
+        names = ("spread", "collect", "seqlens_k", "query_seqlens", "total_length")
+        return {name: getattr(self, name) for name in names}
 
 
 def attention(
     builder: Builder,
     arch: Architecture,
     prefix: str,
+    index: int,
     layer: LayerWeights,
     stream: tuple[str, str],
     out: tuple[str, str],
 ) -> None:
-    """From the residual stream to the stream behind attention and its norm (``out``)."""
+    """From the residual stream to the stream behind attention and its norm (``out``), in layer ``index``."""
     p = prefix
-    cache_shape: list[int | str] = [1, arch.kv_heads, "C", arch.head_dim]
-    for part in "kv":
-        builder.input(f"{p}past_{part}", TensorProto.FLOAT, cache_shape)
-        builder.output(f"{p}present_{part}", cache_shape)
+    for part in cache_parts(arch, index):
+        shape: list[int | str] = ["B", part.heads, "C", part.width]
+        builder.input(f"{p}past_{part.name}", TensorProto.FLOAT, shape)
+        builder.output(f"{p}present_{part.name}", shape)
     norm = builder.weight(f"{p}norm_attention", layer.norm_attention)
     x, h = normalise(builder, arch, stream, norm, f"{p}x1", f"{p}ha")
     qkv = linear(builder, h, f"{p}qkv", layer.qkv, f"{p}qkv.rows")
-    dummy = builder.weight("dummy_row", np.zeros((1, arch.qkv_width), np.float32))
-    padded = builder.op("Concat", [qkv, dummy], [f"{p}qkv.padded"], axis=0)
-    batch = builder.op("Reshape", [padded, builder.constant(i64(1, -1, arch.qkv_width))], [f"{p}qkv.batch"])
+    batch = builder.op("Gather", [qkv, "spread"], [f"{p}qkv.batch"], axis=0)
+    unused = [""] * 7  # positions, bias, sinks, scales, norms of query and key
+    shared = ["seqlens_k", "total_length", "rope_cos", "rope_sin", *unused, "query_seqlens"]
     builder.op(
         "GroupQueryAttention",
-        [batch, "", "", f"{p}past_k", f"{p}past_v", "seqlens_k", "total_length", "rope_cos", "rope_sin"],
+        [batch, "", "", f"{p}past_k", f"{p}past_v", *shared],
         [f"{p}heads", f"{p}present_k", f"{p}present_v"],
         domain=CONTRIB,
         num_heads=arch.heads,
@@ -84,8 +137,7 @@ def attention(
     )
     width = arch.heads * arch.head_dim
     flat = builder.op("Reshape", [f"{p}heads", builder.constant(i64(-1, width))], [f"{p}heads.flat"])
-    bounds = [builder.constant(i64(value)) for value in (0, -1, 0)]
-    rows = builder.op("Slice", [flat, *bounds], [f"{p}heads.rows"])
+    rows = builder.op("Gather", [flat, "collect"], [f"{p}heads.rows"], axis=0)
     attended = linear(builder, rows, f"{p}output", layer.output, f"{p}attended")
     norm = builder.weight(f"{p}norm_experts", layer.norm_experts)
     normalise(builder, arch, (x, attended), norm, out[0], out[1])

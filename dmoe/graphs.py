@@ -32,7 +32,6 @@ class Activation(NamedTuple):
 
 
 SILU = Activation("silu", 1.0, 0.0)
-_END = np.array([np.iinfo(np.int64).max], np.int64)
 
 
 def expert_graph(gate_up: Linear, down: Linear, traits: Variant = PLAIN) -> Graph:
@@ -53,59 +52,51 @@ def _expert_model(gate_up: Form, rows: int, hidden: int, down: Form, activation:
     return builder.graph().model
 
 
-def attention_graph(arch: Architecture, layer: LayerWeights) -> Graph:
-    """``x, y f32[S, H] -> x2, h f32[S, H]`` (and ``scores f32[S, experts]``): ``x + y`` is the residual stream, ``y``
-    the last layer's experts; ``x2`` the stream behind attention and ``h`` what this layer's experts get."""
-    builder = Builder()
-    for name in ("x", "y"):
-        builder.input(name, TensorProto.FLOAT, ["S", arch.hidden])
-    declare_shared(builder, arch)
-    attention(builder, arch, "", layer, ("x", "y"), ("x2", "h"))
-    for name in ("x2", "h"):
-        builder.output(name, ["S", arch.hidden])
-    if layer.router is not None:
-        experts = arch.router.experts
-        builder.op("Gemm", ["h", builder.weight("router", layer.router)], ["scores"], transB=1)
-        builder.output("scores", ["S", experts])
-    return builder.graph()
-
-
-def head_graph(arch: Architecture, norm: Array, head: Linear) -> Graph:
-    """``x, y f32[N, H] -> hidden f32[N, H], logits f32[N, V]``: ``x + y`` behind the last norm, and behind the head."""
+def attention_graph(arch: Architecture, index: int, layer: LayerWeights) -> Graph:
+    """``x, y f32[N, H] -> x2, h f32[N, H]`` (and ``scores f32[N, experts]``) of layer ``index``: ``x + y`` is the
+    residual stream, ``y`` the last layer's experts; ``x2`` the stream behind attention, ``h`` what the experts get."""
     builder = Builder()
     for name in ("x", "y"):
         builder.input(name, TensorProto.FLOAT, ["N", arch.hidden])
-    _head(builder, arch, norm, head, ("x", "y"))
+    declare_shared(builder, arch)
+    attention(builder, arch, "", index, layer, ("x", "y"), ("x2", "h"))
+    for name in ("x2", "h"):
+        builder.output(name, ["N", arch.hidden])
+    if layer.router is not None:
+        experts = arch.router.experts
+        builder.op("Gemm", ["h", builder.weight("router", layer.router)], ["scores"], transB=1)
+        builder.output("scores", ["N", experts])
     return builder.graph()
 
 
-def fused_graph(
-    arch: Architecture,
-    layers: Sequence[tuple[LayerWeights, Linear, Linear]],
-    norm: Array,
-    head: Linear,
-) -> Graph:
-    """The whole model: ``x f32[S, H]`` (embeddings), ``first i64[1] -> hidden f32[.., H], logits f32[.., V]`` of
-    the rows from ``first``.
+def fused_graph(arch: Architecture, first: int, layers: Sequence[tuple[LayerWeights, Linear, Linear]]) -> Graph:
+    """``x f32[N, H] -> out f32[N, H]``: the residual stream before and behind whole layers, from layer ``first`` on.
 
     ``layers`` holds each layer's trunk weights, gate|up and down of its whole feed-forward part.
     """
     builder = Builder()
-    builder.input("x", TensorProto.FLOAT, ["S", arch.hidden])
-    builder.input("first", TensorProto.INT64, [1])
+    builder.input("x", TensorProto.FLOAT, ["N", arch.hidden])
     declare_shared(builder, arch)
     stream, pending = "x", ""
-    for index, (layer, gate_up, down) in enumerate(layers):
+    for index, (layer, gate_up, down) in enumerate(layers, first):
         prefix = f"{index}."
         names = (f"{prefix}x2", f"{prefix}h")
-        attention(builder, arch, prefix, layer, (stream, pending), names)
+        attention(builder, arch, prefix, index, layer, (stream, pending), names)
         stream = names[0]
         pending = _feed_forward(builder, prefix, names[1], gate_up, down, f"{prefix}y")
-    rows = [
-        builder.op("Slice", [name, "first", builder.constant(_END), builder.constant(i64(0))], [f"last.{name}"])
-        for name in (stream, pending)
-    ]
-    _head(builder, arch, norm, head, (rows[0], rows[1]))
+    builder.op("Add", [pending, stream], ["out"])
+    builder.output("out", ["N", arch.hidden])
+    return builder.graph()
+
+
+def head_graph(arch: Architecture, norm: Array, head: Linear) -> Graph:
+    """``x f32[N, H] -> hidden f32[N, H], logits f32[N, V]``: the residual stream behind the last norm, and the head."""
+    builder = Builder()
+    builder.input("x", TensorProto.FLOAT, ["N", arch.hidden])
+    _, hidden = normalise(builder, arch, ("x", ""), builder.weight("norm", norm), "", "hidden")
+    builder.output("hidden", ["N", arch.hidden])
+    linear(builder, hidden, "head", head, "logits")
+    builder.output("logits", ["N", head.rows])
     return builder.graph()
 
 
@@ -140,11 +131,3 @@ def _clamped(builder: Builder, gate: str, up: str, limit: float) -> tuple[str, s
     gate = builder.op("Clip", [gate, "", high], [f"{gate}.clamped"])
     up = builder.op("Clip", [up, low, high], [f"{up}.clamped"])
     return gate, builder.op("Add", [up, one], [f"{up}.one"])
-
-
-def _head(builder: Builder, arch: Architecture, norm: Array, head: Linear, stream: tuple[str, str]) -> None:
-    weight = builder.weight("norm", norm)
-    _, h = normalise(builder, arch, stream, weight, "", "hidden")
-    builder.output("hidden", ["N", arch.hidden])
-    linear(builder, h, "head", head, "logits")
-    builder.output("logits", ["N", head.rows])

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any
 
+import numpy as np
 import trio
 
 from config.errors import BusyError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from dmoe.asking import Request, Work, answer_of
 from dmoe.core import calls, wire
+from dmoe.core.calls import Indices
 from dmoe.core.dispatch import PEER_WIDE, Need
 from dmoe.core.routes import ModelMap, Place, Table
 from dmoe.ports import Quote
@@ -37,6 +39,7 @@ PATIENCE_MS = 2_000
 _PEER_FAULTS = frozenset(("unavailable", "deadline", "payment_required", "protocol", "integrity"))
 """Failures that say something about the peer, not about one of its shards."""
 _FREE = Quote(0, 0, 0)
+_NO_ROWS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +80,30 @@ class Jobs:
         """Rows (times groups) that each peer computed."""
         self.served: dict[PeerId, set[tuple[int, int]]] = {}
         """(layer, group) that each peer computed."""
+        self.done: dict[PeerId, Indices] = {}
+        """Of the pass under way: per peer and row, how many sum groups it computed that the row needs."""
+        self.places: dict[PeerId, set[tuple[int, int]]] = {}
+        """Of the pass under way, as ``served``."""
         self._shared = shared
         self._model = model
         self._me = shared.network.peer_id
         self._dispatcher = shared.replicas.dispatcher
         self._owed: list[Owed] = []
+
+    def begin_pass(self) -> None:
+        """From here on it is another pass."""
+        self.done, self.places = {}, {}
+
+    def _computed(self, work: Work, job: Job) -> None:
+        peer, places = job.peer, {(work.layer, group) for group in job.groups}
+        self.rows[peer] = self.rows.get(peer, 0) + job.group_rows
+        self.served.setdefault(peer, set()).update(places)
+        self.places.setdefault(peer, set()).update(places)
+        done, end = self.done.get(peer, _NO_ROWS), work.first + work.count
+        if len(done) < end:
+            done = np.concatenate([done, np.zeros(end - len(done), np.int32)])
+        done[work.first : end] += work.needed(job.groups)
+        self.done[peer] = done
 
     def job(self, work: Work, peer: PeerId, needs: Sequence[Need], table: Table) -> Job:
         """What one peer shall do of a layer."""
@@ -128,10 +150,7 @@ class Jobs:
                 service_us, total_us = await self._call(work, job)
             shards = [place.shard for place in places]
             self._dispatcher.answered(peer, shards, job.group_rows, total_us, service_us if service_us else total_us)
-            self.rows[peer] = self.rows.get(peer, 0) + job.group_rows
-            served = self.served.setdefault(peer, set())
-            for group in job.groups:
-                served.add((work.layer, group))
+            self._computed(work, job)
         except RiosError as error:
             self._failed(work, peer, places, error)
         finally:

@@ -1,324 +1,336 @@
-"""The layer loop: tokens through trunk and experts to logits.
+"""A model by one route: embedding, segments of layers, head, over the rows of several sequences at once.
 
-Owns: sequences (their key/value cache), chunked prefill, the order in which attention and experts take turns, and the
-expert routes that stay in this process. Does not own: sessions (``dmoe/runtime``), remote experts (``dmoe/caller``).
+Owns: passes from tokens to outputs, sequences, experts that stay in this process. Does not own: the layer loop
+(``dmoe/segment``), caches (``dmoe/kv``), sessions (``dmoe/runtime``), remote experts (``dmoe/session``).
 
 Exactness, held by tests for fp32, int8 and the source's int4, on 1 and 2 threads:
-1. Decoding one by one, in chunks, in one prefill, or after rebuilding the cache gives the same bits.
+1. Decoding one by one, in chunks, in one prefill, beside other sequences, in another slot, or after rebuilding the
+   cache gives the same bits.
 2. Each sum group's partial sum is rounded once to the wire dtype and added in group order, so neither placement nor
    fail-over changes a bit, and route ``local`` equals route ``experts``.
-3. The fused model has no wire roundings: its own, faster class.
+3. The fused model has no wire roundings: its own, faster class. Stages round the stream where they meet: a third.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, Protocol
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
 from config.errors import LocalError, RequestError
-from dmoe.attention import rope_tables
-from dmoe.core import wire
-from dmoe.core.manifest import Architecture, Manifest
+from config.vocabulary import ShardId
+from dmoe.core import linear, wire
+from dmoe.core.manifest import Manifest
 from dmoe.core.routing import ALL_EXPERTS as ALL_EXPERTS
-from dmoe.core.routing import Routing, route
-from dmoe.runner import FloatRows, Want
-from dmoe.runtime import Binding, ExpertShard, FusedSession, RuntimeOptions, Session, ShardFiles, TrunkSessions
-
-Array = NDArray[Any]
+from dmoe.core.routing import Routing
+from dmoe.graphs import head_graph
+from dmoe.kv import Cache
+from dmoe.runner import Feed, FloatRows, Report, Want
+from dmoe.runner import Sequence as AnySequence
+from dmoe.runtime import (
+    Binding,
+    ExpertShard,
+    RuntimeOptions,
+    ShardFiles,
+    head_weights,
+    merged,
+    open_files,
+    open_session,
+    release,
+)
+from dmoe.segment import INLINE_FLOPS_MAX, SHORT_ROWS_MAX, FusedSegment, Part, Pieces, PieceSegment, Segment
+from dmoe.shardfile import ShardFile
+from dmoe.tally import Meter, OwnMeter, Tally
 
 CHUNK_ROWS = 256
-"""Rows of a prompt that go through the model at once: bounds the memory of attention and the length of a step."""
-INLINE_FLOPS_MAX = 60_000_000
-"""A piece of so little work (a few ms) runs on the event loop; more goes to a thread, so that the loop never waits."""
+"""Rows of one sequence that go through the model at once: bounds the memory of attention and the length of a step."""
+_HEAD_SPIN_US = 50
 
 
-class Experts(Protocol):
-    """Where a layer's experts are, behind one call."""
+class Ends:
+    """What stands before and behind the layers: embedding, last norm, head."""
 
-    async def run(self, layer: int, h: FloatRows, routing: Routing) -> FloatRows:
-        """The layer's experts on ``h f32[N, H]``: group partials, each rounded to the wire dtype, added in group
-        order. ``h`` is overwritten after the call returned."""
+    def __init__(self, manifest: Manifest, files: Items[ShardFile], options: RuntimeOptions) -> None:
+        arch = manifest.architecture
+        tensors = merged(files)
+        self.widths: dict[Want, int] = {"logits": arch.vocab, "hidden": arch.hidden}
+        self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
+        norm, head = head_weights(arch, tensors)
+        self._head = open_session(head_graph(arch, norm, head), threads=options.thread_count, spin_us=_HEAD_SPIN_US)
+        self._flops_per_row = 2 * arch.vocab * arch.hidden
+        release(files)
 
-
-class Sequence:
-    """One sequence's key/value cache: ``capacity`` positions, updated in place. Used by one ``forward`` at a time."""
-
-    def __init__(self, arch: Architecture, capacity: int) -> None:
-        if not 1 <= capacity <= arch.context:
-            raise RequestError(
-                "context_length_exceeded", f"{capacity} tokens do not fit the model's context of {arch.context}"
-            )
-        self.capacity = capacity
-        self.length = 0
-        # one slot more: attention's dummy row is written behind the last token
-        shape = (1, arch.kv_heads, capacity + 1, arch.head_dim)
-        self.cache = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(arch.layers)]
-        self.seqlens_k = np.zeros(1, np.int32)
-        self.total_length = np.zeros((), np.int32)
-        cos, sin = rope_tables(arch, capacity + 1)
-        self._shared = {
-            "seqlens_k": self.seqlens_k,
-            "total_length": self.total_length,
-            "rope_cos": cos,
-            "rope_sin": sin,
-        }
-        self.steps: dict[int, Any] = {}
-        """Bound memory by row count: of single rows, and of the last other count."""
-
-    def copy_from(self, other: "Sequence", length: int) -> None:
-        """Take over the first ``length`` positions of another sequence of the same model."""
-        assert self.length == 0 <= length <= min(other.length, self.capacity)
-        for mine, theirs in zip(self.cache, other.cache, strict=True):
-            for own, others in zip(mine, theirs, strict=True):
-                own[:, :, :length] = others[:, :, :length]
-        self.length = length
-
-    def truncate(self, length: int) -> None:
-        """Forget every position from ``length`` on."""
-        assert 0 <= length <= self.length
-        self.length = length
-
-    def begin(self, rows: int) -> None:
-        """Announce ``rows`` further positions to the sessions. Raises RequestError if they do not fit."""
-        total = self.length + rows
-        if total > self.capacity:
-            raise RequestError(
-                "context_length_exceeded", f"{total} tokens do not fit the sequence's {self.capacity} positions"
-            )
-        self.seqlens_k[0] = total  # the last key's index: the dummy row's
-        self.total_length[...] = total + 1
-
-    def remember(self, rows: int, step: Any) -> None:  # noqa: ANN401 - a step of the trunk or of the fused model
-        """Keep a step's bound memory for the next call with as many rows."""
-        self.steps = {count: kept for count, kept in self.steps.items() if count == 1}
-        self.steps[rows] = step
-
-    def bindings(self, layer: int, prefix: str) -> tuple[dict[str, Array], dict[str, Array]]:
-        """A layer's cache, the lengths and the rope tables, as a session's inputs and outputs."""
-        keys, values = self.cache[layer]
-        inputs = {f"{prefix}past_k": keys, f"{prefix}past_v": values, **self._shared}
-        return inputs, {f"{prefix}present_k": keys, f"{prefix}present_v": values}
-
-
-class _Step:
-    """Memory of one pass of ``rows`` rows through the trunk, bound to a sequence's sessions once."""
-
-    def __init__(self, trunk: "Trunk", sequence: Sequence, rows: int) -> None:
-        arch = trunk.architecture
-        shape = (rows, arch.hidden)
-        # the residual stream goes back and forth between two buffers
-        self.streams = (np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-        self.y = np.zeros(shape, np.float32)
-        self.h = np.zeros(shape, np.float32)
-        self.scores = np.zeros((rows, arch.router.experts), np.float32)
-        self.attention = [
-            self._bind(session, sequence, layer, arch) for layer, session in enumerate(trunk.sessions.attention)
-        ]
-        self.last_stream = self.streams[arch.layers % 2]
-
-    def _bind(self, session: Session, sequence: Sequence, layer: int, arch: Architecture) -> Binding:
-        inputs, outputs = sequence.bindings(layer, "")
-        inputs |= {"x": self.streams[layer % 2], "y": self.y}
-        outputs |= {"x2": self.streams[(layer + 1) % 2], "h": self.h}
-        if arch.router.kind != "all":
-            outputs["scores"] = self.scores
-        return Binding(session, inputs, outputs)
-
-
-class Trunk:
-    """Attention, norms, router, embedding and head: what the node that answers runs itself."""
-
-    def __init__(self, manifest: Manifest, store: ShardFiles, options: RuntimeOptions) -> None:
-        self.manifest = manifest
-        self.architecture = arch = manifest.architecture
-        self.sessions = TrunkSessions(manifest, store, options)
-        self.flops_per_row = 2 * arch.hidden * (arch.qkv_width + arch.heads * arch.head_dim)
-        self._row = (np.zeros((1, arch.hidden), np.float32), np.zeros((1, arch.hidden), np.float32))
-        self._row_logits = np.zeros((1, arch.vocab), np.float32)
-        inputs = {"x": self._row[0], "y": self._row[1]}
-        self._row_head = Binding(self.sessions.head, inputs, {"logits": self._row_logits})
-
-    def new_sequence(self, capacity: int) -> Sequence:
-        """An empty sequence for ``capacity`` tokens. Raises RequestError if the model's context is shorter."""
-        return Sequence(self.architecture, capacity)
-
-    def step(self, sequence: Sequence, rows: int) -> _Step:
-        """Bound memory for ``rows`` rows."""
-        step = sequence.steps.get(rows)
-        if step is None:
-            step = _Step(self, sequence, rows)
-            sequence.remember(rows, step)
-        bound: _Step = step
-        return bound
-
-    def last_logits(self, x: FloatRows, y: FloatRows) -> FloatRows:
-        """``f32[V]`` of the last row of ``x + y``."""
-        self._row[0][:], self._row[1][:] = x[-1], y[-1]
-        self._row_head.run()
-        logits: FloatRows = self._row_logits[0].copy()
-        return logits
-
-    def all_outputs(self, x: FloatRows, y: FloatRows, want: Want) -> FloatRows:
-        """``f32[N, V or H]`` of every row."""
-        out = np.empty((len(x), _width(self.architecture, want)), np.float32)
-        Binding(self.sessions.head, {"x": x, "y": y}, {want: out}).run()
+    def outputs(self, rows: FloatRows, want: Want) -> FloatRows:
+        """``f32[N, V or H]`` of rows of the residual stream."""
+        out = np.empty((len(rows), self.widths[want]), np.float32)
+        if len(rows):
+            Binding(self._head, {"x": rows}, {want: out}).run()
         return out
 
-
-async def forward(
-    trunk: Trunk,
-    sequence: Sequence,
-    token_ids: Items[int],
-    experts: Experts,
-    *,
-    all_positions: bool = False,
-    want: Want = "logits",
-) -> FloatRows:
-    """Append tokens to a sequence. Returns the last position's logits ``f32[V]``, or ``f32[N, V or H]`` of all.
-
-    If it fails or is cancelled, the sequence is as long as after the last whole chunk. Raises RequestError if the
-    tokens do not fit, and whatever ``experts`` raises.
-    """
-    logits = []
-    for chunk, is_last in _chunks(token_ids, trunk.architecture):
-        step = await _forward_chunk(trunk, sequence, chunk, experts)
-        if all_positions:
-            logits.append(await trio.to_thread.run_sync(trunk.all_outputs, step.last_stream, step.y, want))
-        elif is_last:
-            logits.append(trunk.last_logits(step.last_stream, step.y))
-    return np.concatenate(logits) if all_positions else logits[0]
+    def is_quick(self, rows: int) -> bool:
+        """Whether so many rows may go through the head on the event loop."""
+        return rows * self._flops_per_row <= INLINE_FLOPS_MAX
 
 
-async def _forward_chunk(trunk: Trunk, sequence: Sequence, ids: NDArray[np.int64], experts: Experts) -> _Step:
-    rows = len(ids)
-    sequence.begin(rows)
-    step = trunk.step(sequence, rows)
-    router = trunk.architecture.router
-    inline = rows * trunk.flops_per_row <= INLINE_FLOPS_MAX
-    step.streams[0][:] = trunk.sessions.embedding.gather(ids)
-    step.y[:] = 0
-    for layer, attention in enumerate(step.attention):
-        if inline:
-            attention.run()
-        else:
-            await trio.to_thread.run_sync(attention.run)
-        routing = ALL_EXPERTS if router.kind == "all" else route(router, step.scores)
-        step.y[:] = await experts.run(layer, step.h, routing)
-    sequence.length += rows
-    return step
+class _Pass:
+    """Rows of several sequences that go through the model together, and where the wanted ones among them are."""
+
+    __slots__ = ("chunks", "feeds", "sequences", "wanted")
+
+    def __init__(self, feeds: Items[Feed], indices: Items[int], start: int) -> None:
+        """The rows from ``start`` on of those feeds that have any."""
+        self.feeds = [index for index in indices if start < len(feeds[index].tokens)]
+        self.sequences = [_own(feeds[index]) for index in self.feeds]
+        self.chunks = [feeds[index].tokens[start : start + CHUNK_ROWS] for index in self.feeds]
+        self.wanted: list[slice] = []
+        first = 0
+        for index, chunk in zip(self.feeds, self.chunks, strict=True):
+            without = len(feeds[index].tokens) - feeds[index].outputs - start
+            self.wanted.append(slice(first + min(len(chunk), max(0, without)), first + len(chunk)))
+            first += len(chunk)
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        return np.array([token for chunk in self.chunks for token in chunk], np.int64)
+
+    def parts(self, segment: int) -> list[Part]:
+        """What goes through a segment."""
+        pairs = zip(self.sequences, self.chunks, strict=True)
+        return [Part(sequence.caches[segment], len(chunk)) for sequence, chunk in pairs]
 
 
-def _chunks(token_ids: Items[int], arch: Architecture) -> Iterator[tuple[NDArray[np.int64], bool]]:
-    ids = np.asarray(token_ids, np.int64)
-    if not ids.size or ids.min() < 0 or ids.max() >= arch.vocab:
-        raise RequestError("invalid_request", f"token ids must be one or more numbers within 0..{arch.vocab - 1}")
-    for start in range(0, len(ids), CHUNK_ROWS):
-        yield ids[start : start + CHUNK_ROWS], start + CHUNK_ROWS >= len(ids)
+class _Wanted:
+    """The rows of the stream behind the last layer that outputs are wanted of."""
+
+    def __init__(self, feeds: Items[Feed]) -> None:
+        self._feeds = feeds
+        self._rows: list[list[FloatRows]] = [[] for _ in feeds]
+
+    def take(self, one: _Pass, stream: FloatRows) -> None:
+        """Keep them: the next pass overwrites the stream."""
+        for index, rows in zip(one.feeds, one.wanted, strict=True):
+            if rows.start < rows.stop:
+                self._rows[index].append(stream[rows].copy())
+
+    def through(self, ends: Ends) -> list[FloatRows]:
+        """The outputs, per feed."""
+        found: dict[int, FloatRows] = {}
+        for want, width in ends.widths.items():
+            mine = [index for index, feed in enumerate(self._feeds) if feed.want == want]
+            rows = [part for index in mine for part in self._rows[index]]
+            out = ends.outputs(np.concatenate(rows), want) if rows else np.empty((0, width), np.float32)
+            first = 0
+            for index in mine:
+                found[index] = out[first : first + self._feeds[index].outputs]
+                first += self._feeds[index].outputs
+        return [found[index] for index in range(len(self._feeds))]
+
+    @property
+    def count(self) -> int:
+        return sum(feed.outputs for feed in self._feeds)
 
 
-def _width(arch: Architecture, want: Want) -> int:
-    return arch.vocab if want == "logits" else arch.hidden
+class ModelSequence:
+    """One sequence by one route (:class:`dmoe.runner.Sequence`): a cache per segment."""
+
+    def __init__(self, manifest: Manifest, caches: Items[Cache]) -> None:
+        self._manifest = manifest
+        self.caches = caches
+        self.capacity = caches[0].capacity
+        self.tally = Tally()
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache."""
+        return self.caches[0].length
+
+    def truncate(self, length: int) -> None:
+        """See :class:`dmoe.runner.Sequence`."""
+        for cache in self.caches:
+            cache.truncate(length)
+
+    def report(self) -> Report:
+        """See :class:`dmoe.runner.Sequence`."""
+        return self.tally.report(self._manifest)
+
+    def close(self) -> None:
+        """See :class:`dmoe.runner.Sequence`."""
+        for cache in self.caches:
+            cache.close()
+
+
+class ModelRunner:
+    """A model by one route (:class:`dmoe.runner.Runner`). ``boundary``: what the residual stream is rounded to where
+    two segments meet; None: not at all."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        ends: Ends,
+        segments: Items[Segment],
+        meter: Meter,
+        boundary: wire.Dtype | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self._ends = ends
+        self._segments = segments
+        self._meter = meter
+        self._boundary = boundary
+        self._is_here = all(segment.is_here for segment in segments)
+        self._lock = trio.Lock()
+
+    async def open(self, capacity: int, *, like: AnySequence | None = None, length: int = 0) -> ModelSequence:
+        """See :class:`dmoe.runner.Runner`."""
+        assert like is None or isinstance(like, ModelSequence)
+        await self._meter.open()
+        caches: list[Cache] = []
+        async with self._lock:
+            try:
+                for index, segment in enumerate(self._segments):
+                    caches.append(await segment.open(capacity, like.caches[index] if like else None, length))
+            except BaseException:
+                for cache in caches:
+                    cache.close()
+                raise
+        return ModelSequence(self.manifest, caches)
+
+    async def forward(self, feeds: Items[Feed]) -> list[FloatRows]:
+        """See :class:`dmoe.runner.Runner`."""
+        async with self._lock:
+            before = [(_own(feed), feed.sequence.length) for feed in feeds]
+            for feed in feeds:
+                self._check(feed)
+            try:
+                return await self._forward(feeds)
+            except BaseException:
+                for sequence, length in before:
+                    sequence.truncate(min(length, sequence.length))
+                raise
+
+    def _check(self, feed: Feed) -> None:
+        vocab, sequence = self.manifest.architecture.vocab, feed.sequence
+        if not feed.tokens or min(feed.tokens) < 0 or max(feed.tokens) >= vocab:
+            raise RequestError("invalid_request", f"token ids must be one or more numbers within 0..{vocab - 1}")
+        total = sequence.length + len(feed.tokens)
+        if total > sequence.capacity:
+            raise RequestError(
+                "context_length_exceeded", f"{total} tokens do not fit the sequence's {sequence.capacity} positions"
+            )
+        assert 0 <= feed.outputs <= len(feed.tokens)
+
+    async def _forward(self, feeds: Items[Feed]) -> list[FloatRows]:
+        # short ones first: they share a run of attention
+        order = sorted(range(len(feeds)), key=lambda index: len(feeds[index].tokens) > SHORT_ROWS_MAX)
+        longest = max(len(feed.tokens) for feed in feeds)
+        passes = [_Pass(feeds, order, start) for start in range(0, longest, CHUNK_ROWS)]
+        wanted = _Wanted(feeds)
+        if self._is_here:
+            return await trio.to_thread.run_sync(self._run_here, passes, wanted)
+        for one in passes:
+            x: FloatRows = self._ends.embedding.gather(one.token_ids)
+            for index, segment in enumerate(self._segments):
+                x = await segment.run(self._rounded(x, index), one.parts(index))
+            self._taken(one, wanted, x)
+        if self._ends.is_quick(wanted.count):
+            return wanted.through(self._ends)
+        return await trio.to_thread.run_sync(wanted.through, self._ends)
+
+    def _run_here(self, passes: Items[_Pass], wanted: _Wanted) -> list[FloatRows]:
+        """The same in one thread: nothing has to be waited for."""
+        for one in passes:
+            x: FloatRows = self._ends.embedding.gather(one.token_ids)
+            for index, segment in enumerate(self._segments):
+                x = segment.compute(self._rounded(x, index), one.parts(index))
+            self._taken(one, wanted, x)
+        return wanted.through(self._ends)
+
+    def _rounded(self, x: FloatRows, segment: int) -> FloatRows:
+        return x if self._boundary is None or not segment else wire.rounded(x, self._boundary)
+
+    def _taken(self, one: _Pass, wanted: _Wanted, stream: FloatRows) -> None:
+        wanted.take(one, stream)
+        shares = self._meter.take([len(chunk) for chunk in one.chunks])
+        for sequence, share in zip(one.sequences, shares, strict=True):
+            sequence.tally.add(share)
+
+
+def _own(feed: Feed) -> ModelSequence:
+    assert isinstance(feed.sequence, ModelSequence), "a sequence belongs to the kind of runner that opened it"
+    return feed.sequence
 
 
 class LocalExperts:
-    """All experts in this process, with the roundings of the wire (route ``local``)."""
+    """All experts of some layers in this process, with the roundings of the wire (route ``local``)."""
 
-    def __init__(self, manifest: Manifest, shards: Items[ExpertShard], threads: int = 1) -> None:
-        """``shards`` must hold every sum group of every layer, or LocalError is raised. ``threads``: sum groups of a
-        large batch run so many at a time."""
+    def __init__(
+        self, manifest: Manifest, shards: Items[ExpertShard], threads: int = 1, layers: range | None = None
+    ) -> None:
+        """``shards`` must hold every sum group of every layer (of ``layers``), or LocalError is raised. ``threads``:
+        sum groups of a large batch run so many at a time."""
         arch = manifest.architecture
         by_id = {shard.shard.id: shard for shard in shards}
-        for shard in manifest.expert_shards():
-            if shard.id not in by_id:
-                raise LocalError("not_found", f"this node lacks shard {shard.id} of {manifest.name}")
-        groups = range(len(manifest.sum_groups))
         self._layers = {
-            layer: [by_id[manifest.expert_shard(layer, group).id] for group in groups] for layer in arch.sparse_layers
+            layer: list(_held(manifest, by_id, layer))
+            for layer in arch.sparse_layers
+            if layers is None or layer in layers
         }
-        self._flops_per_row = sum(shard.shard.flops_per_row for shard in self._layers[arch.sparse_layers[0]])
+        one = next(iter(self._layers.values()), [])
+        self._flops_per_row = sum(shard.shard.flops_per_row for shard in one)
         self._dtype = manifest.wire_dtype
         self._threads = ThreadPoolExecutor(max(1, threads), "experts")
 
     async def run(self, layer: int, h: FloatRows, routing: Routing) -> FloatRows:
-        """See :class:`Experts`."""
+        """See :class:`dmoe.segment.Experts`."""
         if len(h) * self._flops_per_row <= INLINE_FLOPS_MAX:
             await trio.lowlevel.checkpoint()
-            seen = wire.rounded(h, self._dtype)
-            partials = [shard.partial(layer, seen, routing.experts, routing.weights) for shard in self._layers[layer]]
-            # rows are rounded one by one, so all groups can be rounded in one call
-            rows = wire.rounded(np.concatenate(partials), self._dtype)
-            return wire.total(list(rows.reshape(len(partials), *h.shape)), h.shape)
-        return await trio.to_thread.run_sync(self._run_parallel, layer, h, routing)
+            return self.compute(layer, h, routing)
+        return await trio.to_thread.run_sync(self.compute, layer, h, routing)
 
-    def _run_parallel(self, layer: int, h: FloatRows, routing: Routing) -> FloatRows:
+    def compute(self, layer: int, h: FloatRows, routing: Routing) -> FloatRows:
+        """See :class:`dmoe.segment.HereExperts`."""
         seen = wire.rounded(h, self._dtype)
 
-        def run(shard: ExpertShard) -> FloatRows:
-            return wire.rounded(shard.partial(layer, seen, routing.experts, routing.weights), self._dtype)
+        def partial(shard: ExpertShard) -> FloatRows:
+            return shard.partial(layer, seen, routing.experts, routing.weights)
 
-        return wire.total(list(self._threads.map(run, self._layers[layer])), h.shape)
+        if len(h) * self._flops_per_row > INLINE_FLOPS_MAX:
+            rounded = [wire.rounded(rows, self._dtype) for rows in self._threads.map(partial, self._layers[layer])]
+            return wire.total(rounded, h.shape)
+        partials = [partial(shard) for shard in self._layers[layer]]
+        # rows are rounded one by one, so all groups can be rounded in one call
+        rows = wire.rounded(np.concatenate(partials), self._dtype)
+        return wire.total(list(rows.reshape(len(partials), *h.shape)), h.shape)
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown()
 
 
-class _FusedStep:
-    """Bound memory of one pass of ``rows`` rows through the fused graph."""
-
-    def __init__(self, model: "FusedModel", sequence: Sequence, rows: int, first: int, want: Want) -> None:
-        arch = model.architecture
-        self.x = np.zeros((rows, arch.hidden), np.float32)
-        self.out = np.zeros((rows - first, _width(arch, want)), np.float32)
-        inputs: dict[str, Array] = {"x": self.x, "first": np.array([first], np.int64)}
-        outputs: dict[str, Array] = {want: self.out}
-        for layer in range(arch.layers):
-            cache_in, cache_out = sequence.bindings(layer, f"{layer}.")
-            inputs |= cache_in
-            outputs |= cache_out
-        self.binding = Binding(model.session, inputs, outputs)
+def _held(manifest: Manifest, by_id: Mapping[ShardId, ExpertShard], layer: int) -> Iterator[ExpertShard]:
+    for group in range(len(manifest.sum_groups)):
+        shard = manifest.expert_shard(layer, group)
+        if shard.id not in by_id:
+            raise LocalError("not_found", f"this node lacks shard {shard.id} of {manifest.name}")
+        yield by_id[shard.id]
 
 
-class FusedModel:
-    """The whole dense model as one graph in this process (route ``fused``)."""
+def local_experts(manifest: Manifest, store: ShardFiles, options: RuntimeOptions) -> LocalExperts:
+    """All experts, loaded."""
+    shards = [ExpertShard(manifest, shard, store, options) for shard in manifest.expert_shards()]
+    return LocalExperts(manifest, shards, threads=options.thread_count)
 
-    def __init__(self, manifest: Manifest, store: ShardFiles, options: RuntimeOptions) -> None:
-        self.manifest = manifest
-        self.architecture = manifest.architecture
-        fused = FusedSession(manifest, store, options)
-        self.session, self._embedding = fused.session, fused.embedding
 
-    def new_sequence(self, capacity: int) -> Sequence:
-        """As :meth:`Trunk.new_sequence`."""
-        return Sequence(self.architecture, capacity)
+def local_runner(manifest: Manifest, store: ShardFiles, options: RuntimeOptions, peer_id: str = "") -> ModelRunner:
+    """Route ``local``, loaded."""
+    files = open_files(manifest, store, [manifest.trunk])
+    segment = PieceSegment(manifest, Pieces(manifest, files, options), local_experts(manifest, store, options))
+    return ModelRunner(manifest, Ends(manifest, files, options), [segment], OwnMeter(manifest, peer_id))
 
-    async def forward(
-        self, sequence: Sequence, token_ids: Items[int], *, all_positions: bool = False, want: Want = "logits"
-    ) -> FloatRows:
-        """As :func:`forward`, in a thread."""
-        logits = []
-        for chunk, is_last in _chunks(token_ids, self.architecture):
-            run = partial(self._forward_chunk, sequence, chunk, all_positions, want)
-            found = await trio.to_thread.run_sync(run)
-            if is_last or all_positions:
-                logits.append(found)
-        return np.concatenate(logits) if all_positions else logits[0][-1]
 
-    def _forward_chunk(self, sequence: Sequence, ids: NDArray[np.int64], all_positions: bool, want: Want) -> FloatRows:
-        rows = len(ids)
-        sequence.begin(rows)
-        step = None if all_positions else sequence.steps.get(rows)
-        if step is None:
-            step = _FusedStep(self, sequence, rows, 0 if all_positions else rows - 1, want)
-            if not all_positions:
-                sequence.remember(rows, step)
-        step.x[:] = self._embedding.gather(ids)
-        step.binding.run()
-        sequence.length += rows
-        out: FloatRows = step.out.copy()
-        return out
+def fused_runner(manifest: Manifest, store: ShardFiles, options: RuntimeOptions, peer_id: str = "") -> ModelRunner:
+    """Route ``fused``, loaded. Raises LocalError for a sparse model."""
+    files = open_files(manifest, store, manifest.parts)
+    segment = FusedSegment(manifest, files, options)
+    return ModelRunner(manifest, Ends(manifest, files, options), [segment], OwnMeter(manifest, peer_id))

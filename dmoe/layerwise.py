@@ -15,7 +15,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from dmoe.attention import rope_tables
+from dmoe.attention import Places, cache_parts, rope_tables
 from dmoe.core import linear, wire
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Manifest, Shard
@@ -67,7 +67,9 @@ class _Pass:
         self.arch = manifest.architecture
         self.trunk = store.open_shard(manifest, manifest.trunk)
         self.tensors = merged(self.trunk)
-        self.threads = attention_threads(self.arch, self.tensors, options)
+        self.threads = attention_threads(
+            (layer_weights(self.arch, self.tensors, layer) for layer in range(self.arch.layers)), options
+        )
         self.open: dict[str, tuple[int, Sequence[ShardFile]]] = {}
 
     async def run(self, ids: NDArray[np.int64]) -> FloatRows:
@@ -79,7 +81,7 @@ class _Pass:
             await trio.lowlevel.checkpoint()
             x, h, routing = self._attention(layer, x, y, rope)
             y = self._experts(layer, h, routing)
-        return self._head(x[-1:], y[-1:])
+        return self._head(x[-1:] + y[-1:])
 
     def _attention(
         self, layer: int, x: FloatRows, y: FloatRows, rope: tuple[Array, Array]
@@ -87,16 +89,18 @@ class _Pass:
         """The stream behind attention, what the experts get, and who gets it."""
         arch, rows = self.arch, len(x)
         weights = layer_weights(arch, self.tensors, layer)
-        cache = (1, arch.kv_heads, rows + 1, arch.head_dim)
-        keys, values = np.zeros(cache, np.float32), np.zeros(cache, np.float32)
+        places = Places(1, rows, rows)
+        places.fill([(0, rows)], [0])
         out, h = np.empty_like(x), np.empty_like(x)
         scores = np.empty((rows, arch.router.experts), np.float32)
-        inputs = {"x": x, "y": y, "past_k": keys, "past_v": values, "rope_cos": rope[0], "rope_sin": rope[1]}
-        inputs |= {"seqlens_k": np.array([rows], np.int32), "total_length": np.array(rows + 1, np.int32)}
-        outputs = {"x2": out, "h": h, "present_k": keys, "present_v": values}
+        inputs = {"x": x, "y": y, "rope_cos": rope[0], "rope_sin": rope[1], **places.inputs()}
+        outputs = {"x2": out, "h": h}
+        for part in cache_parts(arch, layer):
+            cache = np.zeros((1, part.heads, rows + 1, part.width), np.float32)
+            inputs[f"past_{part.name}"] = outputs[f"present_{part.name}"] = cache
         routed = arch.router.kind != "all"
         outputs |= {"scores": scores} if routed else {}
-        _run(attention_graph(arch, weights), self.threads, inputs, outputs)
+        _run(attention_graph(arch, layer, weights), self.threads, inputs, outputs)
         self._freed(self.trunk, weights.qkv.size_bytes + weights.output.size_bytes)
         return out, h, route(arch.router, scores) if routed else ALL_EXPERTS
 
@@ -126,7 +130,7 @@ class _Pass:
             total += run(expert, h)
         return total
 
-    def _head(self, x: FloatRows, y: FloatRows) -> FloatRows:
+    def _head(self, x: FloatRows) -> FloatRows:
         norm, head = head_weights(self.arch, self.tensors)
         step = max(1, HEAD_WEIGHTS_MAX // self.arch.hidden // _HEAD_ROWS_MULTIPLE) * _HEAD_ROWS_MULTIPLE
         logits = np.empty((len(x), self.arch.vocab), np.float32)
@@ -134,7 +138,7 @@ class _Pass:
             block = head.take_rows(slice(start, start + step))
             block = Linear({suffix: np.ascontiguousarray(part) for suffix, part in block.parts.items()})
             out = np.empty((len(x), block.rows), np.float32)
-            _run(head_graph(self.arch, norm, block), self.options.thread_count, {"x": x, "y": y}, {"logits": out})
+            _run(head_graph(self.arch, norm, block), self.options.thread_count, {"x": x}, {"logits": out})
             logits[:, start : start + step] = out
             self._freed(self.trunk, block.size_bytes)
         last: FloatRows = logits[-1]

@@ -11,8 +11,7 @@ Invariants:
    loaded, as the IntegrityError of the answer that needed it.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
 from typing import Generic, Protocol, TypeVar, get_args
 
 import trio
@@ -21,15 +20,16 @@ from config.errors import LocalError, RemoteError, RiosError
 from config.generation import Route, RouteWish
 from config.vocabulary import ModelId, PeerId
 from dmoe import layers
-from dmoe import runner as seam
 from dmoe.caller import Caller, CallerSession
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.plan import Candidate
 from dmoe.core.spans import Ask
 from dmoe.planning import Held
-from dmoe.runner import Feed, FloatRows, Report, Runner, Want
-from dmoe.runtime import ExpertShard, RuntimeOptions
+from dmoe.runner import Runner
+from dmoe.runtime import RuntimeOptions, open_files
+from dmoe.segment import Experts, FusedSegment, Pieces, PieceSegment
 from dmoe.store import ModelStore
+from dmoe.tally import Meter, OwnMeter
 from dmoe.text import Tokenizer
 
 _Part = TypeVar("_Part")
@@ -38,19 +38,15 @@ PREFERRED: tuple[Route, ...] = ("fused", "local", "experts")
 """Routes in the order in which a node without a planner tries them."""
 
 
-class _Forward(Protocol):
-    """Appends tokens to a cache: logits f32[V] of the last, or outputs of all positions."""
-
-    async def __call__(
-        self, cache: layers.Sequence, ids: Sequence[int], /, *, all_positions: bool = False, want: Want = "logits"
-    ) -> FloatRows: ...
+class MeteredExperts(Experts, Meter, Protocol):
+    """Experts that know who computed what."""
 
 
 class ExpertsSource(Protocol):
     """Where a model's experts are: :class:`SwarmExperts`, or anything else that opens sessions."""
 
-    async def open(self, manifest: Manifest) -> tuple[layers.Experts, Callable[[], Report]]:
-        """Experts for one answer, and who computed what so far."""
+    def experts(self, manifest: Manifest) -> MeteredExperts:
+        """A model's experts, for any number of answers."""
 
     def missing(self, manifest: Manifest) -> Sequence[Shard]:
         """Expert shards that nobody offers now."""
@@ -62,11 +58,9 @@ class SwarmExperts:
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
 
-    async def open(self, manifest: Manifest) -> tuple[layers.Experts, Callable[[], Report]]:
+    def experts(self, manifest: Manifest) -> CallerSession:
         """See :class:`ExpertsSource`."""
-        session = self._caller.session(manifest)
-        await session.open()
-        return session, lambda: _report_of(session)
+        return self._caller.session(manifest)
 
     def missing(self, manifest: Manifest) -> Sequence[Shard]:
         """See :class:`ExpertsSource`."""
@@ -146,10 +140,12 @@ class StoredModel:
         self._peer_id = peer_id
         self._planner = planner
         self._tokenizer = _Once(self._load_tokenizer)
-        self._trunk = _Once(lambda: layers.Trunk(manifest, store, options))
-        self._local = _Once(self._load_local)
-        self._fused = _Once(lambda: layers.FusedModel(manifest, store, options))
+        self._ends = _Once(lambda: layers.Ends(manifest, open_files(manifest, store, [manifest.trunk]), options))
+        self._trunk = _Once(lambda: Pieces(manifest, open_files(manifest, store, [manifest.trunk]), options))
+        self._local = _Once(lambda: layers.local_experts(manifest, store, options))
+        self._fused = _Once(lambda: FusedSegment(manifest, open_files(manifest, store, manifest.parts), options))
         self._runners: dict[Route, Runner] = {}
+        self._making = trio.Lock()
 
     def fault(self, route: RouteWish) -> RiosError | None:
         """Why the model cannot answer by this route now, or None. By ``auto``: only if it cannot by any."""
@@ -202,120 +198,26 @@ class StoredModel:
 
     async def runner(self, route: Route) -> Runner:
         """The model by this route, the same object each time. Loads what the route needs. Raises RiosError."""
-        if route not in self._runners:
-            self._runners[route] = await self._make_runner(route)
-        return self._runners[route]
+        async with self._making:
+            if route not in self._runners:
+                self._runners[route] = await self._make_runner(route)
+            return self._runners[route]
 
     async def _make_runner(self, route: Route) -> Runner:
+        own = OwnMeter(self.manifest, self._peer_id)
+        ends = await self._ends.get()
         if route == "fused":
-            fused = await self._fused.get()
-
-            async def whole(capacity: int) -> _Sequence:
-                return _Sequence(fused.new_sequence(capacity), fused.forward, self._own_report)
-
-            return _Runner(whole)
-        trunk = await self._trunk.get()
+            return layers.ModelRunner(self.manifest, ends, [await self._fused.get()], own)
+        pieces = await self._trunk.get()
         if route == "local":
-            own = partial(layers.forward, trunk, experts=await self._local.get())
-
-            async def here(capacity: int) -> _Sequence:
-                return _Sequence(trunk.new_sequence(capacity), own, self._own_report)
-
-            return _Runner(here)
-        source = self._experts
-        assert source is not None, "fault() is asked first"
-
-        async def anywhere(capacity: int) -> _Sequence:
-            experts, report = await source.open(self.manifest)
-            cache = trunk.new_sequence(capacity)
-            return _Sequence(cache, partial(layers.forward, trunk, experts=experts), lambda cache: report())
-
-        return _Runner(anywhere)
+            segment = PieceSegment(self.manifest, pieces, await self._local.get())
+            return layers.ModelRunner(self.manifest, ends, [segment], own)
+        assert self._experts is not None, "fault() is asked first"
+        experts = self._experts.experts(self.manifest)
+        return layers.ModelRunner(self.manifest, ends, [PieceSegment(self.manifest, pieces, experts)], experts)
 
     def _load_tokenizer(self) -> Tokenizer:
         return Tokenizer(self._store.read(self.manifest, self.manifest.tokenizer), self.manifest.chat_template)
-
-    def _load_local(self) -> layers.LocalExperts:
-        shards = [
-            ExpertShard(self.manifest, shard, self._store, self._options) for shard in self.manifest.expert_shards()
-        ]
-        return layers.LocalExperts(self.manifest, shards, threads=self._options.thread_count)
-
-    def _own_report(self, sequence: layers.Sequence) -> Report:
-        """Everything was computed here, counted as calls to peers are: a row per sum group and layer."""
-        arch = self.manifest.architecture
-        served = {"layers": list(range(arch.layers)), "experts": list(range(self.manifest.experts_per_layer))}
-        rows = sequence.length * arch.layers * len(self.manifest.sum_groups)
-        return Report(expert_rows={self._peer_id: rows}, serving={self._peer_id: served})
-
-
-class _Sequence:
-    """One sequence by one route (:class:`dmoe.runner.Sequence`)."""
-
-    def __init__(self, cache: layers.Sequence, forward: _Forward, report: Callable[[layers.Sequence], Report]) -> None:
-        self._cache: layers.Sequence | None = cache
-        self.forward = forward
-        self.capacity = cache.capacity
-        self._report = report
-
-    @property
-    def cache(self) -> layers.Sequence:
-        """The key/value cache."""
-        assert self._cache is not None, "the sequence is closed"
-        return self._cache
-
-    @property
-    def length(self) -> int:
-        """Positions in the cache."""
-        return self.cache.length
-
-    def truncate(self, length: int) -> None:
-        """See :class:`dmoe.runner.Sequence`."""
-        self.cache.truncate(length)
-
-    def report(self) -> Report:
-        """See :class:`dmoe.runner.Sequence`."""
-        return self._report(self.cache)
-
-    def close(self) -> None:
-        """Nothing else refers to the cache, so it is freed here."""
-        self._cache = None
-
-
-class _Runner:
-    """A route (:class:`dmoe.runner.Runner`): ``make`` gives an empty sequence."""
-
-    def __init__(self, make: Callable[[int], Awaitable[_Sequence]]) -> None:
-        self._make = make
-
-    async def open(self, capacity: int, *, like: seam.Sequence | None = None, length: int = 0) -> _Sequence:
-        """See :class:`dmoe.runner.Runner`."""
-        sequence = await self._make(capacity)
-        if like is not None:
-            assert isinstance(like, _Sequence)
-            sequence.cache.copy_from(like.cache, length)
-        return sequence
-
-    async def forward(self, feeds: Sequence[Feed]) -> list[FloatRows]:
-        """See :class:`dmoe.runner.Runner`."""
-        caches = []
-        for feed in feeds:
-            assert isinstance(feed.sequence, _Sequence)
-            caches.append((feed.sequence.cache, feed.sequence.length))
-        try:
-            return [await self._run(feed) for feed in feeds]
-        except BaseException:
-            for cache, length in caches:
-                cache.truncate(length)
-            raise
-
-    async def _run(self, feed: Feed) -> FloatRows:
-        sequence = feed.sequence
-        assert isinstance(sequence, _Sequence)
-        if feed.outputs <= 1 and feed.want == "logits":
-            return (await sequence.forward(sequence.cache, feed.tokens))[None][: feed.outputs]
-        rows = await sequence.forward(sequence.cache, feed.tokens, all_positions=True, want=feed.want)
-        return rows[len(rows) - feed.outputs :]
 
 
 class _Once(Generic[_Part]):
@@ -347,11 +249,6 @@ class _Once(Generic[_Part]):
 def is_here(store: ModelStore, manifest: Manifest, shard: Shard) -> bool:
     """Whether all files of a shard exist; what is in them shows when they are loaded."""
     return all(store.path(manifest.model_id, file).is_file() for file in shard.files)
-
-
-def _report_of(session: CallerSession) -> Report:
-    report = session.report()
-    return Report(expert_rows=report.rows, serving=report.serving, retries=report.retries, missing=report.missing)
 
 
 def _named(shards: Collection[Shard]) -> str:

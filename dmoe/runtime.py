@@ -12,7 +12,7 @@ Invariants:
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -24,9 +24,9 @@ from dmoe.attention import LayerWeights
 from dmoe.core import linear
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Architecture, Manifest, Shard
-from dmoe.graphs import attention_graph, expert_graph, fused_graph, head_graph
+from dmoe.graphs import expert_graph
 from dmoe.operators import Graph, onnx_type
-from dmoe.shardfile import ShardFile, Spool
+from dmoe.shardfile import ShardFile
 
 # both are read by ONNX Runtime itself: the first when it is imported, the second when an attention operator is made.
 # The tiled attention of the CPU provider is slower here at every length (one row of 300 keys: 205 instead of 82 us).
@@ -244,51 +244,10 @@ class _Expert:
         return result
 
 
-class TrunkSessions:
-    """The trunk's pieces: embedding lookup, one attention piece per layer, the head."""
-
-    def __init__(self, manifest: Manifest, store: ShardFiles, options: RuntimeOptions) -> None:
-        arch = self.architecture = manifest.architecture
-        self._files = store.open_shard(manifest, manifest.trunk)
-        tensors = merged(self._files)
-        self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
-        layers = [layer_weights(arch, tensors, layer) for layer in range(arch.layers)]
-        threads = attention_threads(arch, tensors, options)
-        self.attention = [open_session(attention_graph(arch, weights), threads=threads) for weights in layers]
-        norm, head = head_weights(arch, tensors)
-        self.head = open_session(head_graph(arch, norm, head), threads=options.thread_count)
-        release(self._files)
-
-
-class FusedSession:
-    """All layers in one graph, the neuron blocks of each layer joined again."""
-
-    def __init__(self, manifest: Manifest, store: ShardFiles, options: RuntimeOptions) -> None:
-        arch = self.architecture = manifest.architecture
-        if arch.router.kind != "all":
-            raise LocalError(
-                "local", f"{manifest.name}: only dense models have a fused graph", "use the route experts or local"
-            )
-        self._files = [file for shard in manifest.parts for file in store.open_shard(manifest, shard)]
-        tensors = merged(self._files)
-        self.embedding = linear.find(tensors, "embed", arch.vocab, arch.hidden)
-        self._joined = Spool(self._files[0].path.parent)
-        layers = [(layer_weights(arch, tensors, layer), *self._join(tensors, layer)) for layer in range(arch.layers)]
-        norm, head = head_weights(arch, tensors)
-        graph = fused_graph(arch, layers, norm, head)
-        self.session = open_session(graph, threads=options.thread_count, spin_us=_FUSED_SPIN_US)
-        release(self._files)
-        self._joined.release_pages()
-
-    def _join(self, tensors: Mapping[str, Array], layer: int) -> tuple[Linear, Linear]:
-        arch = self.architecture
-        width = arch.intermediate
-        blocks = [expert_weights(arch, tensors, layer, expert) for expert in range(arch.router.experts)]
-        gates = [gate_up.take_rows(slice(0, width)) for gate_up, _ in blocks]
-        ups = [gate_up.take_rows(slice(width, 2 * width)) for gate_up, _ in blocks]
-        joined = linear.join_rows([*gates, *ups]), linear.join_columns([down for _, down in blocks])
-        gate_up, down = (Linear({k: self._joined.keep(part) for k, part in both.parts.items()}) for both in joined)
-        return gate_up, down
+def open_files(manifest: Manifest, store: ShardFiles, shards: Sequence[Shard]) -> list[ShardFile]:
+    """The files of several shards, mapped; one that several of them list, once."""
+    files = {file.path: file for shard in shards for file in store.open_shard(manifest, shard)}
+    return list(files.values())
 
 
 def merged(files: Sequence[ShardFile]) -> dict[str, Array]:
@@ -328,9 +287,9 @@ def layer_weights(arch: Architecture, tensors: Mapping[str, Array], layer: int) 
     )
 
 
-def attention_threads(arch: Architecture, tensors: Mapping[str, Array], options: RuntimeOptions) -> int:
-    """For every attention piece of a trunk: one if there is a layer so small that it is faster without a pool."""
-    smallest = min(layer_weights(arch, tensors, layer).qkv.size_bytes for layer in range(arch.layers))
+def attention_threads(layers: Iterable[LayerWeights], options: RuntimeOptions) -> int:
+    """For the attention pieces of some layers: one if there is a layer so small that it is faster without a pool."""
+    smallest = min(weights.qkv.size_bytes for weights in layers)
     return options.thread_count if smallest >= POOL_BYTES_MIN else 1
 
 

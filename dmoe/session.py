@@ -1,4 +1,4 @@
-"""The experts of one model for one generation: a layer's calls, wherever the replicas are, and their sum.
+"""The experts of one model for generations that share passes: a layer's calls, wherever replicas are, and their sum.
 
 Owns: one layer's rounds of calls with deadline and retries. Does not own: the choice of replicas (``core.dispatch``),
 who offers what (``replicas``), a single call (``jobs``), payment (``purse``).
@@ -30,6 +30,7 @@ from dmoe.core.routes import ModelMap
 from dmoe.core.wire import FloatRows
 from dmoe.jobs import Job, Jobs, Shared, now_us
 from dmoe.ports import Quote
+from dmoe.tally import MISSING_TOLD_MAX, Share
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,6 @@ SEARCHED_MAX = 4
 """Shards looked for at the same time."""
 LOST_SECONDS = 5.0
 """How long sum groups that nobody had are not asked for again, unless the directory changes."""
-MISSING_TOLD_MAX = 256
-GRACE_SECONDS = 1.0
-"""How long a layer without a replica waits for an advert of a new one: shards move while they are called."""
 
 
 @dataclass(slots=True)
@@ -63,7 +61,8 @@ class CallerReport:
 
 
 class CallerSession:
-    """The experts of one model as the layer loop sees them (:class:`dmoe.layers.Experts`), for one generation."""
+    """The experts of one model as the layer loop sees them (:class:`dmoe.segment.Experts`), for generations that share
+    passes."""
 
     def __init__(self, shared: Shared, model: ModelMap) -> None:
         self._shared = shared
@@ -73,9 +72,11 @@ class CallerSession:
         self._dispatcher = shared.replicas.dispatcher
         self._plans: dict[int, tuple[object, int, dict[PeerId, list[int]]]] = {}
         self._jobs = Jobs(shared, model)
-        self._retries = 0
+        self._retries = self._retries_before = 0
+        self._layer_before = len(model.layers)
         self._lost: dict[tuple[int, int], tuple[object, float]] = {}
         self._missing: set[tuple[int, int]] = set()
+        self._lacking: list[tuple[int, int, Indices]] = []
         self._last_layer = max(layer for layer, places in enumerate(model.layers) if places)
         groups = max(1, max(len(places) for places in model.layers))
         self._chunk_rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES_MAX // (2 * model.width * groups)))
@@ -111,11 +112,30 @@ class CallerSession:
         rows = {str(peer): rows for peer, rows in self._jobs.rows.items()}
         return CallerReport(rows, serving, self._retries, tuple(sorted(self._missing)[:MISSING_TOLD_MAX]))
 
+    def take(self, counts: Sequence[int]) -> list[Share]:
+        """Who computed the last pass, split among sequences with so many rows each, in the order of the rows. A row
+        counts once per sum group that it needed there."""
+        retries = self._retries - self._retries_before
+        shares, first = [], 0
+        for count in counts:
+            rows = {str(peer): int(done[first : first + count].sum()) for peer, done in self._jobs.done.items()}
+            here = {peer: number for peer, number in rows.items() if number}
+            places = {str(peer): places for peer, places in self._jobs.places.items() if str(peer) in here}
+            lacking = {(layer, e) for layer, e, at in self._lacking if ((first <= at) & (at < first + count)).any()}
+            shares.append(Share(here, places, retries, lacking))
+            first += count
+        return shares
+
     async def run(self, layer: int, h: FloatRows, routing: Any) -> FloatRows:  # noqa: ANN401 - dmoe.layers.Routing
         """``f32[N, H] -> f32[N, H]``: the sum over all chosen experts of this layer.
 
         Raises RemoteError ``no_replica``, ``deadline`` or ``payment_required`` if the layer cannot be computed.
         """
+        if layer <= self._layer_before:
+            self._jobs.begin_pass()
+            self._lacking = []
+            self._retries_before = self._retries
+        self._layer_before = layer
         try:
             return await self._run(layer, h, routing.experts, routing.weights)
         except BaseException:
@@ -125,7 +145,7 @@ class CallerSession:
     async def _run(self, layer: int, h: FloatRows, experts: Indices | None, weights: Weights | None) -> FloatRows:
         count, size = len(h), self._chunk_rows
         if count <= size:
-            out = await self._run_chunk(layer, h, experts, weights)
+            out = await self._run_chunk(layer, 0, h, experts, weights)
             if layer == self._last_layer:
                 self._jobs.settle()
             return out
@@ -138,7 +158,7 @@ class CallerSession:
             own_weights = None if weights is None else weights[rows]
             try:
                 async with limiter:
-                    out[rows] = await self._run_chunk(layer, h[rows], own_experts, own_weights)
+                    out[rows] = await self._run_chunk(layer, rows.start, h[rows], own_experts, own_weights)
                 self._jobs.settle()  # the other chunks are still on their way
             except RiosError as error:
                 failures.append(error)
@@ -152,9 +172,11 @@ class CallerSession:
         self._jobs.settle()
         return out
 
-    async def _run_chunk(self, layer: int, h: FloatRows, experts: Indices | None, weights: Weights | None) -> FloatRows:
+    async def _run_chunk(
+        self, layer: int, first: int, h: FloatRows, experts: Indices | None, weights: Weights | None
+    ) -> FloatRows:
         deadline = trio.current_time() + self._shared.call_timeout_ms / 1000
-        work = Work(self._model, layer, h, experts, weights, deadline)
+        work = Work(self._model, layer, h, experts, weights, deadline, first)
         missing = self._without_lost(work) if self._lost else work.wanted
         rounds = 0
         while missing:
@@ -260,7 +282,9 @@ class CallerSession:
             if not work.leave_out(group):
                 return False
             self._lost[work.layer, group] = (version, trio.current_time() + LOST_SECONDS)
-            self._missing.update((work.layer, expert) for expert in work.chosen_of(group))
+            for expert, rows in work.chosen_of(group):
+                self._missing.add((work.layer, expert))
+                self._lacking.append((work.layer, expert, rows))
         log.warning("%s: layer %d goes on without sum groups %s", self._model.name, work.layer, list(groups))
         return True
 

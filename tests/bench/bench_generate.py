@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 
 from dmoe.importer.build import import_gguf
 from dmoe.importer.bundled import fetch_bundled
-from dmoe.layers import ExpertShard, FusedModel, LocalExperts, Sequence, Trunk, forward
+from dmoe.layers import fused_runner, local_runner
+from dmoe.runner import Feed, Sequence
 from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
 from node.demo import Demo
@@ -93,30 +94,27 @@ class Local:
         manifest = store.find(name)
         options = RuntimeOptions(device="cpu", threads=threads)
         self._ids = Tokenizer.from_str(store.read(manifest, manifest.tokenizer).decode()).encode(PROMPT).ids
-        self._new: Callable[[int], Sequence]
-        if route == "fused":
-            model = FusedModel(manifest, store, options)
-            self._new, self._forward = model.new_sequence, model.forward
-        else:
-            trunk = Trunk(manifest, store, options)
-            shards = [ExpertShard(manifest, shard, store, options) for shard in manifest.expert_shards()]
-            experts = LocalExperts(manifest, shards, threads)
-            self._new = trunk.new_sequence
-            self._forward = lambda sequence, ids: forward(trunk, sequence, ids, experts)
+        make = fused_runner if route == "fused" else local_runner
+        self._runner = make(manifest, store, options)
 
     def run(self) -> Round:
         """Answer the prompt once, greedily."""
         return trio.run(self._run)
 
     async def _run(self) -> Round:
-        sequence = self._new(len(self._ids) + NEW_TOKENS)
+        sequence = await self._runner.open(len(self._ids) + NEW_TOKENS)
         start = time.perf_counter()
-        logits = await self._forward(sequence, self._ids)
+        token = await self._next(sequence, self._ids)
         prefilled = time.perf_counter()
         for _ in range(NEW_TOKENS):
-            logits = await self._forward(sequence, [int(logits.argmax())])
+            token = await self._next(sequence, [token])
         done = time.perf_counter()
+        sequence.close()
         return {"decode": NEW_TOKENS / (done - prefilled), "prefill": len(self._ids) / (prefilled - start)}
+
+    async def _next(self, sequence: Sequence, ids: list[int]) -> int:
+        (logits,) = await self._runner.forward([Feed(sequence=sequence, tokens=tuple(ids))])
+        return int(logits[-1].argmax())
 
 
 def measure(runners: dict[str, Callable[[], Round]], rounds: int) -> dict[str, list[Round]]:

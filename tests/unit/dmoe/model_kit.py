@@ -8,8 +8,9 @@ import numpy as np
 import trio
 
 from dmoe.importer.build import import_gguf
-from dmoe.layers import LocalExperts, Trunk
-from dmoe.runtime import ExpertShard, RuntimeOptions
+from dmoe.layers import local_runner
+from dmoe.runner import Feed
+from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
 from p2p.core.identity import Identity
 from tests.unit.dmoe.blocks_kit import random_blocks
@@ -123,10 +124,16 @@ async def made(folder, **kwargs):
 
 
 def load(store, manifest, threads=1):
-    """Trunk and local experts."""
-    options = RuntimeOptions(device="cpu", threads=threads)
-    shards = [ExpertShard(manifest, shard, store, options) for shard in manifest.expert_shards()]
-    return Trunk(manifest, store, options), LocalExperts(manifest, shards, threads)
+    """Route ``local``."""
+    return local_runner(manifest, store, RuntimeOptions(device="cpu", threads=threads))
+
+
+async def feed(runner, sequence, ids, outputs=None, want="logits"):
+    """Append tokens to one sequence: the outputs of all of them, or of the last ``outputs``."""
+    tokens = tuple(int(token) for token in ids)
+    count = len(tokens) if outputs is None else outputs
+    (out,) = await runner.forward([Feed(sequence=sequence, tokens=tokens, outputs=count, want=want)])
+    return out
 
 
 def numpy_logits(source, manifest, ids):

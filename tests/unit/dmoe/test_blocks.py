@@ -10,11 +10,10 @@ from dmoe.graphs import expert_graph
 from dmoe.importer.blocks import BLOCK_TYPES, block_size, transcode
 from dmoe.importer.quantise import convert, quantise_int4, quantise_int8
 from dmoe.importer.sources import GgufSource
-from dmoe.layers import forward
 from dmoe.runtime import Binding, open_session
 from dmoe.shardfile import ShardFile, to_bytes
 from tests.unit.dmoe.blocks_kit import dequantised, random_blocks
-from tests.unit.dmoe.model_kit import load, made, numpy_logits
+from tests.unit.dmoe.model_kit import feed, load, made, numpy_logits
 
 IDS = [int(token) for token in np.random.default_rng(7).integers(1, 250, 24)]
 
@@ -92,9 +91,8 @@ def mixed(name):
 @pytest.mark.parametrize("experts", [0, 6])
 async def test_a_file_of_mixed_formats_gives_its_own_logits(tmp_path, experts):
     store, manifest = await made(tmp_path, kind=mixed, hidden=256, experts=experts)
-    trunk, local = load(store, manifest)
-    got = await forward(trunk, trunk.new_sequence(60), IDS, local, all_positions=True)
-    local.close()
+    runner = load(store, manifest)
+    got = await feed(runner, await runner.open(60), IDS)
     expected = numpy_logits(GgufSource(tmp_path / "tiny.gguf"), manifest, IDS)
     assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.995  # activations are rounded to 8 bits
     assert manifest.quantisation == "source"

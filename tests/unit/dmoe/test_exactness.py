@@ -7,9 +7,12 @@ from config.errors import LocalError, RequestError
 from dmoe import golden
 from dmoe.core import wire
 from dmoe.importer.sources import GgufSource
-from dmoe.layers import ALL_EXPERTS, FusedModel, LocalExperts, Routing, Trunk, forward
-from dmoe.runtime import ExpertShard, RuntimeOptions
-from tests.unit.dmoe.model_kit import load, made, numpy_logits, tiny
+from dmoe.layers import ALL_EXPERTS, Ends, LocalExperts, ModelRunner, fused_runner, local_experts, local_runner
+from dmoe.runner import Feed
+from dmoe.runtime import ExpertShard, RuntimeOptions, open_files
+from dmoe.segment import Pieces, PieceSegment
+from dmoe.tally import OwnMeter
+from tests.unit.dmoe.model_kit import feed, load, made, numpy_logits, tiny
 
 FORMS = ("source", "int8", "fp32", "int4")
 IDS = [int(token) for token in np.random.default_rng(7).integers(1, 250, 60)]
@@ -20,72 +23,105 @@ def model(request, tmp_path_factory):
     return tiny(tmp_path_factory.mktemp(request.param), quantisation=request.param)
 
 
-async def all_routes_agree(new_sequence, run, ids):
-    """Rule 1: however the tokens arrive, every position's logits have the same bits."""
+async def all_ways_agree(runner, ids):
+    """Rule 1: however the tokens arrive, and whatever else is in the pass, every position's logits have the same bits.
+    Returns them."""
 
-    async def feed(sizes, capacity):
-        sequence, out, start = new_sequence(capacity), [], 0
+    async def in_chunks(sizes, capacity):
+        sequence, out, start = await runner.open(capacity), [], 0
         for size in sizes:
-            out.append(await run(sequence, ids[start : start + size], all_positions=True))
+            out.append(await feed(runner, sequence, ids[start : start + size]))
             start += size
+        sequence.close()
         return np.concatenate(out)
 
     count, prompt = len(ids), len(ids) // 3
-    reference = await feed([count], count)
-    one_by_one = await feed([prompt, *[1] * (count - prompt)], count + 9)
-    in_fives = await feed([5] * (count // 5) + [count % 5] * bool(count % 5), count)
+    reference = await in_chunks([count], count)
+    one_by_one = await in_chunks([prompt, *[1] * (count - prompt)], count + 9)
+    in_fives = await in_chunks([5] * (count // 5) + [count % 5] * bool(count % 5), count)
     for other in (one_by_one, in_fives):
         assert other.tobytes() == reference.tobytes()
-
-    sequence = new_sequence(count)  # the cache of a fault, dropped and rebuilt
-    await run(sequence, ids[: prompt + 4])
-    sequence.truncate(prompt)
-    assert (await run(sequence, ids[prompt : prompt + 1])).tobytes() == reference[prompt].tobytes()
-    await run(sequence, ids[prompt + 1 : -1])
-    assert (await run(sequence, ids[-1:])).tobytes() == reference[-1].tobytes()
+    await rebuilt(runner, ids, reference)
+    await beside_each_other(runner, ids, reference)
     return reference
 
 
-async def test_pieces_give_the_same_bits_in_any_chunks_on_any_threads(model):
+async def rebuilt(runner, ids, reference):
+    """The cache of a fault, dropped and rebuilt."""
+    prompt = len(ids) // 3
+    sequence = await runner.open(len(ids))
+    await feed(runner, sequence, ids[: prompt + 4])
+    sequence.truncate(prompt)
+    assert (await feed(runner, sequence, ids[prompt : prompt + 1])).tobytes() == reference[prompt].tobytes()
+    await feed(runner, sequence, ids[prompt + 1 : -1])
+    assert (await feed(runner, sequence, ids[-1:])).tobytes() == reference[-1].tobytes()
+    sequence.close()
+
+
+async def beside_each_other(runner, ids, reference):
+    """Sequences that start one pass after the other, at different paces, one of them from another's prefix, in slots
+    that others have left; each cut of each must be what it is alone."""
+    paces = [1, 2, 1, 5, 1, 12]
+    left = await runner.open(8)
+    running, started = [], 0
+    rounds = 0
+    while started < len(paces) or running:
+        if started < len(paces):
+            like = running[0][0] if started == 4 else None
+            length = like.length if like else 0
+            running.append((await runner.open(len(ids), like=like, length=length), paces[started]))
+            started += 1
+        if rounds == 2:
+            left.close()
+        feeds, places = [], []
+        for sequence, pace in running:
+            start = sequence.length
+            tokens = tuple(ids[start : start + pace])
+            feeds.append(Feed(sequence=sequence, tokens=tokens, outputs=len(tokens)))
+            places.append(slice(start, start + len(tokens)))
+        for out, place in zip(await runner.forward(feeds), places, strict=True):
+            assert out.tobytes() == reference[place].tobytes()
+        for sequence, _ in running:
+            if sequence.length == len(ids):
+                sequence.close()
+        running = [(sequence, pace) for sequence, pace in running if sequence.length < len(ids)]
+        rounds += 1
+
+
+@pytest.mark.parametrize("make", [local_runner, fused_runner])
+async def test_the_same_bits_in_any_chunks_in_any_company_on_any_threads(model, make):
     store, manifest = model
     results = []
     for threads in (1, 2):
-        trunk, experts = load(store, manifest, threads)
-        results.append(
-            await all_routes_agree(
-                trunk.new_sequence, lambda s, i, t=trunk, e=experts, **k: forward(t, s, i, e, **k), IDS
-            )
-        )
-        experts.close()
+        runner = make(manifest, store, RuntimeOptions(device="cpu", threads=threads))
+        results.append(await all_ways_agree(runner, IDS))
     assert results[0].tobytes() == results[1].tobytes()
 
 
-async def test_fused_gives_the_same_bits_in_any_chunks_on_any_threads(model):
+@pytest.mark.parametrize("make", [local_runner, fused_runner])
+async def test_a_prompt_longer_than_a_chunk_equals_decoding(model, make):
     store, manifest = model
-    results = []
-    for threads in (1, 2):
-        fused = FusedModel(manifest, store, RuntimeOptions(device="cpu", threads=threads))
-        results.append(await all_routes_agree(fused.new_sequence, fused.forward, IDS))
-    assert results[0].tobytes() == results[1].tobytes()
-
-
-async def test_a_prompt_longer_than_a_chunk_equals_decoding(model):
-    store, manifest = model
-    trunk, experts = load(store, manifest)
+    runner = make(manifest, store, RuntimeOptions(device="cpu", threads=1))
     ids = (IDS * 6)[:300]
-    long, short = trunk.new_sequence(400), trunk.new_sequence(301)
-    whole = await forward(trunk, long, ids, experts)
+    short, long, beside = await runner.open(301), await runner.open(400), await runner.open(30)
     for start in range(0, 300, 100):
-        parts = await forward(trunk, short, ids[start : start + 100], experts)
+        parts = await feed(runner, short, ids[start : start + 100])
+    expected = await feed(runner, await runner.open(30), ids[:20])
+    whole, other = await runner.forward(
+        [
+            Feed(sequence=long, tokens=tuple(ids), outputs=100),
+            Feed(sequence=beside, tokens=tuple(ids[:20]), outputs=20),
+        ]
+    )
     assert whole.tobytes() == parts.tobytes()
-    experts.close()
+    assert other.tobytes() == expected.tobytes()
 
 
 async def test_local_equals_partials_computed_anywhere_and_rounded(model):
     """Rules 2 and 3: what the local route adds is what any split over shard objects gives."""
     store, manifest = model
     options = RuntimeOptions(device="cpu", threads=1)
-    _, local = load(store, manifest)
+    local = local_experts(manifest, store, options)
     h = np.random.default_rng(3).standard_normal((7, manifest.architecture.hidden)).astype(np.float32)
     for layer in range(manifest.architecture.layers):
         expected = await local.run(layer, h, ALL_EXPERTS)
@@ -104,25 +140,22 @@ async def test_local_equals_partials_computed_anywhere_and_rounded(model):
 @pytest.mark.parametrize("experts", [0, 6])
 async def test_logits_are_the_models_own(tmp_path, kind, experts):
     store, manifest = await made(tmp_path, kind=kind, experts=experts, tied=False, quantisation="fp32")
-    trunk, local = load(store, manifest)
-    got = await forward(trunk, trunk.new_sequence(60), IDS[:20], local, all_positions=True)
+    runner = load(store, manifest)
+    got = await feed(runner, await runner.open(60), IDS[:20])
     expected = numpy_logits(GgufSource(tmp_path / "tiny.gguf"), manifest, IDS[:20])
     assert np.abs(got - expected).max() < 0.02  # what fp16 on the wire costs; logits are of size 1
     assert (got.argmax(-1) == expected.argmax(-1)).mean() > 0.9
     if not experts:
-        fused = FusedModel(manifest, store, RuntimeOptions(device="cpu", threads=2))
-        exact = await fused.forward(fused.new_sequence(60), IDS[:20], all_positions=True)
+        fused = fused_runner(manifest, store, RuntimeOptions(device="cpu", threads=2))
+        exact = await feed(fused, await fused.open(60), IDS[:20])
         assert np.abs(exact - expected).max() < 1e-4
-    local.close()
 
 
 @pytest.mark.parametrize("quantisation", FORMS)
 async def test_sparse_experts_give_the_same_bits_in_any_chunks(tmp_path, quantisation):
     store, manifest = await made(tmp_path, experts=6, quantisation=quantisation)
     assert [len(group) for group in manifest.sum_groups] == [2, 2, 1, 1]
-    trunk, experts = load(store, manifest)
-    await all_routes_agree(trunk.new_sequence, lambda s, i, **k: forward(trunk, s, i, experts, **k), IDS)
-    experts.close()
+    await all_ways_agree(load(store, manifest), IDS)
 
 
 def test_a_row_that_chose_nobody_of_the_group_gets_zero(tmp_path):
@@ -139,41 +172,48 @@ def test_a_row_that_chose_nobody_of_the_group_gets_zero(tmp_path):
 def test_a_sparse_model_has_no_fused_graph(tmp_path):
     store, manifest = tiny(tmp_path, experts=6)
     with pytest.raises(LocalError, match="only dense models have a fused graph"):
-        FusedModel(manifest, store, RuntimeOptions(device="cpu"))
+        fused_runner(manifest, store, RuntimeOptions(device="cpu"))
 
 
 async def test_a_full_sequence_and_bad_tokens_are_refused(tmp_path):
     store, manifest = await made(tmp_path)
-    trunk, experts = load(store, manifest)
-    sequence = trunk.new_sequence(4)
-    await forward(trunk, sequence, [1, 2, 3], experts)
+    runner = load(store, manifest)
+    sequence = await runner.open(4)
+    await feed(runner, sequence, [1, 2, 3])
     with pytest.raises(RequestError, match="5 tokens do not fit the sequence's 4 positions"):
-        await forward(trunk, sequence, [1, 2], experts)
+        await feed(runner, sequence, [1, 2])
     with pytest.raises(RequestError, match="token ids must be"):
-        await forward(trunk, sequence, [manifest.architecture.vocab], experts)
+        await feed(runner, sequence, [manifest.architecture.vocab])
     with pytest.raises(RequestError, match="do not fit the model's context of 512"):
-        trunk.new_sequence(513)
+        await runner.open(513)
     assert sequence.length == 3
-    experts.close()
 
 
-async def test_a_call_that_fails_leaves_the_sequence_as_it_was(tmp_path):
+async def test_a_pass_that_fails_leaves_its_sequences_as_they_were(tmp_path):
     store, manifest = await made(tmp_path)
-    trunk, experts = load(store, manifest)
+    options = RuntimeOptions(device="cpu", threads=1)
+    experts = local_experts(manifest, store, options)
+    broken = []
 
-    class FailsInLayer1:
-        async def run(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
-            if layer == 1:
+    class SometimesFails:
+        async def run(self, layer, h, routing):
+            if broken and layer == 1:
                 raise LocalError("local", "lost")
             return await experts.run(layer, h, routing)
 
-    kept, tried = trunk.new_sequence(10), trunk.new_sequence(10)
-    for sequence in (kept, tried):
-        await forward(trunk, sequence, IDS[:4], experts)
+    files = open_files(manifest, store, [manifest.trunk])
+    segment = PieceSegment(manifest, Pieces(manifest, files, options), SometimesFails())
+    runner = ModelRunner(manifest, Ends(manifest, files, options), [segment], OwnMeter(manifest, "me"))
+    expected = await feed(runner, await runner.open(10), [*IDS[:4], 7])
+    one, two = await runner.open(10), await runner.open(10)
+    await feed(runner, one, IDS[:4])
+    broken.append(True)
     with pytest.raises(LocalError):
-        await forward(trunk, tried, [9], FailsInLayer1())
-    expected = await forward(trunk, kept, [7], experts)
-    assert (await forward(trunk, tried, [7], experts)).tobytes() == expected.tobytes()
+        await runner.forward([Feed(sequence=one, tokens=(9, 9)), Feed(sequence=two, tokens=(3,))])
+    assert (one.length, two.length) == (4, 0)
+    broken.clear()
+    assert (await feed(runner, one, [7])).tobytes() == expected[-1].tobytes()
+    assert (await feed(runner, two, [*IDS[:4], 7])).tobytes() == expected.tobytes()
     experts.close()
 
 
@@ -181,23 +221,21 @@ async def test_smollm2_answers_and_is_exact(smollm2_store):
     """The real model: every route in any chunks has the same bits, and says what the model says."""
     (manifest,) = smollm2_store.manifests().values()
     options = RuntimeOptions(device="cpu", threads=2)
-    fused = FusedModel(manifest, smollm2_store, options)
-    trunk, experts = load(smollm2_store, manifest, 2)
+    fused, local = fused_runner(manifest, smollm2_store, options), load(smollm2_store, manifest, 2)
     ids = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]  # capital of France?
-    one = await all_routes_agree(fused.new_sequence, fused.forward, ids)
-    two = await all_routes_agree(trunk.new_sequence, lambda s, i, **k: forward(trunk, s, i, experts, **k), ids)
+    one = await all_ways_agree(fused, ids)
+    two = await all_ways_agree(local, ids)
     assert (one.argmax(-1) == two.argmax(-1)).mean() > 0.9
     answer = []
-    sequence = fused.new_sequence(64)
-    logits = await fused.forward(sequence, ids)
+    sequence = await fused.open(64)
+    logits = await feed(fused, sequence, ids)
     while len(answer) < 7:
-        answer.append(int(logits.argmax()))
-        logits = await fused.forward(sequence, answer[-1:])
+        answer.append(int(logits[-1].argmax()))
+        logits = await feed(fused, sequence, answer[-1:])
     from tokenizers import Tokenizer
 
     text = Tokenizer.from_str(smollm2_store.read(manifest, manifest.tokenizer).decode()).decode(answer)
     assert "Paris" in text
-    experts.close()
 
 
 async def test_golden_logits_hold_here(smollm2_store):
@@ -212,4 +250,3 @@ def test_every_form_of_local_experts_needs_all_shards(tmp_path):
     some = [ExpertShard(manifest, manifest.expert_shards()[0], store, options)]
     with pytest.raises(LocalError, match="lacks shard"):
         LocalExperts(manifest, some)
-    assert isinstance(Trunk(manifest, store, options), Trunk)

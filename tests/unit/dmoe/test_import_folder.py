@@ -13,12 +13,12 @@ from config.generation import Message
 from dmoe.golden import verify
 from dmoe.importer.build import import_folder
 from dmoe.importer.folder import FolderSource
-from dmoe.layers import FusedModel, LocalExperts, Trunk, forward
-from dmoe.runtime import ExpertShard, RuntimeOptions
+from dmoe.layers import fused_runner, local_runner
+from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
 from dmoe.text import Tokenizer
 from tests.unit.dmoe.folder_kit import FAMILIES, weights, write_folder
-from tests.unit.dmoe.model_kit import PUBLISHER
+from tests.unit.dmoe.model_kit import PUBLISHER, feed
 
 OPTIONS = RuntimeOptions(device="cpu", threads=1)
 REFERENCE = Path(__file__).resolve().parents[2] / "vectors" / "hf_reference.npz"
@@ -47,13 +47,14 @@ async def imported(tmp_path, family, quantisation="source", **kwargs):
     return store, await trio.to_thread.run_sync(run)
 
 
-async def compare(forward_, sequence, wanted, name):
+async def compare(runner, wanted, name):
     """Largest difference over prefill and 20 greedy steps with cache; every token must be the reference's."""
-    prefill = await forward_(sequence, [int(token) for token in wanted[f"{name}.ids"]], all_positions=True)
+    sequence = await runner.open(60)
+    prefill = await feed(runner, sequence, wanted[f"{name}.ids"])
     worst, last = np.abs(prefill - wanted[f"{name}.prefill"]).max(), prefill[-1]
     for token, logits in zip(wanted[f"{name}.tokens"], wanted[f"{name}.logits"], strict=True):
         assert int(last.argmax()) == int(token)
-        last = await forward_(sequence, [int(token)])
+        (last,) = await feed(runner, sequence, [token])
         worst = max(worst, np.abs(last - logits).max())
     print(f"{name}: largest difference {worst:.2e}")
     return float(worst)
@@ -65,16 +66,9 @@ async def test_logits_and_tokens_are_those_of_transformers(tmp_path, reference, 
     store, manifest = await imported(tmp_path, family, dtype=dtype, files=files)
     exact = replace(manifest, wire_dtype="fp32")  # half floats between the parts would hide small faults
     files = Files(store, manifest)
-    trunk = Trunk(exact, files, OPTIONS)
-    local = LocalExperts(exact, [ExpertShard(exact, shard, files, OPTIONS) for shard in exact.expert_shards()])
-    try:
-        run = lambda sequence, ids, **options: forward(trunk, sequence, ids, local, **options)  # noqa: E731
-        assert await compare(run, trunk.new_sequence(60), reference, family) < 1e-4
-    finally:
-        local.close()
+    assert await compare(local_runner(exact, files, OPTIONS), reference, family) < 1e-4
     if family == "llama":
-        fused = FusedModel(manifest, store, OPTIONS)
-        assert await compare(fused.forward, fused.new_sequence(60), reference, family) < 1e-4
+        assert await compare(fused_runner(manifest, store, OPTIONS), reference, family) < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,11 +76,8 @@ async def test_int8_stays_near_and_its_golden_logits_hold(tmp_path, reference, f
     store, manifest = await imported(tmp_path, family, "int8", dtype="F16")
     assert manifest.quantisation == "int8"
     assert await verify(manifest, store, OPTIONS) < 1e-4
-    trunk = Trunk(manifest, store, OPTIONS)
-    local = LocalExperts(manifest, [ExpertShard(manifest, shard, store, OPTIONS) for shard in manifest.expert_shards()])
-    ids = [int(token) for token in reference[f"{family}.ids"]]
-    got = await forward(trunk, trunk.new_sequence(60), ids, local, all_positions=True)
-    local.close()
+    runner = local_runner(manifest, store, OPTIONS)
+    got = await feed(runner, await runner.open(60), reference[f"{family}.ids"])
     wanted = reference[f"{family}.prefill"]
     assert np.corrcoef(got.ravel(), wanted.ravel())[0, 1] > 0.99
 
