@@ -18,12 +18,11 @@ from dmoe.importer.build import import_folder, import_gguf
 from dmoe.importer.quantise import convert, quantise_int8
 from dmoe.importer.rows import Rows
 from dmoe.importer.sample import Sizes, write_sample
-from dmoe.layers import forward
 from dmoe.runtime import RuntimeOptions
 from dmoe.shardfile import ShardFile, to_bytes
 from dmoe.store import ModelStore
 from tests.unit.dmoe.folder_kit import write_folder
-from tests.unit.dmoe.model_kit import PUBLISHER, load, write_gguf
+from tests.unit.dmoe.model_kit import PUBLISHER, feed, load, write_gguf
 
 
 def imported(root, source, quantisation):
@@ -111,9 +110,8 @@ async def _check(store, manifest, threads, monkeypatch):
     monkeypatch.setattr(layerwise, "HEAD_WEIGHTS_MAX", 1)  # the head in blocks of 64 rows
     options = RuntimeOptions(device="cpu", threads=threads)
     prompt = [(31 * index + 5) % manifest.architecture.vocab for index in range(20)]
-    trunk, local = load(store, manifest, threads)
-    wanted = await forward(trunk, trunk.new_sequence(20), prompt, local)
-    local.close()
+    runner = load(store, manifest, threads)
+    (wanted,) = await feed(runner, await runner.open(20), prompt, 1)
     ran = []
     found = await layerwise.last_logits(manifest, store, options, prompt, ran.append)
     assert found.tobytes() == wanted.tobytes()
@@ -123,9 +121,8 @@ async def _check(store, manifest, threads, monkeypatch):
 async def test_a_real_model_layer_by_layer_gives_its_bits(smollm2_store):
     (manifest,) = smollm2_store.manifests().values()
     options = RuntimeOptions(device="cpu", threads=2)
-    trunk, local = load(smollm2_store, manifest, 2)
-    wanted = await forward(trunk, trunk.new_sequence(7), [1, 4, 9, 16, 25, 36, 49], local)
-    local.close()
+    runner = load(smollm2_store, manifest, 2)
+    (wanted,) = await feed(runner, await runner.open(7), [1, 4, 9, 16, 25, 36, 49], 1)
     found = await layerwise.last_logits(manifest, smollm2_store, options, [1, 4, 9, 16, 25, 36, 49])
     assert found.tobytes() == wanted.tobytes()
 
