@@ -24,6 +24,7 @@ from dmoe.caller import Caller, CallerSession
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.plan import Candidate
 from dmoe.core.spans import Ask
+from dmoe.pages import use_huge_pages
 from dmoe.planning import Held
 from dmoe.runner import Runner
 from dmoe.runtime import RuntimeOptions, open_files
@@ -240,6 +241,7 @@ class _Once(Generic[_Part]):
             if self._part is None:
                 try:
                     self._part = await trio.to_thread.run_sync(self._load)
+                    await trio.to_thread.run_sync(use_huge_pages)
                 except MemoryError as error:
                     message = "not enough memory to load the model"
                     raise LocalError("local", message, "free memory, or use another route") from error

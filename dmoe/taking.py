@@ -22,6 +22,7 @@ from config.errors import IntegrityError, LocalError, RiosError
 from config.vocabulary import PeerId
 from dmoe.core.manifest import Manifest, ModelFile, Shard
 from dmoe.fetching import Fetcher, Models
+from dmoe.pages import use_huge_pages
 from dmoe.stages.host import StageHost
 from dmoe.stages.loaded import stage_plan_of
 from dmoe.stages.segment import Segment
@@ -174,11 +175,13 @@ class Taker:
     async def _load_and_serve(self, manifest: Manifest, shard: Shard) -> None:
         if shard.kind == "expert":
             loaded = await trio.to_thread.run_sync(self._load, manifest, shard)
+            await trio.to_thread.run_sync(use_huge_pages)
             self._worker.load(plan_of(manifest, shard), loaded)
             return
         if self._stages is None or self._load_stage is None:
             raise LocalError("unavailable", f"{shard.id}: this node serves no stages")
         segment = await trio.to_thread.run_sync(self._load_stage, manifest, shard)
+        await trio.to_thread.run_sync(use_huge_pages)
         self._stages.load(stage_plan_of(manifest, shard), segment)
 
     async def drop(self, manifest: Manifest, shard: Shard) -> None:
