@@ -47,6 +47,8 @@ SEARCHED_MAX = 4
 """Shards looked for at the same time."""
 LOST_SECONDS = 5.0
 """How long sum groups that nobody had are not asked for again, unless the directory changes."""
+GRACE_SECONDS = 1.0
+"""How long a layer without a replica waits for an advert of a new one: shards move while they are called."""
 
 
 @dataclass(slots=True)
