@@ -126,7 +126,7 @@ def test_rescaling_is_exact_for_whichever_groups_are_lost(manifest):
     assert row[1, 0] == 7
     assert not work.leave_out(0)
     assert work.lost == {2}
-    assert work.chosen_of(2) == [4]
+    assert [(expert, rows.tolist()) for expert, rows in work.chosen_of(2)] == [(4, [0])]
 
 
 def vars_of(routed):
