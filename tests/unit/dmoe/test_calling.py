@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
 from config.errors import BusyError, RemoteError, RequestError
 from dmoe.caller import Caller
@@ -29,6 +30,13 @@ from tests.unit.dmoe.swarm_kit import (
     make_manifest,
     serve_shards,
 )
+
+
+@pytest.fixture
+def autojump_clock():
+    """Time jumps once nothing happens for a while: a worker's thread must not look like a peer that hangs."""
+    return trio.testing.MockClock(autojump_threshold=0.05)
+
 
 FIRST, SECOND = range(4), range(4, 8)
 FREE = Quote(0, 0, 0)
