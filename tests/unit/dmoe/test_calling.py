@@ -35,7 +35,7 @@ from tests.unit.dmoe.swarm_kit import (
 @pytest.fixture
 def autojump_clock():
     """Time jumps once nothing happens for a while: a worker's thread must not look like a peer that hangs."""
-    return trio.testing.MockClock(autojump_threshold=0.05)
+    return trio.testing.MockClock(autojump_threshold=0.005)
 
 
 FIRST, SECOND = range(4), range(4, 8)
