@@ -24,12 +24,14 @@ from tokenizers import Tokenizer
 from dmoe.importer.build import import_gguf
 from dmoe.importer.bundled import fetch_bundled
 from dmoe.layers import fused_runner, local_runner
+from dmoe.pages import use_huge_pages
 from dmoe.runner import Feed, Sequence
 from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
 from node.demo import Demo
 from node.rig import Swarm
 from p2p.core.identity import Identity
+from tests.bench import perplexity
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCH = REPOSITORY / ".bench"
@@ -54,16 +56,21 @@ Round = dict[str, float]
 """``decode`` and ``prefill``, tokens per second."""
 
 
+def peer_python() -> Path:
+    """The interpreter of llama.cpp's environment, made if there is none."""
+    python = BENCH / PEER_PACKAGE / "bin" / "python"
+    if not python.exists():
+        venv.create(BENCH / PEER_PACKAGE, with_pip=True)
+    if subprocess.run([python, "-c", f"import {PEER_PACKAGE}"], capture_output=True, check=False).returncode:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", PEER_PACKAGE], check=True)
+    return python
+
+
 class LlamaCpp:
     """llama.cpp in a process and an environment of its own."""
 
     def __init__(self, gguf: Path, threads: int) -> None:
-        python = BENCH / PEER_PACKAGE / "bin" / "python"
-        if not python.exists():
-            venv.create(BENCH / PEER_PACKAGE, with_pip=True)
-        if subprocess.run([python, "-c", f"import {PEER_PACKAGE}"], capture_output=True, check=False).returncode:
-            subprocess.run([python, "-m", "pip", "install", "--quiet", PEER_PACKAGE], check=True)
-        command = [str(python), "-c", PEER_PROGRAM, str(gguf), str(threads)]
+        command = [str(peer_python()), "-c", PEER_PROGRAM, str(gguf), str(threads)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -96,6 +103,7 @@ class Local:
         self._ids = Tokenizer.from_str(store.read(manifest, manifest.tokenizer).decode()).encode(PROMPT).ids
         make = fused_runner if route == "fused" else local_runner
         self._runner = make(manifest, store, options)
+        use_huge_pages()  # as a node does when it has loaded a model
 
     def run(self) -> Round:
         """Answer the prompt once, greedily."""
@@ -233,10 +241,23 @@ def swarm_vs_local(threads: int, rounds: int) -> tuple[dict[str, float], dict[st
     return figures, ratios
 
 
+def perplexity_vs_llamacpp(threads: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """The perplexity of a fixed text by route ``fused`` over llama.cpp's; one round is enough."""
+    store, gguf, name = prepare()
+    manifest = store.find(name)
+    tokenizer = Tokenizer.from_str(store.read(manifest, manifest.tokenizer).decode())
+    ids = tokenizer.encode(perplexity.TEXT).ids[: perplexity.TOKENS_MAX]
+    runner = fused_runner(manifest, store, RuntimeOptions(device="cpu", threads=threads))
+    own = trio.run(perplexity.ours, runner, ids)
+    peers = perplexity.theirs(peer_python(), gguf, threads, ids)
+    figures = {"fused_perplexity": round(own, 3), "llamacpp_perplexity": round(peers, 3)}
+    return figures, {"perplexity_vs_llamacpp": round(own / peers, 4)}
+
+
 Section = Callable[[int, int], tuple[dict[str, float], dict[str, float]]]
 """``(threads, rounds) -> (figures, ratios)``."""
 
-SECTIONS: tuple[Section, ...] = (local_vs_llamacpp, swarm_vs_local)
+SECTIONS: tuple[Section, ...] = (local_vs_llamacpp, swarm_vs_local, perplexity_vs_llamacpp)
 """What is measured, one after the other; each adds its figures and ratios to the answer."""
 
 
