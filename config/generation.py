@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
-Route = Literal["experts", "local", "fused"]
+Route = Literal["experts", "local", "fused", "stages"]
 """``experts``: experts wherever their replicas are. ``local``: the same graph and roundings, all in this process.
-``fused``: one local graph without wire roundings (fastest; its own reference class)."""
+``fused``: one local graph without wire roundings (fastest; its own reference class). ``stages``: whole layers wherever
+their replicas are, rounded where stages meet (a third class)."""
 RouteWish = Route | Literal["auto"]
 """What may be asked for; ``auto``: the planner chooses when the answer begins, and the answer keeps that route."""
 

@@ -174,6 +174,22 @@ class DmoeSettings:
         choices=("auto", "experts", "stages", "local", "fused"),
     )
     stage_hosts: tuple[str, ...] = _setting((), "Peer ids that may hold stages of answers made here; empty: any.")
+    stage_forwarding: bool = _setting(
+        True,
+        "Hosts of stages give activations on to the next one; false: every one answers here, a round trip each.",
+    )
+    stage_sequences_max: int = _setting(
+        256, "Key/value caches of stages here, one per sequence and stage.", minimum=1, maximum=1 << 20
+    )
+    stage_kv_bytes_max: int = _setting(
+        0,
+        "Memory for key/value caches of stages, out of ram_bytes_max; 0: a quarter of it.",
+        minimum=0,
+        maximum=1 << 60,
+    )
+    stage_idle_seconds: int = _setting(
+        300, "A cache of a stage that was not used for so long is given up.", minimum=1, maximum=7 * 24 * 3600
+    )
     plan_pins: tuple[str, ...] = _setting(
         (),
         "Who runs which layers, as layers=who: 0-9=here, 10-19=experts (attention here, experts anywhere), "

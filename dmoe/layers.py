@@ -162,8 +162,8 @@ class ModelSequence:
 
 
 class ModelRunner:
-    """A model by one route (:class:`dmoe.runner.Runner`). ``boundary``: what the residual stream is rounded to where
-    two segments meet; None: not at all."""
+    """A model by one route (:class:`dmoe.runner.Runner`). ``boundary``: what the residual stream is rounded to before
+    each segment and behind the last, as between hosts; None: not at all."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class ModelRunner:
         for one in passes:
             x: FloatRows = self._ends.embedding.gather(one.token_ids)
             for index, segment in enumerate(self._segments):
-                x = await segment.run(self._rounded(x, index), one.parts(index))
+                x = await segment.run(self._rounded(x), one.parts(index))
             self._taken(one, wanted, x)
         if self._ends.is_quick(wanted.count):
             return wanted.through(self._ends)
@@ -242,15 +242,15 @@ class ModelRunner:
         for one in passes:
             x: FloatRows = self._ends.embedding.gather(one.token_ids)
             for index, segment in enumerate(self._segments):
-                x = segment.compute(self._rounded(x, index), one.parts(index))
+                x = segment.compute(self._rounded(x), one.parts(index))
             self._taken(one, wanted, x)
         return wanted.through(self._ends)
 
-    def _rounded(self, x: FloatRows, segment: int) -> FloatRows:
-        return x if self._boundary is None or not segment else wire.rounded(x, self._boundary)
+    def _rounded(self, x: FloatRows) -> FloatRows:
+        return x if self._boundary is None else wire.rounded(x, self._boundary)
 
     def _taken(self, one: _Pass, wanted: _Wanted, stream: FloatRows) -> None:
-        wanted.take(one, stream)
+        wanted.take(one, self._rounded(stream))
         shares = self._meter.take([len(chunk) for chunk in one.chunks])
         for sequence, share in zip(one.sequences, shares, strict=True):
             sequence.tally.add(share)

@@ -28,14 +28,18 @@ from dmoe.pages import use_huge_pages
 from dmoe.planning import Held
 from dmoe.runner import Runner
 from dmoe.runtime import RuntimeOptions, open_files
-from dmoe.segment import Experts, FusedSegment, Pieces, PieceSegment
+from dmoe.segment import Experts, FusedSegment, Pieces, PieceSegment, Segment
+from dmoe.stages.caller import StageCaller
+from dmoe.stages.directions import without_stages
+from dmoe.stages.loaded import LoadedStage, stage_plan_of
+from dmoe.stages.loading import load_stage
 from dmoe.store import ModelStore
 from dmoe.tally import Meter, OwnMeter
 from dmoe.text import Tokenizer
 
 _Part = TypeVar("_Part")
 _NAMED_SHARDS_MAX = 4
-PREFERRED: tuple[Route, ...] = ("fused", "local", "experts")
+PREFERRED: tuple[Route, ...] = ("fused", "local", "experts", "stages")
 """Routes in the order in which a node without a planner tries them."""
 
 
@@ -88,8 +92,10 @@ class StoredModels:
         chosen: Callable[[Manifest], bool] = lambda manifest: True,
     ) -> None:
         """Set ``planner`` before the first answer by route ``auto``: without one, the first possible of
-        :data:`PREFERRED` is taken."""
+        :data:`PREFERRED` is taken. Set ``stages`` before the first one by route ``stages``: without, they all run
+        here."""
         self.planner: Chooser | None = None
+        self.stages: StageCaller | None = None
         self._store = store
         self._experts = experts
         self._options = options
@@ -105,7 +111,13 @@ class StoredModels:
         for known, manifest in manifests.items():
             if known not in self._models:
                 self._models[known] = StoredModel(
-                    manifest, self._store, self._experts, self._options, self._peer_id, planner=lambda: self.planner
+                    manifest,
+                    self._store,
+                    self._experts,
+                    self._options,
+                    self._peer_id,
+                    planner=lambda: self.planner,
+                    stages=lambda: self.stages,
                 )
         return sorted(self._models.values(), key=lambda model: (model.name, model.id))
 
@@ -128,6 +140,7 @@ class StoredModel:
         peer_id: PeerId,
         *,
         planner: Callable[[], Chooser | None] = lambda: None,
+        stages: Callable[[], StageCaller | None] = lambda: None,
     ) -> None:
         self.manifest = manifest
         self.id = str(manifest.model_id)
@@ -140,6 +153,7 @@ class StoredModel:
         self._options = options
         self._peer_id = peer_id
         self._planner = planner
+        self._stages = stages
         self._tokenizer = _Once(self._load_tokenizer)
         self._ends = _Once(lambda: layers.Ends(manifest, open_files(manifest, store, [manifest.trunk]), options))
         self._trunk = _Once(lambda: Pieces(manifest, open_files(manifest, store, [manifest.trunk]), options))
@@ -151,16 +165,19 @@ class StoredModel:
     def fault(self, route: RouteWish) -> RiosError | None:
         """Why the model cannot answer by this route now, or None. By ``auto``: only if it cannot by any."""
         if route == "auto":
-            faults = [self.fault(each) for each in PREFERRED]
-            return None if None in faults else faults[-1]
-        needed = [self.manifest.trunk] if route == "experts" else list(self.manifest.shards)
+            faults = {each: self.fault(each) for each in PREFERRED}
+            return None if None in faults.values() else faults["experts"]
+        spread = route == "experts" or (route == "stages" and self._stages() is not None)
+        needed = [self.manifest.trunk] if spread else list(self.manifest.parts)
         absent = [shard for shard in needed if not is_here(self._store, self.manifest, shard)]
         if absent:
             return LocalError(
                 "unavailable",
                 f"{self.name}: {_named(absent)} not on this node",
-                "wait until fetched (see: rios model list)" if route == "experts" else 'use the route "experts"',
+                "wait until fetched (see: rios model list)" if spread else 'use the route "experts"',
             )
+        if route == "stages":
+            return self._fault_of_stages()
         if route != "experts":
             return None
         if self._experts is None:
@@ -173,6 +190,12 @@ class StoredModel:
                 "start a node that serves this model, or raise its replica count",
             )
         return None
+
+    def _fault_of_stages(self) -> RiosError | None:
+        if not self.manifest.stages:
+            return without_stages(self.manifest)
+        caller = self._stages()
+        return None if caller is None else caller.fault(self.manifest)
 
     def route_for(self, ask: Ask) -> Route:
         """What ``auto`` means for such a request now. Raises RiosError where no route is possible."""
@@ -207,6 +230,8 @@ class StoredModel:
     async def _make_runner(self, route: Route) -> Runner:
         own = OwnMeter(self.manifest, self._peer_id)
         ends = await self._ends.get()
+        if route == "stages":
+            return await self._by_stages(ends, own)
         if route == "fused":
             return layers.ModelRunner(self.manifest, ends, [await self._fused.get()], own)
         pieces = await self._trunk.get()
@@ -216,6 +241,25 @@ class StoredModel:
         assert self._experts is not None, "fault() is asked first"
         experts = self._experts.experts(self.manifest)
         return layers.ModelRunner(self.manifest, ends, [PieceSegment(self.manifest, pieces, experts)], experts)
+
+    async def _by_stages(self, ends: layers.Ends, own: OwnMeter) -> Runner:
+        """Stages wherever they are; without a caller, all of them here: the reference of this route."""
+        if not self.manifest.stages:
+            raise without_stages(self.manifest)
+        caller = self._stages()
+        if caller is not None:
+            return caller.runner(self.manifest, ends, self._stage_here)
+        loaded = [await trio.to_thread.run_sync(self._load_stage, shard) for shard in self.manifest.stages]
+        return layers.ModelRunner(self.manifest, ends, loaded, own, self.manifest.wire_dtype)
+
+    def _stage_here(self, index: int) -> LoadedStage:
+        shard = self.manifest.stages[index]
+        return LoadedStage(
+            stage_plan_of(self.manifest, shard), load_stage(self.manifest, shard, self._store, self._options)
+        )
+
+    def _load_stage(self, shard: Shard) -> Segment:
+        return load_stage(self.manifest, shard, self._store, self._options).opened
 
     def _load_tokenizer(self) -> Tokenizer:
         return Tokenizer(self._store.read(self.manifest, self.manifest.tokenizer), self.manifest.chat_template)

@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -43,6 +44,11 @@ from dmoe.passes import PassOptions
 from dmoe.planning import Planner, wishes_of
 from dmoe.ports import Quote
 from dmoe.runtime import ExpertShard, RuntimeOptions
+from dmoe.stages.caller import StageCaller
+from dmoe.stages.chain import Account
+from dmoe.stages.directions import Directions
+from dmoe.stages.host import Limits, StageHost
+from dmoe.stages.loading import load_stage
 from dmoe.store import ModelStore
 from dmoe.worker import Worker
 from ledger.core.genesis import Genesis
@@ -59,6 +65,7 @@ log = logging.getLogger("rios.node")
 STOP_SECONDS_MAX = 4.5
 DRAIN_SECONDS_MAX = 1.5
 DISK_FREE_BYTES_MIN = 16 * MIB
+MEASURED_ROWS_MAX = 8
 
 
 class Node:
@@ -78,18 +85,24 @@ class Node:
         self.network: PeerNetwork
         self.worker: Worker
         self.caller: Caller
+        self.stage_host: StageHost
+        self.stages: StageCaller
         self.hosting: Hosting
         self.engine: Engine
         self.planner: Planner
 
     def expert_rows(self) -> int:
-        """Rows computed by the experts here, for peers and for this node's own answers."""
-        shards = self.worker.statistics()["shards"]
-        return sum(shard["rows_computed"] for model in shards.values() for shard in model.values())
+        """Rows computed by the experts and stages here, for peers and for this node's own answers."""
+        return sum(shard["rows_computed"] for shard in self._served())
 
     def shards_served(self) -> int:
         """Shards loaded and served."""
-        return sum(len(shards) for shards in self.worker.statistics()["shards"].values())
+        return len(self._served())
+
+    def _served(self) -> list[Mapping[str, int]]:
+        """The figures of every shard served."""
+        kinds = (self.worker.statistics()["shards"], self.stage_host.statistics()["stages"])
+        return [shard for models in kinds for shards in models.values() for shard in shards.values()]
 
     def ready(self) -> tuple[bool, list[str]]:
         """Whether the node can do its work, and why not (also the gateway's readiness)."""
@@ -182,6 +195,7 @@ async def _main(settings: Settings, paths: Paths, identity: Identity, until_stdi
             log.info("stopping")
             with trio.move_on_after(DRAIN_SECONDS_MAX):
                 await node.worker.drain()
+                await node.stage_host.drain()
         nursery.cancel_scope.cancel()
     log.info("stopped" if up else "stopped before it was up")
 
@@ -309,6 +323,14 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         call_timeout_ms=settings.dmoe.call_timeout_ms,
         renormalise=settings.dmoe.on_missing == "renormalise",
     )
+    ram_bytes_max = settings.dmoe.ram_bytes_max or psutil.virtual_memory().total // 2
+    node.stage_host = StageHost(
+        network,
+        quote=quote,
+        seller=node.ledger.seller if node.ledger else None,
+        limits=_stage_limits(settings, ram_bytes_max),
+        paused=lambda: node.worker.paused,
+    )
     node.hosting = Hosting(
         network,
         node.store,
@@ -317,8 +339,10 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         state_file=node.paths.hosting,
         publishers=allowed_publishers(node, genesis),
         disk_bytes_max=settings.dmoe.disk_bytes_max,
-        ram_bytes_max=settings.dmoe.ram_bytes_max or psutil.virtual_memory().total // 2,
+        ram_bytes_max=ram_bytes_max,
         serve=settings.dmoe.serve,
+        stages=node.stage_host,
+        load_stage=lambda manifest, shard: load_stage(manifest, shard, node.store, node.options),
     )
     models = StoredModels(
         node.store, SwarmExperts(node.caller), node.options, identity.peer_id, chosen=_chosen(node.store, settings)
@@ -330,7 +354,18 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         models.held,
         wishes_of(route, settings.dmoe.stage_hosts, settings.dmoe.plan_pins, settings.dmoe.plan_price_weight),
         threads=node.options.thread_count,
+        runs=("experts", "local", "fused", "stages"),
         loaded=node.worker.indices,
+    )
+    node.stages = models.stages = StageCaller(
+        network,
+        node.stage_host,
+        Directions(node.planner, identity.peer_id),
+        node.caller.dispatcher,
+        buyer=node.ledger.buyer if node.ledger else None,
+        timeout_ms=settings.dmoe.call_timeout_ms,
+        measured=partial(_measured, node.planner),
+        may_forward=settings.dmoe.stage_forwarding,
     )
     node.engine = Engine(
         models,
@@ -341,7 +376,8 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         draft_model=settings.dmoe.draft_model,
         default_route=route,
     )
-    for part in (node.worker.run, node.caller.run, node.hosting.run, node.engine.run):
+    parts = (node.worker.run, node.caller.run, node.stage_host.run, node.stages.run, node.hosting.run, node.engine.run)
+    for part in parts:
         await nursery.start(part)
     bring = node.hosting.ensure_whole if route in ("fused", "local") else node.hosting.ensure_trunk
     for name in settings.dmoe.orchestrate:
@@ -355,6 +391,27 @@ def pass_options(dmoe: DmoeSettings) -> PassOptions:
         drafts_max=dmoe.drafts_max,
         prefix_positions_max=dmoe.prefix_cache_tokens,
     )
+
+
+def _stage_limits(settings: Settings, ram_bytes_max: int) -> Limits:
+    """What this node gives to stages."""
+    dmoe = settings.dmoe
+    return Limits(
+        sequences_max=dmoe.stage_sequences_max,
+        kv_bytes_max=dmoe.stage_kv_bytes_max or ram_bytes_max // 4,
+        ram_bytes_max=ram_bytes_max,
+        idle_seconds=dmoe.stage_idle_seconds,
+        queue_rows_max=dmoe.queue_rows_max,
+        batch_rows_max=dmoe.batch_rows_max,
+    )
+
+
+def _measured(planner: Planner, model_id: str, account: Account) -> None:
+    """The planner learns how fast a host is from runs of few rows, in which it did not wait."""
+    if account.rows <= MEASURED_ROWS_MAX:
+        first, last = account.link.layers
+        spent = account.service_us - account.waited_us
+        planner.measured_stage(model_id, account.link.peer, last - first + 1, account.rows, spent)
 
 
 async def _bring(bring: Callable[[str], Awaitable[object]], name: str) -> None:

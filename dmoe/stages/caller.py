@@ -35,7 +35,7 @@ from dmoe.core.wire import FloatRows
 from dmoe.jobs import now_us
 from dmoe.ports import Buyer, Quote
 from dmoe.purse import Purse
-from dmoe.runner import Feed
+from dmoe.runner import Feed, Want
 from dmoe.stages.chain import Account, Chains, Link, Rows, StageError, Way
 from dmoe.stages.directions import Directions
 from dmoe.stages.host import StageHost
@@ -103,6 +103,14 @@ class StageCaller:
                 await trio.sleep_forever()
         finally:
             self.shared.chains.nursery = None
+
+    def fault(self, manifest: Manifest) -> RiosError | None:
+        """Why a model cannot be run by its stages now, or None."""
+        try:
+            self.shared.directions.path(manifest, {}, {})
+        except RiosError as error:
+            return error
+        return None
 
     def runner(self, manifest: Manifest, ends: Ends, load: Callable[[int], LoadedStage]) -> "StageRunner":
         """A model by its stages. ``load`` opens one in this process (called in a thread)."""
@@ -297,6 +305,9 @@ class StageRunner:
         sequence = _sequence_of(feed)
         assert not sequence.closed, "the sequence is closed"
         assert 0 <= feed.outputs <= len(feed.tokens)
+        vocab = self._manifest.architecture.vocab
+        if not feed.tokens or min(feed.tokens) < 0 or max(feed.tokens) >= vocab:
+            raise RequestError("invalid_request", f"token ids must be one or more numbers within 0..{vocab - 1}")
         total = sequence.length + len(feed.tokens)
         if total > sequence.capacity:
             message = f"{total} tokens do not fit the sequence's {sequence.capacity} positions"
@@ -334,7 +345,7 @@ class StageRunner:
         for first in range(start, sequence.length, CHUNK_ROWS):
             tokens = sequence.tokens[first : first + CHUNK_ROWS]
             work = _Work(sequence, first, tuple(tokens), 0)
-            await self._through([work], range(last + 1), self._ends.embed(tokens))
+            await self._through([work], range(last + 1), self._embedded(tokens))
             for leg in legs:
                 leg.held = first + len(tokens)
 
@@ -375,7 +386,7 @@ class StageRunner:
                 sequence = _sequence_of(feed)
                 work.append(_Work(sequence, sequence.length + start, tokens, outputs))
                 owners.append(n)
-            x = self._ends.embed([token for each in work for token in each.tokens])
+            x = self._embedded([token for each in work for token in each.tokens])
             x = await self._through(work, range(len(self._manifest.stages)), x)
             first = 0
             for n, each in zip(owners, work, strict=True):
@@ -387,16 +398,26 @@ class StageRunner:
         """The head over all rows that are wanted, those of one kind together."""
         rows = [np.concatenate(each) for each in kept]
         found: list[FloatRows] = [np.zeros((0, 0), np.float32)] * len(feeds)
-        for want in ("logits", "hidden"):
+        wants: tuple[Want, ...] = ("logits", "hidden")
+        for want in wants:
             members = [n for n, feed in enumerate(feeds) if feed.want == want]
             if not members:
                 continue
-            out = await self._ends.head(np.concatenate([rows[n] for n in members]), want)
+            out = await self._head(np.concatenate([rows[n] for n in members]), want)
             first = 0
             for n in members:
                 found[n] = out[first : first + len(rows[n])]
                 first += len(rows[n])
         return found
+
+    def _embedded(self, tokens: Items[int]) -> FloatRows:
+        rows: FloatRows = self._ends.embedding.gather(np.array(tokens, np.int64))
+        return rows
+
+    async def _head(self, rows: FloatRows, want: Want) -> FloatRows:
+        if self._ends.is_quick(len(rows)):
+            return self._ends.outputs(rows, want)
+        return await trio.to_thread.run_sync(self._ends.outputs, rows, want)
 
     # --- one way through the stages
 

@@ -30,9 +30,10 @@ from config.vocabulary import PeerId
 from dmoe.core import stagecalls, wire
 from dmoe.core.stagecalls import Failure, Hop, Part, RunCall, Step
 from dmoe.core.wire import FloatRows
+from dmoe.kv import Cache
 from dmoe.ports import Quote, Seller
 from dmoe.stages.loaded import Job, LoadedStage, Place, StagePlan
-from dmoe.stages.segment import Cache, Segment
+from dmoe.stages.segment import Segment
 from dmoe.stages.tickets import Ticket, Tickets
 from p2p.face import Call, Network, Reply
 

@@ -26,7 +26,9 @@ from config.errors import BusyError, RemoteError, RequestError, RiosError
 from dmoe.core.manifest import Manifest
 from dmoe.core.manifest import Shard as ManifestShard
 from dmoe.core.wire import Dtype, FloatRows
-from dmoe.stages.segment import Cache, Rows, Segment
+from dmoe.kv import Cache
+from dmoe.segment import Part
+from dmoe.stages.segment import Segment
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +250,7 @@ class LoadedStage:
 
     async def _compute(self, jobs: Sequence[Job], start: float) -> None:
         x = jobs[0].x if len(jobs) == 1 else np.concatenate([job.x for job in jobs])
-        parts = [Rows(place.cache, place.rows) for job in jobs for place in job.places]
+        parts = [Part(place.cache, place.rows) for job in jobs for place in job.places]
         async with self._passes:
             y = (await self.segment.run(x, parts)).copy()
         end, count = perf_counter(), len(x)

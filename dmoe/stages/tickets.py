@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from config.errors import BusyError, RequestError
 from config.vocabulary import PeerId
 from dmoe.core.stagecalls import TICKET_BYTES
+from dmoe.kv import Cache
 from dmoe.ports import Quote
 from dmoe.stages.loaded import LoadedStage
-from dmoe.stages.segment import Cache
 
 SETTLED_SECONDS = 30.0
 """So long after its last use a ticket may be given up for another one."""

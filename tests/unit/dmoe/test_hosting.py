@@ -13,15 +13,17 @@ from dmoe import hosting
 from dmoe.caller import Caller
 from dmoe.core import deployment, wire
 from dmoe.core.deployment import Deployment
+from dmoe.core.manifest import Manifest, Shard
 from dmoe.hosting import Hosting
 from dmoe.ports import Quote
+from dmoe.stages.host import StageHost
 from dmoe.store import ModelStore
 from dmoe.worker import Worker
 from p2p.core.advert import ModelOffer, bitmap
 from p2p.core.identity import Identity
 from p2p.memory import MemoryHub
 from p2p.services import Service
-from tests.unit.dmoe.swarm_kit import ALL, GROUPS, LAYERS, PUBLISHER, FakeShard, content, make_manifest
+from tests.unit.dmoe.swarm_kit import ALL, GROUPS, LAYERS, PUBLISHER, FakeShard, content, make_manifest, model_file
 from tests.unit.dmoe.test_calling import expected, rows
 
 MIB = 1 << 20
@@ -33,9 +35,15 @@ class Node:
         self.folder = folder
         self.store = ModelStore(folder / "models")
         self.worker = Worker(self.network, quote=Quote(0, 0, 0))
+        self.stages = StageHost(self.network, quote=Quote(0, 0, 0))
+        self.segments = []
         self.scope = None
 
-    async def start(self, nursery, **limits):
+    def load_stage(self, manifest, shard):
+        self.segments.append(FakeSegment(shard))
+        return self.segments[-1]
+
+    async def start(self, nursery, staged=False, **limits):
         options = {"disk_bytes_max": 1 << 30, "ram_bytes_max": 1 << 30, **limits}
         self.hosting = Hosting(
             self.network,
@@ -50,8 +58,10 @@ class Node:
             check_seconds=0.1,
             random=Random(1),
             **{name: value for name, value in options.items() if name != "publishers"},
+            **({"stages": self.stages, "load_stage": self.load_stage} if staged else {}),
         )
         await nursery.start(self.worker.run)
+        await nursery.start(self.stages.run)
         await nursery.start(self.hosting.run)
 
     def held(self, manifest):
@@ -399,3 +409,107 @@ async def test_a_bad_replica_count_is_refused(tmp_path):
         for count in (0, -1, 65):
             with pytest.raises(RequestError, match="1 to 64"):
                 await node.hosting.deploy("0" * 64, count)
+
+
+class FakeSegment:
+    """A stage that computes nothing."""
+
+    def __init__(self, shard):
+        self.ram_bytes = shard.ram_bytes
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+
+def staged_manifest():
+    """:func:`make_manifest` with attention files of their own, and a stage for each two layers."""
+    manifest = make_manifest(name="staged")
+    attention = [model_file(f"trunk-{first}.bin", content(f"trunk-{first}")) for first in (0, 2)]
+    trunk = msgspec.structs.replace(manifest.trunk, files=(*manifest.trunk.files, *attention))
+    stages = [
+        Shard(
+            id=f"stage-{first}",
+            kind="stage",
+            layers=(first, first + 1),
+            group=-1,
+            experts=tuple(range(GROUPS)),
+            files=(file, *(f for s in manifest.expert_shards() if s.layers[0] == first for f in s.files)),
+            params=1,
+            flops_per_row=1,
+            ram_bytes=1 << 20,
+            dtype="fp32",
+        )
+        for first, file in zip((0, 2), attention, strict=True)
+    ]
+    shards = (*manifest.expert_shards(), trunk, *stages)
+    return Manifest.parse(msgspec.structs.replace(manifest, shards=shards).sign(PUBLISHER).to_json())
+
+
+def put_staged(node, manifest):
+    node.store.add_manifest(manifest)
+    for shard in manifest.parts:
+        for file in shard.files:
+            name = file.path.removesuffix(".bin")
+            node.store.path(manifest.model_id, file).write_bytes(content(name))
+    node.store.path(manifest.model_id, manifest.tokenizer).write_bytes(b"{}")
+
+
+async def test_a_deployment_of_stages_places_stages_and_nothing_else(tmp_path):
+    manifest = staged_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.node(PUBLISHER, start=False)
+        put_staged(publisher, manifest)
+        await publisher.start(net.nursery, staged=True)
+        others = [await net.node(staged=True) for _ in range(2)]
+        await publisher.hosting.deploy(manifest.model_id, 2, "stages")
+        indices = {manifest.shard_index(stage.id) for stage in manifest.stages}
+
+        def held():
+            nodes = (publisher, *others)
+            return [sum(index in node.stages.indices(manifest.model_id) for node in nodes) for index in indices]
+
+        await until(lambda: min(held()) >= 2, "every stage has two replicas")
+        assert all(not node.held(manifest) for node in (publisher, *others))
+
+        def told(index):
+            offers = [node.network.directory.own().offer(manifest.model_id) for node in (publisher, *others)]
+            return sum(offer is not None and offer.holds(index) for offer in offers)
+
+        await until(lambda: all(told(index) >= 2 for index in indices), "others are told of them")
+        (deployed,) = publisher.hosting.status()["deployments"]
+        assert {shard["kind"] for shard in deployed["shards"]} == {"trunk", "stage"}
+        # experts too: the files are there already, and stay when the stages go
+        await publisher.hosting.deploy(manifest.model_id, 2, "both")
+        await until(lambda: everywhere([publisher, *others], manifest, 2), "experts have two replicas")
+        await publisher.hosting.deploy(manifest.model_id, 2, "experts")
+        await until(lambda: not any(held()), "the stages are dropped")
+        for node in (publisher, *others):
+            for index in node.held(manifest):
+                assert node.store.has_shard(manifest.model_id, manifest.shards[index].id)
+        assert all(segment.closed for node in others for segment in node.segments)
+
+
+async def test_a_model_without_stages_cannot_be_deployed_by_them(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        with pytest.raises(RequestError, match="has no stages"):
+            await publisher.hosting.deploy(manifest.model_id, 1, "stages")
+        with pytest.raises(RequestError, match="experts, stages, both"):
+            await publisher.hosting.deploy(manifest.model_id, 1, "everything")
+
+
+async def test_stages_and_experts_share_the_limit_of_memory(tmp_path):
+    manifest = staged_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.node(PUBLISHER, start=False)
+        put_staged(publisher, manifest)
+        await publisher.start(net.nursery, staged=True, ram_bytes_max=5 * MIB)
+        await publisher.hosting.deploy(manifest.model_id, 1, "both")
+
+        def errors():
+            return [s["error"] for d in publisher.hosting.status()["deployments"] for s in d["shards"] if s["error"]]
+
+        await until(lambda: any("raise dmoe.ram_bytes_max" in error for error in errors()), "the limit is named")
+        assert publisher.worker.ram_bytes() + publisher.stages.ram_bytes() <= 5 * MIB

@@ -1,0 +1,55 @@
+"""A stage's files as layers in this process: the same segments that the node that answers runs.
+
+Dense models run as one graph; sparse ones layer by layer, with the roundings of route ``experts`` at their sum groups.
+"""
+
+from collections.abc import Sequence
+
+from dmoe.core.manifest import Manifest, Shard
+from dmoe.core.wire import FloatRows
+from dmoe.kv import Cache
+from dmoe.layers import LocalExperts
+from dmoe.runtime import ExpertShard, RuntimeOptions, ShardFiles, open_files
+from dmoe.segment import FusedSegment, Part, Pieces, PieceSegment, Segment
+
+
+class StageLayers:
+    """A stage, loaded (:class:`dmoe.stages.segment.Segment`)."""
+
+    def __init__(self, shard: Shard, segment: Segment, experts: LocalExperts | None) -> None:
+        self.ram_bytes = shard.ram_bytes
+        self._segment: Segment | None = segment
+        self._experts = experts
+
+    @property
+    def opened(self) -> Segment:
+        """The layers."""
+        assert self._segment is not None, "the stage is closed"
+        return self._segment
+
+    async def open(self, capacity: int, like: Cache | None = None, length: int = 0) -> Cache:
+        """See :class:`dmoe.segment.Segment`."""
+        return await self.opened.open(capacity, like, length)
+
+    async def run(self, x: FloatRows, parts: Sequence[Part]) -> FloatRows:
+        """See :class:`dmoe.segment.Segment`."""
+        return await self.opened.run(x, parts)
+
+    def close(self) -> None:
+        """Free sessions, caches and threads."""
+        self._segment = None
+        if self._experts is not None:
+            self._experts.close()
+            self._experts = None
+
+
+def load_stage(manifest: Manifest, shard: Shard, store: ShardFiles, options: RuntimeOptions) -> StageLayers:
+    """Open a stage; blocking. Raises IntegrityError for altered files, LocalError if it cannot run here."""
+    first, last = shard.layers
+    files = open_files(manifest, store, [shard])
+    if manifest.architecture.router.kind == "all":
+        return StageLayers(shard, FusedSegment(manifest, files, options, first, last), None)
+    inside = [each for each in manifest.expert_shards() if first <= each.layers[0] and each.layers[1] <= last]
+    shards = [ExpertShard(manifest, each, store, options) for each in inside]
+    experts = LocalExperts(manifest, shards, threads=options.thread_count, layers=range(first, last + 1))
+    return StageLayers(shard, PieceSegment(manifest, Pieces(manifest, files, options, first, last), experts), experts)
