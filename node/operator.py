@@ -113,6 +113,7 @@ async def _status(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN40
             "engine": asdict(engine),
             "hosting": node.hosting.status(),
             "worker": node.worker.statistics(),
+            "stages": node.stage_host.statistics(),
             "caller": node.caller.statistics(),
             "planner": node.planner.statistics(),
         },

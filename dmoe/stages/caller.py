@@ -161,7 +161,10 @@ class StageRunner:
         if not missing:
             return
         fixed = {stage: leg.link.peer for stage, leg in (like or sequence).legs.items()}
-        path = self._shared.directions.path(self._manifest, fixed, self._refused_now())
+        refused = self._refused_now()
+        for stage, peer in fixed.items():
+            refused[stage].discard(peer)  # what stands, stands: only its own failure drops it
+        path = self._shared.directions.path(self._manifest, fixed, refused)
         failed: list[StageError] = []
 
         async def open_leg(stage: int) -> None:
@@ -513,7 +516,9 @@ class StageRunner:
             return
         for sequence in concerned:
             sequence.retries += 1
-            sequence.drop(link.stage)
+            at_peer = [stage for stage, leg in sequence.legs.items() if leg.link.peer == link.peer]
+            for stage in at_peer if error.code in PEER_FAULTS else [link.stage]:
+                sequence.drop(stage)
         if error.code in LOST and concerned:
             return
         pause = BUSY_WAIT_SECONDS_MAX

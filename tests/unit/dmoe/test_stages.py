@@ -281,3 +281,16 @@ async def test_tokens_that_do_not_fit_are_refused(manifest):
         with pytest.raises(RequestError, match="10 positions"):
             await runner.forward([Feed(sequence=sequence, tokens=TEXT)])
         assert sequence.length == 0
+
+
+async def test_a_host_of_several_stages_dies_with_all_of_them(manifest, alone):
+    async with swarm(manifest) as net:
+        both, last = await net.node(0, 1), await net.node(2)
+        runner = await net.runner()
+        sequence = await runner.open(200)
+        head = await answer(runner, sequence=sequence, steps=3)
+        spare = await net.node(0, 1, 2)
+        net.hub.kill(both.peer_id)
+        (logits,) = await runner.forward([Feed(sequence=sequence, tokens=(int(head[-1].argmax()),))])
+        assert np.array_equal(logits[0], alone[3])
+        assert set(sequence.report().serving) == {both.peer_id, last.peer_id, spare.peer_id}
