@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import trio
-from rich.console import Console
 from tokenizers import Tokenizer
 
+from dmoe.core.manifest import Manifest
 from dmoe.importer.build import import_gguf
 from dmoe.importer.bundled import fetch_bundled
 from dmoe.layers import fused_runner, local_runner
@@ -28,10 +28,9 @@ from dmoe.pages import use_huge_pages
 from dmoe.runner import Feed, Sequence
 from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
-from node.demo import Demo
-from node.rig import Swarm
 from p2p.core.identity import Identity
 from tests.bench import perplexity
+from tests.bench.three_processes import ThreeProcesses
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCH = REPOSITORY / ".bench"
@@ -152,6 +151,14 @@ def prepare() -> tuple[ModelStore, Path, str]:
     return store, gguf, name
 
 
+def staged(store: ModelStore) -> Manifest:
+    """The same with stages, which models of older imports lack."""
+    name = "bench-stages"
+    if not any(manifest.name == name for manifest in store.manifests().values()):
+        import_gguf(fetch_bundled(BENCH / "download"), store, Identity.from_seed(bytes(32)), name=name)
+    return store.find(name)
+
+
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
     return {"system": platform.platform(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
@@ -180,65 +187,52 @@ def local_vs_llamacpp(threads: int, rounds: int) -> tuple[dict[str, float], dict
     return figures, ratios
 
 
-class SwarmOfThree:
-    """The demo's swarm: three node processes on loopback, experts spread with two replicas, answered by route experts.
-    Metering, receipts and the ledger are on."""
+class ThreeOnLoopback:
+    """Three node processes (:mod:`tests.bench.three_processes`), asked by one route."""
 
-    def __init__(self) -> None:
-        self._swarm = Swarm()
-        try:
-            self._demo = Demo(self._swarm, Console(quiet=True))
-            self._demo.start_nodes()
-            self._demo.place_model()
-        except BaseException:
-            self._swarm.close()
-            raise
+    def __init__(self, processes: ThreeProcesses, route: str) -> None:
+        self._processes = processes
+        self._route = route
+        self._rows: dict[str, int] = {}
 
     def run(self) -> Round:
         """Answer the prompt once, greedily."""
-        answer = self._demo.orchestrator.ask(
-            "chat",
-            model=self._demo.model,
-            messages=[{"role": "user", "content": PROMPT}],
-            temperature=0,
-            min_tokens=NEW_TOKENS,
-            max_tokens=NEW_TOKENS,
-            route="experts",
-        )
-        self.rows = answer["expert_rows"]
+        answer = self._processes.ask(PROMPT, NEW_TOKENS, self._route)
+        self._rows = answer["expert_rows"]
         prefill = answer["prompt_tokens"] / answer["prefill_seconds"]
         return {"decode": answer["tokens_per_s"], "prefill": prefill}
 
     def remote_share(self) -> float:
-        """Share of the expert rows that other processes than the orchestrator computed."""
-        own = self.rows.get(self._demo.orchestrator.peer_id, 0)
-        return round(1 - own / sum(self.rows.values()), 3)
-
-    def close(self) -> None:
-        """End the nodes."""
-        self._swarm.close()
+        """Share of the rows that other processes than the orchestrator computed."""
+        own = self._rows.get(self._processes.orchestrator.peer_id, 0)
+        return round(1 - own / sum(self._rows.values()), 3)
 
 
-def swarm_vs_local(threads: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """The swarm beside the fused model in this process, on the same machine, taking turns."""
-    store, _, name = prepare()
-    swarm = SwarmOfThree()
+def processes_vs_local(threads: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Three processes, by stages and by experts, beside the fused model in this process: on one thread, and on as many
+    as are best."""
+    store, _, _ = prepare()
+    manifest = staged(store)
+    processes = ThreeProcesses(manifest, store.root / manifest.model_id)
     try:
-        fused = Local(store, name, threads, "fused")
-        results = measure({"swarm": swarm.run, "fused": fused.run}, rounds)
-        share = swarm.remote_share()
+        routes = {route: ThreeOnLoopback(processes, route) for route in ("stages", "experts")}
+        fused = {f"fused_{n}_threads": Local(store, manifest.name, n, "fused") for n in sorted({1, threads})}
+        results = measure({name: each.run for name, each in (routes | fused).items()}, rounds)
+        shares = {f"{name}_remote_row_share": each.remote_share() for name, each in routes.items()}
     finally:
-        swarm.close()
+        processes.close()
+    best = max(fused, key=lambda name: statistics.median(r["decode"] for r in results[name]))
     figures = {
-        "swarm_decode_tokens_per_second": round(statistics.median(r["decode"] for r in results["swarm"]), 1),
-        "swarm_prefill_tokens_per_second": round(statistics.median(r["prefill"] for r in results["swarm"]), 1),
-        "swarm_remote_row_share": share,
+        f"three_processes_{name}_{what}_tokens_per_second": round(statistics.median(r[what] for r in results[name]), 1)
+        for name in results
+        for what in ("decode", "prefill")
     }
-    ratios = {
-        "swarm_vs_local_decode": ratio(results, "swarm", "fused", "decode"),
-        "swarm_vs_local_prefill": ratio(results, "swarm", "fused", "prefill"),
-    }
-    return figures, ratios
+    ratios = {}
+    for name in routes:
+        ratios[f"{name}_vs_local_decode"] = ratio(results, name, "fused_1_threads", "decode")
+        ratios[f"{name}_vs_best_local"] = ratio(results, name, best, "decode")
+        ratios[f"{name}_vs_local_prefill"] = ratio(results, name, "fused_1_threads", "prefill")
+    return figures | shares, ratios
 
 
 def perplexity_vs_llamacpp(threads: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -257,7 +251,7 @@ def perplexity_vs_llamacpp(threads: int, rounds: int) -> tuple[dict[str, float],
 Section = Callable[[int, int], tuple[dict[str, float], dict[str, float]]]
 """``(threads, rounds) -> (figures, ratios)``."""
 
-SECTIONS: tuple[Section, ...] = (local_vs_llamacpp, swarm_vs_local, perplexity_vs_llamacpp)
+SECTIONS: tuple[Section, ...] = (local_vs_llamacpp, processes_vs_local, perplexity_vs_llamacpp)
 """What is measured, one after the other; each adds its figures and ratios to the answer."""
 
 
@@ -266,10 +260,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    names = [section.__name__ for section in SECTIONS]
+    parser.add_argument("--only", choices=names, action="append", help="measure only this part (may be repeated)")
     arguments = parser.parse_args()
     figures: dict[str, float] = {"threads": arguments.threads}
     ratios: dict[str, float] = {}
     for section in SECTIONS:
+        if arguments.only and section.__name__ not in arguments.only:
+            continue
         more_figures, more_ratios = section(arguments.threads, arguments.rounds)
         figures |= more_figures
         ratios |= more_ratios

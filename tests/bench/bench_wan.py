@@ -13,14 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dmoe.importer.build import import_gguf
-from dmoe.importer.bundled import fetch_bundled
 from dmoe.store import ModelStore
-from p2p.core.identity import Identity
-from tests.bench.bench_generate import BENCH, machine
+from tests.bench.bench_generate import BENCH, machine, staged
 from tests.bench.stage_swarm import StageSwarm
 
-NAME = "bench-stages"
 ORCHESTRATORS = {
     "forward": {"dmoe.drafts_max": 0},
     "hub": {"dmoe.drafts_max": 0, "dmoe.stage_forwarding": False},
@@ -78,9 +74,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()
     store = ModelStore(BENCH / "models")
-    if not any(manifest.name == NAME for manifest in store.manifests().values()):
-        import_gguf(fetch_bundled(BENCH / "download"), store, Identity.from_seed(bytes(32)), name=NAME)
-    manifest = store.find(NAME)
+    manifest = staged(store)
     swarm = StageSwarm(manifest, store.root / manifest.model_id, ORCHESTRATORS, delay_ms=arguments.round_trip / 2)
     try:
         found = measure(swarm, arguments.tokens, arguments.rounds)
