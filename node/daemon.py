@@ -360,7 +360,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
     node.stages = models.stages = StageCaller(
         network,
         node.stage_host,
-        Directions(node.planner, identity.peer_id),
+        Directions(node.planner, network),
         node.caller.dispatcher,
         buyer=node.ledger.buyer if node.ledger else None,
         timeout_ms=settings.dmoe.call_timeout_ms,

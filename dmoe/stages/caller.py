@@ -107,7 +107,7 @@ class StageCaller:
     def fault(self, manifest: Manifest) -> RiosError | None:
         """Why a model cannot be run by its stages now, or None."""
         try:
-            self.shared.directions.path(manifest, {}, {})
+            self.shared.directions.path(manifest, {}, {}, resting=True)
         except RiosError as error:
             return error
         return None
@@ -161,10 +161,7 @@ class StageRunner:
         if not missing:
             return
         fixed = {stage: leg.link.peer for stage, leg in (like or sequence).legs.items()}
-        refused = self._refused_now()
-        for stage, peer in fixed.items():
-            refused[stage].discard(peer)  # what stands, stands: only its own failure drops it
-        path = self._shared.directions.path(self._manifest, fixed, refused)
+        path = self._path(fixed)
         failed: list[StageError] = []
 
         async def open_leg(stage: int) -> None:
@@ -179,6 +176,17 @@ class StageRunner:
                 nursery.start_soon(open_leg, stage)
         if failed:
             raise failed[0]
+
+    def _path(self, fixed: dict[int, PeerId]) -> list[PeerId]:
+        """A peer for every stage; where nobody else is left, one that rests after a failure: better a probe than an
+        error."""
+        refused = self._refused_now()
+        for stage, peer in fixed.items():
+            refused[stage].discard(peer)  # what stands, stands: only its own failure drops it
+        try:
+            return self._shared.directions.path(self._manifest, fixed, refused)
+        except RemoteError:
+            return self._shared.directions.path(self._manifest, fixed, {}, resting=True)
 
     async def _open_leg(self, sequence: StageSequence, stage: int, peer: PeerId, like: Leg | None) -> None:
         shard = self._manifest.stages[stage]

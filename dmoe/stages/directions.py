@@ -19,6 +19,7 @@ from dmoe.core.manifest import Manifest
 from dmoe.core.plan import Pin, plan
 from dmoe.core.spans import Ask
 from dmoe.planning import Planner
+from p2p.face import Network
 
 ASK = Ask(prompt_tokens=256, answer_tokens=256)
 SHAPES_MAX = 64
@@ -30,18 +31,21 @@ Refused = Mapping[int, Collection[PeerId]]
 class Directions:
     """Paths over the stages of a node's models."""
 
-    def __init__(self, planner: Planner, me: PeerId) -> None:
+    def __init__(self, planner: Planner, network: Network) -> None:
         self.legs: Counter[PeerId] = Counter()
         """Stages of this node's own sequences at each peer."""
         self._planner = planner
-        self._me = me
+        self._me = network.peer_id
+        self._directory = network.directory
 
-    def path(self, manifest: Manifest, fixed: Mapping[int, PeerId], refused: Refused, batch: int = 1) -> list[PeerId]:
-        """A peer for each of the model's stages, in order. Raises RemoteError ``no_replica`` naming stage and layers,
-        LocalError ``unavailable`` for a model without stages."""
+    def path(
+        self, manifest: Manifest, fixed: Mapping[int, PeerId], refused: Refused, *, resting: bool = False
+    ) -> list[PeerId]:
+        """A peer for each of the model's stages, in order; ``resting``: also of those that rest after failures. Raises
+        RemoteError ``no_replica`` naming stage and layers, LocalError ``unavailable`` for a model without stages."""
         if not manifest.stages:
             raise without_stages(manifest)
-        view = self._view(manifest, refused)
+        view = self._view(manifest, refused, resting=resting)
         wishes = self._planner.wishes
         pins = [pin for pin in wishes.pins if not self._is_fixed(manifest, pin, fixed)]
         for stage, peer in fixed.items():
@@ -49,8 +53,7 @@ class Directions:
             pins.append(Pin(first, last, "here" if peer == self._me else peer))
         hosts = (*wishes.stage_hosts, *fixed.values()) if wishes.stage_hosts else ()
         wanted = replace(wishes, route="stages", pins=tuple(pins), stage_hosts=hosts)
-        ask = replace(ASK, batch=batch)
-        made = plan(shape_of(manifest), replace(view, runs=frozenset({"stages"})), ask, wanted)
+        made = plan(shape_of(manifest), replace(view, runs=frozenset({"stages"})), ASK, wanted)
         if made.chosen is None:
             why = next(each.why_not for each in made.candidates if each.kind == "stages")
             hint = "start a node that serves it, or raise its replica count"
@@ -69,17 +72,19 @@ class Directions:
         spans = (manifest.stages[stage].layers for stage in fixed)
         return any(pin.first <= last and first <= pin.last for first, last in spans)
 
-    def _view(self, manifest: Manifest, refused: Refused) -> View:
+    def _view(self, manifest: Manifest, refused: Refused, *, resting: bool) -> View:
         """What the planner sees, without those who are refused and with this node's own load."""
         without: dict[PeerId, set[int]] = {}
         for stage, peers in refused.items():
             for peer in peers:
                 without.setdefault(peer, set()).add(manifest.shard_index(manifest.stages[stage].id))
-        view = self._planner.view(manifest)
+        view, adverts = self._planner.view(manifest), self._directory.adverts()
 
         def seen(host: Host) -> Host:
             shards = host.shards - without.get(host.peer_id, set())
-            return replace(host, shards=shards, queue_rows=host.queue_rows + self.legs[host.peer_id])
+            barred = "" if resting and not adverts[host.peer_id].paused else host.barred
+            queue_rows = host.queue_rows + self.legs[host.peer_id]
+            return replace(host, shards=shards, queue_rows=queue_rows, barred=barred)
 
         return replace(view, peers=tuple(seen(host) for host in view.peers))
 

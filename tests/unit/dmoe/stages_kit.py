@@ -190,7 +190,7 @@ class StageSwarm:
         stages = StageCaller(
             node.network,
             node.host,
-            Directions(planner, node.peer_id),
+            Directions(planner, node.network),
             caller.dispatcher,
             buyer=buyer,
             timeout_ms=timeout_ms,
