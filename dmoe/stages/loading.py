@@ -35,6 +35,10 @@ class StageLayers:
         """See :class:`dmoe.segment.Segment`."""
         return await self.opened.run(x, parts)
 
+    def compute(self, x: FloatRows, parts: Sequence[Part]) -> FloatRows | None:
+        """See :class:`dmoe.segment.Segment`."""
+        return self.opened.compute(x, parts)
+
     def close(self) -> None:
         """Free sessions, caches and threads."""
         self._segment = None

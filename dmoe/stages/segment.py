@@ -24,6 +24,9 @@ class Segment(Protocol):
         """The residual stream ``f32[N, H]`` in and out; appends the rows of each part to its cache. A row's bits depend
         on its sequence alone. If it raises, no cache has changed. The answer is overwritten by the next pass."""
 
+    def compute(self, x: FloatRows, parts: Sequence[Part]) -> FloatRows | None:
+        """The same at once, in the calling thread, while nothing else uses it; None: not this kind of layers."""
+
     def close(self) -> None:
         """Free everything."""
 
