@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--routes", nargs="+", choices=ROUTES, default=ROUTES[:2])
+    parser.add_argument("--routes", nargs="+", choices=ROUTES, default=ROUTES)
     arguments = parser.parse_args()
     figures, ratios = trio.run(measure, arguments.threads, arguments.rounds, tuple(arguments.routes))
     print(json.dumps({"name": "users", "machine": machine(), "figures": figures, "ratios": ratios}))
