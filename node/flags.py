@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-ROUTES = ("auto", "experts", "local", "fused")
+ROUTES = ("auto", "experts", "stages", "local", "fused")
 
 
 def chat(parser: ArgumentParser) -> None:
