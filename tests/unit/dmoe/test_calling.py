@@ -42,12 +42,6 @@ FIRST, SECOND = range(4), range(4, 8)
 FREE = Quote(0, 0, 0)
 
 
-@pytest.fixture
-def autojump_clock():
-    """Time jumps once nothing has happened for a moment: work in a thread is not nothing."""
-    return trio.testing.MockClock(autojump_threshold=0.01)
-
-
 class Swarm:
     """Nodes of one hub, each with a worker; the first one also calls."""
 
