@@ -548,6 +548,8 @@ class StageRunner:
         first, last = failed.link.layers
         shard = self._manifest.stages[failed.link.stage].id
         message = f"{self._manifest.name}, {shard} (layers {first} to {last}): {failed.error.message}"
+        if isinstance(failed.error, BusyError):
+            return BusyError(message, failed.error.hint, retry_after_ms=failed.error.retry_after_ms)
         return RemoteError("no_replica", message, "start another node that serves it", peer_id=failed.link.peer)
 
 

@@ -5,7 +5,7 @@ import pytest
 import trio
 import trio.testing
 
-from config.errors import RemoteError, RequestError
+from config.errors import BusyError, RemoteError, RequestError
 from dmoe.runner import Feed
 from tests.unit.dmoe.stages_kit import PRICED, staged, swarm
 from tests.unit.dmoe.swarm_kit import CountingBuyer, CountingSeller
@@ -294,3 +294,18 @@ async def test_a_host_of_several_stages_dies_with_all_of_them(manifest, alone):
         (logits,) = await runner.forward([Feed(sequence=sequence, tokens=(int(head[-1].argmax()),))])
         assert np.array_equal(logits[0], alone[3])
         assert set(sequence.report().serving) == {both.peer_id, last.peer_id, spare.peer_id}
+
+
+async def test_a_host_without_room_is_left_for_one_with_room_and_named_if_there_is_none(manifest, alone):
+    async with swarm(manifest) as net:
+        full = [await net.node(index, sequences_max=1) for index in range(3)]
+        runner = await net.runner()
+        first = await runner.open(200)
+        second = await runner.open(200)  # its legs come later, where there is room
+        with pytest.raises(BusyError, match=r"stage-l0\d-0\d"):
+            await runner.forward([Feed(sequence=second, tokens=TEXT)])
+        assert second.length == 0
+        await net.node(0, 1, 2)
+        assert np.array_equal(await answer(runner, sequence=second), alone)
+        assert np.array_equal(await answer(runner, sequence=first), alone)
+        assert all(node.host.statistics()["sequences"] == 1 for node in full)
