@@ -490,7 +490,7 @@ async def side_by_side(engine, *prepared):
     return found
 
 
-async def test_answers_share_passes():
+async def test_answers_share_passes(autojump_clock):
     model = FakeModel()
     model.seconds = 0.001
     engine = engine_of(model)
@@ -504,7 +504,7 @@ async def test_answers_share_passes():
     assert engine.statistics().rows == sum(map(sum, model.passes)) + 8 * 30
 
 
-async def test_a_long_prompt_does_not_stop_the_others():
+async def test_a_long_prompt_does_not_stop_the_others(autojump_clock):
     model = FakeModel()
     model.seconds = 0.001
     engine = engine_of(model, rows_max=32)
@@ -516,7 +516,7 @@ async def test_a_long_prompt_does_not_stop_the_others():
     assert all(sum(shares) <= 33 for shares in mixed)
 
 
-async def test_what_fails_in_company_is_run_alone_and_only_the_broken_answer_ends():
+async def test_what_fails_in_company_is_run_alone_and_only_the_broken_answer_ends(autojump_clock):
     class Fragile(FakeModel):
         async def before(self, feeds):
             if any(feed.sequence.sequence[:1] == [BROKEN] and feed.sequence.length > 8 for feed in feeds):
@@ -545,7 +545,7 @@ async def test_what_fails_in_company_is_run_alone_and_only_the_broken_answer_end
     assert (engine.statistics().finished, engine.statistics().failed) == (6, 1)
 
 
-async def test_leaving_a_shared_pass_lets_the_others_go_on():
+async def test_leaving_a_shared_pass_lets_the_others_go_on(autojump_clock):
     model = FakeModel()
     model.seconds = 0.002
     engine = engine_of(model)
@@ -588,7 +588,7 @@ TEXT = "the cat sat on the mat. the cat sat on the hat. the cat sat"
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"seed": 3, "temperature": 0.5}])
-async def test_drafts_save_passes_and_change_no_text(sampling):
+async def test_drafts_save_passes_and_change_no_text(sampling, autojump_clock):
     async def tokens(drafts_max):
         model = FakeModel(TEXT * 3, prompt=len(TOKENIZER.encode(TEXT)))
         model.seconds = 0.002
@@ -603,7 +603,7 @@ async def test_drafts_save_passes_and_change_no_text(sampling):
     assert numbers.drafts_proposed >= numbers.drafts_accepted >= passes - fewer
 
 
-async def test_drafts_that_never_come_true_are_no_longer_fed():
+async def test_drafts_that_never_come_true_are_no_longer_fed(autojump_clock):
     model = FakeModel()
     model.seconds = 0.002
     engine = engine_of(model, drafts_max=8)
@@ -662,7 +662,7 @@ async def test_a_kept_sequence_is_no_longer_than_what_is_in_it():
     assert (await answer(engine, request("a" * 60)))[-1].cached_tokens == 59
 
 
-async def test_choices_of_one_request_read_its_prompt_once():
+async def test_choices_of_one_request_read_its_prompt_once(autojump_clock):
     model = FakeModel()
     model.seconds = 0.001
     engine = engine_of(model, rows_max=50)
@@ -674,7 +674,7 @@ async def test_choices_of_one_request_read_its_prompt_once():
     assert len({tuple(tokens_of(events)) for events in found}) == 4
 
 
-async def test_who_waits_for_a_neighbours_prompt_goes_on_when_the_neighbour_leaves():
+async def test_who_waits_for_a_neighbours_prompt_goes_on_when_the_neighbour_leaves(autojump_clock):
     model = FakeModel()
     model.seconds = 0.001
     engine = engine_of(model, rows_max=10)
@@ -707,7 +707,7 @@ async def test_memory_bounds_an_answer_and_all_of_them_together():
     assert engine.statistics().kv_positions == 0
 
 
-async def test_one_users_many_requests_do_not_keep_another_waiting():
+async def test_one_users_many_requests_do_not_keep_another_waiting(autojump_clock):
     model = FakeModel()
     model.seconds = 0.001
     engine = engine_of(model, generations_max=2, waiting_max=100)
@@ -751,28 +751,28 @@ async def with_drafts_of(small):
     return found, len(model.passes), engine.statistics()
 
 
-async def test_a_draft_model_saves_passes_and_changes_no_text():
+async def test_a_draft_model_saves_passes_and_changes_no_text(autojump_clock):
     found, passes, numbers = await with_drafts_of(small_model())
     assert found == SAID
     assert passes < len(SAID) / 2
     assert numbers.drafts_accepted > len(SAID) / 2
 
 
-async def test_a_draft_model_that_guesses_wrong_is_hardly_asked():
-    small = small_model("x" * 100)
+async def test_a_draft_model_that_guesses_wrong_is_hardly_asked(autojump_clock):
+    small = small_model("x" * 100, seconds=0.004)
     found, passes, _ = await with_drafts_of(small)
     assert found == SAID
     assert passes > len(SAID) - 5
     assert len(small.passes) < 20
 
 
-async def test_a_draft_model_that_is_as_slow_is_hardly_asked():
+async def test_a_draft_model_that_is_as_slow_is_hardly_asked(autojump_clock):
     small = small_model(seconds=0.02)
     assert (await with_drafts_of(small))[0] == SAID
     assert len(small.passes) < 20
 
 
-async def test_a_draft_model_that_fails_ends_no_answer(caplog):
+async def test_a_draft_model_that_fails_ends_no_answer(caplog, autojump_clock):
     class Broken(FakeModel):
         async def before(self, feeds):
             raise RemoteError("no_replica", "gone", peer_id="somebody")
@@ -784,7 +784,7 @@ async def test_a_draft_model_that_fails_ends_no_answer(caplog):
     assert caplog.text.count("no drafts") == 1
 
 
-async def test_a_draft_model_of_another_vocabulary_is_not_used(caplog):
+async def test_a_draft_model_of_another_vocabulary_is_not_used(caplog, autojump_clock):
     small = small_model(words=tokenizer_of_letters())
     assert (await with_drafts_of(small))[0] == SAID
     assert small.passes == []
