@@ -36,7 +36,7 @@ _MEMORY = 0.93
 _ODDS_MIN = 0.02
 _SAMPLES = 7
 _STALE_PASSES = 400
-_GAIN_MIN = 1.03
+_GAIN_MIN = 1.05
 """Expected gains below this are within what is mismeasured."""
 _HOPED_SHARE_PER_ROW = 0.02
 """What a row beyond the measured counts is hoped to cost, as a share of the pass: low, so that it is tried."""
