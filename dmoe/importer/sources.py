@@ -1,11 +1,13 @@
-"""Where a model comes from: a GGUF file, read lazily, tensor by tensor.
+"""Where a model comes from: a GGUF file, or several that it was split into, read lazily, tensor by tensor.
 
 Owns: opening, bounds and types of a GGUF's tensors. Does not own: what they mean (``architectures``) or their numbers
 (``quantise``). Fails with IntegrityError naming the file, the tensor and its offset; never reads past the file.
 """
 
 import mmap
+import re
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,8 @@ from dmoe.importer.quantise import convert, float_layer, to_float
 Array = NDArray[Any]
 
 _ALL = slice(None)
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_PARTS_MAX = 1000
 _AGAIN = "the file is truncated, altered or of another kind; download it again"
 
 
@@ -51,34 +55,64 @@ class _Reader(gguf.GGUFReader):
         return np.frombuffer(self.data, dtype, int(count), int(offset))
 
 
-class GgufSource:
-    """An open GGUF file. ``metadata``: all keys with their values."""
+class _File:
+    """One open GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         if not path.is_file():
             raise LocalError("not_found", f"{path} is not a file", "give the path of a .gguf file")
         try:
             reader = _Reader(path)
             own = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-            self.metadata: Mapping[str, Any] = {key: field.contents() for key, field in own.items()}
+            self.metadata: dict[str, Any] = {key: field.contents() for key, field in own.items()}
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
             raise IntegrityError("integrity", f"{path} is not a whole GGUF file: {error}", _AGAIN) from error
-        self._map = reader.map
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.path = path
+        self.map = reader.map
+        self.tensors: dict[str, gguf.ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
+
+
+class GgufSource:
+    """An open GGUF file, or all parts of one that was split (``NAME-00001-of-00003.gguf`` and so on) by its first.
+    ``metadata``: all keys with their values, of the first part."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = [_File(part) for part in _parts(path)]
+        self.metadata: Mapping[str, Any] = self._files[0].metadata
+        self._tensors: dict[str, gguf.ReaderTensor] = {}
+        self._places: dict[str, Path] = {}
+        for number, file in enumerate(self._files):
+            self._check_part(number, file)
+            for name, tensor in file.tensors.items():
+                if name in self._tensors:
+                    raise IntegrityError("integrity", f"{file.path}: tensor {name[:80]} is in another part too", _AGAIN)
+                self._tensors[name] = tensor
+                self._places[name] = file.path
+
+    def _check_part(self, number: int, file: _File) -> None:
+        count = file.metadata.get("split.count", 1 if len(self._files) == 1 else None)
+        if count != len(self._files) or file.metadata.get("split.no", number) != number:
+            fault = f"{file.path} is not part {number + 1} of {len(self._files)}, as its metadata tells"
+            raise IntegrityError("integrity", fault, "keep the names that the parts had")
 
     @property
     def size_bytes(self) -> int:
         """Of what :meth:`sha256` reads."""
-        return self.path.stat().st_size
+        return sum(file.path.stat().st_size for file in self._files)
 
     def sha256(self, read: Callable[[int], None] = lambda count: None) -> str:
-        """The whole file's hash, hex. ``read`` is called after every block with its bytes."""
-        return hash_file(self.path, read).hexdigest()
+        """The file's hash, hex; of a split one, the hash over its parts' hashes. ``read`` is called after every block
+        with its bytes."""
+        digests = [hash_file(file.path, read) for file in self._files]
+        if len(digests) == 1:
+            return digests[0].hexdigest()
+        return sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
     def release_pages(self) -> None:
         """Give back the memory of what was read so far; it is read again when touched."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        for file in self._files:
+            file.map.madvise(mmap.MADV_DONTNEED)
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -151,7 +185,23 @@ class GgufSource:
 
     def _fault(self, name: str, what: str, hint: str = "") -> IntegrityError:
         offset = int(self._tensors[name].data_offset)
-        return IntegrityError("integrity", f"{self.path}: tensor {name} at offset {offset} {what}", hint)
+        return IntegrityError("integrity", f"{self._places[name]}: tensor {name} at offset {offset} {what}", hint)
+
+
+def _parts(path: Path) -> list[Path]:
+    """All files of a model that was split, by the name of its first; else the file itself."""
+    found = _PART.fullmatch(path.name)
+    if found is None or not path.is_file():
+        return [path]
+    count = int(found["count"])
+    names = [f"{found['stem']}-{number + 1:05d}-of-{count:05d}.gguf" for number in range(min(count, _PARTS_MAX))]
+    if path.name != names[0]:
+        fault = f"{path} is part {int(found['number'])} of {count}"
+        raise LocalError("not_found", fault, f"give the first part: {path.with_name(names[0])}")
+    for name in names:
+        if not path.with_name(name).is_file():
+            raise LocalError("not_found", f"{path.with_name(name)} is missing", "keep all parts in one folder")
+    return [path.with_name(name) for name in names]
 
 
 def _cut(layer: Linear, columns: slice) -> Linear:

@@ -219,3 +219,63 @@ def test_what_a_killed_import_left_is_swept_by_the_next_and_a_live_one_is_not(tm
     assert not left.exists()
     assert live.exists()
     os.close(claim)
+
+
+def split_gguf(tmp_path, count=3, kind="Q8_0"):
+    """A tiny model split as llama.cpp's gguf-split does: all metadata in the first part."""
+    whole = GgufSource(write_gguf(tmp_path / "tiny.gguf", kind=kind, tied=False))
+    tensors = list(whole._tensors.values())
+    for number in range(count):
+        writer = gguf.GGUFWriter(tmp_path / f"tiny-{number + 1:05d}-of-{count:05d}.gguf", "llama")
+        if number == 0:
+            copy_metadata(writer, whole.metadata)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        for tensor in tensors[number::count]:
+            quantised = tensor.tensor_type.name == kind
+            data = np.array(tensor.data)
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type if quantised else None)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return tmp_path / f"tiny-00001-of-{count:05d}.gguf"
+
+
+def copy_metadata(writer, metadata):
+    for key, value in metadata.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str) and key != "general.architecture":
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+
+
+def test_a_split_file_is_the_model_that_was_split(tmp_path):
+    first = split_gguf(tmp_path)
+    parts, whole = ModelStore(tmp_path / "parts"), ModelStore(tmp_path / "whole")
+    found = import_gguf(first, parts, PUBLISHER)
+    wanted = import_gguf(tmp_path / "tiny.gguf", whole, PUBLISHER)
+    assert [shard.files for shard in found.shards] == [shard.files for shard in wanted.shards]
+    assert found.golden == wanted.golden
+    assert found.source.sha256 != wanted.source.sha256
+
+
+def test_a_part_that_is_missing_or_wrong_is_named(tmp_path):
+    first = split_gguf(tmp_path)
+    second, third = (tmp_path / f"tiny-0000{n}-of-00003.gguf" for n in (2, 3))
+    with pytest.raises(LocalError, match=r"is part 2 of 3 \(give the first part: .*tiny-00001-of-00003.gguf"):
+        GgufSource(second)
+    kept = third.read_bytes()
+    third.write_bytes(second.read_bytes())
+    with pytest.raises(IntegrityError, match="00003-of-00003.gguf is not part 3 of 3"):
+        GgufSource(first)
+    third.write_bytes(kept[:-1000])
+    with pytest.raises(IntegrityError, match="00003-of-00003.gguf is not a whole GGUF file"):
+        GgufSource(first)
+    third.unlink()
+    with pytest.raises(LocalError, match="00003-of-00003.gguf is missing"):
+        GgufSource(first)
