@@ -165,7 +165,7 @@ def folder_text(path: Path, vocab: int) -> FolderText:
     """
     file = path / "tokenizer.json"
     if not file.is_file():
-        raise IntegrityError("integrity", f"{path} has no tokenizer.json", "models without one cannot be imported")
+        raise IntegrityError("integrity", f"{path} has no tokenizer.json", _tokenizer_hint(path))
     document, data = _json(file), file.read_bytes()
     options = _json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
     template = _template(path, options)
@@ -173,6 +173,16 @@ def folder_text(path: Path, vocab: int) -> FolderText:
     if count > vocab:
         raise IntegrityError("integrity", f"{file} has {count} tokens, the model only {vocab}", _AGAIN)
     return FolderText(data, template, _stop_tokens(path, document, vocab))
+
+
+def _tokenizer_hint(path: Path) -> str:
+    if (path / "tokenizer.model").is_file():
+        convert = f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        return (
+            f"tokenizer.model is the older form: convert it where transformers is installed, with {convert}, "
+            "or import a GGUF of the model"
+        )
+    return "models without one cannot be imported"
 
 
 def _template(path: Path, options: Mapping[str, Any]) -> str:

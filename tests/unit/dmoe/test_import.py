@@ -271,11 +271,11 @@ def test_a_part_that_is_missing_or_wrong_is_named(tmp_path):
         GgufSource(second)
     kept = third.read_bytes()
     third.write_bytes(second.read_bytes())
-    with pytest.raises(IntegrityError, match="00003-of-00003.gguf is not part 3 of 3"):
+    with pytest.raises(IntegrityError, match=r"00003-of-00003\.gguf is not part 3 of 3"):
         GgufSource(first)
     third.write_bytes(kept[:-1000])
-    with pytest.raises(IntegrityError, match="00003-of-00003.gguf is not a whole GGUF file"):
+    with pytest.raises(IntegrityError, match=r"00003-of-00003\.gguf is not a whole GGUF file"):
         GgufSource(first)
     third.unlink()
-    with pytest.raises(LocalError, match="00003-of-00003.gguf is missing"):
+    with pytest.raises(LocalError, match=r"00003-of-00003\.gguf is missing"):
         GgufSource(first)

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from config.errors import IntegrityError, LocalError
 from config.generation import Message
 from dmoe.golden import verify
+from dmoe.importer import rows
 from dmoe.importer.build import import_folder
 from dmoe.importer.folder import FolderSource
 from dmoe.layers import fused_runner, local_runner
@@ -205,3 +206,53 @@ def test_a_part_of_a_matrix_is_read_as_it_is(tmp_path, dtype):
     if dtype == "F16":
         wanted = wanted.astype(np.float16).astype(np.float32)
     assert part.parts["w"].tobytes() == np.ascontiguousarray(wanted).tobytes()
+
+
+def test_an_older_tokenizer_says_how_to_convert_it(tmp_path):
+    def swap(folder):
+        (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+
+    _refused(tmp_path, r"has no tokenizer\.json \(tokenizer\.model is the older form: convert it", after=swap)
+
+
+def test_templates_and_ends_are_found_wherever_a_folder_keeps_them(tmp_path):
+    folder = write_folder(tmp_path / "tiny", "llama", config={"eos_token_id": [1, 2]})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 1]}))
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}{{ messages[0]['content'] }}!")
+    manifest = import_folder(folder, ModelStore(tmp_path / "models"), PUBLISHER)
+    assert manifest.stop_tokens == (3, 1, 2)
+    assert manifest.chat_template.endswith("!")
+    assert '{%- set eos_token = "</s>" +%}' in manifest.chat_template
+
+
+@pytest.mark.parametrize(
+    ("index", "fault"),
+    [
+        ("[1, 2", "is not readable JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map of texts"),
+        ('{"weight_map": {}}', r"has no \.safetensors file"),
+        ('{"weight_map": {"a": "/etc/x.safetensors"}}', "not a file of its folder"),
+        ('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "lacks tensor"),
+    ],
+)
+def test_an_index_that_is_wrong_is_named(tmp_path, index, fault):
+    def write(folder):
+        (folder / "model.safetensors.index.json").write_text(index)
+
+    _refused(tmp_path, fault, files=2, after=write, error=(IntegrityError, LocalError))
+
+
+def test_a_tensor_that_two_files_hold_is_refused(tmp_path):
+    def twice(folder):
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "more.safetensors").write_bytes(data)
+
+    _refused(tmp_path, r"more\.safetensors: tensor \S+ is in another file too", after=twice)
+
+
+def test_numbers_that_are_not_finite_are_found_in_the_last_block_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK_WEIGHTS_MAX", 640)
+    weight = np.zeros((260, 64), np.float32)
+    weight[259, 63] = np.inf
+    _refused(tmp_path, r"tensor lm_head\.weight holds numbers that are not finite", change={"lm_head.weight": weight})

@@ -1,9 +1,14 @@
 """``rios model import`` and ``rios bench import`` over real files."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from dmoe.importer.sample import Sizes, write_sample
 from node.cli import main
 from tests.unit.dmoe.folder_kit import write_folder
 
@@ -11,7 +16,7 @@ from tests.unit.dmoe.folder_kit import write_folder
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("RIOS_CONFIG", str(tmp_path / "rios.toml"))
-    assert main(["init", "--set", f'node.data_dir="{tmp_path}/data"']) == 0
+    assert main(["init", "--set", f"node.data_dir={tmp_path}/data"]) == 0
     return tmp_path
 
 
@@ -60,4 +65,20 @@ def test_bench_import_measures_and_keeps_nothing(home, capsys):
     assert main(["bench", "import", "--mb", "5"]) == 0
     assert "peak memory" in capsys.readouterr().out
     models = home / "data" / "models"
-    assert not models.exists() or list(models.iterdir()) == []
+    models.mkdir(parents=True, exist_ok=True)
+    assert main(["bench", "import", "--mb", "5"]) == 0  # on the disk that models are on
+    assert list(models.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(home):
+    source = write_sample(home / "sample", Sizes(hidden=512, layers=8, intermediate=1024, vocab=8192))
+    command = [sys.executable, "-m", "node", "model", "import", str(source)]
+    models = home / "data" / "models"
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as running:
+        while running.poll() is None and not list(models.glob(".importing-*/experts/*")):
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate()
+    assert running.returncode == 130
+    assert b"interrupted" in said
+    assert list(models.iterdir()) == []
