@@ -18,7 +18,7 @@ from config.load import Loaded, render_reference, to_toml
 from config.paths import Paths
 from config.settings import DmoeSettings, sections
 from config.vocabulary import format_credits
-from node import threads
+from node import progress, threads
 from node.cli import VERSION, Context, Output, parse_credits
 from p2p.core.identity import Identity
 
@@ -240,7 +240,10 @@ def model_verify(context: Context) -> Output:
     text = f"{manifest.name}: {held} of {len(manifest.shards)} shards here, all hashes right"
     if held == len(manifest.shards):
         options = RuntimeOptions(device="cpu", threads=count)
-        data["golden_difference"] = trio.run(golden.verify, manifest, store, options)
+        total = sum(shard.size_bytes for shard in manifest.parts)
+        with progress.bar("bytes") as show:
+            ran = progress.counted(show, total, "golden logits")
+            data["golden_difference"] = trio.run(golden.verify, manifest, store, options, ran)
         text += f"\n  golden logits: largest difference {data['golden_difference']:.2e}"
         text += f" (tolerance {manifest.golden.tolerance:.2e})"
     return Output(data, text)

@@ -26,3 +26,15 @@ def bar(unit: Literal["bytes", "files", "replicas", "steps"]) -> Iterator[Show]:
             shown.update(task, completed=done, total=total or None, description=what[:100])
 
         yield show
+
+
+def counted(show: Show, total: int, what: str) -> Callable[[int], None]:
+    """A function that is told of every further bit of work, and shows how much there is by now."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        show(min(done, total), total, what)
+
+    return add

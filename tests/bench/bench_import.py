@@ -22,17 +22,28 @@ FORMATS = ("source", "fp32", "int8")
 KIB = 1024
 
 
-def measure(source: Path, home: Path, form: str) -> dict[str, object]:
+def measure(source: Path, home: Path, form: str) -> dict[str, int]:
     """One import in a process of its own."""
     command = [sys.executable, "-m", "node", "bench", "import", str(source), "--format", form, "--json"]
     environment = {**os.environ, "HOME": str(home), "TMPDIR": str(home)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stdout is not None
-        data: dict[str, object] = json.loads(child.stdout.read())
+        data: dict[str, int] = json.loads(child.stdout.read())
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0, data
     return {**data, "peak_bytes": usage.ru_maxrss * KIB}
+
+
+def figures(found: dict[str, dict[str, int]]) -> dict[str, object]:
+    """What is printed, by format where formats differ."""
+    return {
+        "import_source_bytes": found["source"]["source_bytes"],
+        "import_peak_bytes": {form: data["peak_bytes"] for form, data in found.items()},
+        "import_layer_bytes": {form: data["layer_bytes"] for form, data in found.items()},
+        "import_mb_per_s": {form: data["mb_per_s"] for form, data in found.items()},
+        "import_peak_above_layer_bytes": max(data["peak_bytes"] - data["layer_bytes"] for data in found.values()),
+    }
 
 
 def main() -> None:
@@ -50,16 +61,7 @@ def main() -> None:
         print(form, json.dumps(data), file=sys.stderr)
     print(
         json.dumps(
-            {
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                "source_bytes": found["source"]["source_bytes"],
-                "import_peak_bytes": {form: data["peak_bytes"] for form, data in found.items()},
-                "import_layer_bytes": {form: data["layer_bytes"] for form, data in found.items()},
-                "import_mb_per_s": {form: data["mb_per_s"] for form, data in found.items()},
-                "import_peak_above_layer_bytes": max(
-                    int(str(data["peak_bytes"])) - int(str(data["layer_bytes"])) for data in found.values()
-                ),
-            }
+            {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "figures": figures(found), "ratios": {}}
         )
     )
 

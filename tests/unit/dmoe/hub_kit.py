@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -86,3 +88,12 @@ def serving():
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def point_at(address, monkeypatch):
+    """Have the library ask this hub, and not wait between attempts."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)

@@ -11,7 +11,7 @@ from dmoe.importer import hub as under_test
 from dmoe.importer.build import Wishes, import_model
 from dmoe.store import ModelStore
 from tests.unit.dmoe.folder_kit import write_folder
-from tests.unit.dmoe.hub_kit import COMMIT, serving
+from tests.unit.dmoe.hub_kit import COMMIT, point_at, serving
 from tests.unit.dmoe.model_kit import PUBLISHER, write_gguf
 
 RESOLVE = f"/owner/model/resolve/{COMMIT}/"
@@ -20,13 +20,7 @@ RESOLVE = f"/owner/model/resolve/{COMMIT}/"
 @pytest.fixture
 def hub(monkeypatch):
     with serving() as (made, address):
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            huggingface_hub.constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
+        point_at(address, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         yield made
         huggingface_hub.close_session()

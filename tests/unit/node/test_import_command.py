@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import pytest
 
 from dmoe.importer.sample import Sizes, write_sample
 from node.cli import main
 from tests.unit.dmoe.folder_kit import write_folder
+from tests.unit.dmoe.hub_kit import point_at, serving
 
 
 @pytest.fixture
@@ -82,3 +84,18 @@ def test_ctrl_c_leaves_nothing_behind(home):
     assert running.returncode == 130
     assert b"interrupted" in said
     assert list(models.iterdir()) == []
+
+
+def test_a_model_of_a_hub_is_fetched_and_imported(home, capsys, monkeypatch):
+    folder = write_folder(home / "files", "llama")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    with serving() as (hub, address):
+        point_at(address, monkeypatch)
+        hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert main(["model", "import", "hf:owner/model@main", "--json"]) == 0
+        said = capsys.readouterr()
+        huggingface_hub.close_session()
+    assert json.loads(said.out.splitlines()[-1])["name"] == "model"
+    assert "hf:owner/model@main: 4 files" in said.err
+    (manifest,) = (home / "data" / "models").glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["source"]["name"] == "hf:owner/model@main"
