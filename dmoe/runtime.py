@@ -147,15 +147,12 @@ class ExpertShard:
         self._weighted = manifest.architecture.router.kind != "all"
         self._hidden = manifest.architecture.hidden
         self._files = store.open_shard(manifest, shard)
-        self._sessions: dict[tuple[int, int], _Expert] = {}
+        self._sessions: dict[tuple[int, int], Expert] = {}
         tensors = merged(self._files)
         providers = options.providers()
         for layer in manifest.layers_of(shard):
             for expert in shard.experts:
-                gate_up, down = expert_weights(manifest.architecture, tensors, layer, expert)
-                graph = expert_graph(gate_up, down, manifest.architecture.traits)
-                session = open_session(graph, threads=1, providers=providers)
-                self._sessions[layer, expert] = _Expert(session, self._hidden)
+                self._sessions[layer, expert] = open_expert(manifest, tensors, layer, expert, providers)
         self._warm_up()
         release(self._files)
 
@@ -167,16 +164,9 @@ class ExpertShard:
         ``h``: rows as rounded for the wire. ``experts i32[N, k]`` and ``weights f32[N, k]`` are the router's choice,
         None where every expert is always chosen. A row that chose no expert of the group gets 0.
         """
-        if not self._weighted:
-            total = self._sessions[layer, self._experts[0]].run(h)
-            for expert in self._experts[1:]:
-                total += self._sessions[layer, expert].run(h)
-            return total
-        assert experts is not None
-        assert weights is not None
-        return weighted_sum(
-            self._experts, h, experts, weights, lambda expert, rows: self._sessions[layer, expert].run(rows)
-        )
+        assert (experts is not None) == self._weighted
+        run = self._sessions
+        return partial_sum(self._experts, h, experts, weights, lambda expert, rows: run[layer, expert].run(rows))
 
     def close(self) -> None:
         """Free the sessions and their memory."""
@@ -187,6 +177,23 @@ class ExpertShard:
         row = np.zeros((1, self._hidden), np.float32)
         for expert in self._sessions.values():
             expert.run(row)
+
+
+def partial_sum(
+    members: Sequence[int],
+    h: FloatRows,
+    experts: IntRows | None,
+    weights: FloatRows | None,
+    run: Callable[[int, FloatRows], FloatRows],
+) -> FloatRows:
+    """A sum group's share ``f32[N, H]`` in expert order; without a choice every one of ``members``, unweighted. ``run``
+    gives an array that may be written to."""
+    if experts is not None and weights is not None:
+        return weighted_sum(members, h, experts, weights, run)
+    total = run(members[0], h)
+    for expert in members[1:]:
+        total += run(expert, h)
+    return total
 
 
 def weighted_sum(
@@ -216,7 +223,17 @@ def weighted_sum(
     return np.zeros(h.shape, np.float32) if total is None else total
 
 
-class _Expert:
+def open_expert(
+    manifest: Manifest, tensors: Mapping[str, Array], layer: int, expert: int, providers: Sequence[str] = (_CPU,)
+) -> "Expert":
+    """One expert out of its shard's tensors."""
+    arch = manifest.architecture
+    gate_up, down = expert_weights(arch, tensors, layer, expert)
+    graph = expert_graph(gate_up, down, arch.traits)
+    return Expert(open_session(graph, threads=1, providers=providers), arch.hidden)
+
+
+class Expert:
     """One expert's session; single rows go through bindings that are kept, one per thread that needs one at a time."""
 
     __slots__ = ("_free", "_hidden", "_session")
@@ -227,6 +244,7 @@ class _Expert:
         self._free: list[tuple[FloatRows, FloatRows, Binding]] = []
 
     def run(self, h: FloatRows) -> FloatRows:
+        """``y f32[N, H]`` of ``h``; the caller may write to it."""
         if len(h) != 1:
             out = np.empty((len(h), self._hidden), np.float32)
             if len(h):
@@ -304,7 +322,7 @@ def smoke(options: RuntimeOptions) -> None:
     gate_up = Linear({"w": np.ones((64, 32), np.float32)})
     down = Linear({"w": np.ones((32, 32), np.float32)})
     session = open_session(expert_graph(gate_up, down), threads=1, providers=options.providers())
-    found = _Expert(session, 32).run(np.ones((1, 32), np.float32))
+    found = Expert(session, 32).run(np.ones((1, 32), np.float32))
     silu = 32.0 / (1.0 + float(np.exp(-32.0)))
     if not np.allclose(found, 32 * silu * 32):
         raise LocalError("local", "ONNX Runtime computes wrongly on this machine", "reinstall onnxruntime")

