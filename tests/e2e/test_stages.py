@@ -151,4 +151,5 @@ def test_a_host_that_dies_in_the_middle_changes_no_letter(rig: Rig, name: str) -
     assert answer["retries"] > 0
     killed[0].start()
     killed[0].wait_started()
-    wait_for(lambda: rig.replicas(model) >= 2, "the host to be back", 40)
+    back = rig.models.values()  # the next test kills the other host
+    wait_for(lambda: all(rig.replicas(each) >= 2 for each in back), "the host to be back with all it had", 40)
