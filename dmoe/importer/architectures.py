@@ -17,7 +17,8 @@ CONTEXT_MAX = 32768
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Names of a family's tensors; ``{l}`` is the layer."""
+    """Names of a family's tensors; ``{l}`` is the layer. Which of them a model has follows from its architecture; the
+    experts' gates and ups are one tensor where ``gate_up_experts`` is named."""
 
     rope_interleaved: bool
     embedding: str = "token_embd.weight"
@@ -36,6 +37,28 @@ class Family:
     gate_experts: str = "blk.{l}.ffn_gate_exps.weight"
     up_experts: str = "blk.{l}.ffn_up_exps.weight"
     down_experts: str = "blk.{l}.ffn_down_exps.weight"
+    gate_up_experts: str = ""
+    queries_bias: str = "blk.{l}.attn_q.bias"
+    keys_bias: str = "blk.{l}.attn_k.bias"
+    values_bias: str = "blk.{l}.attn_v.bias"
+    output_bias: str = "blk.{l}.attn_output.bias"
+    query_norm: str = "blk.{l}.attn_q_norm.weight"
+    key_norm: str = "blk.{l}.attn_k_norm.weight"
+    sinks: str = "blk.{l}.attn_sinks.weight"
+    query_down: str = "blk.{l}.attn_q_a.weight"
+    query_down_norm: str = "blk.{l}.attn_q_a_norm.weight"
+    query_up: str = "blk.{l}.attn_q_b.weight"
+    latent_down: str = "blk.{l}.attn_kv_a_mqa.weight"
+    latent_norm: str = "blk.{l}.attn_kv_a_norm.weight"
+    latent_up: str = "blk.{l}.attn_kv_b.weight"
+    shared_gate: str = "blk.{l}.ffn_gate_shexp.weight"
+    shared_up: str = "blk.{l}.ffn_up_shexp.weight"
+    shared_down: str = "blk.{l}.ffn_down_shexp.weight"
+    shared_gate_weight: str = "blk.{l}.ffn_gate_inp_shexp.weight"
+    router_bias: str = "blk.{l}.exp_probs_b.bias"
+    gate_experts_bias: str = "blk.{l}.ffn_gate_exps.bias"
+    up_experts_bias: str = "blk.{l}.ffn_up_exps.bias"
+    down_experts_bias: str = "blk.{l}.ffn_down_exps.bias"
 
 
 FAMILIES: Mapping[str, Family] = {

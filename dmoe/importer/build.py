@@ -111,6 +111,7 @@ class _Import:
         self.wishes = wishes
         self.cut = Cut(model, wishes.quantisation, wishes.sizes)
         sizes = [size_of(shapes_of(self.cut.entries(part))) for part in self.cut.parts]
+        self.cut.check_all_used()
         self.source.release_pages()
         self.bytes_needed = sum(sizes) + len(model.text.tokenizer) + _MANIFEST_BYTES
         self.progress = _Bytes(progress, self.source.size_bytes + 2 * sum(sizes))

@@ -1,30 +1,23 @@
 """How a model is cut into files and shards.
 
-Owns: which layers and experts share a file, the sum groups, which tensors a file holds. Does not own: where the numbers
-come from (``sources``, ``folder``) or how they are written (``write``). Matrices are named here, not read: what a part
-holds are :class:`Rows`, which the writer reads block by block.
+Owns: which layers and experts share a file, the sum groups. Does not own: which tensors a layer has (``tensors``) or
+how they are written (``write``). Matrices are named here, not read: what a part holds is read block by block.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from config.errors import ConfigError
 from config.vocabulary import ShardId
-from dmoe.core.linear import Linear
 from dmoe.core.manifest import ModelFile, Quantisation, Shard
 from dmoe.importer.model import Model
-from dmoe.importer.rows import Rows, joined
+from dmoe.importer.tensors import Entry, Tensors
 from dmoe.importer.write import Entries
-
-Array = NDArray[Any]
 
 LAYERS_PER_SHARD_MAX = 10
 GROUPS_MAX = 4
-_ALL = slice(None)
 _RUNTIME_OVERHEAD_BYTES = 200_000
 """Memory of one ONNX Runtime session beside its weights."""
 
@@ -88,9 +81,8 @@ class Cut:
     """A model cut into parts: its trunk files, and its expert files of one sum group each."""
 
     def __init__(self, model: Model, quantisation: Quantisation, sizes: Sizes) -> None:
-        self.source = model.source
+        self.tensors = Tensors(model, quantisation)
         self.quantisation = quantisation
-        self.family = model.family
         self.arch = model.architecture
         sizes.check(self.arch.layers, self.arch.router.experts)
         self.groups = sizes.groups(self.arch.router.experts)
@@ -101,6 +93,7 @@ class Cut:
         self.experts = [
             Part(f"experts/l{first:02d}-{last:02d}-g{group}.safetensors", (first, last), group)
             for first, last in spans
+            if any(first <= layer <= last for layer in self.arch.sparse_layers)
             for group in range(len(self.groups))
         ]
 
@@ -113,79 +106,19 @@ class Cut:
         """What a file holds. Raises IntegrityError naming a tensor that is missing or wrong."""
         return list(self._entries(part))
 
-    def _entries(self, part: Part) -> Iterator[tuple[str, Rows | Array]]:
+    def _entries(self, part: Part) -> Iterator[Entry]:
         if part.holds_ends:
-            yield from self._ends()
+            yield from self.tensors.ends()
         for layer in range(part.layers[0], part.layers[1] + 1):
             if part.group < 0:
-                yield from self._attention(layer)
-            else:
+                yield from self.tensors.trunk(layer)
+            elif layer in self.arch.sparse_layers:
                 for expert in self.groups[part.group]:
-                    gate_up, down = self._expert(layer, expert)
-                    yield f"layer.{layer}.expert.{expert}.gate_up", gate_up
-                    yield f"layer.{layer}.expert.{expert}.down", down
+                    yield from self.tensors.expert(layer, expert)
 
-    def _matrix(self, name: str, rows: int, columns: int, quantisation: Quantisation | None = None) -> Rows:
-        """A matrix of the source in the wanted form."""
-        return self._part(name, (rows, columns), slice(0, rows), _ALL, quantisation)
-
-    def _part(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        rows: slice,
-        columns: slice,
-        quantisation: Quantisation | None = None,
-    ) -> Rows:
-        """Some rows and columns of a matrix of ``shape``."""
-        wanted = quantisation or self.quantisation
-
-        def read(block: slice) -> Linear:
-            inside = slice(rows.start + block.start, rows.start + block.stop)
-            return self.source.linear(name, shape, wanted, (inside, columns))
-
-        width = shape[1] if columns == _ALL else columns.stop - columns.start
-        return Rows(rows.stop - rows.start, width, name, read)
-
-    def _member(self, name: str, index: int, shape: tuple[int, int, int]) -> Rows:
-        """Matrix ``index`` of a stack of ``shape``: one expert's."""
-        return Rows(*shape[1:], name, lambda rows: self.source.linear_of(name, index, shape, self.quantisation, rows))
-
-    def _ends(self) -> Iterator[tuple[str, Rows | Array]]:
-        arch, family = self.arch, self.family
-        yield "embed", self._matrix(family.embedding, arch.vocab, arch.hidden)
-        if not arch.tie_embeddings:
-            yield "head", self._matrix(family.head, arch.vocab, arch.hidden)
-        yield "norm", self.source.vector(family.norm, arch.hidden)
-
-    def _attention(self, layer: int) -> Iterator[tuple[str, Rows | Array]]:
-        arch, family, prefix = self.arch, self.family, f"layer.{layer}"
-        width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-        yield f"{prefix}.norm_attention", self.source.vector(family.norm_attention.format(l=layer), arch.hidden)
-        yield f"{prefix}.norm_experts", self.source.vector(family.norm_experts.format(l=layer), arch.hidden)
-        rows = ((family.queries, width), (family.keys, kv_width), (family.values, kv_width))
-        yield f"{prefix}.qkv", joined([self._matrix(name.format(l=layer), size, arch.hidden) for name, size in rows])
-        yield f"{prefix}.output", self._matrix(family.output.format(l=layer), arch.hidden, width)
-        if arch.router.kind != "all":
-            router = self._matrix(family.router.format(l=layer), arch.router.experts, arch.hidden, "fp32")
-            yield f"{prefix}.router", router
-
-    def _expert(self, layer: int, expert: int) -> tuple[Rows, Rows]:
-        """gate|up and down of an expert; of a dense model, of a block of neurons."""
-        arch, family = self.arch, self.family
-        width, hidden, count = arch.intermediate, arch.hidden, arch.router.experts
-        if arch.router.kind == "all":
-            block, every = slice(expert * width, (expert + 1) * width), slice(0, hidden)
-            wide, tall = (count * width, hidden), (hidden, count * width)
-            gate = self._part(family.gate.format(l=layer), wide, block, _ALL)
-            up = self._part(family.up.format(l=layer), wide, block, _ALL)
-            down = self._part(family.down.format(l=layer), tall, every, block)
-        else:
-            stack, stack_down = (count, width, hidden), (count, hidden, width)
-            gate = self._member(family.gate_experts.format(l=layer), expert, stack)
-            up = self._member(family.up_experts.format(l=layer), expert, stack)
-            down = self._member(family.down_experts.format(l=layer), expert, stack_down)
-        return joined([gate, up]), down
+    def check_all_used(self) -> None:
+        """Once all entries are known: refuse a source that holds what no file would."""
+        self.tensors.check_all_used()
 
     def trunk_shard(self, files: list[ModelFile], params: int) -> Shard:
         """The trunk over its files."""
@@ -198,7 +131,7 @@ class Cut:
             experts=(),
             files=tuple(files),
             params=params,
-            flops_per_row=2 * arch.hidden * (arch.qkv_width + arch.heads * arch.head_dim),
+            flops_per_row=2 * sum(map(arch.trunk_weights, range(arch.layers))) // arch.layers,
             ram_bytes=sum(file.size_bytes for file in files) + arch.layers * _RUNTIME_OVERHEAD_BYTES,
             dtype=self.quantisation,
         )
@@ -207,7 +140,7 @@ class Cut:
         """The shard of one expert file."""
         first, last = part.layers
         experts = self.groups[part.group]
-        sessions = len(experts) * (last - first + 1)
+        sessions = len(experts) * sum(first <= layer <= last for layer in self.arch.sparse_layers)
         return Shard(
             id=ShardId(f"expert-l{first:02d}-{last:02d}-g{part.group}"),
             kind="expert",

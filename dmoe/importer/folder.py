@@ -120,19 +120,26 @@ class FolderSource:
         self, name: str, shape: tuple[int, int], quantisation: Quantisation, part: tuple[slice, slice] = (_ALL, _ALL)
     ) -> Linear:
         """A weight matrix of ``shape`` (rows, columns) in the wanted form, or only the rows and columns in ``part``."""
+        return self._layer(name, shape, quantisation, part)
+
+    def linear_of(
+        self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation, rows: slice = _ALL
+    ) -> Linear:
+        """Rows of one expert's matrix of ``shape[1:]``: a tensor of its own, or part of one of ``shape``."""
+        if "{e}" in name:
+            return self.linear(name.replace("{e}", str(index)), shape[1:], quantisation, (rows, _ALL))
+        return self._layer(name, shape, quantisation, (index, rows, _ALL))
+
+    def _layer(
+        self, name: str, shape: tuple[int, ...], quantisation: Quantisation, part: tuple[slice | int, ...]
+    ) -> Linear:
         dtype, bits = self._bits(name, shape, part)
         layer = float_layer(dtype, bits, *bits.shape)
         if not layer.is_finite():
             raise self._fault(name, "holds numbers that are not finite", _AGAIN)
         return convert(layer, quantisation)
 
-    def linear_of(
-        self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation, rows: slice = _ALL
-    ) -> Linear:
-        """Rows of one expert's matrix of ``shape[1:]``; here every expert has a tensor of its own."""
-        return self.linear(name.replace("{e}", str(index)), shape[1:], quantisation, (rows, _ALL))
-
-    def _bits(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> tuple[str, Array]:
+    def _bits(self, name: str, shape: tuple[int, ...], part: tuple[slice | int, ...]) -> tuple[str, Array]:
         tensor = self._tensor(name)
         if tensor.shape != shape:
             raise self._fault(name, f"has shape {list(tensor.shape)}, expected {list(shape)}")

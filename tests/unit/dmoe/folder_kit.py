@@ -10,7 +10,6 @@ import zlib
 import numpy as np
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, EXPERTS, VOCAB = 64, 3, 4, 2, 6, 260
-FAMILIES = ("llama", "mixtral")
 _COMMON = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
@@ -23,6 +22,21 @@ _COMMON = {
     "hidden_act": "silu",
     "eos_token_id": 1,
 }
+_LATENT = {
+    "intermediate_size": 160,
+    "moe_intermediate_size": 32,
+    "num_key_value_heads": HEADS,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1}
 CONFIGS = {
     "llama": _COMMON
     | {
@@ -31,6 +45,21 @@ CONFIGS = {
         "intermediate_size": 256,
         "rope_theta": 10000.0,
         "head_dim": 16,
+    },
+    "llama3": _COMMON
+    | {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "intermediate_size": 128,
+        "tie_word_embeddings": True,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
     },
     "mixtral": _COMMON
     | {
@@ -42,31 +71,190 @@ CONFIGS = {
         "rope_theta": 1e6,
         "sliding_window": None,
     },
+    # biases, a gated shared expert, one dense layer, a window in layers 0 and 2
+    "qwen2_moe": _COMMON
+    | {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "intermediate_size": 160,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 96,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 28,
+        "tie_word_embeddings": True,
+        "rope_theta": 1e6,
+    },
+    # norms per head, heads wider than the hidden state, every second layer sparse, yarn
+    "qwen3_moe": _COMMON
+    | {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "intermediate_size": 160,
+        "moe_intermediate_size": 64,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "head_dim": 32,
+        "num_hidden_layers": 4,
+        "rope_parameters": _YARN | {"rope_theta": 1e6},
+    },
+    # norms over the whole width, clipped projections
+    "olmoe": _COMMON
+    | {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "intermediate_size": 64,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "clip_qkv": 1.25,
+        "rope_theta": 10000.0,
+    },
+    # as V2-Lite: queries at once from the hidden state, no groups
+    "deepseek_v2_lite": _COMMON
+    | _LATENT
+    | {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "n_shared_experts": 2,
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": False,
+    },
+    "deepseek_v2": _COMMON
+    | _LATENT
+    | {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "n_shared_experts": 2,
+        "q_lora_rank": 32,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 4.0,
+        "norm_topk_prob": False,
+        "rope_scaling": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.9},
+    },
+    "deepseek_v3": _COMMON
+    | _LATENT
+    | {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "n_shared_experts": 1,
+        "q_lora_rank": 32,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "num_nextn_predict_layers": 1,
+        "rope_scaling": _YARN | {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
 }
+FAMILIES = ("llama", "mixtral")
 
 
-def _shapes(family):
-    width, kv = CONFIGS[family]["intermediate_size"], HIDDEN // HEADS * KV_HEADS
-    shapes = {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-        "lm_head.weight": (VOCAB, HIDDEN),
-    }
-    for layer in range(LAYERS):
+def _shapes(name):
+    """Every tensor's shape, by the names that transformers gives them."""
+    config = CONFIGS[name]
+    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (VOCAB, HIDDEN)
+    for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
         shapes |= {p + "input_layernorm.weight": (HIDDEN,), p + "post_attention_layernorm.weight": (HIDDEN,)}
-        rows = {"q": HIDDEN, "k": kv, "v": kv, "o": HIDDEN}
-        shapes |= {f"{p}self_attn.{part}_proj.weight": (size, HIDDEN) for part, size in rows.items()}
-        if family == "llama":
-            shapes |= {f"{p}mlp.{part}_proj.weight": (width, HIDDEN) for part in ("gate", "up")}
-            shapes[p + "mlp.down_proj.weight"] = (HIDDEN, width)
-            continue
-        shapes[p + "block_sparse_moe.gate.weight"] = (EXPERTS, HIDDEN)
-        for expert in range(EXPERTS):
-            e = f"{p}block_sparse_moe.experts.{expert}."
-            shapes |= {e + "w1.weight": (width, HIDDEN), e + "w3.weight": (width, HIDDEN)}
-            shapes[e + "w2.weight"] = (HIDDEN, width)
+        attention = _latent_shapes(config) if "kv_lora_rank" in config else _attention_shapes(config)
+        shapes |= {f"{p}self_attn.{part}": shape for part, shape in attention.items()}
+        shapes |= {p + part: shape for part, shape in _feed_forward_shapes(config, layer).items()}
     return shapes
+
+
+def _attention_shapes(config):
+    size = config.get("head_dim", HIDDEN // HEADS)
+    rows = {"q": size * HEADS, "k": size * KV_HEADS, "v": size * KV_HEADS}
+    shapes = {f"{part}_proj.weight": (count, HIDDEN) for part, count in rows.items()}
+    shapes["o_proj.weight"] = (HIDDEN, size * HEADS)
+    family = config["model_type"]
+    if family == "qwen2_moe":
+        shapes |= {f"{part}_proj.bias": (count,) for part, count in rows.items()}
+    if family in ("qwen3_moe", "olmoe"):
+        shapes |= {f"{part}_norm.weight": (size if family == "qwen3_moe" else rows[part],) for part in "qk"}
+    return shapes
+
+
+def _latent_shapes(config):
+    rank, plain, rope, value = (config[f"{key}"] for key in ("kv_lora_rank", *_HEAD_KEYS))
+    queries = HEADS * (plain + rope)
+    shapes = {
+        "kv_a_proj_with_mqa.weight": (rank + rope, HIDDEN),
+        "kv_a_layernorm.weight": (rank,),
+        "kv_b_proj.weight": (HEADS * (plain + value), rank),
+        "o_proj.weight": (HIDDEN, HEADS * value),
+    }
+    low = config["q_lora_rank"]
+    if low is None:
+        return shapes | {"q_proj.weight": (queries, HIDDEN)}
+    down = {"q_a_proj.weight": (low, HIDDEN), "q_a_layernorm.weight": (low,)}
+    return shapes | down | {"q_b_proj.weight": (queries, low)}
+
+
+_HEAD_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def _ffn(prefix, width, names=("gate_proj", "up_proj", "down_proj")):
+    gate, up, down = (f"{prefix}{name}.weight" for name in names)
+    return {gate: (width, HIDDEN), up: (width, HIDDEN), down: (HIDDEN, width)}
+
+
+def _feed_forward_shapes(config, layer):
+    family, wide = config["model_type"], config["intermediate_size"]
+    if _is_dense(config, layer):
+        return _ffn("mlp.", wide)
+    width = config.get("moe_intermediate_size", wide)
+    experts = config.get("n_routed_experts", EXPERTS)
+    block = "block_sparse_moe." if family == "mixtral" else "mlp."
+    names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    shapes = {f"{block}gate.weight": (experts, HIDDEN)}
+    for expert in range(experts):
+        shapes |= _ffn(f"{block}experts.{expert}.", width, names)
+    if family == "qwen2_moe":
+        shapes |= _ffn("mlp.shared_expert.", config["shared_expert_intermediate_size"])
+        shapes["mlp.shared_expert_gate.weight"] = (1, HIDDEN)
+    if "n_shared_experts" in config:
+        shapes |= _ffn("mlp.shared_experts.", width * config["n_shared_experts"])
+    if family == "deepseek_v3":
+        shapes["mlp.gate.e_score_correction_bias"] = (experts,)
+    return shapes
+
+
+def _is_dense(config, layer):
+    if config["model_type"] == "llama" or layer < config.get("first_k_dense_replace", 0):
+        return True
+    return layer in config.get("mlp_only_layers", ()) or bool((layer + 1) % config.get("decoder_sparse_step", 1))
+
+
+def stacked(tensors):
+    """The same experts as transformers 5 holds them: one tensor per layer for gates and ups, one for downs."""
+    layers = {}
+    for name in tensors:
+        if ".mlp.experts." in name:
+            head, _, rest = name.partition(".mlp.experts.")
+            expert, part, _ = rest.split(".")
+            layers.setdefault(head, {})[part, int(expert)] = tensors[name]
+    changes = {name: None for name in tensors if ".mlp.experts." in name}
+    for head, found in layers.items():
+        count = 1 + max(expert for _, expert in found)
+        both = [np.concatenate([found["gate_proj", e], found["up_proj", e]]) for e in range(count)]
+        changes[f"{head}.mlp.experts.gate_up_proj"] = np.stack(both)
+        changes[f"{head}.mlp.experts.down_proj"] = np.stack([found["down_proj", e] for e in range(count)])
+    return changes
 
 
 def weights(family):
@@ -75,7 +263,10 @@ def weights(family):
     for name, shape in _shapes(family).items():
         random = np.random.RandomState(zlib.crc32(name.encode()))  # its stream is frozen for good
         values = random.uniform(-1, 1, shape).astype(np.float32)
-        values = 1 + values / 4 if len(shape) == 1 else values * np.float32(2.5 * shape[-1] ** -0.5)
+        if name.endswith("bias"):
+            values = values / 4
+        else:
+            values = 1 + values / 4 if len(shape) == 1 else values * np.float32(2.5 * shape[-1] ** -0.5)
         tensors[name] = (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF0000).view(np.float32)
     return tensors
 
@@ -134,7 +325,8 @@ def write_folder(folder, family, *, dtype="F32", files=1, config=None, change=No
     """A model's folder. ``config``: other values (None leaves a key out); ``change``: other tensors (None leaves one
     out); ``files``: how many weight files, with an index if more than one."""
     folder.mkdir(parents=True, exist_ok=True)
-    merged = {key: value for key, value in (CONFIGS[family] | (config or {})).items() if value is not None}
+    config = config or {}
+    merged = {key: value for key, value in (CONFIGS[family] | config).items() if config.get(key, 0) is not None}
     (folder / "config.json").write_text(json.dumps(merged))
     tensors = {name: values for name, values in (weights(family) | (change or {})).items() if values is not None}
     names = [f"model-{index + 1:05d}-of-{files:05d}.safetensors" for index in range(files)]
