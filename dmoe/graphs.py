@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from dmoe.attention import LayerWeights, attention, declare_shared
+from dmoe.attention import attention, declare_shared
 from dmoe.core.linear import Form, Linear
 from dmoe.core.manifest import Architecture
 from dmoe.core.variant import PLAIN, Variant
 from dmoe.operators import CONTRIB, Builder, Graph, i64, linear, normalise
+from dmoe.weights import LayerWeights, OwnWeights
 
 Array = NDArray[Any]
 
@@ -59,14 +60,25 @@ def attention_graph(arch: Architecture, index: int, layer: LayerWeights) -> Grap
     for name in ("x", "y"):
         builder.input(name, TensorProto.FLOAT, ["N", arch.hidden])
     declare_shared(builder, arch)
-    attention(builder, arch, "", index, layer, ("x", "y"), ("x2", "h"))
-    for name in ("x2", "h"):
-        builder.output(name, ["N", arch.hidden])
+    attention(builder, arch, "", index, layer, ("x", "y"), ("x2" if layer.own is None else "attended.sum", "h"))
+    if layer.own is not None:
+        builder.op("Add", ["attended.sum", _own(builder, layer.own, "h")], ["x2"])
+    builder.output("x2", ["N", arch.hidden])
+    if layer.is_sparse:
+        builder.output("h", ["N", arch.hidden])
     if layer.router is not None:
-        experts = arch.router.experts
-        builder.op("Gemm", ["h", builder.weight("router", layer.router)], ["scores"], transB=1)
-        builder.output("scores", ["N", experts])
+        linear(builder, "h", "router", layer.router, "scores")
+        builder.output("scores", ["N", arch.router.experts])
     return builder.graph()
+
+
+def _own(builder: Builder, own: OwnWeights, h: str) -> str:
+    """The trunk's own feed-forward part: of a layer without experts, or shared by all rows."""
+    y = _feed_forward(builder, "own.", h, own.gate_up, own.down, "own.y")
+    if own.gate is None:
+        return y
+    share = builder.op("Gemm", [h, builder.weight("own.gate.weight", own.gate)], ["own.score"], transB=1)
+    return builder.op("Mul", [y, builder.op("Sigmoid", [share], ["own.share"])], ["own.weighted"])
 
 
 def fused_graph(arch: Architecture, first: int, layers: Sequence[tuple[LayerWeights, Linear, Linear]]) -> Graph:

@@ -3,8 +3,8 @@
 Owns: the memory, who has which slot, taking over another sequence's positions. Does not own: what a layer keeps per
 position (``dmoe/attention``), who may have how much (``dmoe/engine``).
 
-A pool holds, per layer and part, ``f32[slots, heads, positions + 1, width]``: neighbouring slots are one batch for the
-attention operator, without a copy. Both dimensions grow by doubling, so a pool is as long as its longest sequence.
+A pool holds, per layer and part, ``f32[slots, heads, positions + spare, width]``: neighbouring slots are one batch for
+the attention operator, without a copy. Both dimensions grow by doubling, so a pool is as long as its longest sequence.
 
 Invariants:
 1. Attention writes the rows of a pass, and one dummy row behind them, of the slots that take part; no other slot.
@@ -29,11 +29,18 @@ _POSITIONS_FIRST = 256
 
 @dataclass(frozen=True, slots=True)
 class CachePart:
-    """What a layer keeps of each position: ``f32[heads, width]`` under ``name``."""
+    """What a layer keeps of each position: ``f32[heads, width]`` under ``name``. ``is_both``: it is key and value, and
+    the operator writes the same numbers twice."""
 
     name: str
     heads: int
     width: int
+    is_both: bool = False
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names under which a graph gives the memory back."""
+        return (f"present_{self.name}", f"present_{self.name}_again")[: 1 + self.is_both]
 
 
 class Cache:
@@ -65,14 +72,16 @@ class Cache:
 class KvPool:
     """The caches of several sequences over some layers. Not safe for several threads, except as ``busy`` says."""
 
-    def __init__(self, layers: Sequence[Sequence[CachePart]], context: int) -> None:
+    def __init__(self, layers: Sequence[Sequence[CachePart]], context: int, spare: int = 1) -> None:
+        """``spare``: rows behind a slot's positions, where attention may write dummies and padding."""
         self._layers = layers
         self._context = context
+        self.spare = spare
         self._caches: list[Cache | None] = []
         self._closing: list[Cache] = []
         self._memory: list[list[_Memory]] = []
         self.positions = 0
-        """Per slot, without the dummy row's."""
+        """Per slot, without the spare ones."""
         self.generation = 0
         self.busy = False
         """A pass is under way, maybe in another thread: slots are not freed meanwhile."""
@@ -135,7 +144,7 @@ class KvPool:
     def _move(self, slots: int, positions: int) -> None:
         moved = []
         for layer, parts in enumerate(self._layers):
-            new = [_Memory((slots, part.heads, positions + 1, part.width)) for part in parts]
+            new = [_Memory((slots, part.heads, positions + self.spare, part.width)) for part in parts]
             for memory, old in zip(new, self._memory[layer] if self._memory else (), strict=False):
                 for cache in self._caches:
                     if cache is not None:

@@ -19,14 +19,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from config.errors import IntegrityError, LocalError
-from dmoe.attention import LayerWeights
+from config.errors import LocalError
 from dmoe.core import linear
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Architecture, Manifest, Shard
 from dmoe.graphs import expert_graph
 from dmoe.operators import Graph, onnx_type
 from dmoe.shardfile import ShardFile
+from dmoe.weights import LayerWeights
+from dmoe.weights import layer_weights as layer_weights
 
 # both are read by ONNX Runtime itself: the first when it is imported, the second when an attention operator is made.
 # The tiled attention of the CPU provider is slower here at every length (one row of 300 keys: 205 instead of 82 us).
@@ -288,26 +289,9 @@ def expert_weights(arch: Architecture, tensors: Mapping[str, Array], layer: int,
     )
 
 
-def layer_weights(arch: Architecture, tensors: Mapping[str, Array], layer: int) -> LayerWeights:
-    """The trunk's share of a layer."""
-    name = f"layer.{layer}"
-    router = None
-    if arch.router.kind != "all":
-        router = linear.find(tensors, f"{name}.router", arch.router.experts, arch.hidden).parts.get("w")
-        if router is None:
-            raise IntegrityError("integrity", f"tensor {name}.router is quantised; routers are fp32")
-    return LayerWeights(
-        norm_attention=linear.vector(tensors, f"{name}.norm_attention", arch.hidden),
-        norm_experts=linear.vector(tensors, f"{name}.norm_experts", arch.hidden),
-        qkv=linear.find(tensors, f"{name}.qkv", arch.qkv_width, arch.hidden),
-        output=linear.find(tensors, f"{name}.output", arch.hidden, arch.heads * arch.head_dim),
-        router=router,
-    )
-
-
 def attention_threads(layers: Iterable[LayerWeights], options: RuntimeOptions) -> int:
     """For the attention pieces of some layers: one if there is a layer so small that it is faster without a pool."""
-    smallest = min(weights.qkv.size_bytes for weights in layers)
+    smallest = min(weights.size_bytes for weights in layers)
     return options.thread_count if smallest >= POOL_BYTES_MIN else 1
 
 

@@ -24,11 +24,12 @@ import trio
 from numpy.typing import NDArray
 
 from config.errors import LocalError
-from dmoe.attention import Places, cache_parts, rope_tables
+from dmoe.attention import Places, cache_parts
 from dmoe.core import linear
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Manifest
-from dmoe.core.routing import ALL_EXPERTS, Routing, route
+from dmoe.core.rope import rope_tables
+from dmoe.core.routing import Routing, route
 from dmoe.graphs import attention_graph, fused_graph
 from dmoe.kv import Cache, KvPool
 from dmoe.runner import FloatRows
@@ -108,19 +109,20 @@ class _Group:
 
     __slots__ = ("first", "parts", "rows", "shape", "slot")
 
-    def __init__(self, first: int, parts: list[Part]) -> None:
+    def __init__(self, first: int, parts: list[Part], keys_min: int) -> None:
         slots = [part.cache.slot for part in parts]
         self.first = first
         self.parts = parts
         self.rows = sum(part.rows for part in parts)
         self.slot = min(slots)
         rows_max = max(part.rows for part in parts)
-        self.shape = (first, self.slot, max(slots), rows_max, self.rows)
+        is_short = any(part.cache.length + part.rows < keys_min for part in parts)
+        self.shape = (first, self.slot, max(slots), rows_max, self.rows, keys_min if is_short else 1)
 
     def places(self) -> Places:
         """Memory for where its rows stand."""
-        _, first, last, rows_max, rows = self.shape
-        return Places(last - first + 1, rows_max, rows)
+        _, first, last, rows_max, rows, keys_min = self.shape
+        return Places(last - first + 1, rows_max, rows, keys_min)
 
     def fill(self, places: Places) -> None:
         """Say where its rows stand now."""
@@ -146,7 +148,9 @@ class _Layers:
         self.architecture = arch = manifest.architecture
         assert 0 <= first <= last < arch.layers
         self.first, self.last = first, last
-        self.pool = KvPool([cache_parts(arch, layer) for layer in range(first, last + 1)], arch.context)
+        # short parts are padded to the longest of them
+        spare = max(SHORT_ROWS_MAX + 1, arch.keys_min)
+        self.pool = KvPool([cache_parts(arch, layer) for layer in range(first, last + 1)], arch.context, spare)
         self._lock = trio.Lock()
         self._bound: dict[tuple[int, ...], _Bound] = {}
         self._generation = -1
@@ -179,7 +183,7 @@ class _Layers:
         self.pool.busy = True
         try:
             self._prepare(len(x), max(part.cache.length + part.rows for part in parts))
-            yield list(_groups(parts))
+            yield list(_groups(parts, self.architecture.keys_min))
             for part in parts:
                 part.cache.length += part.rows
         finally:
@@ -206,7 +210,7 @@ class _Layers:
             self._bound.clear()
         if self.pool.generation != self._generation:
             self._generation = self.pool.generation
-            self._rope = rope_tables(self.architecture, self.pool.positions + 1)
+            self._rope = rope_tables(self.architecture, self.pool.positions + self.pool.spare)
             self._bound.clear()
 
     def _bindings(self, group: _Group) -> list[Binding]:
@@ -227,10 +231,10 @@ class _Layers:
     def _cache(self, group: _Group, layer: int, prefix: str) -> tuple[dict[str, Array], dict[str, Array]]:
         """A layer's cache as a session's inputs and outputs."""
         _, first, last, *_ = group.shape
-        names = [part.name for part in cache_parts(self.architecture, layer)]
-        views = self.pool.view(layer - self.first, first, last)
-        past = {f"{prefix}past_{name}": view for name, view in zip(names, views, strict=True)}
-        return past, {f"{prefix}present_{name}": view for name, view in zip(names, views, strict=True)}
+        parts = cache_parts(self.architecture, layer)
+        held = list(zip(parts, self.pool.view(layer - self.first, first, last), strict=True))
+        past = {f"{prefix}past_{part.name}": view for part, view in held}
+        return past, {f"{prefix}{name}": view for part, view in held for name in part.outputs}
 
 
 class FusedSegment(_Layers):
@@ -299,6 +303,8 @@ class Pieces:
         self.first, self.last = first, arch.layers - 1 if last is None else last
         weights = [layer_weights(arch, tensors, layer) for layer in range(first, self.last + 1)]
         threads = attention_threads(weights, options)
+        self.sparse = [layer.is_sparse for layer in weights]
+        self.choice_biases = [layer.choice_bias for layer in weights]
         self.sessions = [
             open_session(attention_graph(arch, index, layer), threads=threads)
             for index, layer in enumerate(weights, first)
@@ -312,11 +318,11 @@ class PieceSegment(_Layers):
     def __init__(self, manifest: Manifest, pieces: Pieces, experts: Experts) -> None:
         super().__init__(manifest, pieces.first, pieces.last)
         arch = self.architecture
-        self.sessions = pieces.sessions
+        self.pieces, self.sessions = pieces, pieces.sessions
         self._experts = experts
         self._here = experts if isinstance(experts, HereExperts) else None
         self.is_here = self._here is not None
-        self._flops_per_row = 2 * arch.hidden * (arch.qkv_width + arch.heads * arch.head_dim)
+        self._flops_per_row = 2 * max(map(arch.trunk_weights, range(self.first, self.last + 1)))
 
     async def _run(self, x: FloatRows, groups: list[_Group]) -> FloatRows:
         count = len(x)
@@ -327,7 +333,9 @@ class PieceSegment(_Layers):
                 _attend(bindings, step)
             else:
                 await trio.to_thread.run_sync(_attend, bindings, step)
-            self._y[:count] = await self._experts.run(layer, self._h[:count], self._routing(count))
+            self._y[:count] = 0
+            if self.pieces.sparse[step]:
+                self._y[:count] = await self._experts.run(layer, self._h[:count], self._routing(step, count))
         return self._end(count)
 
     def _compute(self, x: FloatRows, groups: list[_Group]) -> FloatRows:
@@ -338,7 +346,7 @@ class PieceSegment(_Layers):
         h, y = self._h[:count], self._y[:count]
         for step, layer in enumerate(range(self.first, self.last + 1)):
             _attend(bindings, step)
-            y[:] = experts.compute(layer, h, self._routing(count))
+            y[:] = experts.compute(layer, h, self._routing(step, count)) if self.pieces.sparse[step] else 0
         return self._end(count)
 
     def _begin(self, x: FloatRows, groups: list[_Group]) -> list[list[Binding]]:
@@ -346,9 +354,8 @@ class PieceSegment(_Layers):
         self._y[: len(x)] = 0
         return [self._bindings(group) for group in groups]
 
-    def _routing(self, count: int) -> Routing:
-        router = self.architecture.router
-        return ALL_EXPERTS if router.kind == "all" else route(router, self._scores[:count])
+    def _routing(self, step: int, count: int) -> Routing:
+        return route(self.architecture.router, self._scores[:count], self.pieces.choice_biases[step])
 
     def _end(self, count: int) -> FloatRows:
         out = self._streams[len(self.sessions) % 2][:count]
@@ -369,9 +376,11 @@ class PieceSegment(_Layers):
         for step, session in enumerate(self.sessions):
             past, present = self._cache(group, self.first + step, "")
             inputs = {**shared, **past, "x": self._streams[step % 2][rows]}
-            outputs = {**present, "x2": self._streams[(step + 1) % 2][rows], "h": self._h[rows]}
-            if self.architecture.router.kind != "all":
-                outputs["scores"] = self._scores[rows]
+            outputs = {**present, "x2": self._streams[(step + 1) % 2][rows]}
+            if self.pieces.sparse[step]:
+                outputs["h"] = self._h[rows]
+                if self.architecture.router.kind != "all":
+                    outputs["scores"] = self._scores[rows]
             bindings.append(Binding(session, inputs, outputs))
         return bindings
 
@@ -381,7 +390,7 @@ def _attend(bindings: list[list[Binding]], step: int) -> None:
         group[step].run()
 
 
-def _groups(parts: Items[Part]) -> Iterator[_Group]:
+def _groups(parts: Items[Part], keys_min: int) -> Iterator[_Group]:
     """Runs of short parts, and long parts by themselves."""
     first, short = 0, list[Part]()
     for part in parts:
@@ -390,12 +399,12 @@ def _groups(parts: Items[Part]) -> Iterator[_Group]:
             short.append(part)
             continue
         if short:
-            yield _Group(first, short)
+            yield _Group(first, short, keys_min)
             first, short = first + sum(one.rows for one in short), []
-        yield _Group(first, [part])
+        yield _Group(first, [part], keys_min)
         first += part.rows
     if short:
-        yield _Group(first, short)
+        yield _Group(first, short, keys_min)
 
 
 def _joined(manifest: Manifest, tensors: Mapping[str, Array], layer: int, spool: Spool) -> tuple[Linear, Linear]:

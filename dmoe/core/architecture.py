@@ -17,6 +17,8 @@ from dmoe.core.variant import PLAIN, Variant, demand
 BLOCK = 32
 """Weights of one quantisation block share a scale."""
 INTERMEDIATE_MAX = 1 << 18
+WIDE, WIDE_KEYS_MIN = 128, 65
+"""Heads wider than this must see so many keys at least (``dmoe/attention`` says why)."""
 CHOSEN_MAX = 256
 """Experts per row that a call can name."""
 
@@ -117,6 +119,12 @@ class Architecture(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return latent.rope if latent else self.head_dim
 
     @property
+    def keys_min(self) -> int:
+        """How many keys attention must see at least for its sums to be the same at any length."""
+        latent = self.traits.latent
+        return WIDE_KEYS_MIN if (latent.width if latent else self.head_dim) > WIDE else 1
+
+    @property
     def sparse_layers(self) -> tuple[int, ...]:
         """The layers that have experts, ascending."""
         dense = frozenset(self.traits.dense_layers)
@@ -159,4 +167,7 @@ class Architecture(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         demand(0 < self.norm_eps < 1, f"architecture.norm_eps = {self.norm_eps}")
         demand(1 <= self.rope_theta <= 1e12, f"architecture.rope_theta = {self.rope_theta}")
         self.router.check()
+        traits, dense = self.traits, self.router.kind == "all"
+        own = traits.dense_layers or traits.shared_intermediate or traits.router_bias
+        demand(not (dense and own), "a model without a router has no layers or parts beside its experts")
         self.traits.check(self.layers, self.head_dim, INTERMEDIATE_MAX)

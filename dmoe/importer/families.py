@@ -15,7 +15,7 @@ from msgspec.structs import replace as changed
 
 from config.errors import IntegrityError
 from dmoe.core.manifest import Architecture, Router
-from dmoe.core.variant import PLAIN, Variant
+from dmoe.core.variant import PLAIN, Latent, Variant
 from dmoe.importer.architectures import CONTEXT_MAX, Family, neuron_blocks, router_of
 from dmoe.importer.hfconfig import Config, fault, rope_of
 
@@ -67,6 +67,22 @@ _MIXTRAL = _named(
     up_experts=_LAYER + "block_sparse_moe.experts.{{e}}.w3.weight",
     down_experts=_LAYER + "block_sparse_moe.experts.{{e}}.w2.weight",
 )
+_QWEN2 = _named(
+    _LLAMA,
+    **_feed_forward(_MLP + "shared_expert.", "shared_"),
+    shared_gate_weight=_MLP + "shared_expert_gate.weight",
+)
+_DEEPSEEK = _named(
+    _LLAMA,
+    **_feed_forward(_MLP + "shared_experts.", "shared_"),
+    query_down=_ATTENTION + "q_a_proj.weight",
+    query_down_norm=_ATTENTION + "q_a_layernorm.weight",
+    query_up=_ATTENTION + "q_b_proj.weight",
+    latent_down=_ATTENTION + "kv_a_proj_with_mqa.weight",
+    latent_norm=_ATTENTION + "kv_a_layernorm.weight",
+    latent_up=_ATTENTION + "kv_b_proj.weight",
+    router_bias=_MLP + "gate.e_score_correction_bias",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +105,35 @@ def _softmax(config: Config, experts: int, used: int) -> Router:
     return Router(kind="softmax_topk", experts=experts, top_k=used, normalise=normalise)
 
 
+def _deepseek2_router(config: Config, experts: int, used: int) -> Router:
+    config.must_be("scoring_func", "softmax")
+    config.must_be("norm_topk_prob", False)  # transformers and DeepSeek's own code differ about it
+    config.must_be("topk_method", "greedy", "group_limited_greedy")
+    grouped = config.get("topk_method") == "group_limited_greedy"
+    router = Router(kind="softmax_topk", experts=experts, top_k=used, scale=_scale(config, 1.0))
+    return _grouped(config, router) if grouped else router
+
+
+def _deepseek3_router(config: Config, experts: int, used: int) -> Router:
+    config.must_be("scoring_func", "sigmoid")
+    config.must_be("topk_method", "noaux_tc")
+    normalise = config.flag("norm_topk_prob", True)
+    scale = _scale(config, 2.5)
+    router = Router(kind="sigmoid_topk", experts=experts, top_k=used, normalise=normalise, scale=scale)
+    return _grouped(config, router, 8, 4)
+
+
+def _scale(config: Config, default: float) -> float:
+    return float(config.number("routed_scaling_factor", default))
+
+
+def _grouped(config: Config, router: Router, groups: int | None = None, used: int | None = None) -> Router:
+    groups, used = config.integer("n_group", groups), config.integer("topk_group", used)
+    if groups == 1:
+        return router
+    return changed(router, groups=groups, groups_used=used)
+
+
 def _llama(config: Config) -> Variant:
     config.must_be("attention_bias", False)
     config.must_be("mlp_bias", False)
@@ -97,7 +142,87 @@ def _llama(config: Config) -> Variant:
 
 def _mixtral(config: Config) -> Variant:
     config.must_be("attention_bias", False)
-    return PLAIN
+    return Variant(windows=_windows(config, config.get("sliding_window") is not None))
+
+
+def _qwen2(config: Config) -> Variant:
+    dense = _dense_layers(config)
+    return Variant(
+        qkv_bias=config.flag("qkv_bias", True),
+        windows=_windows(config, config.flag("use_sliding_window", False), alternating=True),
+        dense_layers=dense,
+        dense_intermediate=config.integer("intermediate_size") if dense else 0,
+        shared_intermediate=config.integer("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+
+
+def _qwen3(config: Config) -> Variant:
+    dense, bias = _dense_layers(config), config.flag("attention_bias", False)
+    return Variant(
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm="head",
+        windows=_windows(config, config.flag("use_sliding_window", False)),
+        dense_layers=dense,
+        dense_intermediate=config.integer("intermediate_size") if dense else 0,
+    )
+
+
+def _olmoe(config: Config) -> Variant:
+    bias = config.flag("attention_bias", False)
+    return Variant(qkv_bias=bias, output_bias=bias, qk_norm="whole", qkv_clip=float(config.number("clip_qkv", 0)))
+
+
+def _deepseek(config: Config, first_dense: int, shared: int, router_bias: bool) -> Variant:
+    for key in ("attention_bias", "mlp_bias"):
+        config.must_be(key, False)
+    config.must_be("moe_layer_freq", 1)
+    dense = tuple(range(config.integer("first_k_dense_replace", first_dense)))
+    latent = Latent(
+        rank=config.integer("kv_lora_rank"),
+        rope=config.integer("qk_rope_head_dim"),
+        plain=config.integer("qk_nope_head_dim"),
+        value=config.integer("v_head_dim"),
+        query_rank=0 if config.get("q_lora_rank") is None else config.integer("q_lora_rank"),
+    )
+    return Variant(
+        latent=latent,
+        dense_layers=dense,
+        dense_intermediate=config.integer("intermediate_size") if dense else 0,
+        shared_intermediate=config.integer("moe_intermediate_size") * config.integer("n_shared_experts", shared),
+        router_bias=router_bias,
+    )
+
+
+def _dense_layers(config: Config) -> tuple[int, ...]:
+    """Qwen: every ``decoder_sparse_step``-th layer has experts, except those that are named."""
+    step, named = config.integer("decoder_sparse_step", 1), config.layers("mlp_only_layers")
+    if step < 1:
+        fault(f"decoder_sparse_step = {step} is not supported")
+    layers = range(config.integer("num_hidden_layers"))
+    return tuple(layer for layer in layers if layer in named or (layer + 1) % step)
+
+
+def _windows(config: Config, used: bool, *, alternating: bool = False) -> tuple[int, ...]:
+    """How many keys each layer's rows see; empty if all of them see all of a context.
+
+    ``alternating``: a configuration without ``layer_types`` means every second of the first ``max_window_layers``.
+    """
+    if not used:
+        return ()
+    layers, window = config.integer("num_hidden_layers"), config.integer("sliding_window")
+    kinds = config.get("layer_types")
+    if kinds is None:
+        most = config.integer("max_window_layers", 28) if alternating else layers
+        slides = [layer < most and not (alternating and layer % 2) for layer in range(layers)]
+    elif isinstance(kinds, list) and len(kinds) == layers and set(kinds) <= {"sliding_attention", "full_attention"}:
+        slides = [kind == "sliding_attention" for kind in kinds]
+    else:
+        fault("key layer_types is no list of sliding_attention and full_attention, one per layer")
+    if window < 1:
+        fault(f"sliding_window = {window} is not supported")
+    return tuple(window if slide else 0 for slide in slides) if any(slides) else ()
 
 
 HF_FAMILIES: Mapping[str, HfFamily] = {
@@ -108,6 +233,31 @@ HF_FAMILIES: Mapping[str, HfFamily] = {
         lambda config, experts, used: router_of(experts, used, 1),
         experts_keys=("num_local_experts",),
         rope_theta=1e6,
+    ),
+    "qwen2_moe": HfFamily(
+        (_QWEN2, _named(_QWEN2, **_STACKED)), _qwen2, experts_keys=("num_experts",), width_key="moe_intermediate_size"
+    ),
+    "qwen3_moe": HfFamily(
+        (_LLAMA, _named(_LLAMA, **_STACKED)),
+        _qwen3,
+        experts_keys=("num_experts", "num_local_experts"),
+        width_key="moe_intermediate_size",
+    ),
+    "olmoe": HfFamily((_LLAMA, _named(_LLAMA, **_STACKED)), _olmoe, experts_keys=("num_experts", "num_local_experts")),
+    "deepseek_v2": HfFamily(
+        (_DEEPSEEK, _named(_DEEPSEEK, **_STACKED)),
+        lambda config: _deepseek(config, 0, 2, router_bias=False),
+        _deepseek2_router,
+        experts_keys=("n_routed_experts",),
+        width_key="moe_intermediate_size",
+    ),
+    "deepseek_v3": HfFamily(
+        (_DEEPSEEK, _named(_DEEPSEEK, **_STACKED)),
+        lambda config: _deepseek(config, 3, 1, router_bias=True),
+        _deepseek3_router,
+        experts_keys=("n_routed_experts", "num_local_experts"),
+        width_key="moe_intermediate_size",
+        drafts=True,
     ),
 }
 
@@ -141,8 +291,6 @@ def hf_architecture_of(values: Mapping[str, Any], vocab: int) -> Architecture:
     experts = _experts(config, family)
     context = config.integer("max_position_embeddings")
     theta, rope, growth = rope_of(config, family.rope_theta)
-    if rope is not None:
-        fault(f"rope of type {rope.kind!r} is not supported")
     traits = changed(family.traits(config), rope=rope)
     latent, head_dim = traits.latent, config.integer("head_dim", hidden // max(heads, 1))
     kv_heads = config.integer("num_key_value_heads", heads)
@@ -169,8 +317,7 @@ def hf_architecture_of(values: Mapping[str, Any], vocab: int) -> Architecture:
         rope_interleaved=config.flag("rope_interleave", True) if latent else False,
         norm_eps=float(config.number("rms_norm_eps")),
         tie_embeddings=config.flag("tie_word_embeddings", False),
-        # within one window, sliding attention is full attention
-        context=min(context, config.integer("sliding_window", context), CONTEXT_MAX),
+        context=min(context, CONTEXT_MAX),
         router=router,
         variant=traits if traits != PLAIN else UNSET,
     )

@@ -4,6 +4,7 @@ Run once, by hand, where torch and transformers are installed: ``python tests/ve
 family the prompt's ids, the logits of all its positions, 20 greedy tokens and the logits behind each.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from tests.unit.dmoe.folder_kit import CONFIGS, VOCAB, write_folder  # noqa: E402
+from tests.unit.dmoe.folder_kit import FAMILIES, VOCAB, write_folder  # noqa: E402
 
 PROMPT, STEPS = 17, 20
 OTHERS = (5, 11)
@@ -55,13 +56,18 @@ def generate(model, ids, steps):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folders", type=Path, help="checkpoints by name of their family; default: written anew")
+    parser.add_argument("--out", type=Path, default=HERE / "hf_reference.npz")
+    arguments = parser.parse_args()
     found = {}
-    for family in CONFIGS:
+    for family in FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
-            result = reference(write_folder(Path(folder), family))
+            made = arguments.folders / family if arguments.folders else write_folder(Path(folder), family)
+            result = reference(made)
         found |= {f"{family}.{key}": value for key, value in result.items()}
         print(family, found[f"{family}.tokens"])
-    np.savez_compressed(HERE / "hf_reference.npz", **found)
+    np.savez_compressed(arguments.out, **found)
 
 
 if __name__ == "__main__":

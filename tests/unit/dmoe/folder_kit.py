@@ -158,7 +158,8 @@ CONFIGS = {
         "rope_scaling": _YARN | {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0},
     },
 }
-FAMILIES = ("llama", "mixtral")
+FAMILIES = tuple(CONFIGS)
+SPARSE = tuple(name for name in FAMILIES if not name.startswith("llama"))
 
 
 def _shapes(name):

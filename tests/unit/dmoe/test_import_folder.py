@@ -15,10 +15,11 @@ from dmoe.importer import rows
 from dmoe.importer.build import import_folder
 from dmoe.importer.folder import FolderSource
 from dmoe.layers import fused_runner, local_runner
+from dmoe.runner import Feed
 from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
 from dmoe.text import Tokenizer
-from tests.unit.dmoe.folder_kit import FAMILIES, weights, write_folder
+from tests.unit.dmoe.folder_kit import FAMILIES, stacked, weights, write_folder
 from tests.unit.dmoe.model_kit import PUBLISHER, feed
 
 OPTIONS = RuntimeOptions(device="cpu", threads=1)
@@ -61,15 +62,55 @@ async def compare(runner, wanted, name):
     return float(worst)
 
 
-@pytest.mark.parametrize(("dtype", "files"), [("F32", 1), ("BF16", 3)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "files"),
+    [*((family, "F32", 1) for family in FAMILIES), ("llama", "BF16", 3), ("mixtral", "BF16", 3)],
+)
 async def test_logits_and_tokens_are_those_of_transformers(tmp_path, reference, family, dtype, files):
     store, manifest = await imported(tmp_path, family, dtype=dtype, files=files)
     exact = replace(manifest, wire_dtype="fp32")  # half floats between the parts would hide small faults
     files = Files(store, manifest)
     assert await compare(local_runner(exact, files, OPTIONS), reference, family) < 1e-4
-    if family == "llama":
+    if family.startswith("llama"):
         assert await compare(fused_runner(manifest, store, OPTIONS), reference, family) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_sequences_of_unlike_lengths_go_through_together(tmp_path, reference, family):
+    """Three prompts in one pass, then their tokens together: each has the logits that it has alone."""
+    store, manifest = await imported(tmp_path, family)
+    exact = replace(manifest, wire_dtype="fp32")
+    runner = local_runner(exact, Files(store, manifest), OPTIONS)
+    marks = ("", "0", "1")
+    sequences = [await runner.open(40) for _ in marks]
+    prompts = [tuple(map(int, reference[f"{family}.ids{mark}"])) for mark in marks]
+    last = await runner.forward([Feed(sequence=s, tokens=ids) for s, ids in zip(sequences, prompts, strict=True)])
+    for mark, logits in zip(marks, last, strict=True):
+        assert np.abs(logits[0] - reference[f"{family}.prefill{mark}"][-1]).max() < 1e-4
+    for step in range(3):
+        tokens = [int(reference[f"{family}.tokens{mark}"][step]) for mark in marks]
+        assert [int(logits[-1].argmax()) for logits in last] == tokens
+        feeds = [Feed(sequence=s, tokens=(token,)) for s, token in zip(sequences, tokens, strict=True)]
+        last = await runner.forward(feeds)
+        for mark, logits in zip(marks, last, strict=True):
+            assert np.abs(logits[0] - reference[f"{family}.logits{mark}"][step]).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
+async def test_experts_stacked_in_one_tensor_are_the_same_model(tmp_path, family):
+    _, apart = await imported(tmp_path / "apart", family)
+    _, together = await imported(tmp_path / "stacked", family, change=stacked(weights(family)))
+    assert together.files() == apart.files()
+
+
+async def test_a_layer_that_only_drafts_is_left_out(tmp_path):
+    _, plain = await imported(tmp_path / "plain", "deepseek_v3")
+    more = {"model.layers.3.eh_proj.weight": np.ones((64, 128), np.float32)}
+    _, drafting = await imported(tmp_path / "drafting", "deepseek_v3", change=more)
+    assert drafting.files() == plain.files()
+    more = {"model.layers.4.input_layernorm.weight": np.ones(64, np.float32)}
+    with pytest.raises(IntegrityError, match=r"layers\.4\.\S+ is beyond"):
+        await imported(tmp_path / "beyond", "deepseek_v3", change=more)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,7 +121,7 @@ async def test_int8_stays_near_and_its_golden_logits_hold(tmp_path, reference, f
     runner = local_runner(manifest, store, OPTIONS)
     got = await feed(runner, await runner.open(60), reference[f"{family}.ids"])
     wanted = reference[f"{family}.prefill"]
-    assert np.corrcoef(got.ravel(), wanted.ravel())[0, 1] > 0.99
+    assert np.corrcoef(got.ravel(), wanted.ravel())[0, 1] > 0.97  # a router in doubt may choose otherwise
 
 
 async def test_golden_logits_catch_other_weights(tmp_path):
@@ -132,6 +173,28 @@ def _refused(tmp_path, fault, family="mixtral", error=IntegrityError, after=None
 )
 def test_a_config_that_is_not_supported_is_refused_by_name(tmp_path, config, fault):
     _refused(tmp_path, fault, config=config)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "fault"),
+    [
+        ("qwen2_moe", {"num_experts": None}, "key num_experts is missing"),
+        ("qwen2_moe", {"mlp_only_layers": "1"}, "mlp_only_layers is no list of layers"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "no layer has experts"),
+        ("qwen2_moe", {"qkv_bias": False}, r"q_proj\.bias' is not part of a supported model|bias"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+        ("qwen3_moe", {"layer_types": [], "use_sliding_window": True, "sliding_window": 8}, "layer_types"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = True is not supported"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func = 'sigmoid' is not supported"),
+        ("deepseek_v2", {"n_group": 3}, "router.groups = 3"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method = 'greedy' is not supported"),
+        ("deepseek_v3", {"kv_lora_rank": None}, "key kv_lora_rank is missing"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported"),
+        ("olmoe", {"attention_bias": True}, r"lacks tensor \S+q_proj\.bias"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused_by_name(tmp_path, family, config, fault):
+    _refused(tmp_path, fault, family, config=config)
 
 
 @pytest.mark.parametrize(
