@@ -167,7 +167,7 @@ class Architecture(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         demand(0 < self.norm_eps < 1, f"architecture.norm_eps = {self.norm_eps}")
         demand(1 <= self.rope_theta <= 1e12, f"architecture.rope_theta = {self.rope_theta}")
         self.router.check()
+        self.traits.check(self.layers, self.head_dim, INTERMEDIATE_MAX)
         traits, dense = self.traits, self.router.kind == "all"
         own = traits.dense_layers or traits.shared_intermediate or traits.router_bias
         demand(not (dense and own), "a model without a router has no layers or parts beside its experts")
-        self.traits.check(self.layers, self.head_dim, INTERMEDIATE_MAX)

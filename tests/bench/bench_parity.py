@@ -2,8 +2,8 @@
 
 Run it as a program; the last line on stdout is one JSON object. transformers runs in an environment of its own below
 ``.bench/``, on the very folders that are imported here. Compared are all logits of a prompt, those behind 20 greedy
-tokens with cache, and a ragged batch of three prompts: in this process, with the experts at two node processes, and
-with the layers at two stages. Rows travel as fp32, as the weights are.
+tokens with cache, and a ragged batch of three prompts: in this process, and with the experts at two node processes.
+Rows travel as fp32, as the weights are.
 """
 
 import argparse

@@ -60,4 +60,4 @@ async def test_experts_at_two_processes_compute_what_transformers_does(
     assert found.tobytes() == here.tobytes()
     assert np.abs(found - wanted).max() < 1e-4
     assert list(found.argmax(axis=-1)) == list(tokens[:STEPS])
-    assert set(rows) == {worker.peer_id for worker in swarm.workers}
+    assert set(rows) <= {worker.peer_id for worker in swarm.workers}
