@@ -56,6 +56,14 @@ def transcode(kind: str, blocks: Array) -> Linear:
         return _coded(kind, _dequantised(kind, blocks).reshape(*scales.shape, -1), scales)
 
 
+def mxfp4_layer(packed: Array, exponents: Array) -> Linear:
+    """The same format as gpt-oss's own files keep it: ``u8[N, K/32, 16]``, neighbours in a byte, the first one low, and
+    ``u8[N, K/32]`` (OCP Microscaling Formats 1.0). Codes are twice the number, scales half of it."""
+    pairs = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1).reshape(*packed.shape[:-1], -1)
+    values = np.array(MXFP4.kvalues, np.int16) + 128
+    return Linear({"q8": values.astype(np.uint8)[pairs], "s": MXFP4.e8m0_to_fp32_half(exponents)})
+
+
 def _coded(kind: str, weights: Floats, scales: Floats) -> Linear:
     """Weights ``f32[N, K/B, B]`` that are whole multiples of their block's scale ``f32[N, K/B]``."""
     codes = np.rint(weights / np.where(scales == 0, 1, scales)[..., None])

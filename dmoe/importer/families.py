@@ -83,6 +83,16 @@ _DEEPSEEK = _named(
     latent_up=_ATTENTION + "kv_b_proj.weight",
     router_bias=_MLP + "gate.e_score_correction_bias",
 )
+_OSS = _named(
+    _LLAMA,
+    sinks=_ATTENTION + "sinks",
+    router=_MLP + "router.weight",
+    router_bias=_MLP + "router.bias",
+    in_turns=True,
+    gate_up_experts_bias=_MLP + "experts.gate_up_proj_bias",
+    down_experts_bias=_MLP + "experts.down_proj_bias",
+    **_STACKED,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +184,20 @@ def _olmoe(config: Config) -> Variant:
     return Variant(qkv_bias=bias, output_bias=bias, qk_norm="whole", qkv_clip=float(config.number("clip_qkv", 0)))
 
 
+def _oss(config: Config) -> Variant:
+    bias = config.flag("attention_bias", True)
+    return Variant(
+        qkv_bias=bias,
+        output_bias=bias,
+        sinks=True,
+        windows=_windows(config, True, alternating=True),
+        activation="clamped",
+        activation_limit=float(config.number("swiglu_limit", 7.0)),
+        expert_bias=True,
+        router_bias=True,
+    )
+
+
 def _deepseek(config: Config, first_dense: int, shared: int, router_bias: bool) -> Variant:
     for key in ("attention_bias", "mlp_bias"):
         config.must_be(key, False)
@@ -244,6 +268,13 @@ HF_FAMILIES: Mapping[str, HfFamily] = {
         width_key="moe_intermediate_size",
     ),
     "olmoe": HfFamily((_LLAMA, _named(_LLAMA, **_STACKED)), _olmoe, experts_keys=("num_experts", "num_local_experts")),
+    "gpt_oss": HfFamily(
+        (_OSS,),
+        _oss,
+        lambda config, experts, used: Router(kind="topk_softmax", experts=experts, top_k=used),
+        experts_keys=("num_local_experts",),
+        rope_theta=150000.0,
+    ),
     "deepseek_v2": HfFamily(
         (_DEEPSEEK, _named(_DEEPSEEK, **_STACKED)),
         lambda config: _deepseek(config, 0, 2, router_bias=False),
@@ -284,8 +315,7 @@ def hf_architecture_of(values: Mapping[str, Any], vocab: int) -> Architecture:
     name, family = hf_family_of(values)
     config = Config(values)
     config.must_be("hidden_act", "silu")
-    if config.get("quantization_config") is not None:
-        fault("quantization_config is not supported")
+    _check_quantised(config, family)
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     width = config.integer(family.width_key)
     experts = _experts(config, family)
@@ -323,6 +353,14 @@ def hf_architecture_of(values: Mapping[str, Any], vocab: int) -> Architecture:
     )
     architecture.check()
     return architecture
+
+
+def _check_quantised(config: Config, family: HfFamily) -> None:
+    """Of quantised folders only those with MXFP4 experts are read."""
+    found = config.get("quantization_config")
+    in_turns = family.layouts[0].in_turns
+    if found is not None and not (in_turns and isinstance(found, dict) and found.get("quant_method") == "mxfp4"):
+        fault("quantization_config is not supported")
 
 
 def _experts(config: Config, family: HfFamily) -> int:

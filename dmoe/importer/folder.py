@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from config.errors import IntegrityError, LocalError
 from config.vocabulary import MIB
 from dmoe.core.linear import Linear
-from dmoe.core.manifest import Quantisation
+from dmoe.core.manifest import BLOCK, Quantisation
+from dmoe.importer.blocks import mxfp4_layer
 from dmoe.importer.hashing import hash_file
 from dmoe.importer.quantise import convert, float_layer, to_float
 from dmoe.importer.tokenizer import ends_answer
@@ -45,6 +46,7 @@ _BITS: dict[str, tuple[str, np.dtype[Any]]] = {
     "BF16": ("BF16", np.dtype("<u2")),
 }
 """safetensors' name: ours, and an integer as wide, because numpy has no bfloat16."""
+_KINDS = {name: kind for name, (_, kind) in _BITS.items()} | {"U8": np.dtype("u1")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +132,39 @@ class FolderSource:
             return self.linear(name.replace("{e}", str(index)), shape[1:], quantisation, (rows, _ALL))
         return self._layer(name, shape, quantisation, (index, rows, _ALL))
 
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """The tensors that hold ``name``: itself, or its MXFP4 blocks and their scales."""
+        return (name,) if self.has(name) else (f"{name}_blocks", f"{name}_scales")
+
+    def turned_of(
+        self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation, rows: Array
+    ) -> Linear:
+        """Chosen rows of one expert's matrix of ``shape[1:]``, whose stack is transposed, or in MXFP4 and then not."""
+        if self.has(name):
+            count, height, width = shape
+            # an index array beside a plain index puts its axis first: rows are the outputs then
+            dtype, bits = self._bits(name, (count, width, height), (index, _ALL, rows))
+            layer = float_layer(dtype, bits, len(rows), width)
+        else:
+            layer = self._mxfp4(name, index, shape, rows)
+        if not layer.is_finite():
+            raise self._fault(self.names_of(name)[-1], "holds numbers that are not finite", _AGAIN)
+        return convert(layer, quantisation)
+
+    def _mxfp4(self, name: str, index: int, shape: tuple[int, int, int], rows: Array) -> Linear:
+        blocks, scales = self.names_of(name)
+        grid = (*shape[:2], shape[2] // BLOCK)
+        if shape[2] % BLOCK:
+            raise self._fault(blocks, f"cannot hold rows of {shape[2]}: a block has {BLOCK} weights")
+        packed = self._bytes(blocks, (*grid, BLOCK // 2))[index][rows]
+        return mxfp4_layer(packed, self._bytes(scales, grid)[index][rows])
+
+    def _bytes(self, name: str, shape: tuple[int, ...]) -> Array:
+        tensor = self._tensor(name)
+        if tensor.shape != shape or tensor.dtype != "U8" or tensor.bits is None:
+            raise self._fault(name, f"is {tensor.dtype[:20]}{list(tensor.shape)}, expected U8{list(shape)}")
+        return tensor.bits
+
     def _layer(
         self, name: str, shape: tuple[int, ...], quantisation: Quantisation, part: tuple[slice | int, ...]
     ) -> Linear:
@@ -139,11 +174,11 @@ class FolderSource:
             raise self._fault(name, "holds numbers that are not finite", _AGAIN)
         return convert(layer, quantisation)
 
-    def _bits(self, name: str, shape: tuple[int, ...], part: tuple[slice | int, ...]) -> tuple[str, Array]:
+    def _bits(self, name: str, shape: tuple[int, ...], part: tuple[slice | int | Array, ...]) -> tuple[str, Array]:
         tensor = self._tensor(name)
         if tensor.shape != shape:
             raise self._fault(name, f"has shape {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.bits is None:
+        if tensor.bits is None or tensor.dtype not in _BITS:
             raise self._fault(name, f"is {tensor.dtype[:20]}, which is not supported", f"known: {', '.join(_BITS)}")
         return _BITS[tensor.dtype][0], np.ascontiguousarray(tensor.bits[part])
 
@@ -284,9 +319,9 @@ def _tensor(path: Path, name: str, entry: Mapping[str, Any], data: mmap.mmap, st
     if not all(type(number) is int and 0 <= number <= 1 << 44 for number in numbers) or start + end > len(data):
         raise ValueError(f"tensor {name[:80]} is outside the file")
     dtype = str(entry["dtype"])
-    if dtype not in _BITS:
+    if dtype not in _KINDS:
         return _Tensor(path, dtype, None, shape)
-    kind = _BITS[dtype][1]
+    kind = _KINDS[dtype]
     if end - begin != math.prod(shape) * kind.itemsize:
         raise ValueError(f"tensor {name[:80]} does not fit its bytes")
     return _Tensor(path, dtype, np.frombuffer(data, kind, math.prod(shape), start + begin).reshape(shape), shape)

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from config.errors import IntegrityError
 from dmoe.core.manifest import Architecture
-from dmoe.importer.architectures import Family, architecture_of, family_of
+from dmoe.importer.architectures import Family
 from dmoe.importer.families import hf_architecture_of, hf_family_of, hf_layout_of
 from dmoe.importer.folder import FolderSource, FolderText, folder_text
+from dmoe.importer.gguffamilies import gguf_architecture_of, gguf_family_of
 from dmoe.importer.sources import GgufSource
 from dmoe.importer.tokenizer import chat_template, stop_tokens, tokenizer_json
+
+_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,13 @@ class Model:
 
 def read_gguf(source: GgufSource) -> Model:
     """What a GGUF file holds."""
-    metadata, family = source.metadata, family_of(source.metadata)[1]
+    metadata, family = source.metadata, gguf_family_of(source.metadata)[1].tensors
     vocab, _ = _matrix_shape(source, family.embedding)
+    factors = source.vector(_ROPE_FACTORS, source.shape(_ROPE_FACTORS)[0]) if source.has(_ROPE_FACTORS) else None
     return Model(
         source=source,
         family=family,
-        architecture=architecture_of(metadata, vocab, tied=not source.has(family.head)),
+        architecture=gguf_architecture_of(metadata, vocab, not source.has(family.head), factors),
         name=str(metadata.get("general.basename") or metadata.get("general.name") or source.path.stem),
         licence=str(metadata.get("general.license", "unknown")),
         text=FolderText(tokenizer_json(metadata), chat_template(metadata), stop_tokens(metadata)),

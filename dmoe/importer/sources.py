@@ -4,6 +4,7 @@ Owns: opening, bounds and types of a GGUF's tensors. Does not own: what they mea
 (``quantise``). Fails with IntegrityError naming the file, the tensor and its offset; never reads past the file.
 """
 
+import math
 import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -136,11 +137,13 @@ class GgufSource:
     def linear(
         self, name: str, shape: tuple[int, int], quantisation: Quantisation, part: tuple[slice, slice] = (_ALL, _ALL)
     ) -> Linear:
-        """A weight matrix of ``shape`` (rows, columns) in the wanted form, or only the rows and columns in ``part``."""
+        """A weight matrix of ``shape`` (rows, columns) in the wanted form, or only the rows and columns in ``part``. A
+        vector is a matrix of one row, a stack of matrices one of all their rows."""
         kind, data = self._data(name)
-        if self.shape(name) != shape:
-            raise self._fault(name, f"has shape {list(self.shape(name))}, expected {list(shape)}")
-        return self._convert(name, kind, data[part[0]], shape[1], quantisation, part[1])
+        found = self.shape(name)
+        if (math.prod(found[:-1]), found[-1]) != shape:
+            raise self._fault(name, f"has shape {list(found)}, expected {list(shape)}")
+        return self._convert(name, kind, data.reshape(shape[0], -1)[part[0]], shape[1], quantisation, part[1])
 
     def linear_of(
         self, name: str, index: int, shape: tuple[int, int, int], quantisation: Quantisation, rows: slice = _ALL

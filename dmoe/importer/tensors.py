@@ -20,6 +20,7 @@ from config.errors import IntegrityError
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Quantisation
 from dmoe.core.variant import Latent
+from dmoe.importer.folder import FolderSource
 from dmoe.importer.model import Model
 from dmoe.importer.quantise import convert
 from dmoe.importer.rows import Rows, joined
@@ -30,8 +31,8 @@ Entry = tuple[str, Rows | Array]
 _ALL = slice(None)
 _NUMBER = re.compile(r"\.(\d{1,6})\.")
 """A layer's or an expert's number in a tensor's name."""
-_NEEDLESS = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight|output\.weight")
-"""Follows from the configuration; a head beside tied embeddings is the embedding again."""
+_NEEDLESS = re.compile(r".*\.rotary_emb\.inv_freq|rope_freqs\.weight|lm_head\.weight|output\.weight")
+"""Follows from the configuration, or became part of it; a head beside tied embeddings is the embedding again."""
 
 
 class Tensors:
@@ -49,9 +50,11 @@ class Tensors:
     def ends(self) -> Iterator[Entry]:
         """Embedding, head and last norm."""
         arch, family = self.arch, self.family
-        yield "embed", self._matrix(family.embedding, arch.vocab, arch.hidden)
+        # 4 bits for the vocabulary would cost more of the text's quality than all layers together
+        wanted: Quantisation = "int8" if self.quantisation == "int4" else self.quantisation
+        yield "embed", self._matrix(family.embedding, arch.vocab, arch.hidden, None, wanted)
         if not arch.tie_embeddings:
-            yield "head", self._matrix(family.head, arch.vocab, arch.hidden)
+            yield "head", self._matrix(family.head, arch.vocab, arch.hidden, None, wanted)
         yield "norm", self._vector(family.norm, arch.hidden)
 
     def trunk(self, layer: int) -> Iterator[Entry]:
@@ -73,6 +76,10 @@ class Tensors:
         gate_up, down = self._block(layer, expert) if self.arch.router.kind == "all" else self._member(layer, expert)
         yield f"{prefix}.gate_up", gate_up
         yield f"{prefix}.down", down
+        if self.traits.expert_bias:
+            wide, narrow = self._biases(layer, expert)
+            yield f"{prefix}.gate_up.bias", wide
+            yield f"{prefix}.down.bias", narrow
 
     def check_all_used(self) -> None:
         """Refuse a source that holds more than was asked for. Raises IntegrityError naming a tensor."""
@@ -122,6 +129,8 @@ class Tensors:
     def _key_up(self, layer: int, latent: Latent) -> Rows:
         """``[heads * rank, plain]``: per head, from a query without position to what it looks for in latents. The
         source has the way back, from latents to keys."""
+        if self.source.has(self.family.key_up.format(l=layer)):
+            return self._matrix(self.family.key_up, self.arch.heads * latent.rank, latent.plain, layer)
         name, shape = self._name(self.family.latent_up, layer), self._up_shape(latent)
 
         def read(rows: slice) -> Linear:
@@ -138,6 +147,8 @@ class Tensors:
 
     def _value_up(self, layer: int, latent: Latent) -> Rows:
         """``[heads * value, rank]``: per head, from latents to values."""
+        if self.source.has(self.family.value_up.format(l=layer)):
+            return self._matrix(self.family.value_up, self.arch.heads * latent.value, latent.rank, layer)
         heads, size = range(self.arch.heads), latent.plain + latent.value
         shape = self._up_shape(latent)
         parts = [slice(head * size + latent.plain, (head + 1) * size) for head in heads]
@@ -180,11 +191,24 @@ class Tensors:
     def _member(self, layer: int, expert: int) -> tuple[Rows, Rows]:
         arch, family = self.arch, self.family
         width, hidden = arch.intermediate, arch.hidden
+        if family.in_turns:
+            turns = np.arange(2 * width).reshape(width, 2).T.ravel()  # gates, then ups
+            gate_up = self._turned(family.gate_up_experts, layer, expert, turns, hidden)
+            return gate_up, self._turned(family.down_experts, layer, expert, np.arange(hidden), width)
         down = self._stacked(family.down_experts, layer, expert, hidden, width)
         if family.gate_up_experts:
             return self._stacked(family.gate_up_experts, layer, expert, 2 * width, hidden), down
         both = [self._stacked(name, layer, expert, width, hidden) for name in (family.gate_experts, family.up_experts)]
         return joined(both), down
+
+    def _biases(self, layer: int, expert: int) -> tuple[Array, Array]:
+        arch, family = self.arch, self.family
+        down = self._row(family.down_experts_bias, layer, expert, arch.hidden)
+        if family.gate_up_experts_bias:
+            both = self._row(family.gate_up_experts_bias, layer, expert, 2 * arch.intermediate)
+            return np.concatenate([both[0::2], both[1::2]]), down
+        parts = (family.gate_experts_bias, family.up_experts_bias)
+        return np.concatenate([self._row(name, layer, expert, arch.intermediate) for name in parts]), down
 
     # --- reading
 
@@ -226,6 +250,24 @@ class Tensors:
 
         width = shape[1] if columns == _ALL else columns.stop - columns.start
         return Rows(rows.stop - rows.start, width, name, read)
+
+    def _row(self, pattern: str, layer: int, expert: int, size: int) -> Array:
+        """One expert's row of a matrix."""
+        shape, name = (self.arch.router.experts, size), self._name(pattern, layer)
+        found: Array = self.source.linear(name, shape, "fp32", (slice(expert, expert + 1), _ALL)).dequantised()[0]
+        return found
+
+    def _turned(self, pattern: str, layer: int, expert: int, order: Array, columns: int) -> Rows:
+        """One expert's matrix of a transposed stack, its rows in another order."""
+        source, name, stack = self.source, self._name(pattern, layer), (self.arch.router.experts, len(order), columns)
+        assert isinstance(source, FolderSource), "only this layout turns matrices"
+        self.used.update(source.names_of(name))
+        return Rows(
+            len(order),
+            columns,
+            name,
+            lambda part: source.turned_of(name, expert, stack, self.quantisation, order[part]),
+        )
 
     def _stacked(self, pattern: str, layer: int, expert: int, rows: int, columns: int) -> Rows:
         """One expert's matrix, of a stack or of its own name."""

@@ -117,6 +117,21 @@ CONFIGS = {
         "clip_qkv": 1.25,
         "rope_theta": 10000.0,
     },
+    # biases everywhere, sinks, a window in layers 0 and 2, yarn with bounds that are not rounded
+    "gpt_oss": _COMMON
+    | {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "intermediate_size": 96,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "attention_bias": True,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "swiglu_limit": 7.0,
+        "rope_parameters": _YARN | {"rope_theta": 150000.0, "truncate": False},
+    },
     # as V2-Lite: queries at once from the hidden state, no groups
     "deepseek_v2_lite": _COMMON
     | _LATENT
@@ -185,6 +200,9 @@ def _attention_shapes(config):
     family = config["model_type"]
     if family == "qwen2_moe":
         shapes |= {f"{part}_proj.bias": (count,) for part, count in rows.items()}
+    if family == "gpt_oss":
+        shapes |= {f"{part}_proj.bias": (count,) for part, count in (rows | {"o": HIDDEN}).items()}
+        shapes["sinks"] = (HEADS,)
     if family in ("qwen3_moe", "olmoe"):
         shapes |= {f"{part}_norm.weight": (size if family == "qwen3_moe" else rows[part],) for part in "qk"}
     return shapes
@@ -220,6 +238,8 @@ def _feed_forward_shapes(config, layer):
         return _ffn("mlp.", wide)
     width = config.get("moe_intermediate_size", wide)
     experts = config.get("n_routed_experts", EXPERTS)
+    if family == "gpt_oss":
+        return _in_turns_shapes(experts, wide)
     block = "block_sparse_moe." if family == "mixtral" else "mlp."
     names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     shapes = {f"{block}gate.weight": (experts, HIDDEN)}
@@ -233,6 +253,17 @@ def _feed_forward_shapes(config, layer):
     if family == "deepseek_v3":
         shapes["mlp.gate.e_score_correction_bias"] = (experts,)
     return shapes
+
+
+def _in_turns_shapes(experts, width):
+    return {
+        "mlp.router.weight": (experts, HIDDEN),
+        "mlp.router.bias": (experts,),
+        "mlp.experts.gate_up_proj": (experts, HIDDEN, 2 * width),
+        "mlp.experts.gate_up_proj_bias": (experts, 2 * width),
+        "mlp.experts.down_proj": (experts, width, HIDDEN),
+        "mlp.experts.down_proj_bias": (experts, HIDDEN),
+    }
 
 
 def _is_dense(config, layer):
@@ -268,8 +299,40 @@ def weights(family):
             values = values / 4
         else:
             values = 1 + values / 4 if len(shape) == 1 else values * np.float32(2.5 * shape[-1] ** -0.5)
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks, scales = mxfp4(values)
+            values = 2 * from_mxfp4(blocks, scales).transpose(0, 2, 1)
         tensors[name] = (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF0000).view(np.float32)
     return tensors
+
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def mxfp4(values):
+    """A transposed stack ``f32[E, K, N]`` as gpt-oss's files keep it: ``u8[E, N, K/32, 16]`` and ``u8[E, N, K/32]``."""
+    rows = values.transpose(0, 2, 1)
+    groups = rows.reshape(*rows.shape[:2], -1, 32)
+    exponents = np.ceil(np.log2(np.abs(groups).max(axis=-1) / 6))
+    codes = np.abs((groups / np.exp2(exponents)[..., None])[..., None] - _E2M1).argmin(axis=-1).astype(np.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, (exponents + 127).astype(np.uint8)
+
+
+def from_mxfp4(blocks, scales):
+    """``f32[E, N, K]``."""
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
+    weights = _E2M1[codes] * np.exp2(scales.astype(np.float32) - 127)[..., None]
+    return weights.reshape(*scales.shape[:2], -1)
+
+
+def in_mxfp4(tensors):
+    """Changes to a gpt-oss folder's tensors that keep its experts, which are on that grid, in MXFP4."""
+    changes = {}
+    for name, values in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            changes[name] = None
+            changes[f"{name}_blocks"], changes[f"{name}_scales"] = mxfp4(values)
+    return changes
 
 
 def safetensors_bytes(tensors, dtype="F32"):
@@ -280,8 +343,9 @@ def safetensors_bytes(tensors, dtype="F32"):
             "F32": lambda v: v.tobytes(),
             "F16": lambda v: v.astype("<f2").tobytes(),
             "BF16": lambda v: (v.view("<u4") >> 16).astype("<u2").tobytes(),
-        }.get(dtype, lambda v: v.tobytes())(values)
-        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [len(body), len(body) + len(data)]}
+        }.get("U8" if values.dtype == np.uint8 else dtype, lambda v: v.tobytes())(values)
+        kind = "U8" if values.dtype == np.uint8 else dtype
+        header[name] = {"dtype": kind, "shape": list(values.shape), "data_offsets": [len(body), len(body) + len(data)]}
         body += data
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
