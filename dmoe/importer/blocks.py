@@ -1,7 +1,7 @@
 """GGUF's block formats as :class:`Linear` layers, transcoded without quantising anything again.
 
-Owns: where each format keeps its scales and minima (ggml-quants.h). Does not own: the codes of formats without minima,
-which are the package's own dequantised weights over their scale.
+Owns: where each format keeps its scales and minima (ggml-quants.h), and the codes of those that are common. The
+codes of the others are the package's own dequantised weights over their scale.
 
 Invariants:
 1. ``transcode(...).dequantised()`` is ``gguf.dequantize``'s to one unit in the last place of a block's largest weight.
@@ -21,12 +21,12 @@ Q5_1, Q5_K                                     8 bits, scale and offset per 32  
 =============================================  ==================================================  ===============
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gguf
 import numpy as np
-from gguf.quants import MXFP4, NVFP4, Q4_K, dequantize
+from gguf.quants import IQ4_NL, MXFP4, NVFP4, Q4_K, dequantize
 from numpy.typing import NDArray
 
 from dmoe.core.linear import Linear, pack
@@ -47,12 +47,12 @@ def transcode(kind: str, blocks: Array) -> Linear:
     with np.errstate(all="ignore"):
         if kind in _WITH_MINIMA:
             return _WITH_MINIMA[kind](blocks)
-        if kind == "Q8_0":  # f16 d, i8[32]
-            return Linear({"q8": blocks[..., 2:] ^ np.uint8(0x80), "s": _half(blocks, 0)})
         if kind == "Q4_0":  # f16 d, 16 bytes: weight i low, weight i + 16 high
             return Linear({"q4": pack(_nibbles(blocks[..., 2:])), "s": _half(blocks, 0)})
         rows, scales = len(blocks), _SCALES[kind](blocks)
         scales = np.ascontiguousarray(scales.reshape(rows, -1), np.float32)
+        if kind in _CODES:
+            return Linear({"q8": _CODES[kind](blocks).reshape(*scales.shape, -1), "s": scales})
         return _coded(kind, _dequantised(kind, blocks).reshape(*scales.shape, -1), scales)
 
 
@@ -133,6 +133,36 @@ _WITH_MINIMA: Mapping[str, Callable[[Array], Linear]] = {
 }
 
 
+def _q6_k(blocks: Array) -> Array:
+    """128 bytes of four low bits, 64 of two high bits each; q - 32."""
+    low = _nibbles(blocks[..., :128], 64)
+    high = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return (low | (high.reshape(low.shape) & np.uint8(3)) << np.uint8(4)) + np.uint8(128 - 32)
+
+
+def _q5_0(blocks: Array) -> Array:
+    """4 bytes of fifth bits, 16 bytes; q - 16."""
+    fifth = np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little")
+    return (_nibbles(blocks[..., 6:]) | (fifth << np.uint8(4))) + np.uint8(128 - 16)
+
+
+def _from(values: Sequence[int], offset: int) -> Callable[[Array], Array]:
+    """Four-bit places in a list of whole numbers."""
+    codes = (np.array(values, np.int16) + 128).astype(np.uint8)
+    return lambda blocks: codes[_nibbles(blocks[..., offset:])]
+
+
+# 8-bit codes with zero point 128, of formats that are common: the others take the package's numbers over their scale
+_CODES: Mapping[str, Callable[[Array], Array]] = {
+    "Q8_0": lambda blocks: blocks[..., 2:] ^ np.uint8(0x80),
+    "Q5_0": _q5_0,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _from(IQ4_NL.kvalues, 2),
+    "IQ4_XS": _from(IQ4_NL.kvalues, 8),
+    "MXFP4": _from(MXFP4.kvalues, 1),
+}
+
+
 def _q3_k(blocks: Array) -> Array:
     low = blocks[..., 96:104]
     low = np.concatenate([low & 15, low >> 4], axis=-1)
@@ -180,6 +210,7 @@ def _repeated(offset: int) -> Callable[[Array], Array]:
 
 # where a format without minima keeps the scales of its sub-blocks: f32[rows, blocks, sub-blocks]
 _SCALES: Mapping[str, Callable[[Array], Array]] = {
+    "Q8_0": lambda blocks: _half(blocks, 0),
     "Q5_0": lambda blocks: _half(blocks, 0),
     "Q3_K": _q3_k,
     "Q6_K": lambda blocks: _half(blocks, 208)[..., None] * blocks[..., 192:208].view(np.int8).astype(np.float32),
@@ -200,7 +231,7 @@ _SCALES: Mapping[str, Callable[[Array], Array]] = {
     "IQ1_M": _iq1_m,
 }
 
-BLOCK_TYPES = frozenset({"Q4_0", "Q8_0", *_WITH_MINIMA, *_SCALES})
+BLOCK_TYPES = frozenset({"Q4_0", *_WITH_MINIMA, *_SCALES})
 
 
 def _dequantised(kind: str, blocks: Array) -> Floats:

@@ -16,7 +16,8 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
 _F16_MAX = 65504.0
-_WEIGHTS_AT_ONCE = 1 << 20
+_WEIGHTS_AT_ONCE = 1 << 16
+"""As many as stay in a core's cache while they are fitted again and again."""
 _SPANS = tuple(np.float32(span) for span in np.arange(13, 16.1, 0.5))
 """Over how many steps of the grid a block's weights are spread; above 15 its ends are cut off."""
 _REFITS = 2
@@ -61,39 +62,44 @@ def quantise_int4(weights: Floats) -> Linear:
 
 def _fit(x: Floats) -> tuple[Floats, Floats, Floats]:
     """Codes, scales and offsets of blocks ``f32[.., 32]``, so that ``x`` is about ``scale * code + offset``."""
+    mean = x.mean(axis=-1)
+    x = x - mean[..., None]
     low, width = x.min(axis=-1), x.max(axis=-1) - x.min(axis=-1)
-    tries = [(width / span, np.float32(8) - max(span - 15, np.float32(0)) / 2) for span in _SPANS]
-    best = _try(x, tries[0][0], low + tries[0][0] * tries[0][1])
-    for scale, steps in tries[1:]:
-        best = _better(best, _try(x, scale, low + scale * steps))
+    steps = [np.float32(8) - max(span - 15, np.float32(0)) / 2 for span in _SPANS]
+    tries = [(width / span, low + width / span * step) for span, step in zip(_SPANS, steps, strict=True)]
+    best = _fitted(x, *tries[0])
+    for scale, offset in tries[1:]:
+        best = _better(best, _fitted(x, scale, offset))
     for _ in range(_REFITS):
-        best = _better(best, _try(x, best[2], best[3]))
-    return best[1], best[2], best[3]
+        best = _better(best, _fitted(x, *best[1:]))
+    return _codes(x, *best[1:]), best[1], best[2] + mean
 
 
-_Fit = tuple[Floats, Floats, Floats, Floats]
-"""Squared error, codes, scale and offset per block."""
+_Fit = tuple[Floats, Floats, Floats]
+"""Squared error saved, scale and offset per block."""
 
 
-def _try(x: Floats, scale: Floats, offset: Floats) -> _Fit:
-    """Round to the grid of ``scale`` and ``offset``, then fit both to the codes by least squares."""
+def _codes(x: Floats, scale: Floats, offset: Floats) -> Floats:
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)[..., None]
-    codes = np.clip(np.rint((x - offset[..., None]) * inverse), -8, 7)
-    code_mean, x_mean = codes.mean(axis=-1), x.mean(axis=-1)
-    off = codes - code_mean[..., None]
-    spread = (off * off).sum(axis=-1)
-    shared = (off * (x - x_mean[..., None])).sum(axis=-1)
-    fitted = np.divide(shared, spread, out=np.zeros_like(spread), where=spread > 0)
-    offset = x_mean - fitted * code_mean
-    error = np.square(fitted[..., None] * codes + offset[..., None] - x).sum(axis=-1)
-    return error, codes, fitted, offset
+    codes: Floats = np.clip(np.rint((x - offset[..., None]) * inverse), -8, 7)
+    return codes
+
+
+def _fitted(x: Floats, scale: Floats, offset: Floats) -> _Fit:
+    """Round blocks of mean 0 to the grid of ``scale`` and ``offset``, then fit both to the codes by least squares."""
+    codes = _codes(x, scale, offset)
+    mean = codes.mean(axis=-1)
+    spread = np.einsum("...i,...i", codes, codes) - BLOCK * mean * mean
+    shared = np.einsum("...i,...i", codes, x)
+    slope = np.divide(shared, spread, out=np.zeros_like(spread), where=spread > 0)
+    return slope * shared, slope, -slope * mean
 
 
 def _better(one: _Fit, other: _Fit) -> _Fit:
-    """Per block the one of less error."""
-    wins = other[0] < one[0]
-    error, scale, offset = (np.where(wins, other[i], one[i]) for i in (0, 2, 3))
-    return error, np.where(wins[..., None], other[1], one[1]), scale, offset
+    """Per block the one that saves more."""
+    wins = other[0] > one[0]
+    saved, scale, offset = (np.where(wins, new, old) for new, old in zip(other, one, strict=True))
+    return saved, scale, offset
 
 
 def convert(layer: Linear, quantisation: Quantisation) -> Linear:
