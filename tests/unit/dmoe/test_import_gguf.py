@@ -131,3 +131,21 @@ def test_damaged_mxfp4_tensors_are_named(tmp_path):
     folder = write_folder(tmp_path / "hf", "gpt_oss", change=change)
     with pytest.raises(IntegrityError, match=r"down_proj_scales is U8\[6, 63, 3\], expected U8\[6, 64, 3\]"):
         import_folder(folder, ModelStore(tmp_path / "models"), PUBLISHER)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("gpt_oss", "MXFP4"), ("qwen2_moe_gguf", "Q5_1"), ("deepseek_v3", "Q4_0")]
+)
+async def test_rows_have_the_same_bits_however_they_arrive(tmp_path, family, kind):
+    path = write_family_gguf(tmp_path / "tiny.gguf", family, kinds=_experts_in(kind))
+    store = ModelStore(tmp_path / "models")
+    manifest = await trio.to_thread.run_sync(lambda: import_gguf(path, store, PUBLISHER))
+    runner = local_runner(manifest, store, OPTIONS)
+    found = []
+    for sizes in ([24], [7] + [1] * 17, [5, 5, 5, 9]):
+        sequence, rows, start = await runner.open(40), [], 0
+        for size in sizes:
+            rows.append(await feed(runner, sequence, IDS[start : start + size]))
+            start += size
+        found.append(np.concatenate(rows))
+    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
