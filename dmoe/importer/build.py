@@ -20,7 +20,7 @@ from dmoe.importer.folder import FolderSource
 from dmoe.importer.model import Model, read_folder, read_gguf
 from dmoe.importer.scratch import scratch
 from dmoe.importer.sources import GgufSource
-from dmoe.importer.write import shapes_of, size_of, write_file, write_shard
+from dmoe.importer.write import shapes_of, size_of, widened_in, write_file, write_shard
 from dmoe.runtime import RuntimeOptions
 from dmoe.shardfile import ShardFile
 from dmoe.store import ModelStore, disk_errors
@@ -110,7 +110,9 @@ class _Import:
         self.source = model.source
         self.wishes = wishes
         self.cut = Cut(model, wishes.quantisation, wishes.sizes)
-        sizes = [size_of(shapes_of(self.cut.entries(part))) for part in self.cut.parts]
+        shapes = {part.path: shapes_of(self.cut.entries(part)) for part in self.cut.parts}
+        sizes = [size_of(held) for held in shapes.values()]
+        self.cut.widened = {path: widened_in(held) for path, held in shapes.items()}
         self.cut.check_all_used()
         self.source.release_pages()
         self.bytes_needed = sum(sizes) + len(model.text.tokenizer) + _MANIFEST_BYTES

@@ -4,7 +4,7 @@ Owns: which layers and experts share a file, the sum groups. Does not own: which
 how they are written (``write``). Matrices are named here, not read: what a part holds is read block by block.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,8 @@ class Cut:
         self.groups = sizes.groups(self.arch.router.experts)
         spans = sizes.spans(self.arch.layers)
         self.stages = sizes.stages(spans)
+        self.widened: Mapping[str, int] = {}
+        """By path, what a file's weights take in memory beside its size; known once the entries are."""
         self.trunk = [Part("trunk/ends.safetensors", (0, -1), -1, holds_ends=True)]
         self.trunk += [Part(f"trunk/l{first:02d}-{last:02d}.safetensors", (first, last), -1) for first, last in spans]
         self.experts = [
@@ -132,9 +134,12 @@ class Cut:
             files=tuple(files),
             params=params,
             flops_per_row=2 * sum(map(arch.trunk_weights, range(arch.layers))) // arch.layers,
-            ram_bytes=sum(file.size_bytes for file in files) + arch.layers * _RUNTIME_OVERHEAD_BYTES,
+            ram_bytes=self._ram(files) + arch.layers * _RUNTIME_OVERHEAD_BYTES,
             dtype=self.quantisation,
         )
+
+    def _ram(self, files: Iterable[ModelFile]) -> int:
+        return sum(file.size_bytes + self.widened.get(file.path, 0) for file in files)
 
     def expert_shard(self, part: Part, file: ModelFile, params: int) -> Shard:
         """The shard of one expert file."""
@@ -150,7 +155,7 @@ class Cut:
             files=(file,),
             params=params,
             flops_per_row=2 * 3 * len(experts) * self.arch.hidden * self.arch.intermediate,
-            ram_bytes=file.size_bytes + sessions * _RUNTIME_OVERHEAD_BYTES,
+            ram_bytes=self._ram([file]) + sessions * _RUNTIME_OVERHEAD_BYTES,
             dtype=self.quantisation,
         )
 
@@ -175,6 +180,6 @@ class Cut:
             files=tuple(files[path] for path in paths),
             params=sum(params[path] for path in paths),
             flops_per_row=2 * weights,
-            ram_bytes=sum(files[path].size_bytes for path in paths) + sessions * _RUNTIME_OVERHEAD_BYTES,
+            ram_bytes=self._ram([files[path] for path in paths]) + sessions * _RUNTIME_OVERHEAD_BYTES,
             dtype=self.quantisation,
         )

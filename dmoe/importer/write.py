@@ -61,6 +61,11 @@ def weights_in(shapes: Shapes) -> int:
     return sum(counts)
 
 
+def widened_in(shapes: Shapes) -> int:
+    """Bytes that a file's weights of 16 bits take in memory beside their size: they run as f32."""
+    return sum(_bytes(*shape) for name, shape in shapes.items() if name.endswith((".h", ".b")))
+
+
 def write_shard(folder: Path, name: str, entries: Entries, wrote: Wrote) -> tuple[ModelFile, int]:
     """Write ``folder/name``. Returns it with the number of parameters that it holds."""
     shapes = shapes_of(entries)

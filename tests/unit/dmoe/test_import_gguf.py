@@ -149,3 +149,12 @@ async def test_rows_have_the_same_bits_however_they_arrive(tmp_path, family, kin
             start += size
         found.append(np.concatenate(rows))
     assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+
+
+def test_weights_of_16_bits_are_counted_as_the_memory_they_run_in(tmp_path):
+    folder = write_folder(tmp_path / "hf", "mixtral", dtype="BF16")
+    kept = import_folder(folder, ModelStore(tmp_path / "a"), PUBLISHER)
+    floats = import_folder(folder, ModelStore(tmp_path / "b"), PUBLISHER, quantisation="fp32")
+    for narrow, wide in zip(kept.shards, floats.shards, strict=True):
+        assert narrow.size_bytes < 0.6 * wide.size_bytes
+        assert abs(narrow.ram_bytes - wide.ram_bytes) < 20_000
