@@ -228,10 +228,10 @@ def _llama3_factors(config):
     return np.array(factors, np.float32)
 
 
-def write_family_gguf(path, family, *, split=True, kinds=lambda name: "F32", change=None, drop=()):
-    """A family's file. ``kinds``: a tensor's type by name; ``change``: other metadata (None leaves a key out);
-    ``drop``: tensors to leave out."""
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[family])
+def write_family_gguf(path, family, *, split=True, kinds=lambda name: "F32", change=None, drop=(), parts=0):
+    """A family's file, or the first of several with ``parts`` tensors each. ``kinds``: a tensor's type by name;
+    ``change``: other metadata (None leaves a key out); ``drop``: tensors to leave out."""
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[family], split_max_tensors=parts)
     size = CONFIGS[family]["vocab_size"]
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"abcdefgh"][:size]
     text = {
@@ -267,4 +267,4 @@ def write_family_gguf(path, family, *, split=True, kinds=lambda name: "F32", cha
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if parts else path

@@ -158,3 +158,11 @@ def test_weights_of_16_bits_are_counted_as_the_memory_they_run_in(tmp_path):
     for narrow, wide in zip(kept.shards, floats.shards, strict=True):
         assert narrow.size_bytes < 0.6 * wide.size_bytes
         assert abs(narrow.ram_bytes - wide.ram_bytes) < 20_000
+
+
+async def test_a_model_in_several_parts_is_the_same_model(tmp_path):
+    _, wanted = await logits(import_gguf, write_family_gguf(tmp_path / "whole.gguf", "olmoe"), tmp_path / "a")
+    first = write_family_gguf(tmp_path / "split.gguf", "olmoe", parts=9)
+    manifest, got = await logits(import_gguf, first, tmp_path / "b")
+    assert got.tobytes() == wanted.tobytes()
+    assert manifest.source.name == first.name == "split-00001-of-00005.gguf"
