@@ -18,7 +18,7 @@ from dmoe.store import ModelStore
 from tests.bench.parity_swarm import OPTIONS, PUBLISHER, ParitySwarm, with_fp32_wire
 from tests.unit.dmoe.folder_kit import write_folder
 
-FAMILIES = ("qwen2_moe", "deepseek_v3")
+FAMILIES = ("qwen2_moe", "gpt_oss", "deepseek_v3")
 """Biases, a gated shared expert, a dense layer between; and latent attention with a grouped sigmoid router."""
 REFERENCE = Path(__file__).resolve().parents[1] / "vectors" / "hf_reference.npz"
 STEPS = 8
