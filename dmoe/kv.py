@@ -9,7 +9,8 @@ the attention operator, without a copy. Both dimensions grow by doubling, so a p
 Invariants:
 1. Attention writes the rows of a pass, and one dummy row behind them, of the slots that take part; no other slot.
 2. A free slot's memory is the system's: pages are committed when first written and given back when a slot is closed.
-3. Memory moves only in :meth:`KvPool.reserve` and :meth:`KvPool.open`: ``generation`` tells.
+3. Memory moves only in :meth:`KvPool.reserve` and :meth:`KvPool.open`: ``generation`` tells. A cache changes its slot
+   only in :meth:`KvPool.bring_together`.
 """
 
 import mmap
@@ -25,6 +26,7 @@ from config.errors import LocalError, RequestError
 Array = NDArray[Any]
 
 _POSITIONS_FIRST = 256
+_STRANGERS_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,30 @@ class KvPool:
         """Make every slot at least this long."""
         if positions > self.positions:
             self._move(len(self._caches), min(self._context, max(positions, 2 * self.positions)))
+
+    def bring_together(self, caches: Sequence[Cache]) -> None:
+        """Make the slots of these caches neighbours if too many others stand between them: attention runs over all
+        from the first to the last, and each that takes no part still costs something."""
+        slots = sorted(cache.slot for cache in caches)
+        if slots[-1] - slots[0] + 1 <= 2 * len(slots) + _STRANGERS_MAX:
+            return
+        window = range(slots[0], slots[0] + len(slots))
+        outside = [cache for cache in caches if cache.slot not in window]
+        for cache, slot in zip(outside, sorted(set(window) - set(slots)), strict=True):
+            self._swap(cache, slot)
+
+    def _swap(self, cache: Cache, slot: int) -> None:
+        other = self._caches[slot]
+        length, theirs = cache.length, 0 if other is None else other.length
+        for memory in self._all():
+            here, there = memory.array[cache.slot], memory.array[slot]
+            kept = there[:, :theirs].copy()
+            there[:, :length] = here[:, :length]
+            here[:, :theirs] = kept
+        self._caches[cache.slot], self._caches[slot] = other, cache
+        if other is not None:
+            other.slot = cache.slot
+        cache.slot = slot
 
     def end_pass(self) -> None:
         """Nothing uses the memory any more."""

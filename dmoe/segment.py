@@ -183,6 +183,9 @@ class _Layers:
         self.pool.busy = True
         try:
             self._prepare(len(x), max(part.cache.length + part.rows for part in parts))
+            short = [part.cache for part in parts if part.rows <= SHORT_ROWS_MAX]
+            if len(short) > 1:
+                self.pool.bring_together(short)
             yield list(_groups(parts, self.architecture.keys_min))
             for part in parts:
                 part.cache.length += part.rows

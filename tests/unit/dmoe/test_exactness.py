@@ -53,6 +53,21 @@ async def test_a_prompt_longer_than_a_chunk_equals_decoding(model, make):
     assert other.tobytes() == expected.tobytes()
 
 
+async def test_sequences_that_move_beside_each_other_keep_their_bits(model):
+    store, manifest = model
+    runner = fused_runner(manifest, store, RuntimeOptions(device="cpu", threads=1))
+    reference = await feed(runner, await runner.open(60), IDS)
+    sequences = [await runner.open(60) for _ in range(16)]
+    for sequence in sequences:
+        await feed(runner, sequence, IDS[:20])
+    far = [sequences[0], sequences[15], sequences[8]]
+    for pair in (far, sequences):
+        starts = [sequence.length for sequence in pair]
+        outs = await runner.forward([Feed(sequence=each, tokens=(IDS[each.length],)) for each in pair])
+        for start, out in zip(starts, outs, strict=True):
+            assert out.tobytes() == reference[start : start + 1].tobytes()
+
+
 async def test_local_equals_partials_computed_anywhere_and_rounded(model):
     """Rules 2 and 3: what the local route adds is what any split over shard objects gives."""
     store, manifest = model

@@ -76,6 +76,25 @@ def test_a_cache_closed_during_a_pass_is_freed_behind_it():
     assert pool.open(10).slot == 0
 
 
+def test_caches_of_a_pass_become_neighbours_and_nobody_loses_anything():
+    pool = pool_of()
+    caches = [pool.open(100) for _ in range(16)]
+    for number, cache in enumerate(caches):
+        fill(pool, cache, 20 + number, float(number))
+    caches[5].close()
+    active = [caches[4], caches[15], caches[12]]
+    pool.bring_together(active)
+    assert sorted(cache.slot for cache in active) == [4, 5, 6]
+    assert len({cache.slot for cache in caches if cache.is_open}) == 15
+    for number, cache in enumerate(caches):
+        if cache.is_open:
+            assert cache.length == 20 + number
+            assert all((array == number).all() for array in held(pool, cache))
+    before = [cache.slot for cache in caches]
+    pool.bring_together([caches[0], caches[2]])  # near enough
+    assert [cache.slot for cache in caches] == before
+
+
 def test_more_than_the_context_is_refused():
     with pytest.raises(RequestError, match="5000 tokens do not fit the model's context of 4096"):
         pool_of().open(5000)
