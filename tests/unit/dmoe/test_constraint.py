@@ -10,6 +10,7 @@ import pytest
 from config.errors import RequestError
 from config.generation import Constraint, Delta
 from dmoe.constraint import CHARACTERS_MAX, Constraints
+from dmoe.passes import PassOptions
 from tests.unit.dmoe.answer_kit import answer, events_of, request, tiny_engine, tokenizer, tokens_of
 
 PERSON = {
@@ -115,6 +116,19 @@ async def test_stop_strings_end_a_constrained_answer(engine):
     text, last = await answer(engine, request(constraint=to("regex", "[a-c]{200}"), stop=("b",)))
     assert last.reason == "stop"
     assert "b" not in text
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+async def test_drafts_never_change_a_constrained_answer(tmp_path, temperature):
+    """The text repeats itself, so it is guessed; the guesses that the constraint forbids are dropped."""
+    asked = request("xyx, xyx, xyx, ", temperature=temperature, constraint=to("regex", "(x[yz]x, ){30}"))
+    plain = await tiny_engine(tmp_path, passes=PassOptions(drafts_max=0))
+    drafting = await tiny_engine(tmp_path)
+    wanted, got = await answer(plain, asked), await answer(drafting, asked)
+    assert got[0] == wanted[0]
+    assert re.fullmatch("(x[yz]x, ){30}", got[0])
+    assert drafting.statistics().drafts_accepted > 0
+    assert plain.statistics().drafts_proposed == 0
 
 
 def test_states_of_one_constraint_are_apart():
