@@ -182,7 +182,7 @@ def _vectors_here(context: Context, asked: dict[str, Any]) -> Any:  # noqa: ANN4
 
 def _local_route(context: Context) -> str:
     route = context.args.route or "fused"
-    if route == "experts":
+    if route not in ("local", "fused"):
         raise ConfigError("usage", "--local has no peers to call", "--route local or --route fused")
     return str(route)
 

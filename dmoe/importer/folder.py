@@ -258,7 +258,8 @@ def _stop_tokens(path: Path, document: Mapping[str, Any], vocab: int) -> tuple[i
                 raise IntegrityError("integrity", f"{path / name}: eos_token_id {token!r} is outside the vocabulary")
             ids.append(token)
     added = document.get("added_tokens") or []
-    ids += sorted(token["id"] for token in added if token.get("special") and ends_answer(str(token["content"])))
+    special = {str(token["content"]): token["id"] for token in added if token.get("special")}
+    ids += sorted(number for text, number in special.items() if ends_answer(text, special))
     return tuple(dict.fromkeys(ids))
 
 

@@ -13,7 +13,7 @@ Fails with IntegrityError ``integrity`` that names the metadata key at fault.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from config.errors import IntegrityError
@@ -34,6 +34,7 @@ _END_TEXTS = frozenset(
         "<|end_of_text|>",
         "<|end|>",
         "<|return|>",
+        "<|call|>",
         "<end_of_turn>",
         "</s>",
     }
@@ -114,8 +115,13 @@ def stop_tokens(metadata: Mapping[str, object]) -> tuple[int, ...]:
     named = [
         _token_id(metadata, f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("eot", "eom", "end_of_turn")
     ]
+    vocabulary = frozenset(tokens)
     found = {number for number in named if number is not None}
-    found |= {n for n, (text, kind) in enumerate(zip(tokens, types, strict=True)) if _ends(text, kind)}
+    found |= {
+        number
+        for number, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == _CONTROL and ends_answer(text, vocabulary)
+    }
     first = () if eos is None else (eos,)
     return (*first, *sorted(found - set(first)))
 
@@ -144,13 +150,10 @@ def chat_template(metadata: Mapping[str, object]) -> str:
     return lines + template
 
 
-def ends_answer(text: str) -> bool:
-    """Whether a control token of this text ends an answer in every model that has it."""
-    return text in _END_TEXTS
-
-
-def _ends(text: str, kind: int) -> bool:
-    return kind == _CONTROL and ends_answer(text)
+def ends_answer(text: str, vocabulary: Container[str]) -> bool:
+    """Whether a control token of this text ends an answer in a model with this vocabulary. gpt-oss ends each of an
+    answer's messages, its thoughts too, with ``<|end|>``, and the last one otherwise."""
+    return text in _END_TEXTS and not (text == "<|end|>" and "<|return|>" in vocabulary)
 
 
 def _texts(metadata: Mapping[str, object], key: str) -> Sequence[str]:

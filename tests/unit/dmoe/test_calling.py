@@ -639,6 +639,7 @@ async def test_a_worker_that_never_names_its_terms_holds_nobody_up(autojump_cloc
 @pytest.mark.parametrize("lie", ["busy", "garbage", "not_found"])
 @pytest.mark.parametrize("liars", [1, 4])
 async def test_peers_that_offer_everything_and_answer_nothing_do_not_use_up_the_retries(autojump_clock, lie, liars):
+    autojump_clock.autojump_threshold = 0.01  # a thread that is late on a busy machine is no peer that hangs
     manifest = make_manifest()
     async with swarm(manifest) as s:
         await s.node(())

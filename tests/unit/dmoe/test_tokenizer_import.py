@@ -62,6 +62,14 @@ def test_stop_tokens_begin_with_eos_and_hold_every_known_end():
     assert bos_token(metadata()) == 1
 
 
+def test_what_ends_a_message_of_gpt_oss_does_not_end_its_answer():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    for control, ends in ((["<|return|>", "<|end|>", "<|call|>"], (0, 2)), (["<|endoftext|>", "<|end|>"], (0, 1))):
+        types = [3] * len(control) + [1] * len(letters)
+        changes = {"tokens": control + letters, "token_type": types, "eos_token_id": 0}
+        assert stop_tokens(metadata(**{f"ggml.{key}": value for key, value in changes.items()})) == ends
+
+
 def test_chat_template_is_complete_in_itself():
     text = "{{ bos_token }}{{ messages[0].content }}"
     assert chat_template(metadata(chat_template=text)) == '{%- set bos_token = "<|im_start|>" +%}' + text
