@@ -182,7 +182,7 @@ def _generated(
         passes=len(timed.passes),
         load_seconds=round(load_seconds, 2),
         memory_bytes=memory_bytes,
-        kv_bytes_per_sequence=8 * arch.layers * arch.kv_heads * arch.head_dim * timed.capacity,
+        kv_bytes_per_sequence=4 * arch.layers * arch.cache_numbers * timed.capacity,
     )
 
 

@@ -73,14 +73,6 @@ class LayerWeights:
         attention = self.attention
         return (attention.qkv if isinstance(attention, GroupedWeights) else attention.query).size_bytes
 
-    @property
-    def total_bytes(self) -> int:
-        """Of all matrices."""
-        attention, own = self.attention, self.own
-        found = [getattr(attention, name) for name in attention.__slots__] + [self.output]
-        found += [own.gate_up, own.down] if own else []
-        return sum(part.size_bytes for part in found if isinstance(part, Linear))
-
 
 def layer_weights(arch: Architecture, tensors: Mapping[str, Array], layer: int) -> LayerWeights:
     """The trunk's share of a layer."""

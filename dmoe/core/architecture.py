@@ -119,6 +119,12 @@ class Architecture(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return latent.rope if latent else self.head_dim
 
     @property
+    def cache_numbers(self) -> int:
+        """Floats that a layer keeps of each position."""
+        latent = self.traits.latent
+        return latent.width if latent else 2 * self.kv_heads * self.head_dim
+
+    @property
     def keys_min(self) -> int:
         """How many keys attention must see at least for its sums to be the same at any length."""
         latent = self.traits.latent

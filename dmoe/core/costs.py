@@ -166,7 +166,7 @@ def shape_of(manifest: Manifest) -> Shape:
         experts=arch.router.experts,
         top_k=arch.router.experts if dense else arch.router.top_k,
         row_bytes=arch.hidden * (4 if manifest.wire_dtype == "fp32" else 2),
-        kv_bytes_per_position=2 * KV_BYTES * arch.kv_heads * arch.head_dim * arch.layers,
+        kv_bytes_per_position=KV_BYTES * arch.cache_numbers * arch.layers,
         attention=Cost(2 * attention, attention * per_param),
         head=Cost(2 * head, head * per_param),
         layers=tuple(layers),

@@ -2,8 +2,8 @@
 
 Run it as a program; the last line on stdout is one JSON object. transformers runs in an environment of its own below
 ``.bench/``, on the very folders that are imported here. Compared are all logits of a prompt, those behind 20 greedy
-tokens with cache, and a ragged batch of three prompts: in this process, and with the experts at two node processes.
-Rows travel as fp32, as the weights are.
+tokens with cache, and a ragged batch of three prompts: in this process, with the experts at two node processes, and
+with all layers at two. Rows travel as fp32, as the weights are.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import venv
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import trio
 from numpy.typing import NDArray
 
 from dmoe.core.manifest import Manifest
-from dmoe.importer.build import import_folder
+from dmoe.importer.build import Wishes, import_model
+from dmoe.importer.cut import Sizes
 from dmoe.layers import local_runner
 from dmoe.runner import Feed, FloatRows, Runner
 from dmoe.store import ModelStore
@@ -33,6 +34,8 @@ from tests.unit.dmoe.folder_kit import FAMILIES, SPARSE, write_folder
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers")
 TOLERANCE = 1e-4
+SIZES = Sizes(layers_per_shard=1)
+"""A stage per layer: every model passes from process to process."""
 Reference = dict[str, NDArray[Any]]
 
 
@@ -42,6 +45,8 @@ class Outcome:
 
     difference: float = 0.0
     mismatches: int = 0
+    peers: int = 0
+    """How many computed experts or layers."""
 
     def add(self, found: FloatRows, wanted: FloatRows, token: int | None = None) -> None:
         """Compare rows of logits; ``token``: the reference's choice after the last of them."""
@@ -75,6 +80,7 @@ async def compare(runner: Runner, wanted: Reference) -> Outcome:
     for token, logits, then in zip(wanted["tokens"], wanted["logits"], following, strict=True):
         (found,) = await runner.forward([Feed(sequence=sequence, tokens=(int(token),))])
         outcome.add(found, logits[None], then)
+    outcome.peers = len(sequence.report().expert_rows)
     sequence.close()
     await _compare_ragged(runner, wanted, outcome)
     return outcome
@@ -99,22 +105,26 @@ def measure(folder: Path) -> dict[str, dict[str, Outcome]]:
     store, models = ModelStore(folder / "models"), dict[str, Manifest]()
     for name in FAMILIES:
         source = write_folder(folder / "hf" / name, name)
-        models[name] = with_fp32_wire(store, import_folder(source, store, PUBLISHER, name=name))
+        models[name] = with_fp32_wire(store, import_model(source, store, PUBLISHER, Wishes(name=name, sizes=SIZES)))
     wanted = references(folder / "hf")
     found = {"local": {n: trio.run(compare, local_runner(models[n], store, OPTIONS), wanted[n]) for n in FAMILIES}}
-    found["experts"] = _over_processes(folder, store, models, wanted)
-    return found
+    return found | _over_processes(folder, store, models, wanted)
 
 
 def _over_processes(
     folder: Path, store: ModelStore, models: dict[str, Manifest], wanted: dict[str, Reference]
-) -> dict[str, Outcome]:
-    """The sparse families with all experts at two node processes."""
-    swarm = ParitySwarm(folder, store, [models[name] for name in SPARSE])
+) -> dict[str, dict[str, Outcome]]:
+    """All experts, then all layers, at two node processes."""
+    swarm = ParitySwarm(folder, store, list(models.values()))
 
-    async def run() -> dict[str, Outcome]:
-        async with swarm.caller() as caller:
-            return {name: await compare(swarm.runner(caller, models[name]), wanted[name]) for name in SPARSE}
+    async def run() -> dict[str, dict[str, Outcome]]:
+        found: dict[str, dict[str, Outcome]] = {"experts": {}, "stages": {}}
+        async with swarm.caller() as callers:
+            for name in FAMILIES:
+                for route in ("experts", "stages") if name in SPARSE else ("stages",):
+                    runner = await swarm.runner(callers, models[name], route)
+                    found[route][name] = await compare(runner, wanted[name])
+        return found
 
     try:
         return trio.run(run)
@@ -125,9 +135,7 @@ def _over_processes(
 def report(outcomes: dict[str, dict[str, Outcome]]) -> dict[str, Any]:
     """Figures per route and family, and whether all is within the tolerance."""
     figures = {
-        f"{route}_{name}": {"difference": outcome.difference, "mismatches": outcome.mismatches}
-        for route, found in outcomes.items()
-        for name, outcome in found.items()
+        f"{route}_{name}": asdict(outcome) for route, found in outcomes.items() for name, outcome in found.items()
     }
     every = [outcome for found in outcomes.values() for outcome in found.values()]
     return {

@@ -1,6 +1,6 @@
-"""Two node processes that compute the experts of some models, and a caller in this process; not a benchmark itself.
+"""Two node processes that compute experts and stages of some models, and a node in this process; not a benchmark.
 
-The caller is a network node without a worker: it has the trunks, every expert is computed by the processes, and nothing
+The node here has the trunks and serves nothing, so every expert and every layer is computed by the processes; nothing
 is paid. Rows travel as fp32, so that what differs from a reference is the computation.
 """
 
@@ -13,21 +13,24 @@ from pathlib import Path
 import trio
 from msgspec.structs import replace
 
-from config.settings import P2pSettings
-from dmoe.caller import Caller
+from config.generation import Route
+from config.load import load
+from config.paths import Paths
+from config.vocabulary import PeerId
 from dmoe.core.manifest import Manifest
-from dmoe.layers import Ends, ModelRunner
-from dmoe.runtime import RuntimeOptions, open_files
-from dmoe.segment import Pieces, PieceSegment
+from dmoe.models import StoredModels, SwarmExperts
+from dmoe.runner import Runner
+from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
+from node.daemon import Node, open_node
 from node.rig import NodeProcess, Swarm, wait_for
-from p2p.core.advert import Advert
+from p2p import keyfile
 from p2p.core.identity import Identity
-from p2p.network import open_network
 
 OPTIONS = RuntimeOptions(device="cpu", threads=1)
 PUBLISHER = Identity.from_seed(b"p" * 32)
 WORKERS = 2
+SHARED = {"p2p.mdns": "off", "p2p.advert_seconds": 1, "dmoe.publishers": ("*",), "dmoe.threads": 1}
 PLACED_SECONDS_MAX = 60.0
 
 
@@ -41,7 +44,7 @@ def with_fp32_wire(store: ModelStore, manifest: Manifest) -> Manifest:
 
 
 class ParitySwarm:
-    """The processes: both hold all experts of all ``models``, so that every layer is shared between them."""
+    """The processes: both hold all experts of all ``models`` and all stages."""
 
     def __init__(self, folder: Path, store: ModelStore, models: Sequence[Manifest]) -> None:
         """``folder``: where the nodes live; ``store``: where the models are."""
@@ -56,54 +59,52 @@ class ParitySwarm:
             raise
 
     def _start(self) -> None:
-        shared = {"p2p.mdns": "off", "p2p.advert_seconds": 1, "dmoe.publishers": ("*",), "dmoe.threads": 1}
-        first = self.swarm.add("worker-0", shared)
+        first = self.swarm.add("worker-0", SHARED)
         for manifest in self._models:
             shutil.copytree(self._store.root / manifest.model_id, first.data / "models" / manifest.model_id)
         self.swarm.start(first)
         self.seeds = tuple(first.status["network"]["addresses"][:1])
-        others = [self.swarm.add(f"worker-{n}", {**shared, "p2p.seeds": self.seeds}) for n in range(1, WORKERS)]
+        others = [self.swarm.add(f"worker-{n}", {**SHARED, "p2p.seeds": self.seeds}) for n in range(1, WORKERS)]
         self.swarm.start(*others)
         self.workers = [first, *others]
         for manifest in self._models:
-            first.ask("model.deploy", model=manifest.model_id, replicas=WORKERS)
-        wait_for(lambda: self._is_placed(first), "all experts at both workers", PLACED_SECONDS_MAX)
+            first.ask("model.deploy", model=manifest.model_id, replicas=WORKERS, mode="both")
+        wait_for(lambda: self._is_placed(first), "all experts and stages at both workers", PLACED_SECONDS_MAX)
 
     def _is_placed(self, node: NodeProcess) -> bool:
         rows = {row["id"]: row for row in node.ask("model.list")}
         shards = [shard for model in self._models for shard in rows[model.model_id]["detail"]]
-        return all(shard["replicas"] >= WORKERS for shard in shards if shard["kind"] == "expert")
+        return all(shard["replicas"] >= WORKERS for shard in shards if shard["kind"] != "trunk")
 
     @asynccontextmanager
-    async def caller(self) -> AsyncIterator[Caller]:
-        """A node in this process that knows the workers."""
-        identity = Identity.from_seed(b"c" * 32)
-        settings = P2pSettings(listen=("/ip4/127.0.0.1/tcp/0",), seeds=self.seeds, mdns="off")
-        advert = Advert(peer_id=identity.peer_id, seq=0, expires_ms=0)
-        data = self._folder / "caller"
-        async with (
-            open_network(identity, settings, data_dir=data, version="parity", advert=advert) as network,
-            trio.open_nursery() as nursery,
-        ):
-            caller = Caller(network)
-            await nursery.start(caller.run)
+    async def caller(self) -> AsyncIterator[StoredModels]:
+        """The models of a node in this process that knows the workers and serves nothing itself."""
+        where = Path(tempfile.mkdtemp(dir=self._folder, prefix="caller-"))
+        pins = tuple(f"{layer}-{layer}={self.workers[layer % WORKERS].peer_id}" for layer in range(WORKERS))
+        settings = {**SHARED, "p2p.seeds": self.seeds, "dmoe.serve": False, "dmoe.plan_pins": pins}
+        made = self.swarm.add(where.name, settings)
+        shutil.copytree(self._store.root, made.data / "models", dirs_exist_ok=True)
+        paths = Paths(made.config_file, made.data)
+        identity = keyfile.load(paths.key, passphrase="")
+        async with open_node(load(made.config_file, {}).settings, paths, identity) as node:
+            models = StoredModels(node.store, SwarmExperts(node.caller), OPTIONS, identity.peer_id)
+            models.stages = node.stages
             with trio.fail_after(PLACED_SECONDS_MAX):
-                while not all(self._is_known(caller, manifest) for manifest in self._models):
-                    await network.directory.wait_change()
-            yield caller
-            nursery.cancel_scope.cancel()
+                while not all(self._is_known(node, manifest) for manifest in self._models):
+                    await node.network.directory.wait_change()
+            yield models
 
-    def _is_known(self, caller: Caller, manifest: Manifest) -> bool:
-        _, table = caller.table(caller.map(manifest))
-        needs = [need for layer in table.needs for need in layer]
-        return all(len(need.replicas) == WORKERS for need in needs)
+    def _is_known(self, node: Node, manifest: Manifest) -> bool:
+        adverts = [node.network.directory.adverts().get(PeerId(worker.peer_id)) for worker in self.workers]
+        offers = [advert.offer(manifest.model_id) for advert in adverts if advert is not None]
+        wanted = [manifest.shard_index(shard.id) for shard in (*manifest.expert_shards(), *manifest.stages)]
+        known = [offer for offer in offers if offer is not None and all(offer.holds(index) for index in wanted)]
+        return len(known) == WORKERS
 
-    def runner(self, caller: Caller, manifest: Manifest) -> ModelRunner:
-        """Route ``experts``: the trunk here, every expert at a worker."""
-        files = open_files(manifest, self._store, [manifest.trunk])
-        session = caller.session(manifest)
-        segment = PieceSegment(manifest, Pieces(manifest, files, OPTIONS), session)
-        return ModelRunner(manifest, Ends(manifest, files, OPTIONS), [segment], session)
+    async def runner(self, models: StoredModels, manifest: Manifest, route: Route) -> Runner:
+        """By ``experts`` or ``stages``: all of them at the workers."""
+        (model,) = [model for model in models.models() if model.id == manifest.model_id]
+        return await model.runner(route)
 
     def close(self) -> None:
         """End the processes."""

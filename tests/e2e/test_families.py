@@ -55,8 +55,9 @@ async def test_experts_at_two_processes_compute_what_transformers_does(
         wanted = np.concatenate([reference[f"{family}.prefill"][-1:], reference[f"{family}.logits"]])[:STEPS]
     make = partial(local_runner, manifest, store, OPTIONS)
     here, _ = await logits_of(await trio.to_thread.run_sync(make), ids, tokens[: STEPS - 1])
-    async with swarm.caller() as caller:
-        found, rows = await logits_of(swarm.runner(caller, manifest), ids, tokens[: STEPS - 1])
+    async with swarm.caller() as models_here:
+        runner = await swarm.runner(models_here, manifest, "experts")
+        found, rows = await logits_of(runner, ids, tokens[: STEPS - 1])
     assert found.tobytes() == here.tobytes()
     assert np.abs(found - wanted).max() < 1e-4
     assert list(found.argmax(axis=-1)) == list(tokens[:STEPS])
