@@ -21,6 +21,7 @@ import trio
 from config.errors import ConfigError, LocalError
 from config.vocabulary import PeerId
 from dmoe.caller import Caller
+from dmoe.core import costs
 from dmoe.core.costs import Host, Shape, View, shape_of
 from dmoe.core.dispatch import PEER_WIDE
 from dmoe.core.manifest import Manifest
@@ -138,9 +139,13 @@ class Planner:
         self._kept[manifest.model_id, ask] = (version, now + KEPT_SECONDS, made)
         return made
 
-    def measured(self, model_id: str, layers: int, token_us: float) -> None:
-        """An answer that ran here, alone, took so long per token: better than any claim about this machine."""
-        self._layer_us[model_id] = _moved(self._layer_us.get(model_id), token_us / layers)
+    def measured(self, manifest: Manifest, kind: Kind, rows: int, pass_us: float) -> None:
+        """A pass of few rows that ran here by route ``local`` or ``fused`` took so long: better than any claim."""
+        known = self._layer_us.get(manifest.model_id)
+        found = costs.layer_row_us(
+            self._shape(manifest), self._own(manifest, None), rows, pass_us, whole=kind == "fused"
+        )
+        self._layer_us[manifest.model_id] = _moved(known, found)
 
     def measured_stage(self, model_id: str, peer: PeerId, layers: int, rows: int, service_us: float) -> None:
         """A host ran a stage of so many layers on so few rows in this time."""
@@ -148,6 +153,11 @@ class Planner:
         if len(self._stage_layer_us) > PEERS_MAX * SHAPES_MAX:
             self._stage_layer_us.clear()
         self._stage_layer_us[key] = _moved(self._stage_layer_us.get(key), service_us / max(1, layers * rows))
+
+    def spreads(self, manifest: Manifest, first: int, last: int) -> bool:
+        """Whether these layers, where they run here, have their experts elsewhere: pinned so, or not on this disk."""
+        groups = {group.shard for layer in self._shape(manifest).layers[first : last + 1] for group in layer}
+        return self.wishes.spreads(first, last) or not groups <= self._held(manifest).on_disk
 
     def statistics(self) -> dict[str, Any]:
         """What was chosen so far and what the plans in use say, JSON-able."""
@@ -185,19 +195,8 @@ class Planner:
         ]
         peers.sort(key=lambda host: (host.round_trip_us, host.peer_id))
         del peers[PEERS_MAX:]
-        hardware = self._network.directory.own().hardware
-        known = self._caller.dispatcher.estimate(me)
-        own = Host(
-            peer_id=me,
-            kflop_per_s=hardware.expert_kflop_per_s,
-            memory_bytes_per_s=hardware.memory_bytes_per_s,
-            cores=self._threads,
-            row_us=known.row_us if known.calls else None,
-            layer_row_us=self._layer_us.get(manifest.model_id),
-            shards=held.on_disk,
-        )
         return View(
-            me=own,
+            me=self._own(manifest, self._layer_us.get(manifest.model_id), held.on_disk),
             peers=tuple(peers),
             loaded=loaded,
             resident=held.resident,
@@ -205,6 +204,20 @@ class Planner:
             hops_us=self._hops(manifest, peers, adverts),
             runs=self._runs,
             may_miss=self._caller.renormalises,
+        )
+
+    def _own(self, manifest: Manifest, layer_row_us: float | None, on_disk: frozenset[int] = frozenset()) -> Host:
+        """This machine."""
+        hardware, me = self._network.directory.own().hardware, self._network.peer_id
+        known = self._caller.dispatcher.estimate(me)
+        return Host(
+            peer_id=me,
+            kflop_per_s=hardware.expert_kflop_per_s,
+            memory_bytes_per_s=hardware.memory_bytes_per_s,
+            cores=self._threads,
+            row_us=known.row_us if known.calls else None,
+            layer_row_us=layer_row_us,
+            shards=on_disk,
         )
 
     def _host(self, manifest: Manifest, peer: PeerId, advert: Advert, bitmap: bytes, price: int) -> Host:

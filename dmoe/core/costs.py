@@ -5,7 +5,7 @@ Owns: the shape of a model as costs, hosts as speeds, the time of one pass at a 
 
 A part's time is a roofline (Williams et al., CACM 2009): the larger of ``rows * flops / speed`` and ``weight bytes /
 memory bandwidth``. Where calls were measured, the measured time of a row replaces the claim of the advert, and the
-roofline only says how it grows with the rows.
+roofline only says what further rows add.
 
 Invariants:
 1. Pure and deterministic: the same arguments give the same figures.
@@ -20,7 +20,9 @@ from config.vocabulary import PeerId
 from dmoe.core.manifest import Manifest
 
 KFLOP_PER_S_PRIOR = 5_000_000
-MEMORY_BYTES_PER_S_PRIOR = 5_000_000_000
+MEMORY_BYTES_PER_S_PRIOR = 15_000_000_000
+READ_SHARE = 0.35
+"""How much of the claimed memory bandwidth reading quantised weights reaches (int8 experts: 10.7 of 27 GB/s)."""
 CORE_GAIN = 0.5
 """What each further core adds to a pass through whole layers, as a share of the first (1.5 with two threads)."""
 CORES_MAX = 16
@@ -179,11 +181,11 @@ def shape_of(manifest: Manifest) -> Shape:
 
 def experts_us(shape: Shape, host: Host, groups: Sequence[Group], rows: int) -> float:
     """Expected time at ``host`` for ``rows`` rows of these sum groups of one layer, without queue and way."""
-    if host.row_us is None:
-        return sum(_roofline_us(host, _group_cost(shape, group, rows), rows, 1.0) for group in groups)
     many = sum(_roofline_us(host, _group_cost(shape, group, rows), rows, 1.0) for group in groups)
+    if host.row_us is None:
+        return many
     one = sum(_roofline_us(host, _group_cost(shape, group, 1), 1, 1.0) for group in groups)
-    return host.row_us * len(groups) * (many / one if one else rows)
+    return _corrected(many, one, host.row_us * len(groups))
 
 
 def layers_us(shape: Shape, host: Host, first: int, last: int, rows: int) -> float:
@@ -192,17 +194,32 @@ def layers_us(shape: Shape, host: Host, first: int, last: int, rows: int) -> flo
     if host.layer_row_us is None:
         return many
     one = sum(_layer_us(shape, host, layer, 1) for layer in range(first, last + 1))
-    return host.layer_row_us * (last - first + 1) * (many / one if one else rows)
+    return _corrected(many, one, host.layer_row_us * (last - first + 1))
+
+
+def pieces_us(shape: Shape, first: int, last: int) -> float:
+    """What running layers in pieces costs beside their arithmetic."""
+    return PIECE_US * sum(1 + len(shape.layers[layer]) for layer in range(first, last + 1))
+
+
+def layer_row_us(shape: Shape, host: Host, rows: int, pass_us: float, *, whole: bool) -> float:
+    """What one row through one layer took, told from a pass of few rows through the whole model at ``host``."""
+    last = len(shape.layers) - 1
+    parts_us = pass_us - head_us(shape, host, rows) - (0.0 if whole else pieces_us(shape, 0, last))
+    parts_us = max(parts_us, pass_us / 10)
+    many, one = layers_us(shape, host, 0, last, rows), layers_us(shape, host, 0, last, 1)
+    found = one + parts_us - many if parts_us >= many else one * parts_us / many
+    return found / (last + 1)
 
 
 def attention_us(shape: Shape, host: Host, rows: int) -> float:
     """One layer's attention piece."""
-    return _roofline_us(host, shape.attention, rows, _gain(host))
+    return _part_us(shape, host, shape.attention, rows)
 
 
 def head_us(shape: Shape, host: Host, rows: int) -> float:
     """The last norm and the head, for the rows whose logits are wanted."""
-    return _roofline_us(host, shape.head, rows, _gain(host))
+    return _part_us(shape, host, shape.head, rows)
 
 
 def flops(shape: Shape, groups: Sequence[Group]) -> float:
@@ -230,8 +247,25 @@ def _group_cost(shape: Shape, group: Group, rows: int) -> Cost:
 
 def _roofline_us(host: Host, cost: Cost, rows: int, gain: float) -> float:
     speed = (host.kflop_per_s or KFLOP_PER_S_PRIOR) * gain
-    bandwidth = (host.memory_bytes_per_s or MEMORY_BYTES_PER_S_PRIOR) * gain
+    bandwidth = (host.memory_bytes_per_s or MEMORY_BYTES_PER_S_PRIOR) * READ_SHARE * gain
     return max(rows * cost.flops_per_row * 1000.0 / speed, cost.weight_bytes * 1e6 / bandwidth)
+
+
+def _part_us(shape: Shape, host: Host, part: Cost, rows: int) -> float:
+    """A part of the trunk, corrected as whole layers are."""
+    many, one = (_roofline_us(host, part, count, _gain(host)) for count in (rows, 1))
+    if host.layer_row_us is None:
+        return many
+    claimed = sum(_layer_us(shape, host, layer, 1) for layer in range(len(shape.layers)))
+    return _corrected(many, one, one * host.layer_row_us * len(shape.layers) / max(1e-9, claimed))
+
+
+def _corrected(many_us: float, one_us: float, measured_us: float) -> float:
+    """An estimate for many rows, given what one row was expected to take and took. What it took more is taken once,
+    however many rows: it is overhead, or weights read more slowly than claimed. A faster host is faster with all."""
+    if measured_us >= one_us:
+        return many_us + measured_us - one_us
+    return many_us * measured_us / one_us
 
 
 def _gain(host: Host) -> float:

@@ -19,7 +19,7 @@ from zlib import crc32
 
 from config.vocabulary import PeerId
 
-CALL_US = 300.0
+CALL_US = 150.0
 """What one more remote call costs the caller itself (framing, encryption, a system call, two task switches)."""
 ROUND_TRIP_PRIOR_US = 2_000.0
 ROW_PRIOR_US = 150.0

@@ -53,6 +53,10 @@ class Wishes:
     pins: tuple[Pin, ...] = ()
     price_weight: float = 0.0
 
+    def spreads(self, first: int, last: int) -> bool:
+        """Whether some of these layers are pinned to experts elsewhere."""
+        return any(pin.where == "experts" and pin.first <= last and first <= pin.last for pin in self.pins)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
@@ -130,7 +134,7 @@ class _Planner:
     def _forbidden(self, kind: Kind) -> str:
         """Why this route is out whoever is there; empty if it is not."""
         shape, route = self._shape, self._wishes.route
-        if route not in ("auto", kind):
+        if route not in ("auto", kind) and (route, kind) != ("stages", "mixed"):
             return f'dmoe.route = "{route}"'
         if kind not in self._view.runs:
             return "this node cannot run it"
@@ -189,9 +193,10 @@ class _Planner:
         if layers not in ways:
             return (), lacking or f"no stage begins with layer {max(ways)}"
         spans = self._home(ways[layers], hosts)
-        if mixed and not {"stage", "experts"} <= {span.where for span in spans}:
+        kinds = {span.where for span in spans}
+        if mixed and not {"stage", "experts"} <= kinds and self._wishes.route == "auto":
             return (), "no mixture is better than its parts"
-        if self._wishes.route == "auto" and all(span.where == "here" for span in spans):
+        if kinds == {"here"} and self._wishes.route == "auto":
             return (), "every stage is best here: that is the route local"
         return spans, ""
 
@@ -225,9 +230,10 @@ class _Planner:
         found.sort(key=lambda each: each[1].amount.pass_us + each[0].round_trip_us)
         del found[REPLICAS_MAX:]
         files = self._files(stage.first, stage.last)
-        if self._agrees(stage, "here") and not self._absent(files) and not self._too_large(files):
+        is_here = not self._absent(files) and not self._wishes.spreads(stage.first, stage.last)
+        if is_here and self._agrees(stage, "here") and not self._too_large(files):
             found.append((me, self._spans.here(stage.first, stage.last, whole=self._shape.dense)))
-        if mixed and self._agrees(stage, "experts"):
+        if mixed and not is_here and self._agrees(stage, "experts"):
             span = self._spans.experts(stage.first, stage.last)
             if isinstance(span, Span):
                 found.append((me, span))

@@ -112,7 +112,7 @@ class Spans:
     def here(self, first: int, last: int, *, whole: bool) -> Span:
         """Whole layers in this process: as one graph, or in pieces."""
         shape, me, rows = self._shape, self._view.me, self._ask.decode_rows
-        pieces = 0.0 if whole else costs.PIECE_US * sum(1 + len(shape.layers[n]) for n in range(first, last + 1))
+        pieces = 0.0 if whole else costs.pieces_us(shape, first, last)
 
         def pass_us(rows: int) -> float:
             return costs.layers_us(shape, me, first, last, rows) + pieces
@@ -269,9 +269,11 @@ class Spans:
         other += costs.PIECE_US * (1 + len(mine.get(me.peer_id, ())))
         round_trip = queue = 0.0
         service, left = costs.attention_us(shape, me, rows), 1.0
-        for peer in sorted(mine, key=lambda peer: (-ends[peer], peer)):
-            waited = left * chance[peer]  # the chance that this is the last one to be waited for
-            left *= 1 - chance[peer]
+        slowest_first = sorted(mine, key=lambda peer: (-ends[peer], peer))
+        for peer in slowest_first:
+            # the chance that this is the last one to be waited for; a row asks somebody
+            waited = left if peer == slowest_first[-1] else left * chance[peer]
+            left -= waited
             round_trip += waited * by_id[peer].round_trip_us
             queue += waited * self._queue_us(by_id[peer])
             service += waited * costs.experts_us(shape, by_id[peer], mine[peer], rows)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmoe.core import costs
 from dmoe.core.costs import Cost, Group, Host, Shape, Stage, View
 from dmoe.core.plan import KINDS, Pin, Wishes, plan
 from dmoe.core.spans import Amount, Ask, Spans
@@ -109,10 +110,10 @@ def test_no_possible_candidate_is_better_than_the_chosen_one_and_planning_again_
     assert plan(shape, shuffled, ask, wishes).chosen == made.chosen
 
 
-@given(views, asks, weights)
+@given(views, asks, weights, st.booleans())
 @settings(deadline=None)
-def test_a_chain_of_stages_is_the_exact_minimum_over_every_choice_of_hosts(view, ask, weight):
-    shape = shape_of()
+def test_a_chain_of_stages_is_the_exact_minimum_over_every_choice_of_hosts(view, ask, weight, mixed):
+    shape, view = shape_of(), replace(view, runs=frozenset({"stages", "mixed"} if mixed else {"stages"}))
     wishes = Wishes(route="stages", price_weight=weight)
     made, spans = plan(shape, view, ask, wishes), Spans(shape, view, ask)
 
@@ -124,6 +125,8 @@ def test_a_chain_of_stages_is_the_exact_minimum_over_every_choice_of_hosts(view,
         needed = {TRUNK} | {group.shard for n in range(stage.first, stage.last + 1) for group in shape.layers[n]}
         if needed <= view.me.shards:
             found.append((view.me, spans.here(stage.first, stage.last, whole=False)))
+        elif mixed and not isinstance(span := spans.experts(stage.first, stage.last), str):
+            found.append((view.me, span))
         return found
 
     best = float("inf")
@@ -159,8 +162,9 @@ def test_a_pinned_span_is_served_by_whom_it_is_pinned_to_or_nothing_is_possible(
 @settings(deadline=None)
 def test_a_pinned_route_is_the_only_one(view, ask, kind):
     made = plan(shape_of(), view, ask, Wishes(route=kind))
-    assert made.chosen is None or made.chosen.kind == kind
-    assert all(each.why_not for each in made.candidates if each.kind != kind)
+    allowed = {kind, "mixed"} if kind == "stages" else {kind}  # a mixture is carried out by the route stages
+    assert made.chosen is None or made.chosen.kind in allowed
+    assert all(each.why_not for each in made.candidates if each.kind not in allowed)
 
 
 @given(views, asks)
@@ -235,6 +239,18 @@ def test_a_measured_time_counts_more_than_a_claim_and_a_queue_counts():
     assert {span.peers for span in plan(shape_of(), view, Ask(), Wishes()).chosen.spans} == {("b",)}
     busy = view_of(boaster, replace(honest, queue_rows=1000))
     assert {span.peers for span in plan(shape_of(), busy, Ask(), Wishes()).chosen.spans} == {("a",)}
+
+
+@given(hosts, st.integers(1, 4), st.floats(100, 1e6), st.booleans())
+def test_a_pass_that_was_measured_is_what_is_expected_of_the_next_one(made, rows, pass_us, whole):
+    """Up to the head, whose share is known only by the claim."""
+    shape, me = shape_of(dense=True), replace(made, peer_id="me", layer_row_us=None, shards=EVERYTHING)
+    layer_row_us = costs.layer_row_us(shape, me, rows, pass_us, whole=whole)
+    view = View(me=replace(me, layer_row_us=layer_row_us))
+    expected = Spans(shape, view, Ask(batch=rows)).here(0, LAYERS - 1, whole=whole).amount.pass_us
+    parts_us = pass_us - costs.head_us(shape, me, rows)
+    pieces_us = 0 if whole else costs.pieces_us(shape, 0, LAYERS - 1)
+    assert expected == pytest.approx(max(parts_us, pass_us / 10 + pieces_us), rel=1e-6)
 
 
 def test_a_route_in_use_is_left_only_for_a_clearly_better_one():

@@ -46,6 +46,7 @@ async def node(folder, *, wishes=None, renormalise=False, **kwargs):
                 advert, models=(offer,), hardware=hardware, load=7, reach="relayed", paused=False
             )
         )
+        networks[0].directory.update(lambda advert: msgspec.structs.replace(advert, hardware=hardware))
         caller = Caller(networks[0], worker=workers[0], renormalise=renormalise)
         await nursery.start(caller.run)
         await trio.testing.wait_all_tasks_blocked()
