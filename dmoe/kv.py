@@ -48,7 +48,7 @@ class CachePart:
 class Cache:
     """One sequence's slot: ``length`` of ``capacity`` positions are in it."""
 
-    __slots__ = ("capacity", "length", "pool", "slot")
+    __slots__ = ("__weakref__", "capacity", "length", "pool", "slot")
 
     def __init__(self, pool: "KvPool", slot: int, capacity: int) -> None:
         self.pool = pool

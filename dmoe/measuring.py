@@ -75,7 +75,7 @@ def routes_here(manifest: Manifest, store: ModelStore) -> list[Route]:
     """The routes that need nobody else and whose files are here, fastest first."""
     model = _model(manifest, store, RuntimeOptions(device="cpu"))
     is_dense = manifest.architecture.router.kind == "all"
-    possible: list[Route] = ["fused", "local"] if is_dense else ["local"]
+    possible: list[Route] = ["fused", "local", "stages"] if is_dense else ["local", "stages"]
     return [route for route in possible if model.fault(route) is None]
 
 

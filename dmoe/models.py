@@ -12,7 +12,8 @@ Invariants:
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Generic, Protocol, TypeVar, get_args
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
@@ -22,29 +23,26 @@ from config.vocabulary import ModelId, PeerId
 from dmoe import layers
 from dmoe.caller import Caller, CallerSession
 from dmoe.core.manifest import Manifest, Shard
-from dmoe.core.plan import Candidate
+from dmoe.core.plan import Candidate, Kind
 from dmoe.core.spans import Ask
 from dmoe.pages import use_huge_pages
 from dmoe.planning import Held
 from dmoe.runner import Runner
 from dmoe.runtime import RuntimeOptions, open_files
-from dmoe.segment import Experts, FusedSegment, Pieces, PieceSegment, Segment
+from dmoe.segment import FusedSegment, Pieces, PieceSegment, Segment
 from dmoe.stages.caller import StageCaller
 from dmoe.stages.directions import without_stages
 from dmoe.stages.loaded import LoadedStage, stage_plan_of
-from dmoe.stages.loading import load_stage
+from dmoe.stages.loading import MeteredExperts, load_spread, load_stage
 from dmoe.store import ModelStore
-from dmoe.tally import Meter, OwnMeter
+from dmoe.tally import OwnMeter
 from dmoe.text import Tokenizer
+from dmoe.timing import TimedRunner
 
 _Part = TypeVar("_Part")
 _NAMED_SHARDS_MAX = 4
 PREFERRED: tuple[Route, ...] = ("fused", "local", "experts", "stages")
 """Routes in the order in which a node without a planner tries them."""
-
-
-class MeteredExperts(Experts, Meter, Protocol):
-    """Experts that know who computed what."""
 
 
 class ExpertsSource(Protocol):
@@ -77,6 +75,12 @@ class Chooser(Protocol):
 
     def route(self, manifest: Manifest, ask: Ask) -> Candidate:
         """How to answer such a request now. Raises RiosError where no route is possible."""
+
+    def measured(self, manifest: Manifest, kind: Kind, rows: int, pass_us: float) -> None:
+        """A pass of few rows took so long here."""
+
+    def spreads(self, manifest: Manifest, first: int, last: int) -> bool:
+        """Whether these layers, where they run here, have their experts elsewhere."""
 
 
 class StoredModels:
@@ -202,8 +206,7 @@ class StoredModel:
         planner = self._planner()
         if planner is not None:
             kind = planner.route(self.manifest, ask).kind
-            route: Route = next(each for each in get_args(Route) if each == kind)  # it offers only what can run
-            return route
+            return "stages" if kind == "mixed" else kind  # the route stages carries both out
         is_dense = self.manifest.architecture.router.kind == "all"
         possible = [each for each in PREFERRED if self.fault(each) is None and (is_dense or each != "fused")]
         if not possible:
@@ -224,8 +227,15 @@ class StoredModel:
         """The model by this route, the same object each time. Loads what the route needs. Raises RiosError."""
         async with self._making:
             if route not in self._runners:
-                self._runners[route] = await self._make_runner(route)
+                self._runners[route] = self._timed(route, await self._make_runner(route))
             return self._runners[route]
+
+    def _timed(self, route: Route, runner: Runner) -> Runner:
+        """What runs here alone tells the planner how fast this machine is."""
+        planner = self._planner()
+        if planner is None or route not in ("local", "fused"):
+            return runner
+        return TimedRunner(runner, partial(planner.measured, self.manifest, route))
 
     async def _make_runner(self, route: Route) -> Runner:
         own = OwnMeter(self.manifest, self._peer_id)
@@ -253,10 +263,13 @@ class StoredModel:
         return layers.ModelRunner(self.manifest, ends, loaded, own, self.manifest.wire_dtype)
 
     def _stage_here(self, index: int) -> LoadedStage:
-        shard = self.manifest.stages[index]
-        return LoadedStage(
-            stage_plan_of(self.manifest, shard), load_stage(self.manifest, shard, self._store, self._options)
-        )
+        """A stage in this process; its experts elsewhere if they are not here, or shall be."""
+        shard, planner = self.manifest.stages[index], self._planner()
+        plan = stage_plan_of(self.manifest, shard)
+        if planner is not None and self._experts is not None and planner.spreads(self.manifest, *shard.layers):
+            experts = self._experts.experts(self.manifest)
+            return LoadedStage(plan, load_spread(self.manifest, shard, self._store, self._options, experts))
+        return LoadedStage(plan, load_stage(self.manifest, shard, self._store, self._options))
 
     def _load_stage(self, shard: Shard) -> Segment:
         return load_stage(self.manifest, shard, self._store, self._options).opened

@@ -37,6 +37,7 @@ from config.vocabulary import KFLOP_PER_TFLOP, MIB
 from dmoe import hardware
 from dmoe.caller import Caller
 from dmoe.core.manifest import Manifest
+from dmoe.core.plan import KINDS
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
 from dmoe.models import StoredModels, SwarmExperts
@@ -354,7 +355,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         models.held,
         wishes_of(route, settings.dmoe.stage_hosts, settings.dmoe.plan_pins, settings.dmoe.plan_price_weight),
         threads=node.options.thread_count,
-        runs=("experts", "local", "fused", "stages"),
+        runs=KINDS,
         loaded=node.worker.indices,
     )
     node.stages = models.stages = StageCaller(

@@ -41,7 +41,7 @@ from dmoe.stages.directions import Directions
 from dmoe.stages.host import StageHost
 from dmoe.stages.loaded import LoadedStage
 from dmoe.stages.segment import Ends
-from dmoe.stages.sequence import Leg, StageSequence
+from dmoe.stages.sequence import Leg, StageSequence, spread_report
 from p2p.face import Network
 
 log = logging.getLogger(__name__)
@@ -470,7 +470,8 @@ class StageRunner:
             raise StageError(link, error) from error
         assert job.answer is not None
         for each in work:
-            each.sequence.count(link, len(each.tokens))
+            if spread_report(each.sequence.legs[stage]) is None:  # else others computed it, and are told of there
+                each.sequence.count(link, len(each.tokens))
         return wire.rounded(job.answer, self._manifest.wire_dtype)
 
     async def _there(

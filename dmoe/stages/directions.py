@@ -4,7 +4,7 @@ Owns: the choice for one sequence. Does not own: the estimates (``core.plan``), 
 happens after a failure (``caller``).
 
 Invariants:
-1. Stages that a sequence has already stay where they are.
+1. Stages that a sequence has already stay where they are. One at this node may have its experts elsewhere.
 2. A peer that was refused for a stage is not chosen for it; a stage that nobody is left for is named with its layers.
 """
 
@@ -50,22 +50,26 @@ class Directions:
         pins = [pin for pin in wishes.pins if not self._is_fixed(manifest, pin, fixed)]
         for stage, peer in fixed.items():
             first, last = manifest.stages[stage].layers
-            pins.append(Pin(first, last, "here" if peer == self._me else peer))
+            pins.append(Pin(first, last, self._way_here(manifest, first, last) if peer == self._me else peer))
         hosts = (*wishes.stage_hosts, *fixed.values()) if wishes.stage_hosts else ()
         wanted = replace(wishes, route="stages", pins=tuple(pins), stage_hosts=hosts)
-        made = plan(shape_of(manifest), replace(view, runs=frozenset({"stages"})), ASK, wanted)
+        runs = view.runs & {"stages", "mixed"}
+        made = plan(shape_of(manifest), replace(view, runs=runs), ASK, wanted)
         if made.chosen is None:
             why = next(each.why_not for each in made.candidates if each.kind == "stages")
             hint = "start a node that serves it, or raise its replica count"
             raise RemoteError("no_replica", f"{manifest.name}: {why}", hint)
         return self._peers_of(manifest, made.chosen.spans)
 
+    def _way_here(self, manifest: Manifest, first: int, last: int) -> str:
+        return "experts" if self._planner.spreads(manifest, first, last) else "here"
+
     def _peers_of(self, manifest: Manifest, spans: Collection[object]) -> list[PeerId]:
         """A peer per stage; a span here may cover several."""
         found: dict[int, PeerId] = {}
         for span in spans:
             where, peers, first = span.where, span.peers, span.first  # type: ignore[attr-defined]
-            found[first] = self._me if where == "here" else peers[0]
+            found[first] = self._me if where in ("here", "experts") else peers[0]
         return [found[stage.layers[0]] for stage in manifest.stages]
 
     def _is_fixed(self, manifest: Manifest, pin: Pin, fixed: Mapping[int, PeerId]) -> bool:

@@ -1,16 +1,21 @@
 """A stage's files as layers in this process: the same segments that the node that answers runs.
 
 Dense models run as one graph; sparse ones layer by layer, with the roundings of route ``experts`` at their sum groups.
+Therefore a sparse stage may run here with its experts elsewhere, and nobody can tell from the bits.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
+from weakref import WeakKeyDictionary
 
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
 from dmoe.kv import Cache
 from dmoe.layers import LocalExperts
+from dmoe.runner import Report
 from dmoe.runtime import ExpertShard, RuntimeOptions, ShardFiles, open_files
-from dmoe.segment import FusedSegment, Part, Pieces, PieceSegment, Segment
+from dmoe.segment import Experts, FusedSegment, Part, Pieces, PieceSegment, Segment
+from dmoe.tally import Meter, Tally
 
 
 class StageLayers:
@@ -57,3 +62,46 @@ def load_stage(manifest: Manifest, shard: Shard, store: ShardFiles, options: Run
     shards = [ExpertShard(manifest, each, store, options) for each in inside]
     experts = LocalExperts(manifest, shards, threads=options.thread_count, layers=range(first, last + 1))
     return StageLayers(shard, PieceSegment(manifest, Pieces(manifest, files, options, first, last), experts), experts)
+
+
+class MeteredExperts(Experts, Meter, Protocol):
+    """Experts that know who computed what."""
+
+
+class SpreadLayers(StageLayers):
+    """A stage whose attention runs here and whose experts are wherever they are: the same bits."""
+
+    def __init__(self, manifest: Manifest, shard: Shard, segment: Segment, experts: MeteredExperts) -> None:
+        super().__init__(shard, segment, None)
+        self.ram_bytes = 0
+        self._manifest = manifest
+        self._elsewhere = experts
+        self._tallies: WeakKeyDictionary[Cache, Tally] = WeakKeyDictionary()
+
+    async def open(self, capacity: int, like: Cache | None = None, length: int = 0) -> Cache:
+        """See :class:`dmoe.segment.Segment`."""
+        await self._elsewhere.open()
+        return await super().open(capacity, like, length)
+
+    async def run(self, x: FloatRows, parts: Sequence[Part]) -> FloatRows:
+        """See :class:`dmoe.segment.Segment`."""
+        y = await super().run(x, parts)
+        for part, share in zip(parts, self._elsewhere.take([part.rows for part in parts]), strict=True):
+            self._tallies.setdefault(part.cache, Tally()).add(share)
+        return y
+
+    def compute(self, x: FloatRows, parts: Sequence[Part]) -> None:
+        """See :class:`dmoe.segment.Segment`."""
+        return None  # others are waited for
+
+    def report(self, cache: Cache) -> Report:
+        """Who computed the experts of a cache's sequence so far."""
+        return self._tallies.get(cache, Tally()).report(self._manifest)
+
+
+def load_spread(
+    manifest: Manifest, shard: Shard, store: ShardFiles, options: RuntimeOptions, experts: MeteredExperts
+) -> SpreadLayers:
+    """Open a stage's attention; blocking. Errors as :func:`load_stage`."""
+    pieces = Pieces(manifest, open_files(manifest, store, [manifest.trunk]), options, *shard.layers)
+    return SpreadLayers(manifest, shard, PieceSegment(manifest, pieces, experts), experts)

@@ -8,12 +8,13 @@ Invariants:
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from config.vocabulary import PeerId
 from dmoe.runner import Report
 from dmoe.stages.chain import Account, Link
+from dmoe.stages.loading import SpreadLayers
 from dmoe.stages.tickets import Ticket
 
 
@@ -25,6 +26,32 @@ class Leg:
     ticket: bytes
     here: Ticket | None = None
     held: int = 0
+
+
+def spread_report(leg: Leg) -> Report | None:
+    """Who computed the experts of a leg here that has them elsewhere; None for every other leg."""
+    segment = leg.here.stage.segment if leg.here is not None else None
+    return segment.report(leg.here.cache) if leg.here is not None and isinstance(segment, SpreadLayers) else None
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """Several accounts as one."""
+    if len(reports) == 1:
+        return reports[0]
+    rows: Counter[str] = Counter()
+    places: dict[str, dict[str, set[int]]] = {}
+    for report in reports:
+        rows.update(report.expert_rows)
+        for peer, served in report.serving.items():
+            known = places.setdefault(peer, {"layers": set(), "experts": set()})
+            for what, numbers in served.items():
+                known[what].update(numbers)
+    return Report(
+        expert_rows=dict(rows),
+        serving={peer: {what: sorted(numbers) for what, numbers in found.items()} for peer, found in places.items()},
+        retries=sum(report.retries for report in reports),
+        missing=tuple(sorted({place for report in reports for place in report.missing})),
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +70,8 @@ class StageSequence:
     closed: bool = False
     rows: Counter[PeerId] = field(default_factory=Counter)
     served: dict[PeerId, set[int]] = field(default_factory=dict)
+    before: list[Report] = field(default_factory=list)
+    """Of legs here with their experts elsewhere that were given up."""
 
     @property
     def length(self) -> int:
@@ -61,11 +90,13 @@ class StageSequence:
         serving: Mapping[PeerId, dict[str, list[int]]] = {
             peer: {"layers": sorted(layers), "experts": []} for peer, layers in self.served.items()
         }
-        return Report(
+        own = Report(
             expert_rows={str(peer): rows for peer, rows in self.rows.items()},
             serving={str(peer): served for peer, served in serving.items()},
             retries=self.retries,
         )
+        spread = [report for leg in self.legs.values() if (report := spread_report(leg)) is not None]
+        return joined([own, *self.before, *spread])
 
     def count(self, link: Link, rows: int) -> None:
         """A stage was run."""
@@ -81,6 +112,8 @@ class StageSequence:
         """Give a leg up."""
         leg = self.legs.pop(stage, None)
         if leg is not None:
+            if (report := spread_report(leg)) is not None:
+                self.before.append(report)
             self.let_go(leg)
 
     def close(self) -> None:

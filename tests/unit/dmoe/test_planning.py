@@ -132,6 +132,17 @@ async def test_a_plan_is_kept_for_a_class_until_the_view_changes(tmp_path, autoj
         assert len(found) == 4
 
 
+async def test_passes_here_replace_what_this_machine_claims(tmp_path):
+    async with node(tmp_path) as (models, _, manifest, _):
+        claimed = {each.kind: each for each in models.planner.plan(manifest, ASK).candidates}
+        engine = SelfRunningEngine(models, default_route="local")
+        await answer(engine, request(max_tokens=40, min_tokens=40, temperature=0))
+        found = {each.kind: each for each in models.planner.plan(manifest, ASK).candidates}
+        # a model this small takes far longer than its arithmetic
+        assert found["local"].token_us > 2 * claimed["local"].token_us
+        assert models.planner.view(manifest).me.layer_row_us > 0
+
+
 def test_classes_are_powers_of_two():
     asked = class_of(Ask(prompt_tokens=100, answer_tokens=64, batch=3, tokens_per_pass=1.7))
     assert asked == Ask(prompt_tokens=128, answer_tokens=64, batch=4, tokens_per_pass=1.5)

@@ -29,14 +29,14 @@ def test_generation_is_measured_by_every_route_that_is_possible_here(small, caps
     data = measured(capsys, "generate", "--batch", "1,3", "--format", "fp32")
     assert (data["is_random"], data["daemon_running"], data["quantisation"]) == (True, False, "fp32")
     assert {(each["route"], each["batch"]) for each in data["routes"]} == {
-        (route, batch) for route in ("fused", "local") for batch in (1, 3)
+        (route, batch) for route in ("fused", "local", "stages") for batch in (1, 3)
     }
     for each in data["routes"]:
         assert each["prefill_tokens_per_s"] > 0
         assert each["passes"] >= 3
         assert each["decode_ms_p50"] <= each["decode_ms_p99"]
         spent = each["passes"] * each["batch"] / each["decode_tokens_per_s"]
-        assert spent >= 0.12  # its share of the second, all of it in passes
+        assert spent >= 0.08  # its share of the second, all of it in passes
 
 
 def test_experts_are_measured_by_rows_and_threads(small, capsys):
