@@ -280,6 +280,7 @@ class CallerSession:
         if not (self._shared.renormalise and work.experts is not None and paid):
             return False
         version = self._replicas.table(self._model)[0]
+        news = [group for group in groups if (work.layer, group) not in self._lost]
         for group in groups:
             if not work.leave_out(group):
                 return False
@@ -287,7 +288,8 @@ class CallerSession:
             for expert, rows in work.chosen_of(group):
                 self._missing.add((work.layer, expert))
                 self._lacking.append((work.layer, expert, rows))
-        log.warning("%s: layer %d goes on without sum groups %s", self._model.name, work.layer, list(groups))
+        if news:
+            log.warning("%s: layer %d goes on without sum groups %s", self._model.name, work.layer, news)
         return True
 
     def _without_lost(self, work: Work) -> Sequence[int]:

@@ -5,6 +5,7 @@ import msgspec
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
 from config.errors import RemoteError
 from config.generation import Finished
@@ -27,6 +28,12 @@ OTHERS = [index for index in range(2 * GROUPS) if index != SHARD]
 
 def routing(*chosen, weights=(0.75, 0.25)):
     return Routing(np.array(chosen, np.int32), np.tile(np.array(weights, np.float32), (len(chosen), 1)))
+
+
+@pytest.fixture
+def autojump_clock():
+    """Time jumps once nothing happens for a while: a worker's thread must not look like a peer that hangs."""
+    return trio.testing.MockClock(autojump_threshold=0.05)
 
 
 @pytest.fixture
