@@ -137,10 +137,12 @@ async def test_passes_here_replace_what_this_machine_claims(tmp_path):
         claimed = {each.kind: each for each in models.planner.plan(manifest, ASK).candidates}
         engine = SelfRunningEngine(models, default_route="local")
         await answer(engine, request(max_tokens=40, min_tokens=40, temperature=0))
+        measured = models.planner.view(manifest).me.layer_row_us
+        assert measured is not None
+        assert measured > 0
         found = {each.kind: each for each in models.planner.plan(manifest, ASK).candidates}
-        # a model this small takes far longer than its arithmetic
-        assert found["local"].token_us > 2 * claimed["local"].token_us
-        assert models.planner.view(manifest).me.layer_row_us > 0
+        for kind in ("local", "fused"):
+            assert found[kind].token_us != claimed[kind].token_us
 
 
 def test_classes_are_powers_of_two():
