@@ -28,7 +28,7 @@ from config.load import Loaded, load
 from config.paths import Paths
 from node import flags
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 EXIT_INTERRUPTED = 130
 """What shells expect after Ctrl-C."""
 _FORMATS = ("source", "fp32", "fp16", "int8", "int4")
