@@ -77,7 +77,7 @@ def test_ctrl_c_leaves_nothing_behind(home):
     command = [sys.executable, "-m", "node", "model", "import", str(source)]
     models = home / "data" / "models"
     with subprocess.Popen(command, stderr=subprocess.PIPE) as running:
-        while running.poll() is None and not list(models.glob(".importing-*/experts/*")):
+        while running.poll() is None and not list(models.glob(".importing-*/trunk/*")):
             time.sleep(0.01)
         running.send_signal(signal.SIGINT)
         _, said = running.communicate()
