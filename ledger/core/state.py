@@ -199,7 +199,7 @@ class State:
         return wake
 
     def _settle(self, key: bytes) -> list[bytes]:
-        """Apply the claim that waits for a channel, if it can be; the accounts that were credited."""
+        """Apply the claim that waits for a channel, as far as its lock goes; the accounts that were credited."""
         item = self.waiting_claims.get(key)
         channel = self.channels.get(key)
         if item is None or channel is None:
@@ -207,18 +207,21 @@ class State:
         claim = item.object
         assert isinstance(claim, Claim)
         total = claim.voucher.cumulative
-        if total > channel.lock and channel.closed_at is None:
-            return []
-        del self.waiting_claims[key]
+        if total <= channel.lock or channel.closed_at is not None:
+            del self.waiting_claims[key]
         try:
             self._check_claim(channel, key, item, claim)
         except RuleError as error:
+            self.waiting_claims.pop(key, None)
             self.broken[item.id] = error.message
             return []
-        if channel.closed_at is not None or total <= channel.paid:
+        # a final claim stands for every lower one: what the lock holds is paid before the top-up for the rest comes,
+        # which may need just that money
+        covered = min(total, channel.lock)
+        if channel.closed_at is not None or covered <= channel.paid:
             return []
-        self.account(channel.payout).balance += total - channel.paid
-        channel.paid = total
+        self.account(channel.payout).balance += covered - channel.paid
+        channel.paid = covered
         self.touched.add(key)
         return [channel.payout]
 

@@ -1,5 +1,7 @@
 """Which objects are final and which are refused, by name of the rule."""
 
+from itertools import permutations
+
 import msgspec
 import pytest
 
@@ -163,7 +165,7 @@ def test_certificates_of_strangers_wrong_paths_and_other_objects_prove_nothing(w
 
 
 def test_a_batch_of_256_is_proven_leaf_by_leaf():
-    world = World()
+    world = World(min_claim_step=1)
     world.final(world.entry(A, *(Grant(Identity.from_seed(n.to_bytes(32, "big")).public_key, 9) for n in range(1, 65))))
     people = [Identity.from_seed(n.to_bytes(32, "big")) for n in range(1, 65)]
     items = [parse(world.entry(p, Transfer(B.public_key, 1))) for p in people[:37]]
@@ -289,3 +291,30 @@ def test_genesis_file_round_trips_and_bad_ones_say_why():
     }.items():
         with pytest.raises(ConfigError, match=why):
             from_json(text)
+
+
+def test_a_higher_claim_that_comes_first_does_not_hide_the_lower_one_its_top_up_is_paid_from():
+    """The payee lends the payer the first claim's money for the top-up that the second claim needs."""
+    world = World(min_claim_step=1)
+    items = [world.final(world.entry(A, Grant(B.public_key, 50)))]
+    items.append(world.final(world.entry(B, Open(C.public_key, C.public_key, 50, 10**6))))
+    key = next(iter(world.state.channels))
+
+    def claim(total):
+        channel = world.state.channels[key]
+        voucher = Voucher(world.genesis.net, key, 1, total, bytes(32))
+        made = Claim(B.public_key, channel.seq, channel.op_index, voucher, sign(B, voucher).signature)
+        return sign(C, made)
+
+    items.append(world.final(claim(40)))
+    items.append(world.final(world.entry(C, Transfer(B.public_key, 40))))
+    items.append(world.final(world.entry(B, TopUp(key, 40))))
+    items.append(world.final(claim(90)))
+    for order in permutations(items):
+        other = State(world.genesis)
+        for item in order:
+            other.add(item)
+            other.check_invariants()
+        assert other.waiting() == 0
+        assert not other.broken
+        assert other.digest() == world.state.digest()
