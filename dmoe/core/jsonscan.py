@@ -70,9 +70,9 @@ class Envelope:
         self._held = ""  # arguments that were not taken yet
 
     def push(self, text: str) -> str:
-        """Take a piece; what is left of it behind the object (or where it broke)."""
-        index = 0
-        while index < len(text) and not (self.done or self.broken):
+        """Take a piece; what is left of it behind the object (or where it broke, or behind the name)."""
+        index, named = 0, self.name
+        while index < len(text) and not (self.done or self.broken) and self.name is named:
             index += self._read(text[index:]) if self._state in ("key", "value") else self._mark(text[index])
         return text[index:]
 

@@ -139,12 +139,13 @@ class ToolParser:
         return True
 
     def _name(self, found: Found) -> bool:
+        longest = _NAME_CHARACTERS_MAX + len(self._kind.name_end)
         name, mark, rest = self._buffer.partition(self._kind.name_end)
+        if len(name) > _NAME_CHARACTERS_MAX and len(self._buffer) >= longest:
+            return self._no_call(found, self._head)
         if not mark:
-            if len(self._buffer) <= _NAME_CHARACTERS_MAX:
-                self._raw = self._head + self._buffer
-                return False
-            return self._no_call(found, self._head + self._buffer)
+            self._raw = self._head + self._buffer
+            return False
         self._buffer = rest
         self._named = True
         self._call(found, name.partition("[CALL_ID]")[0].strip())
@@ -169,21 +170,21 @@ class ToolParser:
                 self._named = True
                 self._call(found, envelope.name)
             elif envelope.name is not None or envelope.broken or envelope.done:
-                return self._no_call(found, self._raw + self._buffer)
+                return self._no_call(found, self._raw)
         if self._named:
             self._more(found, envelope.take())
         if envelope.broken:  # in the middle of a call: what follows is text
             self._state = self._text
         elif envelope.done:
             self._state = self._between
-        return envelope.broken or envelope.done
+        return envelope.broken or envelope.done or bool(self._buffer)
 
     def _no_call(self, found: Found, raw: str) -> bool:
-        """It was text. Marks in it are read as text too, or it would be tried for ever."""
+        """What was read of it was text; what follows is read anew."""
         found.text += raw
-        self._raw = self._buffer = ""
+        self._raw = ""
         self._state = self._text
-        return False
+        return True
 
     def _call(self, found: Found, name: str) -> None:
         self.called = True

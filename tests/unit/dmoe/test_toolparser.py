@@ -144,6 +144,23 @@ def test_cuts_never_change_what_is_found(kind, parts, data):
     assert read(kind, *pieces) == read(kind, text)
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (MISTRAL, "<tool_call>" * 5 + "[TOOL_CALLS]{<tool_call>[TOOL_CALLS]"),
+        (LLAMA, '{"name": "Ada", "a": "<|python_tag|>{"name": "weather", "parameters": {}}'),
+        (HERMES, '<tool_call>x<tool_call>{"name": "weather", "arguments": {}}</tool_call>'),
+        (MISTRAL_ARGS, "[TOOL_CALLS]" + 300 * "x" + "[ARGS]{}"),
+        (MISTRAL_ARGS, "[TOOL_CALLS]" + 300 * "x" + '[TOOL_CALLS]time[ARGS]{"z": 1}'),
+    ],
+)
+def test_what_follows_no_call_is_read_alike_however_it_is_cut(kind, text):
+    whole = read(kind, text)
+    for cut in range(len(text)):
+        assert read(kind, text[:cut], text[cut:]) == whole
+    assert read(kind, *text) == whole
+
+
 def test_formats_are_found_by_their_templates():
     qwen = "{% for t in tools %}...{% endfor %}<tool_call>\n{...}\n</tool_call>"
     assert find_format(qwen) is HERMES
