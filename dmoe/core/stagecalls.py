@@ -162,8 +162,6 @@ def parse_run(header: Mapping[str, Any], buffers: Sequence[Buffer]) -> RunCall:
     if not isinstance(listed, list) or not 1 <= len(listed) <= PARTS_MAX:
         raise _wrong(RUN, f"parts must be a list of 1 to {PARTS_MAX}")
     parts = tuple(_part(item) for item in listed)
-    if len({part.ticket for part in parts}) < len(parts):
-        raise _wrong(RUN, "two parts have one ticket")
     rows = wire.decode(header, buffers[0])
     if sum(part.rows for part in parts) != len(rows):
         raise _wrong(RUN, f"the parts do not add up to {len(rows)} rows")
@@ -172,6 +170,9 @@ def parse_run(header: Mapping[str, Any], buffers: Sequence[Buffer]) -> RunCall:
         raise _wrong(RUN, f"next must be a list of at most {HOPS_MAX}")
     number = _integer(RUN, header, "pass", 0, NUMBER_MAX)
     path = tuple(_hop(item, len(parts)) for item in hops)
+    tickets = [part.ticket for part in parts] + [ticket for hop in path for ticket in hop.tickets]
+    if len(set(tickets)) < len(tickets):
+        raise _wrong(RUN, "a ticket stands in it twice")  # rows would go round in circles
     return RunCall(number, parts, path, header.get("reply") is True, wire.dtype_of(header), rows)
 
 

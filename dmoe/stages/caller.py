@@ -11,7 +11,7 @@ lacks through the stages up to that one, and nothing in the answer shows it.
 Invariants:
 1. A pass is all or nothing: if it raises or is cancelled, no sequence has changed.
 2. Which peers compute, in one try or several, does not change a bit of the outputs.
-3. Tries are bounded; when nobody is left for a stage, the error names stage and layers.
+3. Tries are bounded, in number and in time; when nobody is left for a stage, the error names stage and layers.
 """
 
 import logging
@@ -50,6 +50,9 @@ CHUNK_ROWS = 256
 """Rows of one sequence in one message: bounds the length of a step at a host."""
 TRIES_MAX = 8
 BUSY_WAIT_SECONDS_MAX = 2.0
+GIVEN_UP_SECONDS = 5.0
+"""So long after a pass found nobody, others do not probe again: each answer of a failed pass is tried alone, and all of
+them together shall not take many times as long."""
 OPEN_TIMEOUT_MS = 5_000
 CLOSE_TIMEOUT_MS = 5_000
 PEER_FAULTS = frozenset(("unavailable", "deadline", "protocol", "integrity", "payment_required"))
@@ -130,6 +133,8 @@ class StageRunner:
         self._loading = trio.Lock()
         self._refused: dict[int, dict[PeerId, float]] = {}
         """Stage -> peers that failed it lately, and until when they are passed over."""
+        self._given_up: tuple[float, RiosError | None] = (0.0, None)
+        """Until when nobody who rests is probed, and what the last tries ended with."""
 
     # --- sequences
 
@@ -146,9 +151,10 @@ class StageRunner:
             sequence.tokens = like.tokens[:length]
             sequence.hub = like.hub
         try:
-            await self._complete(sequence, like if isinstance(like, StageSequence) else None)
-        except StageError as failed:
-            self._blame(failed, [sequence])  # the next pass tries others
+            try:
+                await self._complete(sequence, like if isinstance(like, StageSequence) else None)
+            except StageError as failed:
+                self._blame(failed, [sequence])  # the next pass tries others
         except BaseException:
             sequence.close()
             raise
@@ -186,6 +192,9 @@ class StageRunner:
         try:
             return self._shared.directions.path(self._manifest, fixed, refused)
         except RemoteError:
+            until, error = self._given_up
+            if error is not None and trio.current_time() < until:
+                raise error from None
             return self._shared.directions.path(self._manifest, fixed, {}, resting=True)
 
     async def _open_leg(self, sequence: StageSequence, stage: int, peer: PeerId, like: Leg | None) -> None:
@@ -292,6 +301,7 @@ class StageRunner:
             self._check(feed)
         found: dict[int, FloatRows] = {}
         todo = list(range(len(feeds)))
+        limit = trio.current_time() + 2 * self._pass_seconds(len(self._manifest.stages))
         for attempt in range(TRIES_MAX):
             failures: list[StageError] = []
             await self._ready([_sequence_of(feeds[n]) for n in todo], failures)
@@ -302,9 +312,9 @@ class StageRunner:
                 break
             for failed in failures:
                 self._blame(failed, [_sequence_of(feeds[n]) for n in todo])
+            if attempt == TRIES_MAX - 1 or trio.current_time() > limit:
+                raise self._exhausted(failures)
             await self._pause(failures, attempt)
-        else:
-            raise self._exhausted(failures)
         for feed in feeds:
             sequence = _sequence_of(feed)
             sequence.tokens += feed.tokens
@@ -421,6 +431,10 @@ class StageRunner:
                 first += len(rows[n])
         return found
 
+    def _pass_seconds(self, stages: int) -> float:
+        """How long one way through so many stages may take."""
+        return self._shared.timeout_ms * (1 + stages) / 1000
+
     def _embedded(self, tokens: Items[int]) -> FloatRows:
         rows: FloatRows = self._ends.embedding.gather(np.array(tokens, np.int64))
         return rows
@@ -436,7 +450,7 @@ class StageRunner:
         """``f32[N, H]`` through these stages; the rows that each piece of work wants come out."""
         dtype = self._manifest.wire_dtype
         x = wire.rounded(x, dtype)
-        deadline = trio.current_time() + self._shared.timeout_ms * (1 + len(stages)) / 1000
+        deadline = trio.current_time() + self._pass_seconds(len(stages))
         for each in work:
             for stage in stages:  # until it is known that more is there, no more is
                 leg = each.sequence.legs[stage]
@@ -549,9 +563,13 @@ class StageRunner:
         first, last = failed.link.layers
         shard = self._manifest.stages[failed.link.stage].id
         message = f"{self._manifest.name}, {shard} (layers {first} to {last}): {failed.error.message}"
+        error: RiosError = RemoteError(
+            "no_replica", message, "start another node that serves it", peer_id=failed.link.peer
+        )
         if isinstance(failed.error, BusyError):
-            return BusyError(message, failed.error.hint, retry_after_ms=failed.error.retry_after_ms)
-        return RemoteError("no_replica", message, "start another node that serves it", peer_id=failed.link.peer)
+            error = BusyError(message, failed.error.hint, retry_after_ms=failed.error.retry_after_ms)
+        self._given_up = (trio.current_time() + GIVEN_UP_SECONDS, error)
+        return error
 
 
 @dataclass(frozen=True, slots=True)

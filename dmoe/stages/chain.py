@@ -196,7 +196,7 @@ class Chains:
 
     def _count(self, way: Way, index: int, parts: Sequence[Part], step: Step, tell: Tell) -> None:
         link = way.links[index]
-        tell(Account(link, sum(part.rows for part in parts), step.service_us, step.waited_us))
+        tell(Account(link, sum(part.rows for part in parts), step.service_us, min(step.waited_us, step.service_us)))
         if self._buyer is None or not link.channel:
             return
         work = stagecalls.kflop(link.flops_per_row, parts)

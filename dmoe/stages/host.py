@@ -223,12 +223,13 @@ class StageHost:
         a trio time."""
         if self._nursery is None:
             raise RemoteError("unavailable", "this node is shutting down", "ask another replica")
+        wanted = [Place(t, position, rows) for t, (position, rows) in zip(tickets, places, strict=True)]
+        stage = tickets[0].stage
         self._tickets.begin(tickets)
         try:
-            wanted = [Place(t, position, rows) for t, (position, rows) in zip(tickets, places, strict=True)]
-            return await tickets[0].stage.run(number, wanted, x, deadline, self._nursery)
+            return await stage.run(number, wanted, x, deadline, self._nursery)
         finally:
-            self._tickets.end(tickets, trio.current_time())
+            stage.when_free(wanted, lambda: self._tickets.end(tickets, trio.current_time()))
 
     # --- calls
 

@@ -15,7 +15,7 @@ Invariants:
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
@@ -107,6 +107,14 @@ class Job:
     answer: FloatRows | None = None
     error: BaseException | None = None
     done: trio.Event = field(default_factory=trio.Event)
+    after: list[Callable[[], None]] = field(default_factory=list)
+    """Called when it is done, by :meth:`finish`."""
+
+    def finish(self) -> None:
+        """It is done; nothing uses its caches any more."""
+        self.done.set()
+        for call in self.after:
+            call()
 
     def prepare(self) -> None:
         """Cut the caches to their positions. Raises RequestError if one has less, or has not the room, or has been
@@ -144,6 +152,8 @@ class LoadedStage:
         self._batch_rows_max = batch_rows_max
         self.closed = False
         self._driving = False
+        self._batch: list[Job] = []
+        """What runs."""
         self._passes = trio.Lock()
 
     async def open(self, capacity: int, like: Cache | None = None, length: int = 0) -> Cache:
@@ -184,6 +194,15 @@ class LoadedStage:
         self.runs += 1
         return job
 
+    def when_free(self, places: Sequence[Place], call: Callable[[], None]) -> None:
+        """Call back once no batch uses these places: now, or when the batch is over that a caller who has gone left
+        its run in."""
+        for job in self._batch:
+            if job.places is places and not job.done.is_set():
+                job.after.append(call)
+                return
+        call()
+
     def _now(self, job: Job) -> bool:
         """Run it here and now if that is short and nobody waits; whether it was."""
         short = self.row_seconds * len(job.x) <= INLINE_SECONDS_MAX
@@ -213,17 +232,17 @@ class LoadedStage:
 
     async def _drive(self) -> None:
         """Run what waits until nothing does."""
-        batch: list[Job] = []
         try:
             while self.waiting:
-                batch = self._take()
-                await self._run(batch)
+                self._batch = self._take()
+                await self._run(self._batch)
         finally:
             self._driving = False
-            for job in (*batch, *self.waiting):
+            for job in (*self._batch, *self.waiting):
                 if not job.done.is_set():
                     job.error = RemoteError("unavailable", "this node is shutting down", "ask another replica")
-                    job.done.set()
+                    job.finish()
+            self._batch = []
             self.waiting.clear()
             self.rows_waiting = 0
             self.idle.set()
@@ -266,7 +285,7 @@ class LoadedStage:
             for job in ready:
                 job.error = error
         for job in batch:
-            job.done.set()
+            job.finish()
 
     async def _compute(self, jobs: Sequence[Job], start: float) -> None:
         x = jobs[0].x if len(jobs) == 1 else np.concatenate([job.x for job in jobs])

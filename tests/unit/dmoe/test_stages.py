@@ -6,6 +6,7 @@ import trio
 import trio.testing
 
 from config.errors import BusyError, RemoteError, RequestError
+from dmoe.core import stagecalls, wire
 from dmoe.runner import Feed
 from tests.unit.dmoe.stages_kit import PRICED, staged, swarm
 from tests.unit.dmoe.swarm_kit import CountingBuyer, CountingSeller
@@ -309,3 +310,78 @@ async def test_a_host_without_room_is_left_for_one_with_room_and_named_if_there_
         assert np.array_equal(await answer(runner, sequence=second), alone)
         assert np.array_equal(await answer(runner, sequence=first), alone)
         assert all(node.host.statistics()["sequences"] == 1 for node in full)
+
+
+async def test_a_cancelled_run_whose_ticket_is_closed_spoils_no_other_run(manifest):
+    async with swarm(manifest) as net:
+        node = await net.node(0)
+        stage, segment = node.host.local(manifest.model_id, manifest.stages[0].layers), node.segments[0]
+        gone, stays = [await node.host.open(stage, node.peer_id, 10) for _ in range(2)]
+        x = np.ones((1, manifest.architecture.hidden), np.float32)
+        segment.gate, found = trio.Event(), []
+
+        async def ask(ticket, number):
+            found.append(await node.host.compute([ticket], [(0, 1)], x, trio.current_time() + 5, number))
+
+        async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as leaving:
+                leaving.start_soon(ask, gone, 1)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(ask, stays, 2)
+                await trio.testing.wait_all_tasks_blocked()
+                leaving.cancel_scope.cancel()
+            node.host.close(gone)
+            assert not gone.cache.closed, "its batch is still running"
+            segment.gate.set()
+        assert gone.cache.closed
+        assert len(found) == 1
+        assert node.host.statistics()["kv_bytes"] == stays.kv_bytes
+
+
+async def test_a_sequence_that_cannot_be_opened_leaves_nothing_at_its_hosts(manifest, monkeypatch):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        fault = RequestError("too_large", "no")
+
+        async def refuse(*args, **kwargs):
+            await trio.testing.wait_all_tasks_blocked()
+            raise fault
+
+        monkeypatch.setattr(nodes[2].host, "open", refuse)
+        with pytest.raises((RemoteError, RequestError), match="no"):
+            await runner.open(100)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert [node.host.statistics()["sequences"] for node in nodes] == [0, 0, 0]
+
+
+async def test_many_answers_of_a_route_that_is_gone_fail_in_the_time_of_one(manifest, autojump_clock):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner(timeout_ms=1000)
+        sequences = [await runner.open(100) for _ in range(16)]
+        nodes[1].segments[1].gate = trio.Event()  # it takes runs and never answers
+        feeds = [Feed(sequence=sequence, tokens=TEXT) for sequence in sequences]
+        start = trio.current_time()
+        with pytest.raises(RemoteError, match="stage-l01-01"):
+            await runner.forward(feeds)
+        once = trio.current_time() - start
+        assert once < 3 * 4 * 1.0 + 5, "tries are bounded in time"
+        for feed in feeds:
+            with pytest.raises(RemoteError):
+                await runner.forward([feed])
+        assert trio.current_time() - start < 2 * once + 5
+
+
+async def test_rows_do_not_go_round_in_circles(manifest):
+    async with swarm(manifest) as net:
+        node, other = await net.node(0), await net.node()
+        stage = node.host.local(manifest.model_id, manifest.stages[0].layers)
+        ticket = (await node.host.open(stage, other.peer_id, 10)).token
+        x = np.ones((1, manifest.architecture.hidden), np.float32)
+        shape, buffer = wire.encode(x, manifest.wire_dtype)
+        hops = [stagecalls.Hop(node.peer_id, (ticket,))] * 100
+        header = stagecalls.run_header(1, [stagecalls.Part(ticket, 0, 1, 1)], hops, shape, reply=False)
+        with pytest.raises(RemoteError, match="twice"):
+            await other.network.call(node.peer_id, stagecalls.RUN, header, (buffer,), deadline_ms=2000)
+        assert node.host.statistics()["forwarded"] == 0
