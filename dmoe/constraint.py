@@ -29,6 +29,8 @@ from dmoe.text import Tokenizer
 
 CHARACTERS_MAX: Final = 256 << 10
 COMPILE_SECONDS_MAX: Final = 10.0
+COMPILES_MAX: Final = 4
+"""At once: those that were given up run on for a while, and must not take the threads that passes need."""
 CHOICES_MAX: Final = 4096
 _MESSAGE_CHARACTERS_MAX = 300
 _LIMITS: Final = llguidance.LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
@@ -45,11 +47,14 @@ class Constraints:
         vocabulary = _Vocabulary(tokenizer, tuple(stop_tokens))
         self._tokens = llguidance.LLTokenizer(vocabulary, eos_token=list(vocabulary.ends))  # type: ignore[arg-type]
         self._vocabulary = tokenizer.vocabulary
+        self._threads = trio.CapacityLimiter(COMPILES_MAX)
 
     async def compile(self, wanted: generation.Constraint) -> "Compiled":
         """Check a constraint and make it ready. Raises RequestError."""
         with trio.move_on_after(COMPILE_SECONDS_MAX):
-            return await trio.to_thread.run_sync(self.compile_here, wanted, abandon_on_cancel=True)
+            return await trio.to_thread.run_sync(
+                self.compile_here, wanted, abandon_on_cancel=True, limiter=self._threads
+            )
         raise _refused(wanted, f"reading it takes longer than {COMPILE_SECONDS_MAX:g} s")
 
     def compile_here(self, wanted: generation.Constraint) -> "Compiled":

@@ -141,9 +141,7 @@ class Passes:
         with slot.opening:
             try:
                 runner = self._runner = await self._load()
-                if self._find_drafter is not None:
-                    find, self._find_drafter = self._find_drafter, None
-                    self._drafter = await find()
+                await self._bring_drafter()
                 held, length = await self._opened(runner, slot)
                 if slot.over:
                     held.drop()
@@ -154,6 +152,16 @@ class Passes:
                 self._end(slot, failure)
             else:
                 self.wake()
+
+    async def _bring_drafter(self) -> None:
+        """Ask for the draft model once; again, if who asked left meanwhile."""
+        find, self._find_drafter = self._find_drafter, None
+        if find is not None:
+            try:
+                self._drafter = await find()
+            except trio.Cancelled:
+                self._find_drafter = find
+                raise
 
     async def _opened(self, runner: Runner, slot: Slot) -> tuple[Held, int]:
         """A sequence, begun with what is known of its prompt already, and how much that is."""

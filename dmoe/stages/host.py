@@ -191,7 +191,7 @@ class StageHost:
         now = trio.current_time()
         self._tickets.begin([source] if source else [])  # it must not make room for its own copy
         try:
-            self._tickets.make_room(kv_bytes, now)
+            self._tickets.make_room(owner, kv_bytes, now)
             if self.ram_bytes() + kv_bytes > self._limits.ram_bytes_max:
                 raise BusyError("this node's memory for models is in use", "ask another replica", retry_after_ms=1000)
             cache = await self._cache(stage, kv_bytes, capacity, source.cache if source else None, length)
@@ -207,10 +207,12 @@ class StageHost:
     async def _cache(self, stage: LoadedStage, kv_bytes: int, capacity: int, like: Cache | None, length: int) -> Cache:
         """A cache whose room is kept while one waits for it."""
         self._tickets.kv_bytes += kv_bytes
+        self._tickets.opening += 1
         try:
             return await stage.open(capacity, like, length)
         finally:
             self._tickets.kv_bytes -= kv_bytes
+            self._tickets.opening -= 1
 
     def close(self, ticket: Ticket) -> None:
         """Free a cache."""
@@ -242,8 +244,9 @@ class StageHost:
             what = f"the stage of layers {first} to {last} of model {asked.model_id[:12]}"
             raise RequestError("not_found", f"{what} is not served here", "read this node's advert again")
         paid = self._admit(call.peer_id, asked.channel, asked.quote)
+        quote = self.quote  # it may change meanwhile
         ticket = await self.open(stage, call.peer_id, asked.capacity, like=asked.like, length=asked.length)
-        ticket.channel = asked.channel if paid else b""
+        ticket.channel, ticket.quote = asked.channel if paid else b"", quote
         return Reply({"ticket": ticket.token})
 
     async def _close(self, call: Call) -> Reply:

@@ -4,12 +4,13 @@ Owns: the table of tickets and its bounds. Does not own: the caches' memory (a s
 
 Invariants:
 1. Never more than ``sequences_max`` tickets, nor ``kv_bytes_max`` bytes of caches (a cache counts at its capacity).
-2. A ticket that nobody used for ``idle_seconds`` is closed; sooner where room is needed, but never within
-   ``SETTLED_SECONDS`` of its last use.
+2. A ticket that nobody used for ``idle_seconds`` is closed; sooner where room is needed, but within
+   ``SETTLED_SECONDS`` of its last use only for an owner who holds less than the one who holds most.
 3. A cache is freed at once when its ticket is closed, or when the run that still uses it ends.
 """
 
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -48,6 +49,8 @@ class Tickets:
 
     def __init__(self, *, sequences_max: int, kv_bytes_max: int, idle_seconds: float) -> None:
         self.kv_bytes = 0
+        self.opening = 0
+        """Tickets that room was made for, and whose caches are still waited for."""
         self._sequences_max = sequences_max
         self._kv_bytes_max = kv_bytes_max
         self._idle_seconds = idle_seconds
@@ -57,19 +60,36 @@ class Tickets:
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def make_room(self, kv_bytes: int, now: float) -> None:
-        """Room for one more cache; the longest unused go first. Raises RequestError for one that can never fit,
-        BusyError if there is no room now."""
+    def make_room(self, owner: PeerId, kv_bytes: int, now: float) -> None:
+        """Room for one more cache of ``owner``; the longest unused go first. Raises RequestError for one that can never
+        fit, BusyError if there is no room now."""
         if kv_bytes > self._kv_bytes_max:
             limit = f"this node gives {self._kv_bytes_max} to all"
             raise RequestError("too_large", f"a cache of {kv_bytes} bytes does not fit: {limit}")
         self.expire(now)
-        while len(self._tickets) >= self._sequences_max or self.kv_bytes + kv_bytes > self._kv_bytes_max:
+        while len(self._tickets) + self.opening >= self._sequences_max or self.kv_bytes + kv_bytes > self._kv_bytes_max:
             oldest = next((ticket for ticket in self._tickets.values() if not ticket.users), None)
-            if oldest is None or now - oldest.used_at < SETTLED_SECONDS:
+            if oldest is not None and now - oldest.used_at < SETTLED_SECONDS:
+                oldest = self._of_the_greediest(owner, kv_bytes)
+            if oldest is None:
                 message = f"{len(self._tickets)} sequences with {self.kv_bytes} bytes of caches are here"
                 raise BusyError(message, "ask another replica", retry_after_ms=RETRY_MS)
             self.close(oldest)
+
+    def _of_the_greediest(self, owner: PeerId, kv_bytes: int) -> Ticket | None:
+        """The longest unused ticket of who holds most, if that stays more than ``owner`` comes to: one peer cannot keep
+        all others out by touching its tickets now and then."""
+        counts, sizes = Counter[PeerId](), Counter[PeerId]()
+        for ticket in self._tickets.values():
+            counts[ticket.owner] += 1
+            sizes[ticket.owner] += ticket.kv_bytes
+        held = sizes if self.kv_bytes + kv_bytes > self._kv_bytes_max else counts
+        own = held[owner] + (kv_bytes if held is sizes else 1)
+        for ticket in self._tickets.values():
+            if not ticket.users and held[ticket.owner] == max(held.values()):
+                part = ticket.kv_bytes if held is sizes else 1
+                return ticket if held[ticket.owner] - part >= own else None
+        return None
 
     def add(self, ticket: Ticket) -> None:
         """Keep a ticket that room was made for."""

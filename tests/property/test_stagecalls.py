@@ -21,7 +21,10 @@ def runs(draw):
     for ticket in tickets:
         rows = draw(st.integers(1, 4))
         parts.append(Part(ticket, draw(counts), rows, draw(st.integers(0, rows))))
-    hops = [Hop(f"peer{n}", tuple(draw(tokens) for _ in parts)) for n in range(draw(st.integers(0, 3)))]
+    count = draw(st.integers(0, 3)) * len(parts)
+    new = tokens.filter(lambda ticket: ticket not in tickets)
+    behind = draw(st.lists(new, min_size=count, max_size=count, unique=True))  # a ticket stands in a run once
+    hops = [Hop(f"peer{n}", tuple(batch)) for n, batch in enumerate(zip(*[iter(behind)] * len(parts), strict=True))]
     return parts, hops, draw(st.booleans()) and not hops
 
 

@@ -385,3 +385,39 @@ async def test_rows_do_not_go_round_in_circles(manifest):
         with pytest.raises(RemoteError, match="twice"):
             await other.network.call(node.peer_id, stagecalls.RUN, header, (buffer,), deadline_ms=2000)
         assert node.host.statistics()["forwarded"] == 0
+
+
+async def test_who_holds_most_makes_room_for_who_holds_little(manifest):
+    async with swarm(manifest) as net:
+        node, greedy, modest = await net.node(0, sequences_max=4), await net.node(), await net.node()
+        stage = node.host.local(manifest.model_id, manifest.stages[0].layers)
+        tickets = [await node.host.open(stage, greedy.peer_id, 10) for _ in range(4)]
+        with pytest.raises(BusyError):
+            await node.host.open(stage, greedy.peer_id, 10)
+        for _ in range(2):
+            await node.host.open(stage, modest.peer_id, 10)
+        with pytest.raises(BusyError):
+            await node.host.open(stage, modest.peer_id, 10)
+        assert [ticket.closed for ticket in tickets] == [True, True, False, False]
+
+
+async def test_openings_at_once_stay_within_the_bounds(manifest):
+    async with swarm(manifest) as net:
+        node = await net.node(0, sequences_max=2)
+        stage, opened, refused = node.host.local(manifest.model_id, manifest.stages[0].layers), [], []
+
+        async def ask():
+            try:
+                opened.append(await node.host.open(stage, node.peer_id, 10))
+            except BusyError as error:
+                refused.append(error)
+
+        async with stage._passes, trio.open_nursery() as nursery:  # a batch is running
+            for _ in range(5):
+                nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(refused) == 3
+            stage._passes.release()
+            await trio.testing.wait_all_tasks_blocked()
+            await stage._passes.acquire()
+        assert len(opened) == 2
