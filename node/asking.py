@@ -181,10 +181,19 @@ def _vectors_here(context: Context, asked: dict[str, Any]) -> Any:  # noqa: ANN4
 
 
 def _local_route(context: Context) -> str:
-    route = context.args.route or "fused"
+    route = context.args.route or ("local" if _is_sparse(context) else "fused")
     if route not in ("local", "fused"):
         raise ConfigError("usage", "--local has no peers to call", "--route local or --route fused")
     return str(route)
+
+
+def _is_sparse(context: Context) -> bool:
+    """Whether the model that is asked has no fused graph. One that is not here is complained of where it is used."""
+    from dmoe.store import ModelStore  # noqa: PLC0415
+
+    known = list(ModelStore(context.paths().models).manifests().values())
+    asked = [each for each in known if context.args.model in ("", each.name, each.model_id)]
+    return any(each.architecture.router.kind != "all" for each in asked[:1])
 
 
 @asynccontextmanager

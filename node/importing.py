@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config.errors import LocalError
+from config.errors import ConfigError, LocalError
 from config.paths import cache_dir
 from node import progress, threads
 from node.cli import Context, Output
@@ -26,6 +26,8 @@ class Source:
 
 def find_source(text: str, show: progress.Show) -> Source:
     """What ``text`` names, fetched if it is elsewhere. Raises LocalError or RemoteError naming what is missing."""
+    if not text:
+        raise ConfigError("usage", "no source", f"give {SOURCES}")
     cache = cache_dir(os.environ, Path.home())
     if text == "bundled":
         from dmoe.importer import bundled  # noqa: PLC0415

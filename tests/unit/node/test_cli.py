@@ -13,7 +13,8 @@ import pytest
 from config.errors import ConfigError, LocalError
 from node import asking, local
 from node.answering import request_of
-from node.cli import Context, Output, build_parser, main, parse_credits
+from node.cli import Context, Output, main, parse_credits
+from node.commands import build_parser
 from node.demo import Outcome, spans
 from tests.unit.dmoe.model_kit import write_gguf
 

@@ -99,3 +99,35 @@ def test_a_model_of_a_hub_is_fetched_and_imported(home, capsys, monkeypatch):
     assert "hf:owner/model@main: 4 files" in said.err
     (manifest,) = (home / "data" / "models").glob("*/manifest.json")
     assert json.loads(manifest.read_text())["source"]["name"] == "hf:owner/model@main"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([""], "no source"),
+    ],
+)
+def test_no_source_is_not_this_folder(home, capsys, monkeypatch, arguments, says):
+    write_folder(home / "tiny", "mixtral")
+    monkeypatch.chdir(home)
+    assert main(["model", "import", *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert main(["model", "ls"]) == 0
+    assert "no models" in capsys.readouterr().out
+
+
+def test_an_imported_mixture_answers_here_without_flags(home, capsys):
+    assert main(["model", "import", str(write_folder(home / "tiny", "mixtral"))]) == 0
+    capsys.readouterr()
+    assert main(["embed", "--local", "--json", "abc"]) == 0
+    assert answer(capsys)["route"] == "local"
+
+
+def test_memory_that_is_missing_is_no_fault_of_rios(home, capsys, monkeypatch):
+    def full(*_arguments, **_options):
+        raise MemoryError
+
+    monkeypatch.setattr("dmoe.importer.build._Import.run", full)
+    assert main(["model", "import", str(write_folder(home / "tiny", "mixtral"))]) == 1
+    assert "not enough memory" in capsys.readouterr().err
+    assert not list((home / "data" / "models").iterdir())

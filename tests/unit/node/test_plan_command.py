@@ -9,7 +9,7 @@ from config.errors import ConfigError
 from config.settings import Settings
 from dmoe.core.spans import Ask
 from node import plan as command
-from node.cli import build_parser
+from node.commands import build_parser
 from tests.unit.dmoe.test_planning import forget_experts, node
 
 
