@@ -412,7 +412,7 @@ class Hosting:
             manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
             if manifest is not None and replicas:
                 placed = [s for s in manifest.shards if s.kind != "trunk" and book.wanted(model_id, s.kind)]
-                largest = max(largest, *(shard.ram_bytes for shard in placed))
+                largest = max([largest, *(shard.ram_bytes for shard in placed)])  # perhaps none: a model without stages
         self._full = not self._taker.has_room(largest)
 
     def _advertise(self, without: tuple[str, int] | None = None) -> None:

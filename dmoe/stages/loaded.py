@@ -10,7 +10,7 @@ the loop's few milliseconds.
 Invariants:
 1. A run is refused (busy, with a hint) before it is queued, never dropped after.
 2. Before a part runs, its cache is cut to the part's position; a cache that is shorter fails its own run alone.
-3. One batch at a time.
+3. One batch at a time. Where one fails, each of its runs is computed alone, and only those that fail end.
 """
 
 import logging
@@ -276,16 +276,24 @@ class LoadedStage:
                 ready.append(job)
             except RiosError as error:
                 job.error = error
+        if ready and not await self._tried(ready, start) and len(ready) > 1:
+            for job in ready:  # one caller's rows must not fail another's
+                job.error = None
+                await self._tried([job], perf_counter())
+        for job in batch:
+            job.finish()
+
+    async def _tried(self, jobs: Sequence[Job], start: float) -> bool:
+        """Compute them together; whether that went well. If not, no cache has changed, and each has the error."""
         try:
-            if ready:
-                await self._compute(ready, start)
+            await self._compute(jobs, start)
         except Exception as error:
             if not isinstance(error, RiosError):
                 log.exception("running %s failed", self.plan.shard_id)
-            for job in ready:
+            for job in jobs:
                 job.error = error
-        for job in batch:
-            job.finish()
+            return False
+        return True
 
     async def _compute(self, jobs: Sequence[Job], start: float) -> None:
         x = jobs[0].x if len(jobs) == 1 else np.concatenate([job.x for job in jobs])

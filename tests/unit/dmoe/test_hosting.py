@@ -2,6 +2,7 @@
 
 from contextlib import asynccontextmanager
 from random import Random
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -513,3 +514,16 @@ async def test_stages_and_experts_share_the_limit_of_memory(tmp_path):
 
         await until(lambda: any("raise dmoe.ram_bytes_max" in error for error in errors()), "the limit is named")
         assert publisher.worker.ram_bytes() + publisher.stages.ram_bytes() <= 5 * MIB
+
+
+def test_a_deployment_by_stages_of_a_model_without_stages_is_borne():
+    trunk = SimpleNamespace(kind="trunk", ram_bytes=5)
+    book = SimpleNamespace(replicas=lambda: {"m": 1}, wanted=lambda model, kind: kind == "stage")
+    asked = []
+    hosting = SimpleNamespace(
+        deployments=SimpleNamespace(book=book),
+        _store=SimpleNamespace(manifests=lambda: {"m": SimpleNamespace(shards=[trunk])}),
+        _taker=SimpleNamespace(has_room=lambda largest: asked.append(largest) or True),
+    )
+    Hosting._update_full(hosting)
+    assert asked == [0]

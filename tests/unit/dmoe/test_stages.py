@@ -5,7 +5,7 @@ import pytest
 import trio
 import trio.testing
 
-from config.errors import BusyError, RemoteError, RequestError
+from config.errors import BusyError, IntegrityError, RemoteError, RequestError
 from dmoe.core import stagecalls, wire
 from dmoe.runner import Feed
 from tests.unit.dmoe.stages_kit import PRICED, staged, swarm
@@ -421,3 +421,35 @@ async def test_openings_at_once_stay_within_the_bounds(manifest):
             await trio.testing.wait_all_tasks_blocked()
             await stage._passes.acquire()
         assert len(opened) == 2
+
+
+async def test_rows_that_cannot_be_computed_fail_their_own_run_alone(manifest):
+    async with swarm(manifest) as net:
+        node = await net.node(0)
+        stage, segment = node.host.local(manifest.model_id, manifest.stages[0].layers), node.segments[0]
+        width, run, outcome = manifest.architecture.hidden, segment.run, {}
+
+        async def picky(x, parts):
+            if (x > 100).any():
+                raise IntegrityError("integrity", "activations hold a value that is not finite")
+            return await run(x, parts)
+
+        segment.run, segment.gate = picky, trio.Event()
+        tickets = [await node.host.open(stage, node.peer_id, 10) for _ in range(4)]
+
+        async def ask(number):
+            x = np.full((1, width), 1000.0 if number == 2 else 1.0, np.float32)
+            try:
+                await node.host.compute([tickets[number]], [(0, 1)], x, trio.current_time() + 5, number)
+                outcome[number] = "ok"
+            except IntegrityError as error:
+                outcome[number] = error.code
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, 0)
+            await trio.testing.wait_all_tasks_blocked()
+            for number in (1, 2, 3):
+                nursery.start_soon(ask, number)
+            await trio.testing.wait_all_tasks_blocked()
+            segment.gate.set()
+        assert outcome == {0: "ok", 1: "ok", 2: "integrity", 3: "ok"}
