@@ -182,8 +182,8 @@ def _vectors_here(context: Context, asked: dict[str, Any]) -> Any:  # noqa: ANN4
 
 def _local_route(context: Context) -> str:
     route = context.args.route or ("local" if _is_sparse(context) else "fused")
-    if route not in ("local", "fused"):
-        raise ConfigError("usage", "--local has no peers to call", "--route local or --route fused")
+    if route not in ("local", "fused", "stages"):  # stages: the same cuts and roundings, all in this process
+        raise ConfigError("usage", "--local has no peers to call", "--route local, fused or stages")
     return str(route)
 
 

@@ -26,8 +26,7 @@ class Source:
 
 def find_source(text: str, show: progress.Show) -> Source:
     """What ``text`` names, fetched if it is elsewhere. Raises LocalError or RemoteError naming what is missing."""
-    if not text:
-        raise ConfigError("usage", "no source", f"give {SOURCES}")
+    check_source(text)
     cache = cache_dir(os.environ, Path.home())
     if text == "bundled":
         from dmoe.importer import bundled  # noqa: PLC0415
@@ -40,10 +39,15 @@ def find_source(text: str, show: progress.Show) -> Source:
         wanted = hub.parse(text)
         path = hub.fetch(wanted, cache, show, lambda said: print(said, file=sys.stderr))  # noqa: T201
         return Source(path, wanted.name if path.is_dir() else path.stem, str(wanted))
-    path = Path(text)
-    if not path.exists():
-        raise LocalError("not_found", f"there is no file or folder {path}", f"give {SOURCES}")
-    return Source(path)
+    return Source(Path(text))
+
+
+def check_source(text: str) -> None:
+    """Complain at once of what cannot be a source: before a key is asked for, or anything fetched."""
+    if not text:
+        raise ConfigError("usage", "no source", f"give {SOURCES}")
+    if text != "bundled" and not text.startswith("hf:") and not Path(text).exists():
+        raise LocalError("not_found", f"there is no file or folder {text}", f"give {SOURCES}")
 
 
 def model_import(context: Context) -> Output:
@@ -55,6 +59,7 @@ def model_import(context: Context) -> Output:
     from dmoe.store import ModelStore  # noqa: PLC0415
 
     args = context.args
+    check_source(args.source)
     identity, paths = own_identity(context)
     store = ModelStore(paths.models)
     sizes = Sizes(
