@@ -471,11 +471,13 @@ def _check_bias(sampling: Sampling, vocabulary: int) -> None:
 
 def _room(model: Model, prompt: int, request: GenerationRequest, kv_tokens_max: int) -> int:
     """How many tokens the answer may have: what was asked for, within what context and memory leave."""
+    where = "prompt" if request.prompt is not None else "messages"
     if kv_tokens_max < model.context_tokens and prompt + max(1, request.sampling.min_tokens) > kv_tokens_max:
         raise RequestError(
             "context_length_exceeded",
             f"the prompt has {prompt} tokens, this node gives an answer {kv_tokens_max} with its prompt",
             "shorten the prompt, or ask its operator to raise dmoe.kv_tokens_max",
+            param=where,
         )
     left = min(model.context_tokens, kv_tokens_max) - prompt
     if left < max(1, request.sampling.min_tokens):
@@ -484,5 +486,6 @@ def _room(model: Model, prompt: int, request: GenerationRequest, kv_tokens_max: 
             "context_length_exceeded",
             f"the prompt has {prompt} tokens{wanted}, the context of {model.name} is {model.context_tokens}",
             "shorten the prompt",
+            param=where,
         )
     return min(left, request.sampling.max_tokens or left)

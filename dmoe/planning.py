@@ -55,6 +55,10 @@ class Held:
     resident: frozenset[int] = frozenset()
 
 
+_PEER_IDS = ("12D3", "16Uiu2", "Qm")
+"""How peer ids begin."""
+
+
 def wishes_of(
     route: str, stage_hosts: Collection[str] = (), plan_pins: Collection[str] = (), price_weight: int = 0
 ) -> Wishes:
@@ -66,6 +70,9 @@ def wishes_of(
                 "config", f"dmoe.plan_pins: layers {other.first} to {one.last} are pinned twice", "name each layer once"
             )
     hosts = tuple(PeerId(host) for host in stage_hosts)
+    for host in hosts:
+        if not host.startswith(_PEER_IDS):
+            raise ConfigError("config", f"dmoe.stage_hosts: {host[:80]!r} is no peer id", "as rios id shows it there")
     return Wishes(route=route, stage_hosts=hosts, pins=pins, price_weight=price_weight)  # type: ignore[arg-type]
 
 
@@ -76,7 +83,7 @@ def _pin(text: str) -> Pin:
         raise ConfigError(
             "config", f"dmoe.plan_pins: {text!r} is no pin", "e.g. 0-9=here, 10=experts, 20-29=12D3Koo..."
         )
-    if where not in ("here", "experts") and not where.startswith(("12D3", "16Uiu2", "Qm")):
+    if where not in ("here", "experts") and not where.startswith(_PEER_IDS):
         raise ConfigError("config", f"dmoe.plan_pins: {text!r} names {where!r}", "one of here, experts, a peer id")
     pin = Pin(int(first), int(last or first), where)
     if pin.last < pin.first:

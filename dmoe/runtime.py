@@ -120,11 +120,15 @@ def open_session(graph: Graph, *, threads: int, providers: Sequence[str] = (_CPU
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin_us else "0")
     if spin_us:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
-    values = [_value(weight) for weight in graph.weights.values()]
-    options.add_external_initializers(list(graph.weights), values)
     try:
-        raw = ort.InferenceSession(graph.model, options, providers=list(providers))
+        values = [_value(weight) for weight in graph.weights.values()]
+        options.add_external_initializers(list(graph.weights), values)
+        again = int(len(providers) > 1)  # the library's second try, on the CPU; it tells of it on stdout
+        raw = ort.InferenceSession(graph.model, options, providers=list(providers), enable_fallback=again)
     except Exception as error:
+        if isinstance(error, MemoryError) or "alloc" in str(error):  # the library says bad_alloc in several ways
+            hint = "free some memory, or use another route"
+            raise LocalError("local", "there is not enough memory to load the model", hint) from error
         raise LocalError("local", f"ONNX Runtime cannot load a graph: {str(error)[:300]}") from error
     return Session(raw, graph.weights)
 

@@ -66,7 +66,11 @@ class ShardFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise LocalError("not_found", f"{path} is missing", "fetch or import the model again") from error
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        except OSError as error:  # no word about the file: memory, rights, open files
+            full = error.errno == errno.ENOMEM
+            hint = "free some memory, or use another route" if full else ""
+            raise LocalError("local", f"cannot read {path}: {error.strerror}", hint) from error
+        except ValueError as error:  # an empty file cannot be mapped
             raise IntegrityError("integrity", f"{path} cannot be read: {error}") from error
         self.tensors: Mapping[str, Array] = _parse(self._map, path)
 

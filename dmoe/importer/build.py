@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 from msgspec.structs import replace
 
+from config.errors import ConfigError
 from dmoe.core.manifest import Golden, Manifest, ModelFile, Quantisation, Shard, Source
 from dmoe.golden import compute_golden
 from dmoe.importer.cut import AS_USUAL, Cut, Part, Sizes
@@ -96,6 +97,9 @@ def import_model(
 def _import(
     model: Model, store: ModelStore, identity: Identity, wishes: Wishes, progress: Progress, threads: int
 ) -> Manifest:
+    for what, text in (("name", wishes.name), ("licence", wishes.licence)):
+        if not text.isprintable():
+            raise ConfigError("usage", f"--{what} {text[:80]!r} has characters that cannot be shown", "use plain text")
     making = _Import(model, wishes, progress)
     with scratch(store.root, making.bytes_needed) as folder:
         with disk_errors(folder):
@@ -146,8 +150,8 @@ class _Import:
 
     def _manifest(self, identity: Identity, shards: tuple[Shard, ...], tokenizer: ModelFile) -> Manifest:
         return Manifest(
-            name=(self.wishes.name or self.model.name)[:200],
-            licence=(self.wishes.licence or self.model.licence)[:200],
+            name=self.wishes.name[:200] or _shown(self.model.name),
+            licence=self.wishes.licence[:200] or _shown(self.model.licence),
             source=Source(name=self.wishes.origin or self.source.path.name, sha256=self._source_hash()),
             architecture=self.model.architecture,
             quantisation=self.wishes.quantisation,
@@ -163,6 +167,11 @@ class _Import:
     def _source_hash(self) -> str:
         self.progress.what = f"hash of {self.source.path.name}"
         return self.source.sha256(self.progress.add)
+
+
+def _shown(text: str) -> str:
+    """What a source says, without what a terminal would obey."""
+    return "".join(character for character in text if character.isprintable())[:200]
 
 
 class _Bytes:

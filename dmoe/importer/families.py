@@ -360,7 +360,12 @@ def _check_quantised(config: Config, family: HfFamily) -> None:
     found = config.get("quantization_config")
     in_turns = family.layouts[0].in_turns
     if found is not None and not (in_turns and isinstance(found, dict) and found.get("quant_method") == "mxfp4"):
-        fault("quantization_config is not supported")
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise IntegrityError(
+            "integrity",
+            f"config.json: weights quantised by {method!r:.80} are not supported",
+            "give the model as it was before, or a GGUF file of it",
+        )
 
 
 def _experts(config: Config, family: HfFamily) -> int:

@@ -288,7 +288,9 @@ def _json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > JSON_BYTES_MAX:
             raise IntegrityError("integrity", f"{path} exceeds the limit of {JSON_BYTES_MAX} bytes")
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise LocalError("local", f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise IntegrityError("integrity", f"{path} is not readable JSON: {error}", _AGAIN) from error
     if not isinstance(value, dict):
         raise IntegrityError("integrity", f"{path} is not a JSON object", _AGAIN)
@@ -299,7 +301,9 @@ def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+    except OSError as error:
+        raise LocalError("local", f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # an empty file cannot be mapped
         raise IntegrityError("integrity", f"{path} is not a whole safetensors file: {error}", _AGAIN) from error
 
 

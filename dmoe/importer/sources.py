@@ -66,7 +66,9 @@ class _File:
             reader = _Reader(path)
             own = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
             self.metadata: dict[str, Any] = {key: field.contents() for key, field in own.items()}
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
+        except OSError as error:
+            raise LocalError("local", f"cannot read {path}: {error.strerror or error}") from error
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
             raise IntegrityError("integrity", f"{path} is not a whole GGUF file: {error}", _AGAIN) from error
         self.path = path
         self.map = reader.map

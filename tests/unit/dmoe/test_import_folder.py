@@ -161,7 +161,7 @@ def _refused(tmp_path, fault, family="mixtral", error=IntegrityError, after=None
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs between kinds of layers"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "weights quantised by 'awq' are not supported"),
         ({"hidden_size": None}, "key hidden_size is missing or no number"),
         ({"num_local_experts": "six"}, "key num_local_experts is missing or no number"),
         ({"num_experts_per_tok": 9}, r"router\.top_k = 9"),

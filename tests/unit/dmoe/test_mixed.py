@@ -138,8 +138,7 @@ async def test_a_stage_whose_host_died_goes_on_here_with_experts_elsewhere(model
             async for event in stream:
                 events.append(event)
                 if len(events) == 1:
-                    experts.serve_layer(0)
-                    await trio.testing.wait_all_tasks_blocked()
+                    experts.serve_layer(0)  # and no waiting: a quick machine would come to the answer's end
                     host.swarm.hub.kill(host.peer_id)
         assert tokens_of(events) == expected
         end = events[-1]

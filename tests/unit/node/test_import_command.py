@@ -105,15 +105,24 @@ def test_a_model_of_a_hub_is_fetched_and_imported(home, capsys, monkeypatch):
     ("arguments", "says"),
     [
         ([""], "no source"),
+        (["tiny", "--name", "a\x1b[31m"], "characters that cannot be shown"),
     ],
 )
-def test_no_source_is_not_this_folder(home, capsys, monkeypatch, arguments, says):
+def test_a_name_obeys_no_terminal_and_no_source_is_not_this_folder(home, capsys, monkeypatch, arguments, says):
     write_folder(home / "tiny", "mixtral")
     monkeypatch.chdir(home)
     assert main(["model", "import", *arguments]) == 2
     assert says in capsys.readouterr().err
     assert main(["model", "ls"]) == 0
     assert "no models" in capsys.readouterr().out
+
+
+def test_a_quantised_folder_says_by_what(home, capsys):
+    folder = write_folder(home / "tiny", "mixtral")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["model", "import", str(folder)]) == 1
+    assert "quantised by 'gptq'" in capsys.readouterr().err
 
 
 def test_an_imported_mixture_answers_here_without_flags(home, capsys):
@@ -131,3 +140,8 @@ def test_memory_that_is_missing_is_no_fault_of_rios(home, capsys, monkeypatch):
     assert main(["model", "import", str(write_folder(home / "tiny", "mixtral"))]) == 1
     assert "not enough memory" in capsys.readouterr().err
     assert not list((home / "data" / "models").iterdir())
+
+
+def test_a_stage_host_that_is_no_peer_is_found_by_the_check(home, capsys):
+    assert main(["config", "check", "--set", "dmoe.stage_hosts=12D3KooW,x"]) == 2
+    assert "'x' is no peer id" in capsys.readouterr().err
