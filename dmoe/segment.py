@@ -13,6 +13,7 @@ Invariants:
 3. One pass at a time: ``run`` and ``open`` wait for each other.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ class _Bound:
     bindings: list[Binding]
 
 
-class _Layers:
+class _Layers(ABC):
     """What both kinds of segments share: caches, groups, memory."""
 
     is_here = True
@@ -193,17 +194,20 @@ class _Layers:
             self.pool.end_pass()
 
     async def _run(self, x: FloatRows, groups: list[_Group]) -> FloatRows:
-        raise NotImplementedError
+        """All rows through the layers; where others take part, this waits for them."""
+        return self._compute(x, groups)
 
+    @abstractmethod
     def _compute(self, x: FloatRows, groups: list[_Group]) -> FloatRows:
-        raise NotImplementedError
+        """All rows through the layers, in the calling thread."""
 
+    @abstractmethod
     def _allocate(self, rows: int) -> None:
         """Make room for so many rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _bind(self, group: _Group, places: Places) -> list[Binding]:
-        raise NotImplementedError
+        """Sessions and memory for groups of this shape."""
 
     def _prepare(self, rows: int, positions: int) -> None:
         self.pool.reserve(positions)

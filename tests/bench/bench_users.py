@@ -13,7 +13,7 @@ import sys
 import time
 
 import trio
-from bench_generate import machine, prepare
+from bench_generate import machine, prepare, staged
 
 from config.generation import Delta, GenerationRequest, Route, Sampling
 from dmoe.engine import Engine
@@ -84,7 +84,8 @@ async def round_of(engine: Engine, model: str, route: Route, users: int) -> Crow
 
 async def measure(threads: int, rounds: int, routes: tuple[Route, ...]) -> tuple[dict[str, float], dict[str, float]]:
     """Figures and ratios of every route that this machine has."""
-    store, _, model = prepare()
+    store, _, _ = prepare()
+    model = staged(store).name
     models = StoredModels(store, None, RuntimeOptions(device="cpu", threads=threads), "me")
     engine = Engine(models, generations_max=USERS, passes=PassOptions(drafts_max=0, prefix_positions_max=0))
     figures: dict[str, float] = {"threads": threads, "users": USERS}
