@@ -15,6 +15,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -208,12 +209,12 @@ class ThreeOnLoopback:
         return round(1 - own / sum(self._rows.values()), 3)
 
 
-def processes_vs_local(threads: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Three processes, by stages and by experts, beside the fused model in this process: on one thread, and on as many
-    as are best."""
+def processes_vs_local(threads: int, rounds: int, node_threads: int = 1) -> tuple[dict[str, float], dict[str, float]]:
+    """Three processes of ``node_threads`` each, by stages and by experts, beside the fused model in this process: on
+    one thread, and on as many as are best."""
     store, _, _ = prepare()
     manifest = staged(store)
-    processes = ThreeProcesses(manifest, store.root / manifest.model_id)
+    processes = ThreeProcesses(manifest, store.root / manifest.model_id, node_threads)
     try:
         routes = {route: ThreeOnLoopback(processes, route) for route in ("stages", "experts")}
         fused = {f"fused_{n}_threads": Local(store, manifest.name, n, "fused") for n in sorted({1, threads})}
@@ -262,12 +263,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     names = [section.__name__ for section in SECTIONS]
     parser.add_argument("--only", choices=names, action="append", help="measure only this part (may be repeated)")
+    parser.add_argument("--node-threads", type=int, default=1, help="threads of each of the three processes")
     arguments = parser.parse_args()
-    figures: dict[str, float] = {"threads": arguments.threads}
+    figures: dict[str, float] = {"threads": arguments.threads, "node_threads": arguments.node_threads}
     ratios: dict[str, float] = {}
     for section in SECTIONS:
         if arguments.only and section.__name__ not in arguments.only:
             continue
+        if section is processes_vs_local:
+            section = partial(processes_vs_local, node_threads=arguments.node_threads)
         more_figures, more_ratios = section(arguments.threads, arguments.rounds)
         figures |= more_figures
         ratios |= more_ratios

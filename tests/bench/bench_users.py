@@ -20,6 +20,7 @@ from dmoe.engine import Engine
 from dmoe.models import StoredModels
 from dmoe.passes import PassOptions
 from dmoe.runtime import RuntimeOptions
+from dmoe.store import ModelStore
 
 USERS = 16
 NEW_TOKENS = 96
@@ -82,9 +83,10 @@ async def round_of(engine: Engine, model: str, route: Route, users: int) -> Crow
     return crowd
 
 
-async def measure(threads: int, rounds: int, routes: tuple[Route, ...]) -> tuple[dict[str, float], dict[str, float]]:
+async def measure(
+    store: ModelStore, threads: int, rounds: int, routes: tuple[Route, ...]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Figures and ratios of every route that this machine has."""
-    store, _, _ = prepare()
     model = staged(store).name
     models = StoredModels(store, None, RuntimeOptions(device="cpu", threads=threads), "me")
     engine = Engine(models, generations_max=USERS, passes=PassOptions(drafts_max=0, prefix_positions_max=0))
@@ -125,7 +127,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=ROUTES)
     arguments = parser.parse_args()
-    figures, ratios = trio.run(measure, arguments.threads, arguments.rounds, tuple(arguments.routes))
+    store, _, _ = prepare()  # may import the model, which runs a loop of its own
+    staged(store)
+    figures, ratios = trio.run(measure, store, arguments.threads, arguments.rounds, tuple(arguments.routes))
     print(json.dumps({"name": "users", "machine": machine(), "figures": figures, "ratios": ratios}))
 
 

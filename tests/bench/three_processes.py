@@ -1,8 +1,8 @@
 """Three node processes on loopback that answer with the bundled model, by experts or by stages; not a benchmark itself.
 
 The orchestrator publishes the model and is pinned to run the first stage; two workers hold all experts and stages. Each
-runs one compute thread. Metering, receipts and the ledger are on; drafts and the prefix cache are off, so that what is
-measured is the way of a token.
+The orchestrator publishes the model and is pinned to run the first stage; two workers hold all experts and stages. Each
+off, so that what is measured is the way of a token.
 """
 
 import json
@@ -23,19 +23,19 @@ PLACED_SECONDS_MAX = 240
 class ThreeProcesses:
     """The processes. :meth:`close` ends them."""
 
-    def __init__(self, manifest: Manifest, folder: Path) -> None:
-        """``folder``: the model's folder in some store."""
+    def __init__(self, manifest: Manifest, folder: Path, threads: int = 1) -> None:
+        """``folder``: the model's folder in some store. ``threads``: of each node."""
         self.manifest = manifest
         self.swarm = Swarm()
         try:
-            self._start(folder)
+            self._start(folder, threads)
         except BaseException:
             self.swarm.close()
             raise
 
-    def _start(self, folder: Path) -> None:
+    def _start(self, folder: Path, threads: int) -> None:
         shared = {
-            "dmoe.threads": 1,
+            "dmoe.threads": threads,
             "dmoe.drafts_max": 0,
             "dmoe.prefix_cache_tokens": 0,
             "dmoe.publishers": ("*",),
