@@ -1,0 +1,259 @@
+"""A sequence's legs: a ticket at a peer, or a cache here, for each stage; and what follows from a failure of one.
+
+Owns: which peers are passed over after failures, opening and closing tickets. Does not own: passes (``passes``), second
+tries (``caller``), the choice among hosts (``directions``).
+
+Invariants:
+1. Every leg that was opened is let go once.
+2. A peer that failed a stage is passed over for a while; where nobody else is left it is probed, but not by everybody.
+3. When nobody is left for a stage, the error names stage and layers.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from config.errors import BusyError, RemoteError, RiosError
+from config.vocabulary import PeerId
+from dmoe.core import stagecalls
+from dmoe.core.dispatch import PEER_WIDE, Dispatcher
+from dmoe.core.manifest import Manifest
+from dmoe.core.stagecalls import OpenCall
+from dmoe.jobs import now_us
+from dmoe.ports import Quote
+from dmoe.purse import Purse
+from dmoe.stages.chain import Account, Chains, Link, StageError
+from dmoe.stages.directions import Directions
+from dmoe.stages.host import StageHost
+from dmoe.stages.loaded import LoadedStage
+from dmoe.stages.sequence import Leg, StageSequence
+from p2p.face import Network
+
+log = logging.getLogger(__name__)
+
+BUSY_WAIT_SECONDS_MAX = 2.0
+GIVEN_UP_SECONDS = 5.0
+"""So long after a pass found nobody, others do not probe again: each answer of a failed pass is tried alone, and all of
+them together shall not take many times as long."""
+OPEN_TIMEOUT_MS = 5_000
+CLOSE_TIMEOUT_MS = 5_000
+PEER_FAULTS = frozenset(("unavailable", "deadline", "protocol", "integrity", "payment_required"))
+"""Failures that say something about the peer, not about one of its stages."""
+CALLER_FAULTS = frozenset(("invalid_request", "context_length_exceeded", "too_large"))
+LOST = frozenset(("not_found", "conflict"))
+"""The peer is well, but does not have what this node thinks it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all stage runners of a node use."""
+
+    network: Network
+    host: StageHost
+    chains: Chains
+    directions: Directions
+    dispatcher: Dispatcher
+    purse: Purse
+    timeout_ms: int
+    measured: Callable[[str, Account], None] = lambda model_id, account: None
+    may_forward: bool = True
+
+
+class Legs:
+    """The legs of a model's sequences. ``load`` opens a stage in this process (called in a thread)."""
+
+    def __init__(self, shared: Shared, manifest: Manifest, load: Callable[[int], LoadedStage]) -> None:
+        self._shared = shared
+        self._manifest = manifest
+        self._load = load
+        self._me = shared.network.peer_id
+        self._own: dict[int, LoadedStage] = {}
+        self._loading = trio.Lock()
+        self._refused: dict[int, dict[PeerId, float]] = {}
+        """Stage -> peers that failed it lately, and until when they are passed over."""
+        self._given_up: tuple[float, RiosError | None] = (0.0, None)
+        """Until when nobody who rests is probed, and what the last tries ended with."""
+
+    # --- opening
+
+    async def complete(self, sequence: StageSequence, like: StageSequence | None = None) -> None:
+        """Open the legs that a sequence lacks. Raises StageError, or RemoteError ``no_replica``."""
+        stages = range(len(self._manifest.stages))
+        missing = [stage for stage in stages if stage not in sequence.legs]
+        if not missing:
+            return
+        fixed = {stage: leg.link.peer for stage, leg in (like or sequence).legs.items()}
+        path = self._path(fixed)
+        failed: list[StageError] = []
+
+        async def open_leg(stage: int) -> None:
+            source = like.legs.get(stage) if like is not None else None
+            try:
+                await self._open_leg(sequence, stage, path[stage], source)
+            except StageError as error:
+                failed.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for stage in missing:
+                nursery.start_soon(open_leg, stage)
+        if failed:
+            raise failed[0]
+
+    def _path(self, fixed: dict[int, PeerId]) -> list[PeerId]:
+        """A peer for every stage; where nobody else is left, one that rests after a failure: better a probe than an
+        error."""
+        refused = self._refused_now()
+        for stage, peer in fixed.items():
+            refused[stage].discard(peer)  # what stands, stands: only its own failure drops it
+        try:
+            return self._shared.directions.path(self._manifest, fixed, refused)
+        except RemoteError:
+            until, error = self._given_up
+            if error is not None and trio.current_time() < until:
+                raise error from None
+            return self._shared.directions.path(self._manifest, fixed, {}, resting=True)
+
+    async def _open_leg(self, sequence: StageSequence, stage: int, peer: PeerId, like: Leg | None) -> None:
+        shard = self._manifest.stages[stage]
+        quote = self._quote_of(peer)
+        link = Link(stage, peer, shard.layers, shard.flops_per_row, b"", quote)
+        if like is not None and like.link.peer == peer:
+            try:
+                leg = await self._ticket(sequence, link, like, min(like.held, sequence.length))
+            except StageError as error:
+                if error.error.code not in LOST:
+                    raise
+                leg = await self._ticket(sequence, link, None, 0)
+        else:
+            leg = await self._ticket(sequence, link, None, 0)
+        sequence.legs[stage] = leg
+        self._shared.directions.legs[peer] += 1
+
+    async def _ticket(self, sequence: StageSequence, link: Link, like: Leg | None, length: int) -> Leg:
+        try:
+            if link.peer == self._me:
+                source = like.here if like is not None else None
+                token = source.token if source is not None and not source.closed else b""
+                stage = await self._stage_here(link.stage)
+                held = length if token else 0
+                ticket = await self._shared.host.open(stage, self._me, sequence.capacity, like=token, length=held)
+                return Leg(link, ticket.token, ticket, held)
+            return await self._ticket_there(sequence, link, like, length)
+        except RiosError as error:
+            raise StageError(link, error) from error
+
+    async def _ticket_there(self, sequence: StageSequence, link: Link, like: Leg | None, length: int) -> Leg:
+        shared, channel = self._shared, b""
+        with trio.move_on_after(OPEN_TIMEOUT_MS / 1000) as scope:
+            channel = await shared.purse.channel(link.peer, link.quote)
+            try:
+                return await self._ask_ticket(sequence, link, channel, like, length)
+            except RemoteError as error:
+                if error.code != "payment_required" or shared.purse.buyer is None:
+                    raise
+            channel = await shared.purse.channel(link.peer, link.quote, reopen=True)
+            return await self._ask_ticket(sequence, link, channel, like, length)
+        assert scope.cancelled_caught
+        raise RemoteError("deadline", f"{link.peer} gave no ticket in {OPEN_TIMEOUT_MS} ms", peer_id=link.peer)
+
+    async def _ask_ticket(
+        self, sequence: StageSequence, link: Link, channel: bytes, like: Leg | None, length: int
+    ) -> Leg:
+        asked = OpenCall(
+            model_id=self._manifest.model_id,
+            layers=link.layers,
+            capacity=sequence.capacity,
+            quote=link.quote.number,
+            channel=channel,
+            like=like.ticket if like is not None else b"",
+            length=length if like is not None else 0,
+        )
+        header = stagecalls.open_header(asked)
+        reply = await self._shared.network.call(link.peer, stagecalls.OPEN, header, deadline_ms=OPEN_TIMEOUT_MS)
+        ticket = reply.header.get("ticket")
+        if not isinstance(ticket, bytes) or len(ticket) != stagecalls.TICKET_BYTES:
+            raise RemoteError("protocol", f"{link.peer} gave a ticket that is none", peer_id=link.peer)
+        paid = Link(link.stage, link.peer, link.layers, link.flops_per_row, channel, link.quote)
+        return Leg(paid, ticket, None, asked.length)
+
+    async def _stage_here(self, index: int) -> LoadedStage:
+        """A stage in this process: the one that is served, or one of this runner's own."""
+        served = self._shared.host.local(self._manifest.model_id, self._manifest.stages[index].layers)
+        if served is not None:
+            return served
+        async with self._loading:
+            if index not in self._own:
+                self._own[index] = await trio.to_thread.run_sync(self._load, index)
+            return self._own[index]
+
+    def _quote_of(self, peer: PeerId) -> Quote:
+        advert = self._shared.network.directory.adverts().get(peer)
+        offer = advert.offer(self._manifest.model_id) if advert is not None else None
+        if offer is None:
+            return Quote(0, 0, 0)
+        return Quote(offer.quote, offer.microcredits_per_tflop, offer.microcredits_per_kv_unit)
+
+    def let_go(self, leg: Leg) -> None:
+        """Free a leg's cache, here or there, without waiting for it."""
+        legs = self._shared.directions.legs
+        legs[leg.link.peer] -= 1
+        if leg.here is not None:
+            self._shared.host.close(leg.here)
+        elif self._shared.chains.nursery is not None:
+            self._shared.chains.nursery.start_soon(self._close_there, leg)
+
+    async def _close_there(self, leg: Leg) -> None:
+        header = {"tickets": [leg.ticket]}
+        try:
+            await self._shared.network.call(leg.link.peer, stagecalls.CLOSE, header, deadline_ms=CLOSE_TIMEOUT_MS)
+        except RiosError as error:
+            log.debug("closing a ticket at %s: %s; it expires there", leg.link.peer, error)
+
+    # --- failures
+
+    def _refused_now(self) -> dict[int, set[PeerId]]:
+        now = trio.current_time()
+        dispatcher = self._shared.dispatcher
+        refused = {stage: {p for p, until in peers.items() if now < until} for stage, peers in self._refused.items()}
+        held = {p for p in self._shared.network.directory.adverts() if dispatcher.held(p, PEER_WIDE, now_us())}
+        return {stage: refused.get(stage, set()) | held for stage in range(len(self._manifest.stages))}
+
+    def blame(self, failed: StageError, sequences: Sequence[StageSequence]) -> None:
+        """Draw the conclusions from a failure. Raises the error if it is the caller's own."""
+        link, error = failed.link, failed.error
+        log.info("%s", failed)
+        if error.code in CALLER_FAULTS:
+            raise error
+        concerned = [s for s in sequences if (leg := s.legs.get(link.stage)) and leg.link.peer == link.peer]
+        if failed.between and any(not sequence.hub for sequence in concerned):
+            for sequence in concerned:  # perhaps only the host before it does not reach it
+                sequence.hub = True
+            return
+        for sequence in concerned:
+            sequence.retries += 1
+            at_peer = [stage for stage, leg in sequence.legs.items() if leg.link.peer == link.peer]
+            for stage in at_peer if error.code in PEER_FAULTS else [link.stage]:
+                sequence.drop(stage)
+        if error.code in LOST and concerned:
+            return
+        pause = BUSY_WAIT_SECONDS_MAX
+        if isinstance(error, BusyError):
+            pause = min(pause, max(0.05, error.retry_after_ms / 1000))
+        elif error.code in PEER_FAULTS:
+            self._shared.dispatcher.failed(link.peer, (PEER_WIDE,), now_us())
+        self._refused.setdefault(link.stage, {})[link.peer] = trio.current_time() + pause
+
+    def exhausted(self, failures: Sequence[StageError]) -> RiosError:
+        failed = failures[-1]
+        first, last = failed.link.layers
+        shard = self._manifest.stages[failed.link.stage].id
+        message = f"{self._manifest.name}, {shard} (layers {first} to {last}): {failed.error.message}"
+        error: RiosError = RemoteError(
+            "no_replica", message, "start another node that serves it", peer_id=failed.link.peer
+        )
+        if isinstance(failed.error, BusyError):
+            error = BusyError(message, failed.error.hint, retry_after_ms=failed.error.retry_after_ms)
+        self._given_up = (trio.current_time() + GIVEN_UP_SECONDS, error)
+        return error

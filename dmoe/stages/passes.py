@@ -1,0 +1,187 @@
+"""Rows on their way: embedded here, through the stages wherever their hosts are, and through the head here.
+
+Owns: one way through the stages for sequences whose stages are at the same peers. Does not own: second tries
+(``caller``), tickets (``legs``), the calls of one chain (``chain``).
+
+Invariants:
+1. The stream is rounded to the manifest's wire dtype before every stage and behind the last, wherever each runs.
+2. Until it is known that a cache holds more, no more is assumed: what a failed way leaves behind is overwritten.
+"""
+
+from collections.abc import Sequence
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import trio
+
+from config.errors import RemoteError, RiosError
+from dmoe.core import wire
+from dmoe.core.manifest import Manifest
+from dmoe.core.wire import FloatRows
+from dmoe.runner import Feed, Want
+from dmoe.stages.chain import Account, Rows, StageError, Way
+from dmoe.stages.legs import Shared
+from dmoe.stages.segment import Ends
+from dmoe.stages.sequence import StageSequence, spread_report
+
+CHUNK_ROWS = 256
+"""Rows of one sequence in one message: bounds the length of a step at a host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one sequence contributes to one way through the stages."""
+
+    sequence: StageSequence
+    position: int
+    tokens: tuple[int, ...]
+    outputs: int
+
+
+class StagePasses:
+    """Ways through a model's stages."""
+
+    def __init__(self, shared: Shared, manifest: Manifest, ends: Ends) -> None:
+        self._shared = shared
+        self._manifest = manifest
+        self._ends = ends
+
+    async def group(self, feeds: Items[Feed]) -> list[FloatRows]:
+        """The outputs of feeds whose sequences are at the same peers."""
+        kept: list[list[FloatRows]] = [[] for _ in feeds]
+        longest = max(len(feed.tokens) for feed in feeds)
+        for start in range(0, longest, CHUNK_ROWS):
+            work, owners = [], []
+            for n, feed in enumerate(feeds):
+                tokens = feed.tokens[start : start + CHUNK_ROWS]
+                if not tokens:
+                    continue
+                after = len(feed.tokens) - start - len(tokens)  # rows of this feed that are still to come
+                outputs = max(0, min(len(tokens), feed.outputs - after))
+                sequence = sequence_of(feed)
+                work.append(Work(sequence, sequence.length + start, tokens, outputs))
+                owners.append(n)
+            x = self.embedded([token for each in work for token in each.tokens])
+            x = await self.through(work, range(len(self._manifest.stages)), x)
+            first = 0
+            for n, each in zip(owners, work, strict=True):
+                kept[n].append(x[first : first + each.outputs])
+                first += each.outputs
+        return await self._outputs(feeds, kept)
+
+    async def _outputs(self, feeds: Items[Feed], kept: list[list[FloatRows]]) -> list[FloatRows]:
+        """The head over all rows that are wanted, those of one kind together."""
+        rows = [np.concatenate(each) for each in kept]
+        found: list[FloatRows] = [np.zeros((0, 0), np.float32)] * len(feeds)
+        wants: tuple[Want, ...] = ("logits", "hidden")
+        for want in wants:
+            members = [n for n, feed in enumerate(feeds) if feed.want == want]
+            if not members:
+                continue
+            out = await self._head(np.concatenate([rows[n] for n in members]), want)
+            first = 0
+            for n in members:
+                found[n] = out[first : first + len(rows[n])]
+                first += len(rows[n])
+        return found
+
+    def embedded(self, tokens: Items[int]) -> FloatRows:
+        rows: FloatRows = self._ends.embedding.gather(np.array(tokens, np.int64))
+        return rows
+
+    async def _head(self, rows: FloatRows, want: Want) -> FloatRows:
+        if self._ends.is_quick(len(rows)):
+            return self._ends.outputs(rows, want)
+        return await trio.to_thread.run_sync(self._ends.outputs, rows, want)
+
+    async def through(self, work: Sequence[Work], stages: range, x: FloatRows) -> FloatRows:
+        """``f32[N, H]`` through these stages; the rows that each piece of work wants come out."""
+        dtype = self._manifest.wire_dtype
+        x = wire.rounded(x, dtype)
+        deadline = trio.current_time() + self.pass_seconds(len(stages))
+        for each in work:
+            for stage in stages:  # until it is known that more is there, no more is
+                leg = each.sequence.legs[stage]
+                leg.held = min(leg.held, each.position)
+        legs = work[0].sequence.legs
+        runs = [list(run) for _, run in groupby(stages, key=lambda stage: legs[stage].here is not None)]
+        for index, run in enumerate(runs):
+            is_last = index == len(runs) - 1
+            if legs[run[0]].here is not None:
+                for stage in run:
+                    x = await self._here(work, stage, x, deadline)
+                if is_last:
+                    x = _wanted(work, x)
+            else:
+                x = await self._there(work, run, x, deadline, is_last=is_last)
+        return x
+
+    async def _here(self, work: Sequence[Work], stage: int, x: FloatRows, deadline: float) -> FloatRows:
+        link = work[0].sequence.legs[stage].link
+        tickets = []
+        for each in work:
+            ticket = each.sequence.legs[stage].here
+            assert ticket is not None
+            if ticket.closed:
+                raise StageError(link, RemoteError("not_found", "the cache here was given up"))
+            tickets.append(ticket)
+        places = [(each.position, len(each.tokens)) for each in work]
+        try:
+            job = await self._shared.host.compute(tickets, places, x, deadline, self._shared.chains.number())
+        except RiosError as error:
+            raise StageError(link, error) from error
+        assert job.answer is not None
+        for each in work:
+            if spread_report(each.sequence.legs[stage]) is None:  # else others computed it, and are told of there
+                each.sequence.count(link, len(each.tokens))
+        return wire.rounded(job.answer, self._manifest.wire_dtype)
+
+    async def _there(
+        self, work: Sequence[Work], stages: Items[int], x: FloatRows, deadline: float, *, is_last: bool
+    ) -> FloatRows:
+        first = work[0].sequence
+        way = Way(
+            self._manifest.model_id,
+            self._manifest.wire_dtype,
+            self._manifest.architecture.hidden,
+            tuple(first.legs[stage].link for stage in stages),
+            self._shared.may_forward and not first.hub,
+        )
+        parts = [
+            Rows(
+                tuple(each.sequence.legs[stage].ticket for stage in stages),
+                each.position,
+                len(each.tokens),
+                each.outputs if is_last else len(each.tokens),
+            )
+            for each in work
+        ]
+        for each in work:
+            for stage in stages:
+                each.sequence.count(each.sequence.legs[stage].link, len(each.tokens))
+        return await self._shared.chains.run(way, parts, x, deadline, self._told)
+
+    def _told(self, account: Account) -> None:
+        """A host says what it did."""
+        self._shared.measured(self._manifest.model_id, account)
+
+    def pass_seconds(self, stages: int) -> float:
+        """How long one way through so many stages may take."""
+        return self._shared.timeout_ms * (1 + stages) / 1000
+
+
+def sequence_of(feed: Feed) -> StageSequence:
+    """The sequence of a feed, which is one of stages."""
+    assert isinstance(feed.sequence, StageSequence)
+    return feed.sequence
+
+
+def _wanted(work: Sequence[Work], x: FloatRows) -> FloatRows:
+    """The rows that come out of a way."""
+    kept, end = [], 0
+    for each in work:
+        end += len(each.tokens)
+        kept.append(x[end - each.outputs : end])
+    return kept[0] if len(kept) == 1 else np.concatenate(kept)
