@@ -7,7 +7,7 @@ A request goes down this list, a shard's answer comes back up:
 - which models and routes there are: ``models``, ``planning`` (``timing``), ``runner`` the seam between the two halves
 - a model here: ``layers`` the loop over ``segment`` and ``kv`` caches; ``attention``, ``latent``, ``graphs``,
   ``operators`` the graphs; ``weights``, ``runtime``, ``pages`` what they are loaded with; ``layerwise``, ``golden``
-- experts at peers: ``caller``, ``session``, ``asking``, ``jobs``, ``replicas``, ``purse``, ``tally``
+- experts at peers: ``caller``, ``session``, ``asking``, ``jobs``, ``hedging``, ``replicas``, ``purse``, ``tally``
 - experts for peers: ``worker``, ``batches``, ``loaded``, ``threads``; ``stages/`` is both sides of whole layers
 - a node's share of the models: ``hosting``, ``taking``, ``fetching``, ``deployments``, ``store``, ``shardfile``
 - what this machine can do: ``hardware``, ``measuring``

@@ -100,6 +100,10 @@ class Work:
             total *= self._rescaled(self.lost)[:, None]
         return total
 
+    def has(self, groups: Sequence[int]) -> bool:
+        """Whether all these groups are answered."""
+        return all(group in self.partials for group in groups)
+
     def leave_out(self, group: int) -> bool:
         """Do without a sum group. False, and nothing changed, if a row would have no expert left."""
         if not np.isfinite(self._rescaled(self.lost | {group})).all():

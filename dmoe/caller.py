@@ -12,6 +12,7 @@ import trio
 from dmoe.core.dispatch import Dispatcher
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.routes import ModelMap, Table, map_of
+from dmoe.hedging import Hedges
 from dmoe.jobs import Shared
 from dmoe.ports import Buyer
 from dmoe.purse import Purse
@@ -35,7 +36,8 @@ class Caller:
         random: Random | None = None,
     ) -> None:
         self._replicas = Replicas(network, worker, random)
-        self._shared = Shared(network, worker, Purse(buyer), self._replicas, call_timeout_ms, renormalise)
+        self.hedges = Hedges(self._replicas)
+        self._shared = Shared(network, worker, Purse(buyer), self._replicas, self.hedges, call_timeout_ms, renormalise)
         self._maps: dict[str, ModelMap] = {}
 
     @property
@@ -49,8 +51,10 @@ class Caller:
         return self._shared.renormalise
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Follow the directory until cancelled."""
-        await self._replicas.run(task_status)
+        """Follow the directory, and ask others where calls are late, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.hedges.run)
+            await self._replicas.run(task_status)
 
     def session(self, manifest: Manifest) -> CallerSession:
         """The experts of one model for one generation."""

@@ -8,13 +8,15 @@ Invariants:
 1. A job never raises RiosError: what went wrong stands in the :class:`dmoe.asking.Work`; the peer or its shards rest.
 2. What was begun is taken or dropped; either way the dispatcher sees it end.
 3. Every answer that arrives is counted for payment, once, by :meth:`Jobs.settle`.
+4. A sum group is taken, and reported, from the first who answers it (``hedging``).
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trio
@@ -26,11 +28,15 @@ from dmoe.core import calls, wire
 from dmoe.core.calls import Indices
 from dmoe.core.dispatch import PEER_WIDE, Need
 from dmoe.core.routes import ModelMap, Place, Table
+from dmoe.core.wire import FloatRows
 from dmoe.ports import Quote
 from dmoe.purse import Owed, Purse
 from dmoe.replicas import Replicas
 from dmoe.worker import Worker
-from p2p.face import Network, Pending, Reply
+from p2p.face import LeftError, Network, Pending, Reply
+
+if TYPE_CHECKING:
+    from dmoe.hedging import Hedges, Race
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +56,7 @@ class Shared:
     worker: Worker | None
     purse: Purse
     replicas: Replicas
+    hedges: "Hedges"
     call_timeout_ms: int
     renormalise: bool = False
     """Do without experts that nobody has, where the router chose others too."""
@@ -57,8 +64,8 @@ class Shared:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """The groups one peer shall answer; ``replaceable`` if somebody else could answer one of them too. ``pending``: the
-    call has left already."""
+    """The groups one peer shall answer; ``replaceable`` if others could answer each of them too. ``pending``: the
+    call has left already. ``race``: others are asked as well if it is late. ``scope``: what comes before."""
 
     peer: PeerId
     groups: list[int]
@@ -66,10 +73,20 @@ class Job:
     group_rows: int
     places: Sequence[Place]
     quote: Quote
+    expected_us: float
     start_ns: int = 0
     channel: bytes = b""
     request: Request | None = None
     pending: Pending | None = None
+    race: "Race | None" = None
+    scope: trio.CancelScope | None = None
+    late: bool = False
+    """Others have answered, and its own answer is taken elsewhere (:meth:`Jobs.take_late`)."""
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether its answer is here, though nobody may have looked at it."""
+        return self.pending is not None and self.pending.answered_ns > 0
 
 
 class Jobs:
@@ -94,23 +111,25 @@ class Jobs:
         """From here on it is another pass."""
         self.done, self.places = {}, {}
 
-    def _computed(self, work: Work, job: Job) -> None:
-        peer, places = job.peer, {(work.layer, group) for group in job.groups}
-        self.rows[peer] = self.rows.get(peer, 0) + job.group_rows
+    def _computed(self, work: Work, peer: PeerId, groups: Sequence[int]) -> None:
+        places = {(work.layer, group) for group in groups}
+        self.rows[peer] = self.rows.get(peer, 0) + len(groups) * work.count
         self.served.setdefault(peer, set()).update(places)
         self.places.setdefault(peer, set()).update(places)
         done, end = self.done.get(peer, _NO_ROWS), work.first + work.count
         if len(done) < end:
             done = np.concatenate([done, np.zeros(end - len(done), np.int32)])
-        done[work.first : end] += work.needed(job.groups)
+        done[work.first : end] += work.needed(groups)
         self.done[peer] = done
 
     def job(self, work: Work, peer: PeerId, needs: Sequence[Need], table: Table) -> Job:
         """What one peer shall do of a layer."""
         groups = [need.group for need in needs]
-        replaceable = any(len(need.replicas) > 1 for need in needs)
+        replaceable = all(len(need.replicas) > 1 for need in needs)
         places = [self._model.layers[work.layer][group] for group in groups]
-        return Job(peer, groups, replaceable, len(groups) * work.count, places, table.quotes.get(peer, _FREE))
+        group_rows = len(groups) * work.count
+        expected_us = self._dispatcher.estimate(peer).finish_us(group_rows)
+        return Job(peer, groups, replaceable, group_rows, places, table.quotes.get(peer, _FREE), expected_us)
 
     def begin(self, work: Work, job: Job) -> bool:
         """Send a job's call now, if nothing has to be waited for first."""
@@ -138,52 +157,94 @@ class Jobs:
 
     async def ask(self, work: Work, job: Job) -> None:
         """Let one peer answer its groups; puts partial sums, or the failure, into ``work``. Never raises RiosError."""
-        peer, places = job.peer, job.places
         if job.pending is None:
-            self._dispatcher.started(peer, job.group_rows)
+            self._dispatcher.started(job.peer, job.group_rows)
             job.start_ns = perf_counter_ns()
+        elif work.has(job.groups) and self._shared.hedges.later(self, work, job):
+            return
         try:
-            if peer == self._me:
-                service_us = await self._compute(work, job.groups)
+            await self._take(work, job)
+        except LeftError:
+            if self._shared.hedges.later(self, work, job):
+                return
+        except BaseException:
+            self._over(job)
+            raise
+        self._over(job)
+
+    async def ask_unless_beaten(self, work: Work, job: Job) -> None:
+        """:meth:`ask` for a call that has not left; it is given up if another is quicker before it does."""
+        with trio.CancelScope() as job.scope:
+            await self.ask(work, job)
+
+    async def take_late(self, work: Work, job: Job) -> None:
+        """The answer of a job that was beaten, for its payment and for what it says about the peer."""
+        try:
+            await self._take(work, job)
+        finally:
+            self._over(job)
+            self.settle()
+
+    def beaten(self, job: Job) -> None:
+        """Others have answered a job's groups before its peer did."""
+        if not job.has_answered:
+            waited_us = (perf_counter_ns() - job.start_ns) / 1000
+            self._dispatcher.lagged(job.peer, waited_us, job.expected_us, now_us())
+        if job.pending is not None:
+            job.pending.leave()
+        elif job.scope is not None:
+            job.scope.cancel()
+
+    def _over(self, job: Job) -> None:
+        if job.pending is not None:
+            job.pending.cancel()
+            job.pending = None
+        self._dispatcher.ended(job.peer, job.group_rows)
+
+    async def _take(self, work: Work, job: Job) -> None:
+        try:
+            if job.peer == self._me:
+                service_us = await self._compute(work, job)
                 total_us = (perf_counter_ns() - job.start_ns) / 1000
             else:
                 service_us, total_us = await self._call(work, job)
-            shards = [place.shard for place in places]
-            self._dispatcher.answered(peer, shards, job.group_rows, total_us, service_us if service_us else total_us)
-            self._computed(work, job)
+            shards = [place.shard for place in job.places]
+            service_us = service_us or total_us
+            self._dispatcher.answered(job.peer, shards, job.group_rows, total_us, service_us)
+            if job.peer != self._me:
+                self._dispatcher.took(job.peer, total_us, job.expected_us, now_us())
         except RiosError as error:
-            self._failed(work, peer, places, error)
-        finally:
-            job.pending = None
-            self._dispatcher.ended(peer, job.group_rows)
+            self._failed(work, job, error)
 
-    def _failed(self, work: Work, peer: PeerId, places: Sequence[Place], error: RiosError) -> None:
+    def _failed(self, work: Work, job: Job, error: RiosError) -> None:
+        peer, places = job.peer, job.places
         log.debug("layer %d at %s failed: %s", work.layer, peer, error)
-        work.error = error
-        work.calls_failed += 1
         shards = [place.shard for place in places]
-        if isinstance(error, BusyError):
-            pause_ms = max(5, error.retry_after_ms)
+        pause_ms = max(5, error.retry_after_ms) if isinstance(error, BusyError) else 0
+        if pause_ms:
             self._dispatcher.rest(peer, shards, now_us(), pause_ms * 1000)
-            for place in places:
-                work.busy_ms[place.group] = min(pause_ms, work.busy_ms.get(place.group, pause_ms))
         else:
             wide = error.code in _PEER_FAULTS
             self._dispatcher.failed(peer, (PEER_WIDE,) if wide else shards, now_us())
+        if work.has(job.groups):
+            return  # others have answered: nothing has to be tried again
+        work.error = error
+        work.calls_failed += 1
         for place in places:
+            if pause_ms:
+                work.busy_ms[place.group] = min(pause_ms, work.busy_ms.get(place.group, pause_ms))
             work.tried.setdefault(place.group, set()).add(peer)
 
-    async def _compute(self, work: Work, groups: Sequence[int]) -> float:
+    async def _compute(self, work: Work, job: Job) -> float:
         worker, model_id = self._shared.worker, self._model.model_id
         assert worker is not None
         start = perf_counter_ns()
-        loaded = [worker.local(model_id, work.layer, group) for group in groups]
+        loaded = [worker.local(model_id, work.layer, group) for group in job.groups]
         here = [shard for shard in loaded if shard is not None]
-        if len(here) < len(groups):
+        if len(here) < len(job.groups):
             raise RemoteError("not_found", f"a shard of layer {work.layer} was unloaded meanwhile")
         partials = await worker.compute(here, work.layer, work.rows, work.experts, work.weights, work.deadline)
-        for group, partial in zip(groups, partials, strict=True):
-            work.partials[group] = wire.rounded(partial, self._model.dtype)
+        self._put(work, job, [wire.rounded(rows, self._model.dtype) for rows in partials])
         return (perf_counter_ns() - start) / 1000
 
     def _form(self, work: Work, job: Job, channel: bytes) -> tuple[dict[str, Any], Sequence[calls.Buffer]]:
@@ -205,7 +266,7 @@ class Jobs:
                 reply = await self._send(work, job, ready if ready is not None else await self._channel(work, job))
                 answered_ns = perf_counter_ns()
         except RemoteError as error:
-            if error.code != "payment_required" or self._shared.purse.buyer is None:
+            if error.code != "payment_required" or self._shared.purse.buyer is None or work.has(job.groups):
                 raise
             reply = await self._send(work, job, await self._channel(work, job, reopen=True))
             answered_ns = perf_counter_ns()
@@ -214,9 +275,15 @@ class Jobs:
         answer, service_us = answer_of(reply, job.peer, len(job.groups), request.shape)
         if job.channel:
             self._owe(work, job, request, reply)
-        for group, partial in zip(job.groups, answer, strict=True):
-            work.partials[group] = request.spread(work, partial)
+        self._put(work, job, [request.spread(work, rows) for rows in answer])
         return service_us, (answered_ns - job.start_ns) / 1000
+
+    def _put(self, work: Work, job: Job, partials: Sequence[FloatRows]) -> None:
+        """Partial sums (``f32[N, H]`` each, as on the wire) have come; those that nobody else brought are taken."""
+        news = {group: rows for group, rows in zip(job.groups, partials, strict=True) if not work.has((group,))}
+        work.partials.update(news)
+        if news:
+            self._computed(work, job.peer, list(news))
 
     def _owe(self, work: Work, job: Job, request: Request, reply: Reply) -> None:
         owed = Owed(
@@ -249,7 +316,9 @@ class Jobs:
     async def _send(self, work: Work, job: Job, channel: bytes) -> Reply:
         header, buffers = self._form(work, job, channel)
         left_ms = self._left_ms(work, job)
-        return await self._shared.network.call(job.peer, calls.METHOD, header, buffers, deadline_ms=left_ms)
+        send = partial(self._shared.network.call, job.peer, calls.METHOD, header, buffers, deadline_ms=left_ms)
+        job.pending = self._shared.hedges.detached(send) if job.race is not None else None
+        return await (job.pending.wait() if job.pending is not None else send())
 
     def _left_ms(self, work: Work, job: Job) -> int:
         """How long this peer may keep the layer waiting."""

@@ -212,26 +212,37 @@ class CallerSession:
         plan = self._plan(work, needs, version, keep=first and len(groups) == len(self._model.layers[work.layer]))
         if sum(map(len, plan.values())) < len(needs) and not await self._wait_busy(work, needs, plan):
             return
-        jobs = [self._jobs.job(work, peer, [needs[p] for p in positions], table) for peer, positions in plan.items()]
-        local = [job for job in jobs if job.peer == self._me]
-        remote = [job for job in jobs if job.peer != self._me]
+        asked = {peer: [needs[position] for position in positions] for peer, positions in plan.items()}
+        jobs = {peer: self._jobs.job(work, peer, mine, table) for peer, mine in asked.items()}
+        local = [job for peer, job in jobs.items() if peer == self._me]
+        remote = [job for peer, job in jobs.items() if peer != self._me]
         begun: list[Job] = []
         try:
             slow: list[Job] = []
             for job in remote:
+                self._shared.hedges.watch(self._jobs, work, job, asked[job.peer], table)
                 (begun if self._jobs.begin(work, job) else slow).append(job)
             if not slow:
                 await self._finish(work, local, begun)
                 return
             async with trio.open_nursery() as nursery:
                 for job in slow:
-                    nursery.start_soon(self._jobs.ask, work, job)
+                    nursery.start_soon(self._ask_slow, work, job)
                 if local:
                     await _let_others_send()
                 await self._finish(work, local, begun)
         finally:
             for job in begun:  # after a cancellation
-                self._jobs.drop(job)
+                if not job.late:
+                    self._jobs.drop(job)
+            for job in remote:
+                if job.race is not None:
+                    job.race.drop()
+
+    async def _ask_slow(self, work: Work, job: Job) -> None:
+        await self._jobs.ask_unless_beaten(work, job)
+        if job.race is not None:
+            await job.race.finish()
 
     async def _finish(self, work: Work, local: Sequence[Job], begun: Sequence[Job]) -> None:
         """Compute what is here, then take the answers of the calls that have left."""
@@ -240,6 +251,8 @@ class CallerSession:
         self._jobs.settle()  # of the layer before: this one's answers are still on their way
         for job in begun:
             await self._jobs.ask(work, job)
+            if job.race is not None:
+                await job.race.finish()
 
     def _plan(self, work: Work, needs: Sequence[Need], version: object, *, keep: bool) -> dict[PeerId, list[int]]:
         now, rows = now_us(), work.count

@@ -50,7 +50,7 @@ class Deadlines:
         """Expire what is due, for ever."""
         while True:
             now = trio.current_time()
-            while self._heap and self._heap[0][0] <= now:
+            while self._heap and (self._heap[0][0] <= now or self._heap[0][2].over):
                 waiter = heapq.heappop(self._heap)[2]
                 if not waiter.over:
                     waiter.expire()

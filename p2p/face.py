@@ -156,6 +156,10 @@ class Directory(Protocol):
         """Read such a value back."""
 
 
+class LeftError(Exception):
+    """Raised by a wait that was left: the call goes on."""
+
+
 class Pending(Protocol):
     """A call that was sent and that nobody need wait for yet."""
 
@@ -164,6 +168,10 @@ class Pending(Protocol):
 
     async def wait(self) -> Reply:
         """The answer; once. Raises as :meth:`Network.call`; a cancelled wait cancels the call."""
+
+    def leave(self) -> None:
+        """End the wait that is under way with :class:`LeftError`; the call goes on and may be waited for again. Does
+        nothing once the answer has come."""
 
     def cancel(self) -> None:
         """Nobody wants the answer any more. Does nothing once it has come."""
@@ -254,6 +262,7 @@ __all__ = [
     "Handler",
     "Header",
     "Items",
+    "LeftError",
     "Network",
     "Pending",
     "Quick",

@@ -6,7 +6,8 @@ Owns: :class:`MemoryHub` (the "wire": who is up, delay, loss, partitions) and :c
 Invariants:
 1. Same seed and same calls, same delays and losses.
 2. A killed node answers nothing: calls in flight to it end with ``unavailable`` at once.
-3. Adverts spread instantly between nodes that can reach each other.
+3. A stalled node (SIGSTOP, a cable that hangs) takes no call and sends no answer until it wakes; nobody is told.
+4. Adverts spread instantly between nodes that can reach each other.
 """
 
 import logging
@@ -61,6 +62,9 @@ class MemoryHub:
         self.nodes: dict[PeerId, MemoryNetwork] = {}
         self.down: set[PeerId] = set()
         self.cut: set[frozenset[PeerId]] = set()
+        self.slow: dict[PeerId, float] = {}
+        """Peers whose handlers take so many times as long as they would."""
+        self._stalled: dict[PeerId, trio.Event] = {}
         self.records: dict[tuple[str, str], bytes] = {}
         self.seq = _EPOCH_MS
 
@@ -83,6 +87,20 @@ class MemoryHub:
         """Bring a killed node back as it was."""
         self.down.discard(peer_id)
         self.changed()
+
+    def stall(self, peer_id: PeerId) -> None:
+        """Stop a node without telling anybody: it is there, and does not answer."""
+        self._stalled.setdefault(peer_id, trio.Event())
+
+    def wake(self, peer_id: PeerId) -> None:
+        """A stalled node goes on where it was."""
+        if peer_id in self._stalled:
+            self._stalled.pop(peer_id).set()
+
+    async def awake(self, peer_id: PeerId) -> None:
+        """Wait while a node is stalled."""
+        while peer_id in self._stalled:
+            await self._stalled[peer_id].wait()
 
     def partition(self, a: PeerId, b: PeerId, *, heal: bool = False) -> None:
         """Cut (or heal) the way between two nodes."""
@@ -267,6 +285,7 @@ class MemoryNetwork:
         hub, deadline = self._hub, trio.current_time() + deadline_ms / 1000
         call = call_of(self.peer_id, method, trace.on(header), _copies(buffers), deadline)
         with trio.CancelScope(deadline=deadline):
+            await hub.awake(self.peer_id)
             delivered = peer_id == self.peer_id or await hub.travel()
             self._check_way(peer_id)
             if delivered:
@@ -290,7 +309,11 @@ class MemoryNetwork:
     async def answer(self, call: Call) -> Reply:
         """Run the handler for a call that arrived here."""
         with self._while_up() as scope:
+            await self._hub.awake(self.peer_id)
+            started = trio.current_time()
             reply = await answer(self._services, call, self.peer_id)
+            await trio.sleep((self._hub.slow.get(self.peer_id, 1.0) - 1.0) * (trio.current_time() - started))
+            await self._hub.awake(self.peer_id)
             return Reply(unpack(pack(reply.header)), _copies(reply.buffers))
         assert scope.cancelled_caught
         raise self._broke()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from config.errors import RemoteError, RiosError
-from p2p.face import Reply
+from p2p.face import LeftError, Reply
 
 if TYPE_CHECKING:
     from p2p.rpc import Connection
@@ -45,11 +45,20 @@ class Waiter:
             await _wait(self.abort)
         else:
             await trio.lowlevel.checkpoint()
+        self.task = None
+        if self.outcome is None:
+            raise LeftError
         outcome, self.outcome = self.outcome, None  # the timer keeps the waiter for a while, not the answer
         if type(outcome) is Reply:
             return outcome
         assert isinstance(outcome, RiosError)
         raise outcome
+
+    def leave(self) -> None:
+        """See :meth:`p2p.face.Pending.leave`."""
+        if self.task is not None and not self.over:
+            task, self.task = self.task, None
+            _reschedule(task)
 
     def cancel(self) -> None:
         """See :meth:`p2p.face.Pending.cancel`."""

@@ -1,7 +1,8 @@
-"""Which replica to ask: estimates, holds and the plan for one layer, as plain state without I/O.
+"""Which replica to ask: estimates and the plan for one layer, as plain state without I/O.
 
-Owns: what this node measured about its peers, which (peer, shard) pairs rest after a failure, the retry budget and the
-choice itself. Does not own: the calls, the clock, the dice: time (microseconds) and randomness come in as arguments.
+Owns: what this node measured about its peers, the retry budget and the choice itself. Does not own: who rests
+(``holds``), who is far off its like (``outliers``), which calls are late (``hedge``), the calls, the clock, the dice:
+time (microseconds) and randomness come in as arguments.
 
 The plan of a layer gives every needed sum group to one peer, at most one call per peer, all peers in parallel. Greedy:
 each group goes where the layer is then expected to finish first, counting what is in flight, a fixed cost per call (it
@@ -10,7 +11,8 @@ occupies the caller) and the price as a mild weight. The own node is a replica l
 Invariants:
 1. A replica on hold is chosen only if no free one is left (better a probe than an error).
 2. After a hold has passed, one probe is let through; its outcome closes the hold or doubles it.
-3. Every (peer, shard) is tried now and then (exploration), so no estimate stays stale for ever.
+3. A peer that answers, but far worse than its like, rests as well; at most a third of them at a time.
+4. Every (peer, shard) is tried now and then (exploration), so no estimate stays stale for ever.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +20,10 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from config.vocabulary import PeerId
+from dmoe.core import outliers
+from dmoe.core.hedge import Tails
+from dmoe.core.holds import HOLD_FIRST_US, HOLD_MAX_US, PEER_WIDE, Holds
+from dmoe.core.outliers import Outliers
 
 CALL_US = 150.0
 """What one more remote call costs the caller itself (framing, encryption, a system call, two task switches)."""
@@ -27,17 +33,12 @@ EWMA = 0.2
 EXPLORE = 0.02
 PRICE_WEIGHT = 0.25
 PRICE_RATIO_MAX = 8.0
-HOLD_FIRST_US = 500_000
-HOLD_MAX_US = 30_000_000
-REST_MAX_US = 5_000_000
 STRIKES_MAX = 3
 """After so many calls in a row without an answer a peer rests with all its shards."""
 RETRIES_MAX = 32
 ANSWERS_PER_RETRY = 10
 """So many answers earn one retry."""
 PEERS_MAX = 1024
-PEER_WIDE = -1
-"""The "shard" of a hold that covers a whole peer (unreachable, deadline)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +75,20 @@ class PeerEstimate:
 
 
 @dataclass(slots=True)
-class _Hold:
-    until_us: int
-    length_us: int
-    probing: bool = False
-
-
-@dataclass(slots=True)
 class Dispatcher:
     """State over all sessions of one node. ``me`` needs no round trip."""
 
     me: PeerId
     peers: dict[PeerId, PeerEstimate] = field(default_factory=dict)
-    _holds: dict[tuple[PeerId, int], _Hold] = field(default_factory=dict)
+    holds: Holds = field(default_factory=Holds)
+    tails: Tails = field(default_factory=Tails)
+    outliers: Outliers = field(default_factory=Outliers)
     _credit: int = RETRIES_MAX * ANSWERS_PER_RETRY
-    changes: int = 0
-    """Counts changes of holds: a plan made before the last one may be stale."""
+
+    @property
+    def changes(self) -> int:
+        """Counts changes of holds: a plan made before the last one may be stale."""
+        return self.holds.changes
 
     def estimate(self, peer: PeerId) -> PeerEstimate:
         """The peer's record, made on first use."""
@@ -102,7 +101,9 @@ class Dispatcher:
         """Drop what is known about peers that have left, once they are many."""
         if len(self.peers) > PEERS_MAX:
             self.peers = {p: known for p, known in self.peers.items() if p in here or p == self.me or known.in_flight}
-            self._holds = {key: hold for key, hold in self._holds.items() if key[0] in here}
+            self.holds.keep(here)
+            self.tails.forget(here)
+            self.outliers.keep(here)
 
     def prior(self, peer: PeerId, row_us: float) -> None:
         """What an advert claims about a peer that was never called."""
@@ -131,34 +132,48 @@ class Dispatcher:
         known.calls += 1
         known.strikes = 0
         self._credit = min(RETRIES_MAX * ANSWERS_PER_RETRY, self._credit + 1)
-        if self._holds:
-            for shard in (*shards, PEER_WIDE):
-                if self._holds.pop((peer, shard), None):
-                    self.changes += 1
+        self.holds.answered(peer, shards)
+
+    def took(self, peer: PeerId, total_us: float, expected_us: float, now_us: int) -> None:
+        """An answered call took so long, and this was expected of it when it left."""
+        self.tails.took(peer, total_us, expected_us)
+        self._judge(peer, bad=outliers.is_late(total_us, expected_us), now_us=now_us)
+
+    def lagged(self, peer: PeerId, waited_us: float, expected_us: float, now_us: int) -> None:
+        """Another replica answered before a call to this peer, which has been out for ``waited_us``: its estimate
+        is worse now, and it rests until it answers."""
+        known = self.estimate(peer)
+        if waited_us > expected_us:
+            known.round_trip_us += EWMA * (waited_us - expected_us)
+        self.holds.failed(peer, (PEER_WIDE,), now_us)
+
+    def _judge(self, peer: PeerId, *, bad: bool, now_us: int) -> None:
+        if self.holds.on_probation(peer):
+            self.outliers.clear(peer)
+            if bad:
+                self.holds.eject(peer, now_us)
+            else:
+                self.holds.acquit(peer)
+            return
+        self.outliers.ended(peer, bad=bad, typical_us=self._typical_us(peer))
+        if self.outliers.is_outlier(peer, self.holds.ejected()):
+            self.outliers.clear(peer)
+            self.holds.eject(peer, now_us)
+
+    def _typical_us(self, peer: PeerId) -> float:
+        known = self.estimate(peer)
+        return known.round_trip_us + outliers.ROWS * known.row_us
 
     def failed(self, peer: PeerId, shards: Collection[int], now_us: int) -> None:
         """A call failed: its shards (``(PEER_WIDE,)`` for the whole peer) rest, twice as long as the last time."""
-        for shard in self._struck(peer, shards):
-            old = self._holds.get((peer, shard))
-            if old is not None and not old.probing and now_us < old.until_us:
-                continue  # a call that left before the hold: the same fault, counted already
-            length = min(2 * old.length_us, HOLD_MAX_US) if old else HOLD_FIRST_US
-            self._holds[peer, shard] = _Hold(now_us + length, length)
-        self.changes += 1
+        self.holds.failed(peer, self._struck(peer, shards), now_us)
+        if peer != self.me:
+            self._judge(peer, bad=True, now_us=now_us)
 
     def rest(self, peer: PeerId, shards: Collection[int], now_us: int, length_us: int) -> None:
         """A peer asked for patience (busy): no failure, but others come first for ``length_us``, and for twice as long
         as the last time if it asks again and again (a peer must not use up the retries of its callers)."""
-        length_us = min(length_us, REST_MAX_US)
-        for shard in self._struck(peer, shards):
-            old = self._holds.get((peer, shard))
-            rest_us = length_us
-            if old is not None and (old.probing or now_us >= old.until_us):
-                rest_us = max(length_us, min(2 * old.length_us, REST_MAX_US))
-            elif old is not None:
-                rest_us = max(length_us, old.until_us - now_us)
-            self._holds[peer, shard] = _Hold(now_us + rest_us, max(rest_us, HOLD_FIRST_US // 2))
-        self.changes += 1
+        self.holds.rest(peer, self._struck(peer, shards), now_us, length_us)
 
     def _struck(self, peer: PeerId, shards: Collection[int]) -> Collection[int]:
         """What a failed call says something about: its shards, and the whole peer if it answers nothing any more."""
@@ -175,22 +190,7 @@ class Dispatcher:
 
     def held(self, peer: PeerId, shard: int, now_us: int) -> bool:
         """Whether this replica rests now. A hold that has passed lets one probe through at a time."""
-        return bool(self._holds) and (self._rests(peer, shard, now_us) or self._rests(peer, PEER_WIDE, now_us))
-
-    def _rests(self, peer: PeerId, shard: int, now_us: int) -> bool:
-        hold = self._holds.get((peer, shard))
-        if hold is None:
-            return False
-        if hold.probing:
-            return now_us < hold.until_us + hold.length_us  # a probe that never reported does not block for ever
-        return now_us < hold.until_us
-
-    def _mark_probe(self, peer: PeerId, shard: int, now_us: int) -> None:
-        for key in ((peer, shard), (peer, PEER_WIDE)):
-            hold = self._holds.get(key)
-            if hold is not None and now_us >= hold.until_us:
-                hold.probing, hold.until_us = True, now_us
-                self.changes += 1
+        return self.holds.rests(peer, shard, now_us)
 
     def plan(
         self,
@@ -218,8 +218,8 @@ class Dispatcher:
             peer = replica.peer_id
             chosen.setdefault(peer, []).append(position)
             span_us = max(span_us, self.estimate(peer).finish_us(rows * len(chosen[peer])))
-            if self._holds:
-                self._mark_probe(peer, need.shard, now_us)
+            if self.holds:
+                self.holds.probe(peer, need.shard, now_us)
         for positions in chosen.values():
             positions.sort()
         return chosen
@@ -231,7 +231,7 @@ class Dispatcher:
             options = [replica for replica in options if replica.peer_id not in gone]
             # a retry is no time for experiments: peers that answered before come first
             options = [replica for replica in options if self._is_proven(replica.peer_id)] or options
-        if self._holds:
+        if self.holds:
             options = [r for r in options if not self.held(r.peer_id, need.shard, now_us)] or options
         return options
 
@@ -261,3 +261,6 @@ class Dispatcher:
             if score < best_score:
                 best, best_score = replica, score
         return best
+
+
+__all__ = ["HOLD_FIRST_US", "HOLD_MAX_US", "PEER_WIDE", "Dispatcher", "Need", "PeerEstimate", "Replica"]
