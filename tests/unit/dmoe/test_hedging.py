@@ -57,6 +57,15 @@ async def pair(net, manifest, *, quote=FREE, buyer=None, sellers=(None, None)):
     return made
 
 
+async def until(condition):
+    """Return once it holds."""
+    for _ in range(4000):
+        if condition():
+            return
+        await trio.sleep(0.005)
+    raise AssertionError("it never held")
+
+
 @pytest.fixture
 def manifest():
     return make_manifest()
@@ -101,8 +110,7 @@ async def test_both_replicas_answer_and_both_are_paid_alike(manifest):
         assert two.hedges.won == 1
         rows_then = sum(two.session.report().rows.values())
         two.hub.wake(two.first)
-        while len(buyer.leaves[two.first]) < len(sellers[0].leaves) or not two.caller.dispatcher.peers[two.first].calls:
-            await trio.sleep(0.01)
+        await until(lambda: not two.caller.dispatcher.estimate(two.first).in_flight)
         await trio.testing.wait_all_tasks_blocked(0.02)
         await two.layer(3)  # the last layer counts what is owed
         await trio.testing.wait_all_tasks_blocked(0.02)
@@ -120,8 +128,7 @@ async def test_the_first_answers_after_all_while_the_hedge_is_open(manifest):
         two.hub.stall(two.second)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(two.layer)
-            while not two.hedges.budget.hedges:
-                await trio.sleep(0.005)
+            await until(lambda: two.hedges.budget.hedges)
             two.hub.wake(two.first)
         assert two.hedges.won == 0
         two.hub.wake(two.second)
@@ -147,8 +154,7 @@ async def test_a_wrong_answer_within_a_race_is_not_the_answer(manifest, liar):
         two.hub.stall(right)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(two.layer)
-            while not two.hedges.budget.hedges:
-                await trio.sleep(0.005)
+            await until(lambda: two.hedges.budget.hedges)
             go.set()
             await trio.testing.wait_all_tasks_blocked(0.05)
             two.hub.wake(right)
@@ -163,8 +169,7 @@ async def test_a_dead_peer_within_a_race_is_not_asked_again(manifest):
         two.hub.stall(two.second)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(two.layer)
-            while not two.hedges.budget.hedges:
-                await trio.sleep(0.005)
+            await until(lambda: two.hedges.budget.hedges)
             calls = two.hedges.budget.calls
             two.hub.kill(two.first)
             await trio.testing.wait_all_tasks_blocked(0.05)
@@ -179,8 +184,7 @@ async def test_a_cancelled_layer_takes_its_hedge_with_it(manifest):
         two.hub.stall(two.second)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(two.layer)
-            while not two.hedges.budget.hedges:
-                await trio.sleep(0.005)
+            await until(lambda: two.hedges.budget.hedges)
             nursery.cancel_scope.cancel()
         await trio.testing.wait_all_tasks_blocked(0.02)
         for peer in (two.first, two.second):
@@ -219,7 +223,9 @@ async def test_a_peer_that_is_always_just_in_time_is_not_hedged(manifest):
         for _ in range(200):
             tails.took(two.first, 1e5, 1e2)  # a thousand times what is expected of it, as ever
 
-        async def late(call, real=two.network(two.first)._services["expert.run"].handler):
+        real = two.network(two.first)._services["expert.run"].handler
+
+        async def late(call):
             await trio.sleep(0.03)
             return await real(call)
 
@@ -265,8 +271,7 @@ async def test_one_hedge_may_take_several_peers_and_leave_groups_to_the_first(ma
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
-            while caller.hedges.budget.hedges < 2:
-                await trio.sleep(0.005)
+            await until(lambda: caller.hedges.budget.hedges >= 2)
             await trio.testing.wait_all_tasks_blocked(0.05)
             assert not got
             net.hub.wake(first.peer_id)
@@ -291,6 +296,5 @@ async def test_a_race_that_nobody_wins_is_a_failed_round_like_any_other(manifest
                     await two.layer()
 
             nursery.start_soon(ask)
-            while not two.hedges.budget.hedges:
-                await trio.sleep(0.005)
+            await until(lambda: two.hedges.budget.hedges)
             go.set()
