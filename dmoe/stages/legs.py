@@ -38,6 +38,8 @@ GIVEN_UP_SECONDS = 5.0
 """So long after a pass found nobody, others do not probe again: each answer of a failed pass is tried alone, and all of
 them together shall not take many times as long."""
 OPEN_TIMEOUT_MS = 5_000
+OPEN_PATIENCE_MS = 1_500
+"""So long a host may take for a ticket where another could give one."""
 CLOSE_TIMEOUT_MS = 5_000
 PEER_FAULTS = frozenset(("unavailable", "deadline", "protocol", "integrity", "payment_required"))
 """Failures that say something about the peer, not about one of its stages."""
@@ -171,7 +173,8 @@ class Legs:
             length=length if like is not None else 0,
         )
         header = stagecalls.open_header(asked)
-        reply = await self._shared.network.call(link.peer, stagecalls.OPEN, header, deadline_ms=OPEN_TIMEOUT_MS)
+        left_ms = OPEN_PATIENCE_MS if has_spare(self._shared, self._manifest, link) else OPEN_TIMEOUT_MS
+        reply = await self._shared.network.call(link.peer, stagecalls.OPEN, header, deadline_ms=left_ms)
         ticket = reply.header.get("ticket")
         if not isinstance(ticket, bytes) or len(ticket) != stagecalls.TICKET_BYTES:
             raise RemoteError("protocol", f"{link.peer} gave a ticket that is none", peer_id=link.peer)
@@ -257,3 +260,14 @@ class Legs:
             error = BusyError(message, failed.error.hint, retry_after_ms=failed.error.retry_after_ms)
         self._given_up = (trio.current_time() + GIVEN_UP_SECONDS, error)
         return error
+
+
+def has_spare(shared: Shared, manifest: Manifest, link: Link) -> bool:
+    """Whether somebody other than the link's peer offers its stage, and does not rest."""
+    index = manifest.shard_index(manifest.stages[link.stage].id)
+    adverts, now = shared.network.directory.adverts(), now_us()
+    return any(
+        peer != link.peer and not adverts[peer].paused and not shared.dispatcher.held(peer, PEER_WIDE, now)
+        for peer in shared.network.directory.providers(manifest.model_id, index)
+        if peer in adverts
+    )

@@ -23,6 +23,7 @@ from dmoe.core.wire import FloatRows
 from dmoe.runner import Feed, Want
 from dmoe.stages.chain import Account, Rows, StageError, Way
 from dmoe.stages.legs import Shared
+from dmoe.stages.patience import Patience
 from dmoe.stages.segment import Ends
 from dmoe.stages.sequence import StageSequence, spread_report
 
@@ -47,9 +48,10 @@ class StagePasses:
         self._shared = shared
         self._manifest = manifest
         self._ends = ends
+        self._patience = Patience(shared, manifest)
 
-    async def group(self, feeds: Items[Feed]) -> list[FloatRows]:
-        """The outputs of feeds whose sequences are at the same peers."""
+    async def group(self, feeds: Items[Feed], *, patient: bool) -> list[FloatRows]:
+        """The outputs of feeds whose sequences are at the same peers; ``patient`` as for :meth:`through`."""
         kept: list[list[FloatRows]] = [[] for _ in feeds]
         longest = max(len(feed.tokens) for feed in feeds)
         for start in range(0, longest, CHUNK_ROWS):
@@ -64,7 +66,7 @@ class StagePasses:
                 work.append(Work(sequence, sequence.length + start, tokens, outputs))
                 owners.append(n)
             x = self.embedded([token for each in work for token in each.tokens])
-            x = await self.through(work, range(len(self._manifest.stages)), x)
+            x = await self.through(work, range(len(self._manifest.stages)), x, patient=patient)
             first = 0
             for n, each in zip(owners, work, strict=True):
                 kept[n].append(x[first : first + each.outputs])
@@ -96,8 +98,9 @@ class StagePasses:
             return self._ends.outputs(rows, want)
         return await trio.to_thread.run_sync(self._ends.outputs, rows, want)
 
-    async def through(self, work: Sequence[Work], stages: range, x: FloatRows) -> FloatRows:
-        """``f32[N, H]`` through these stages; the rows that each piece of work wants come out."""
+    async def through(self, work: Sequence[Work], stages: range, x: FloatRows, *, patient: bool) -> FloatRows:
+        """``f32[N, H]`` through these stages; the rows that each piece of work wants come out. ``patient``: hosts are
+        waited for to the last moment, though others could take their place."""
         dtype = self._manifest.wire_dtype
         x = wire.rounded(x, dtype)
         deadline = trio.current_time() + self.pass_seconds(len(stages))
@@ -115,7 +118,7 @@ class StagePasses:
                 if is_last:
                     x = _wanted(work, x)
             else:
-                x = await self._there(work, run, x, deadline, is_last=is_last)
+                x = await self._there(work, run, x, deadline, is_last=is_last, patient=patient)
         return x
 
     async def _here(self, work: Sequence[Work], stage: int, x: FloatRows, deadline: float) -> FloatRows:
@@ -139,7 +142,7 @@ class StagePasses:
         return wire.rounded(job.answer, self._manifest.wire_dtype)
 
     async def _there(
-        self, work: Sequence[Work], stages: Items[int], x: FloatRows, deadline: float, *, is_last: bool
+        self, work: Sequence[Work], stages: Items[int], x: FloatRows, latest: float, *, is_last: bool, patient: bool
     ) -> FloatRows:
         first = work[0].sequence
         way = Way(
@@ -161,7 +164,16 @@ class StagePasses:
         for each in work:
             for stage in stages:
                 each.sequence.count(each.sequence.legs[stage].link, len(each.tokens))
-        return await self._shared.chains.run(way, parts, x, deadline, self._told)
+        started = trio.current_time()
+        deadline = latest if patient else self._patience.until(way.links, len(x), latest)
+        try:
+            found = await self._shared.chains.run(way, parts, x, deadline, self._told)
+        except StageError as failed:
+            if deadline < latest and failed.error.code == "deadline":
+                self._patience.gave_up()
+            raise
+        self._patience.took(way.links, len(x), trio.current_time() - started)
+        return found
 
     def _told(self, account: Account) -> None:
         """A host says what it did."""

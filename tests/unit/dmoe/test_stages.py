@@ -7,6 +7,7 @@ import trio.testing
 
 from config.errors import BusyError, IntegrityError, RemoteError, RequestError
 from dmoe.core import stagecalls, wire
+from dmoe.core.hedge import SAVED_MAX, SHARE
 from dmoe.runner import Feed
 from tests.unit.dmoe.stages_kit import PRICED, staged, swarm
 from tests.unit.dmoe.swarm_kit import CountingBuyer, CountingSeller
@@ -183,6 +184,81 @@ async def test_a_death_in_the_middle_of_a_pass(manifest, alone):
             await net.node(1)
             net.hub.kill(nodes[1].peer_id)
         assert np.array_equal(found[0], alone)
+
+
+@pytest.fixture
+def autojump_clock():
+    """Time jumps once nothing happens for a while: a stage's thread must not look like a peer that hangs."""
+    return trio.testing.MockClock(autojump_threshold=0.01)
+
+
+@pytest.mark.parametrize("stalls", [0, 1, 2])
+@pytest.mark.parametrize("forward", [True, False])
+async def test_a_host_that_stalls_is_left_long_before_the_timeout(manifest, stalls, forward, autojump_clock):
+    alone = await single(manifest)
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner(may_forward=forward, timeout_ms=10_000)
+        usual = await runner.open(200)
+        for _ in range(24):
+            await runner.forward([Feed(sequence=usual, tokens=(5,))])
+        spares = [await net.node(index) for index in range(3)]
+        sequence = await runner.open(200)
+        for stage, leg in sequence.legs.items():
+            assert leg.link.peer in (nodes[stage].peer_id, spares[stage].peer_id)
+        head = await answer(runner, sequence=sequence, steps=3)
+        stalled = sequence.legs[stalls].link.peer
+        net.hub.stall(stalled)
+        before = trio.current_time()
+        (logits,) = await runner.forward([Feed(sequence=sequence, tokens=(int(head[-1].argmax()),))])
+        assert trio.current_time() - before < 4
+        assert np.array_equal(logits[0], alone[3])
+        assert sequence.legs[stalls].link.peer != stalled
+        assert sequence.retries > 0
+        net.hub.wake(stalled)
+        other = await runner.open(200)
+        assert np.array_equal(await answer(runner, sequence=other), alone)
+
+
+async def test_a_host_that_nobody_could_replace_is_waited_for(manifest, autojump_clock):
+    alone = await single(manifest)
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner(timeout_ms=10_000)
+        usual = await runner.open(200)
+        for _ in range(24):
+            await runner.forward([Feed(sequence=usual, tokens=(5,))])
+        sequence = await runner.open(200)
+        head = await answer(runner, sequence=sequence, steps=3)
+        net.hub.stall(nodes[1].peer_id)
+        found = []
+        async with trio.open_nursery() as nursery:
+
+            async def ask():
+                found.extend(await runner.forward([Feed(sequence=sequence, tokens=(int(head[-1].argmax()),))]))
+
+            nursery.start_soon(ask)
+            await trio.sleep(9)
+            net.hub.wake(nodes[1].peer_id)
+        assert np.array_equal(found[0][0], alone[3])
+        assert sequence.retries == 0
+
+
+async def test_a_swarm_that_is_slow_as_a_whole_is_waited_for(manifest, autojump_clock):
+    """Every pass is suddenly far slower than usual: few are given up, and every answer comes."""
+    async with swarm(manifest) as net:
+        for index in (0, 1, 2, 0, 1, 2):
+            await net.node(index)
+        runner = await net.runner(timeout_ms=10_000)
+        sequence = await runner.open(200)
+        for _ in range(24):
+            await runner.forward([Feed(sequence=sequence, tokens=(5,))])
+        net.hub.delay_s = (1.0, 1.2)
+        for _ in range(20):
+            await runner.forward([Feed(sequence=sequence, tokens=(5,))])
+        assert sequence.length == 44
+        budget = runner._passes._patience.budget
+        assert budget.hedges <= SAVED_MAX + SHARE * budget.calls
 
 
 async def test_a_stage_that_nobody_holds_is_named_with_its_layers(manifest):
