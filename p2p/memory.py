@@ -63,7 +63,7 @@ class MemoryHub:
         self.down: set[PeerId] = set()
         self.cut: set[frozenset[PeerId]] = set()
         self.slow: dict[PeerId, float] = {}
-        """Peers whose handlers take so many times as long as they would."""
+        """Peers that answer after so many times what their handlers and the way take."""
         self._stalled: dict[PeerId, trio.Event] = {}
         self.records: dict[tuple[str, str], bytes] = {}
         self.seq = _EPOCH_MS
@@ -312,7 +312,8 @@ class MemoryNetwork:
             await self._hub.awake(self.peer_id)
             started = trio.current_time()
             reply = await answer(self._services, call, self.peer_id)
-            await trio.sleep((self._hub.slow.get(self.peer_id, 1.0) - 1.0) * (trio.current_time() - started))
+            usual_s = trio.current_time() - started + sum(self._hub.delay_s)
+            await trio.sleep((self._hub.slow.get(self.peer_id, 1.0) - 1.0) * usual_s)
             await self._hub.awake(self.peer_id)
             return Reply(unpack(pack(reply.header)), _copies(reply.buffers))
         assert scope.cancelled_caught

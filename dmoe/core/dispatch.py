@@ -83,6 +83,8 @@ class Dispatcher:
     holds: Holds = field(default_factory=Holds)
     tails: Tails = field(default_factory=Tails)
     outliers: Outliers = field(default_factory=Outliers)
+    retried: int = 0
+    """Calls that were made again."""
     _credit: int = RETRIES_MAX * ANSWERS_PER_RETRY
 
     @property
@@ -186,6 +188,7 @@ class Dispatcher:
         if self._credit < ANSWERS_PER_RETRY:
             return False
         self._credit -= ANSWERS_PER_RETRY
+        self.retried += 1
         return True
 
     def held(self, peer: PeerId, shard: int, now_us: int) -> bool:
