@@ -19,7 +19,7 @@ import trio
 
 from config.errors import RiosError
 from dmoe.asking import Work
-from dmoe.core.dispatch import Dispatcher, Need
+from dmoe.core.dispatch import Need
 from dmoe.core.hedge import HedgeBudget
 from dmoe.core.routes import Table
 from dmoe.jobs import Job, Jobs, now_us
@@ -42,7 +42,7 @@ class Hedges:
         """Hedges that were quicker than the call they were for."""
         self.nursery: trio.Nursery | None = None
         self.timer = Deadlines()
-        self._dispatcher = replicas.dispatcher
+        self.dispatcher = replicas.dispatcher
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled."""
@@ -58,8 +58,8 @@ class Hedges:
         self.budget.called()
         if self.nursery is None or not any(len(need.replicas) > 1 for need in needs):
             return
-        known = self._dispatcher.estimate(job.peer)
-        limit_us = self._dispatcher.tails.limit_us(job.peer, known.finish_us(job.group_rows))
+        known = self.dispatcher.estimate(job.peer)
+        limit_us = self.dispatcher.tails.limit_us(job.peer, known.finish_us(job.group_rows))
         if limit_us is None:
             return
         job.race = Race(self, jobs, work, job, needs, table)
@@ -137,9 +137,8 @@ class Race:
 
     def _spares(self) -> list[Job]:
         """Calls to others for the same groups, as many as the budget has; none: it is late, and waits on."""
-        now, dispatcher = now_us(), self._hedges._dispatcher
-        needs = [spare for need in self._needs if (spare := self._spare(need, dispatcher, now)).replicas]
-        plan = dispatcher.plan(needs, self._work.count, now, 1.0) if needs else {}
+        needs = [spare for need in self._needs if (spare := self._spare(need)).replicas]
+        plan = self._hedges.dispatcher.plan(needs, self._work.count, now_us(), 1.0) if needs else {}
         if not plan or not self._hedges.budget.take(len(plan)):
             self.wait(2 * self._wait_s)
             return []
@@ -150,13 +149,10 @@ class Race:
             for peer, positions in plan.items()
         ]
 
-    def _spare(self, need: Need, dispatcher: Dispatcher, now: int) -> Need:
+    def _spare(self, need: Need) -> Need:
         gone = self._work.tried.get(need.group, ())
         spare = [
-            replica
-            for replica in need.replicas
-            if (peer := replica.peer_id) != self._job.peer and peer not in gone
-            if not dispatcher.held(peer, need.shard, now)
+            replica for replica in need.replicas if (peer := replica.peer_id) != self._job.peer and peer not in gone
         ]
         return replace(need, replicas=tuple(spare))
 

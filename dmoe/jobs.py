@@ -321,11 +321,11 @@ class Jobs:
         return await (job.pending.wait() if job.pending is not None else send())
 
     def _left_ms(self, work: Work, job: Job) -> int:
-        """How long this peer may keep the layer waiting."""
+        """How long this peer may keep the layer waiting; where another could answer, half of the time is left to it."""
         left_ms = (work.deadline - trio.current_time()) * 1000
         if job.replaceable and not work.tried:  # a second try may wait as long as there is time
             expected_us = self._dispatcher.estimate(job.peer).finish_us(work.count * len(job.groups))
-            left_ms = min(left_ms, max(PATIENCE_MS, 20 * expected_us / 1000))
+            left_ms = min(left_ms / 2, max(PATIENCE_MS, 20 * expected_us / 1000))
         return max(1, int(left_ms))
 
 

@@ -30,6 +30,8 @@ CALL_US = 150.0
 ROUND_TRIP_PRIOR_US = 2_000.0
 ROW_PRIOR_US = 150.0
 EWMA = 0.2
+SURPRISE_MAX = 10.0
+"""So many times the usual round trip is the most that one call can say about it."""
 EXPLORE = 0.02
 PRICE_WEIGHT = 0.25
 PRICE_RATIO_MAX = 8.0
@@ -129,12 +131,20 @@ class Dispatcher:
         service_us = min(max(service_us, 0.0), total_us)
         weight = EWMA if known.calls else 1.0
         if peer != self.me:
-            known.round_trip_us += weight * (total_us - service_us - known.round_trip_us)
+            trip_us = total_us - service_us
+            if known.calls:  # one stall of seconds must not decide about minutes
+                trip_us = min(trip_us, SURPRISE_MAX * max(known.round_trip_us, ROUND_TRIP_PRIOR_US))
+            known.round_trip_us += weight * (trip_us - known.round_trip_us)
         known.row_us += weight * (service_us / group_rows - known.row_us)
         known.calls += 1
         known.strikes = 0
         self._credit = min(RETRIES_MAX * ANSWERS_PER_RETRY, self._credit + 1)
         self.holds.answered(peer, shards)
+
+    def seen(self, peer: PeerId) -> None:
+        """A peer did something other than answer for experts: it does not rest as a whole any more."""
+        self.estimate(peer).strikes = 0
+        self.holds.answered(peer, ())
 
     def took(self, peer: PeerId, total_us: float, expected_us: float, now_us: int) -> None:
         """An answered call took so long, and this was expected of it when it left."""
@@ -145,8 +155,8 @@ class Dispatcher:
         """Another replica answered before a call to this peer, which has been out for ``waited_us``: its estimate
         is worse now, and it rests until it answers."""
         known = self.estimate(peer)
-        if waited_us > expected_us:
-            known.round_trip_us += EWMA * (waited_us - expected_us)
+        surprise_us = min(waited_us - expected_us, SURPRISE_MAX * max(known.round_trip_us, ROUND_TRIP_PRIOR_US))
+        known.round_trip_us += EWMA * max(0.0, surprise_us)
         self.holds.failed(peer, (PEER_WIDE,), now_us)
 
     def _judge(self, peer: PeerId, *, bad: bool, now_us: int) -> None:

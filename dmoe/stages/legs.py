@@ -104,18 +104,23 @@ class Legs:
             raise failed[0]
 
     def _path(self, fixed: dict[int, PeerId]) -> list[PeerId]:
-        """A peer for every stage; where nobody else is left, one that rests after a failure: better a probe than an
-        error."""
-        refused = self._refused_now()
+        """A peer for every stage; where nobody else is left, one that rests after a failure, at last even one that
+        failed just now: better a probe than an error."""
+        refused, held = self._refused_now(), self._held_now()
         for stage, peer in fixed.items():
             refused[stage].discard(peer)  # what stands, stands: only its own failure drops it
+        path = self._shared.directions.path
         try:
-            return self._shared.directions.path(self._manifest, fixed, refused)
+            without = {stage: (peers | held) - {fixed.get(stage)} for stage, peers in refused.items()}
+            return path(self._manifest, fixed, without)
         except RemoteError:
             until, error = self._given_up
             if error is not None and trio.current_time() < until:
                 raise error from None
-            return self._shared.directions.path(self._manifest, fixed, {}, resting=True)
+        try:
+            return path(self._manifest, fixed, refused, resting=True)
+        except RemoteError:
+            return path(self._manifest, fixed, {}, resting=True)
 
     async def _open_leg(self, sequence: StageSequence, stage: int, peer: PeerId, like: Leg | None) -> None:
         shard = self._manifest.stages[stage]
@@ -218,10 +223,12 @@ class Legs:
 
     def _refused_now(self) -> dict[int, set[PeerId]]:
         now = trio.current_time()
-        dispatcher = self._shared.dispatcher
         refused = {stage: {p for p, until in peers.items() if now < until} for stage, peers in self._refused.items()}
-        held = {p for p in self._shared.network.directory.adverts() if dispatcher.held(p, PEER_WIDE, now_us())}
-        return {stage: refused.get(stage, set()) | held for stage in range(len(self._manifest.stages))}
+        return {stage: refused.get(stage, set()) for stage in range(len(self._manifest.stages))}
+
+    def _held_now(self) -> set[PeerId]:
+        dispatcher, now = self._shared.dispatcher, now_us()
+        return {peer for peer in self._shared.network.directory.adverts() if dispatcher.held(peer, PEER_WIDE, now)}
 
     def blame(self, failed: StageError, sequences: Sequence[StageSequence]) -> None:
         """Draw the conclusions from a failure. Raises the error if it is the caller's own."""
@@ -263,11 +270,8 @@ class Legs:
 
 
 def has_spare(shared: Shared, manifest: Manifest, link: Link) -> bool:
-    """Whether somebody other than the link's peer offers its stage, and does not rest."""
+    """Whether somebody other than the link's peer offers its stage; it may rest after a failure."""
     index = manifest.shard_index(manifest.stages[link.stage].id)
-    adverts, now = shared.network.directory.adverts(), now_us()
-    return any(
-        peer != link.peer and not adverts[peer].paused and not shared.dispatcher.held(peer, PEER_WIDE, now)
-        for peer in shared.network.directory.providers(manifest.model_id, index)
-        if peer in adverts
-    )
+    adverts = shared.network.directory.adverts()
+    offering = shared.network.directory.providers(manifest.model_id, index)
+    return any(peer != link.peer and peer in adverts and not adverts[peer].paused for peer in offering)

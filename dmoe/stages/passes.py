@@ -176,7 +176,8 @@ class StagePasses:
         return found
 
     def _told(self, account: Account) -> None:
-        """A host says what it did."""
+        """A host says what it did: it is there."""
+        self._shared.dispatcher.seen(account.link.peer)
         self._shared.measured(self._manifest.model_id, account)
 
     def pass_seconds(self, stages: int) -> float:

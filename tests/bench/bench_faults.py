@@ -34,6 +34,8 @@ from tests.bench.fault_swarm import CALL_TIMEOUT_MS, Case, FaultSwarm, Told, cas
 STALL_SECONDS = 30.0
 LATER_SECONDS = 0.004
 """A fault strikes this much after its token, or sooner: in the middle of a pass."""
+SLOW_SECONDS = 2.0
+"""Runs that a fault made this much longer are shown as they happen."""
 GREY = 20.0
 Made = tuple[ModelStore, Manifest]
 
@@ -85,6 +87,8 @@ class Series:
             mend(host)
             self.compare(case, told, f"{name} of host {self.swarm.hosts.index(host)} at token {at}, run {number}")
             self.added.append(told.seconds - self.usual.get(case.name, 0.0))
+            if self.added[-1] > SLOW_SECONDS:
+                say(f"{case.name}, {name} of host {self.swarm.hosts.index(host)}: {self.added[-1]:.2f} s added")
             if (number + 1) % 10 == 0:
                 say(f"{name}: {number + 1} of {runs} runs, {self.failed} failed, {self.changed} changed")
 
