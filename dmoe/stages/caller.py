@@ -127,10 +127,12 @@ class StageRunner:
         limit = trio.current_time() + 2 * self._passes.pass_seconds(len(self._manifest.stages))
         for attempt in range(TRIES_MAX):
             failures: list[StageError] = []
-            patient = attempt > 0
-            await self._ready([sequence_of(feeds[n]) for n in todo], failures, patient=patient)
+            trying = [sequence_of(feeds[n]) for n in todo]
+            for sequence in trying:
+                sequence.patient = attempt > 0
+            await self._ready(trying, failures)
             if not failures:
-                await self._all(feeds, todo, found, failures, patient=patient)
+                await self._all(feeds, todo, found, failures)
             todo = [n for n in todo if n not in found]
             if not todo:
                 break
@@ -158,7 +160,7 @@ class StageRunner:
             message = f"{total} tokens do not fit the sequence's {sequence.capacity} positions"
             raise RequestError("context_length_exceeded", message)
 
-    async def _ready(self, sequences: Sequence[StageSequence], failures: list[StageError], *, patient: bool) -> None:
+    async def _ready(self, sequences: Sequence[StageSequence], failures: list[StageError]) -> None:
         """Every leg open, and everything before the pass in its cache."""
         behind = [s for s in sequences if len(s.legs) < len(self._manifest.stages) or self._lacking(s) is not None]
         if not behind:
@@ -167,7 +169,7 @@ class StageRunner:
         async def ready(sequence: StageSequence) -> None:
             try:
                 await self._legs.complete(sequence)
-                await self._replay(sequence, patient=patient)
+                await self._replay(sequence)
             except StageError as error:
                 failures.append(error)
 
@@ -178,7 +180,7 @@ class StageRunner:
         lacking = [stage for stage, leg in sequence.legs.items() if leg.held < sequence.length]
         return max(lacking, default=None)
 
-    async def _replay(self, sequence: StageSequence, *, patient: bool) -> None:
+    async def _replay(self, sequence: StageSequence) -> None:
         """Send a sequence's tokens again, through the stages up to the last that lacks some."""
         last = self._lacking(sequence)
         if last is None:
@@ -190,18 +192,12 @@ class StageRunner:
         for first in range(start, sequence.length, CHUNK_ROWS):
             tokens = sequence.tokens[first : first + CHUNK_ROWS]
             work = Work(sequence, first, tuple(tokens), 0)
-            await self._passes.through([work], range(last + 1), self._passes.embedded(tokens), patient=patient)
+            await self._passes.through([work], range(last + 1), self._passes.embedded(tokens))
             for leg in legs:
                 leg.held = first + len(tokens)
 
     async def _all(
-        self,
-        feeds: Items[Feed],
-        todo: list[int],
-        found: dict[int, FloatRows],
-        failures: list[StageError],
-        *,
-        patient: bool,
+        self, feeds: Items[Feed], todo: list[int], found: dict[int, FloatRows], failures: list[StageError]
     ) -> None:
         """One try of what is still to be done; sequences at the same peers together."""
 
@@ -212,7 +208,7 @@ class StageRunner:
 
         async def group(members: list[int]) -> None:
             try:
-                outputs = await self._passes.group([feeds[n] for n in members], patient=patient)
+                outputs = await self._passes.group([feeds[n] for n in members])
             except StageError as error:
                 failures.append(error)
             else:

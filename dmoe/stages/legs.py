@@ -178,7 +178,8 @@ class Legs:
             length=length if like is not None else 0,
         )
         header = stagecalls.open_header(asked)
-        left_ms = OPEN_PATIENCE_MS if has_spare(self._shared, self._manifest, link) else OPEN_TIMEOUT_MS
+        hasty = not sequence.patient and has_spare(self._shared, self._manifest, link)
+        left_ms = OPEN_PATIENCE_MS if hasty else OPEN_TIMEOUT_MS
         reply = await self._shared.network.call(link.peer, stagecalls.OPEN, header, deadline_ms=left_ms)
         ticket = reply.header.get("ticket")
         if not isinstance(ticket, bytes) or len(ticket) != stagecalls.TICKET_BYTES:

@@ -50,8 +50,8 @@ class StagePasses:
         self._ends = ends
         self._patience = Patience(shared, manifest)
 
-    async def group(self, feeds: Items[Feed], *, patient: bool) -> list[FloatRows]:
-        """The outputs of feeds whose sequences are at the same peers; ``patient`` as for :meth:`through`."""
+    async def group(self, feeds: Items[Feed]) -> list[FloatRows]:
+        """The outputs of feeds whose sequences are at the same peers."""
         kept: list[list[FloatRows]] = [[] for _ in feeds]
         longest = max(len(feed.tokens) for feed in feeds)
         for start in range(0, longest, CHUNK_ROWS):
@@ -66,7 +66,7 @@ class StagePasses:
                 work.append(Work(sequence, sequence.length + start, tokens, outputs))
                 owners.append(n)
             x = self.embedded([token for each in work for token in each.tokens])
-            x = await self.through(work, range(len(self._manifest.stages)), x, patient=patient)
+            x = await self.through(work, range(len(self._manifest.stages)), x)
             first = 0
             for n, each in zip(owners, work, strict=True):
                 kept[n].append(x[first : first + each.outputs])
@@ -98,9 +98,8 @@ class StagePasses:
             return self._ends.outputs(rows, want)
         return await trio.to_thread.run_sync(self._ends.outputs, rows, want)
 
-    async def through(self, work: Sequence[Work], stages: range, x: FloatRows, *, patient: bool) -> FloatRows:
-        """``f32[N, H]`` through these stages; the rows that each piece of work wants come out. ``patient``: hosts are
-        waited for to the last moment, though others could take their place."""
+    async def through(self, work: Sequence[Work], stages: range, x: FloatRows) -> FloatRows:
+        """``f32[N, H]`` through these stages; the rows that each piece of work wants come out."""
         dtype = self._manifest.wire_dtype
         x = wire.rounded(x, dtype)
         deadline = trio.current_time() + self.pass_seconds(len(stages))
@@ -118,7 +117,7 @@ class StagePasses:
                 if is_last:
                     x = _wanted(work, x)
             else:
-                x = await self._there(work, run, x, deadline, is_last=is_last, patient=patient)
+                x = await self._there(work, run, x, deadline, is_last=is_last)
         return x
 
     async def _here(self, work: Sequence[Work], stage: int, x: FloatRows, deadline: float) -> FloatRows:
@@ -142,7 +141,7 @@ class StagePasses:
         return wire.rounded(job.answer, self._manifest.wire_dtype)
 
     async def _there(
-        self, work: Sequence[Work], stages: Items[int], x: FloatRows, latest: float, *, is_last: bool, patient: bool
+        self, work: Sequence[Work], stages: Items[int], x: FloatRows, latest: float, *, is_last: bool
     ) -> FloatRows:
         first = work[0].sequence
         way = Way(
@@ -165,7 +164,7 @@ class StagePasses:
             for stage in stages:
                 each.sequence.count(each.sequence.legs[stage].link, len(each.tokens))
         started = trio.current_time()
-        deadline = latest if patient else self._patience.until(way.links, len(x), latest)
+        deadline = latest if first.patient else self._patience.until(way.links, len(x), latest)
         try:
             found = await self._shared.chains.run(way, parts, x, deadline, self._told)
         except StageError as failed:

@@ -66,6 +66,8 @@ class StageSequence:
     """By stage; those that are not there are opened before the next pass."""
     hub: bool = False
     """Its hosts do not reach each other: every one answers here."""
+    patient: bool = False
+    """Hosts are waited for to the last moment, though others could take their place: it is a second try."""
     retries: int = 0
     closed: bool = False
     rows: Counter[PeerId] = field(default_factory=Counter)
