@@ -22,8 +22,8 @@ from dmoe.asking import Work
 from dmoe.core.dispatch import Need
 from dmoe.core.hedge import HedgeBudget
 from dmoe.core.routes import Table
-from dmoe.jobs import Job, Jobs, now_us
-from dmoe.replicas import Replicas
+from dmoe.jobs import Job, Jobs
+from dmoe.replicas import Replicas, now_us
 from p2p.deadlines import Deadlines
 from p2p.face import LeftError, Reply
 

@@ -12,6 +12,7 @@ Invariants:
 """
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ from dmoe.core.routes import ModelMap, Place, Table
 from dmoe.core.wire import FloatRows
 from dmoe.ports import Quote
 from dmoe.purse import Owed, Purse
-from dmoe.replicas import Replicas
+from dmoe.replicas import Replicas, now_us
 from dmoe.worker import Worker
 from p2p.face import LeftError, Network, Pending, Reply
 
@@ -105,7 +106,7 @@ class Jobs:
         self._model = model
         self._me = shared.network.peer_id
         self._dispatcher = shared.replicas.dispatcher
-        self._owed: list[Owed] = []
+        self._owed: deque[Owed] = deque()
 
     def begin_pass(self) -> None:
         """From here on it is another pass."""
@@ -303,7 +304,7 @@ class Jobs:
     def settle(self) -> None:
         """Count the answers that arrived, for payment: hashing them can wait while others are waited for."""
         while self._owed:
-            self._shared.purse.count(self._owed.pop())
+            self._shared.purse.count(self._owed.popleft())
 
     async def _channel(self, work: Work, job: Job, *, reopen: bool = False) -> bytes:
         """The channel to the job's peer; a peer that lets one wait for it is left like one that does not answer."""
@@ -327,8 +328,3 @@ class Jobs:
             expected_us = self._dispatcher.estimate(job.peer).finish_us(work.count * len(job.groups))
             left_ms = min(left_ms / 2, max(PATIENCE_MS, 20 * expected_us / 1000))
         return max(1, int(left_ms))
-
-
-def now_us() -> int:
-    """The dispatcher's clock."""
-    return perf_counter_ns() // 1000

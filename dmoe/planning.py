@@ -27,7 +27,7 @@ from dmoe.core.dispatch import PEER_WIDE
 from dmoe.core.manifest import Manifest
 from dmoe.core.plan import Candidate, Kind, Pin, Plan, Wishes, plan
 from dmoe.core.spans import Ask
-from dmoe.jobs import now_us
+from dmoe.replicas import now_us
 from p2p.core.advert import Advert
 from p2p.core.coordinates import from_wire
 from p2p.face import Network

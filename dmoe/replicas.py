@@ -1,18 +1,23 @@
 """Who can answer for what right now, as all generations of a node see it, kept fresh from the directory.
 
-Owns: a table per model (``core.routes``), the estimates and holds (``core.dispatch``), when a shard was last offered.
-Does not own: the adverts (``p2p``), the calls.
+Owns: a table per model (``core.routes``), the estimates and holds (``core.dispatch``), who offered a shard and when
+last. Does not own: the adverts (``p2p``), the calls.
 """
 
 from collections.abc import Callable
 from random import Random
+from time import perf_counter_ns
 
 import trio
 
+from config.vocabulary import PeerId
 from dmoe.core.dispatch import Dispatcher
 from dmoe.core.routes import ModelMap, Place, Table, paused_with, row_us_of, table_of
 from dmoe.worker import Worker
 from p2p.face import Network
+
+KNOWN_MAX = 8
+"""Of so many replicas of a shard it is remembered when they were last seen."""
 
 
 class Replicas:
@@ -27,7 +32,7 @@ class Replicas:
         self._worker = worker
         self._version = 0
         self._tables: dict[str, tuple[tuple[int, int], Table]] = {}
-        self._last_seen: dict[tuple[str, int], float] = {}
+        self._last_seen: dict[tuple[str, int], dict[PeerId, float]] = {}
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the directory until cancelled."""
@@ -46,7 +51,7 @@ class Replicas:
             return known
         now = trio.current_time()
         if known is not None:  # what the old table offered was there until now
-            self._last_seen.update({(model.model_id, shard): now for shard in known[1].offered})
+            self._remember(model, known[1], now)
         adverts = self._network.directory.adverts()
         local = self._worker.indices(model.model_id) if self._worker else frozenset()
         own_price = self._worker.quote.microcredits_per_tflop if self._worker else 0
@@ -59,12 +64,44 @@ class Replicas:
         self._tables[model.model_id] = (version, table)
         return version, table
 
+    def _remember(self, model: ModelMap, table: Table, now: float) -> None:
+        """Who offers what at this moment."""
+        for shard, peers in {need.shard: need.replicas for needs in table.needs for need in needs}.items():
+            seen = self._last_seen.setdefault((model.model_id, shard), {})
+            for replica in peers[:KNOWN_MAX]:
+                seen.pop(replica.peer_id, None)  # the latest come last
+                seen[replica.peer_id] = now
+            while len(seen) > KNOWN_MAX:
+                del seen[next(iter(seen))]
+
     def why_missing(self, model: ModelMap, place: Place) -> str:
-        """Where the replicas of a sum group have gone, for the error that says so."""
-        if place.shard in self.table(model)[1].offered:
-            return "it is offered, but every call to it failed"
-        seen = self._last_seen.get((model.model_id, place.shard))
-        when = f"last seen {trio.current_time() - seen:.0f} s ago" if seen is not None else "it was never seen"
+        """Where the replicas of a sum group have gone, for the error that says so: when each of those that are known
+        was last seen, and when it last answered a call of this node."""
+        table, now = self.table(model)[1], trio.current_time()
+        offered = place.shard in table.offered
+        if offered:
+            self._remember(model, table, now)
+        known = self._last_seen.get((model.model_id, place.shard), {})
+        each = ", ".join(
+            f"{peer} ({_ago(now - when)}, {self._answered(peer)})" for peer, when in reversed(known.items())
+        )
+        if offered:
+            return f"it is offered, but every call to it failed; replicas: {each}"
+        last = max(known.values(), default=None)
+        when = f"last seen {now - last:.0f} s ago; replicas: {each}" if last is not None else "it was never seen"
         if paused := paused_with(model.model_id, place.shard, self._network.directory.adverts()):
             when += f"; {paused} that hold it are paused by their operators"
         return when
+
+    def _answered(self, peer: PeerId) -> str:
+        at_us = self.dispatcher.answered_at_us(peer)
+        return "never answered" if at_us is None else f"last answered {(now_us() - at_us) / 1e6:.0f} s ago"
+
+
+def now_us() -> int:
+    """The dispatcher's clock."""
+    return perf_counter_ns() // 1000
+
+
+def _ago(seconds: float) -> str:
+    return f"last seen {seconds:.0f} s ago" if seconds >= 1 else "seen now"

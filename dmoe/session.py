@@ -28,8 +28,9 @@ from dmoe.core.calls import Indices, Weights
 from dmoe.core.dispatch import PEER_WIDE, Need
 from dmoe.core.routes import ModelMap
 from dmoe.core.wire import FloatRows
-from dmoe.jobs import Job, Jobs, Shared, now_us
+from dmoe.jobs import Job, Jobs, Shared
 from dmoe.ports import Quote
+from dmoe.replicas import now_us
 from dmoe.tally import MISSING_TOLD_MAX, Share
 
 log = logging.getLogger(__name__)

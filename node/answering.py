@@ -90,7 +90,12 @@ async def generate(engine: Any, args: Args, send: Send) -> Any:  # noqa: ANN401 
     assert finished is not None
     steps = max(0, finished.completion_tokens - 1)
     rate = steps / finished.decode_seconds if finished.decode_seconds > 0 else 0.0
-    answer = {"text": "".join(text), "tokens_per_s": round(rate, 2), **asdict(finished)}
+    answer = {
+        "text": "".join(text),
+        "tokens_per_s": round(rate, 2),
+        **asdict(finished),
+        "degraded": bool(finished.missing),
+    }
     return answer if args.get("logprobs") is None else {**answer, "logprobs": [_place(place) for place in places]}
 
 

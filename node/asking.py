@@ -100,6 +100,15 @@ def _show_end(answer: Any, *, echo: bool) -> None:  # noqa: ANN401 - JSON
         print(f"{place['text']!r:16} {place['logprob']:8.3f}  {others}".rstrip(), file=sys.stderr)  # noqa: T201
     note = f"[{answer['completion_tokens']} tokens, {answer['tokens_per_s']:.1f} tokens/s]"
     print(note, file=sys.stderr)  # noqa: T201 - a note for people
+    if answer.get("missing"):
+        print(_degraded(answer["missing"]), file=sys.stderr)  # noqa: T201 - a note for people
+
+
+def _degraded(missing: list[tuple[int, int]]) -> str:
+    """What an answer did without."""
+    named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in missing[:8])
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    return f"[degraded: nobody had {named}{more}; the other experts weighed more]"
 
 
 def chat_options(context: Context) -> dict[str, Any]:

@@ -312,8 +312,9 @@ class MemoryNetwork:
             await self._hub.awake(self.peer_id)
             started = trio.current_time()
             reply = await answer(self._services, call, self.peer_id)
-            usual_s = trio.current_time() - started + sum(self._hub.delay_s)
-            await trio.sleep((self._hub.slow.get(self.peer_id, 1.0) - 1.0) * usual_s)
+            if self.peer_id in self._hub.slow:
+                usual_s = trio.current_time() - started + sum(self._hub.delay_s)
+                await trio.sleep((self._hub.slow[self.peer_id] - 1.0) * usual_s)
             await self._hub.awake(self.peer_id)
             return Reply(unpack(pack(reply.header)), _copies(reply.buffers))
         assert scope.cancelled_caught

@@ -68,6 +68,8 @@ class PeerEstimate:
     row_us: float = ROW_PRIOR_US
     in_flight: int = 0
     calls: int = 0
+    answered_us: int | None = None
+    """When it last answered."""
     strikes: int = 0
     """Calls in a row that were not answered."""
 
@@ -141,6 +143,11 @@ class Dispatcher:
         self._credit = min(RETRIES_MAX * ANSWERS_PER_RETRY, self._credit + 1)
         self.holds.answered(peer, shards)
 
+    def answered_at_us(self, peer: PeerId) -> int | None:
+        """When a peer last answered; None if never."""
+        known = self.peers.get(peer)
+        return known.answered_us if known is not None else None
+
     def seen(self, peer: PeerId) -> None:
         """A peer did something other than answer for experts: it does not rest as a whole any more."""
         self.estimate(peer).strikes = 0
@@ -148,6 +155,7 @@ class Dispatcher:
 
     def took(self, peer: PeerId, total_us: float, expected_us: float, now_us: int) -> None:
         """An answered call took so long, and this was expected of it when it left."""
+        self.estimate(peer).answered_us = now_us
         self.tails.took(peer, total_us, expected_us)
         self._judge(peer, bad=outliers.is_late(total_us, expected_us), now_us=now_us)
 

@@ -21,9 +21,9 @@ from dmoe.core import stagecalls
 from dmoe.core.dispatch import PEER_WIDE, Dispatcher
 from dmoe.core.manifest import Manifest
 from dmoe.core.stagecalls import OpenCall
-from dmoe.jobs import now_us
 from dmoe.ports import Quote
 from dmoe.purse import Purse
+from dmoe.replicas import now_us
 from dmoe.stages.chain import Account, Chains, Link, StageError
 from dmoe.stages.directions import Directions
 from dmoe.stages.host import StageHost

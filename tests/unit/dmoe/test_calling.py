@@ -1,5 +1,6 @@
 """Workers and callers over the network in memory: the same numbers whoever computes, fail-over, payment, busy."""
 
+import re
 from contextlib import asynccontextmanager
 from random import Random
 
@@ -224,6 +225,23 @@ async def test_no_replica_left_names_the_layer_the_experts_and_when_it_was_seen(
         ) as e:
             await session.run(2, rows(1), ALL)
         assert e.value.code == "no_replica"
+        assert re.search(rf"{s.nodes[1].peer_id} \(last seen \d+ s ago, last answered \d+ s ago\)", e.value.message)
+
+
+async def test_replicas_that_are_there_and_never_answer_are_named(autojump_clock):
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node(())
+        for _ in range(2):
+            await s.node((*FIRST, *SECOND))
+        for shards in s.shards[1:]:
+            for shard in shards.values():
+                shard.fault = ValueError("broken")
+        session = (await s.caller()).session(manifest)
+        with pytest.raises(RemoteError, match="every call to it failed") as e:
+            await session.run(0, rows(1), ALL)
+        for node in s.nodes[1:]:
+            assert f"{node.peer_id} (seen now, never answered)" in e.value.message
 
 
 async def test_a_replica_that_comes_up_meanwhile_is_waited_for_briefly():
