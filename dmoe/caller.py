@@ -85,12 +85,14 @@ class Caller:
 
     def statistics(self) -> dict[str, Any]:
         """What is known about each peer, JSON-able."""
+        ejected = self.dispatcher.ejected
         return {
             peer: {
                 "calls": known.calls,
                 "round_trip_us": round(known.round_trip_us),
                 "row_us": round(known.row_us, 1),
                 "in_flight": known.in_flight,
+                "ejected": peer in ejected,
             }
             for peer, known in self.dispatcher.peers.items()
         }

@@ -195,8 +195,9 @@ async def _main(settings: Settings, paths: Paths, identity: Identity, until_stdi
             await stop.wait()
             log.info("stopping")
             with trio.move_on_after(DRAIN_SECONDS_MAX):
-                await node.worker.drain()
-                await node.stage_host.drain()
+                async with trio.open_nursery() as draining:  # neither takes anything new from now on
+                    draining.start_soon(node.worker.drain)
+                    draining.start_soon(node.stage_host.drain)
         nursery.cancel_scope.cancel()
     log.info("stopped" if up else "stopped before it was up")
 

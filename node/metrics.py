@@ -34,6 +34,7 @@ class NodeCollector(Collector):
         yield from _directory(node)
         yield from _doors(node)
         yield from _reach(node)
+        yield from _calls(node)
         work = node.worker.statistics()
         yield _counter("rios_expert_calls", "Expert calls served", work["calls"])
         yield _counter("rios_expert_calls_quick", "Expert calls answered at once, without a queue", work["quick_calls"])
@@ -80,6 +81,16 @@ def _generation(engine: "EngineStatistics") -> Iterator[Metric]:
     yield _counter("rios_prefix_tokens", "Prompt tokens that were not computed again", engine.prefix_tokens)
     yield _gauge("rios_prefix_positions", "Cache positions kept for later prompts", engine.prefix_positions)
     yield _gauge("rios_kv_positions", "Cache positions of running answers", engine.kv_positions)
+
+
+def _calls(node: "Node") -> Iterator[Metric]:
+    """What this node asked of others."""
+    budget, dispatcher = node.caller.hedges.budget, node.caller.dispatcher
+    yield _counter("rios_expert_calls_made", "Calls for experts to peers, hedges not included", budget.calls)
+    yield _counter("rios_expert_calls_hedged", "Calls to a second replica because the first was late", budget.hedges)
+    yield _counter("rios_expert_hedges_won", "Late calls whose second replica was quicker", node.caller.hedges.won)
+    yield _counter("rios_expert_calls_retried", "Calls made again after a failure", dispatcher.retried)
+    yield _gauge("rios_peers_ejected", "Peers that rest because they are far off their like", len(dispatcher.ejected))
 
 
 def _directory(node: "Node") -> Iterator[Metric]:

@@ -96,6 +96,11 @@ class Dispatcher:
         """Counts changes of holds: a plan made before the last one may be stale."""
         return self.holds.changes
 
+    @property
+    def ejected(self) -> set[PeerId]:
+        """Peers that rest, or are on probation, because they are far off their like."""
+        return self.holds.ejected()
+
     def estimate(self, peer: PeerId) -> PeerEstimate:
         """The peer's record, made on first use."""
         known = self.peers.get(peer)
@@ -176,7 +181,7 @@ class Dispatcher:
                 self.holds.acquit(peer)
             return
         self.outliers.ended(peer, bad=bad, typical_us=self._typical_us(peer))
-        if self.outliers.is_outlier(peer, self.holds.ejected()):
+        if self.outliers.is_outlier(peer, self.ejected):
             self.outliers.clear(peer)
             self.holds.eject(peer, now_us)
 
