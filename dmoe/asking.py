@@ -44,6 +44,7 @@ class Work:
         "lost",
         "model",
         "partials",
+        "pauses",
         "shape",
         "tried",
         "wanted",
@@ -73,6 +74,7 @@ class Work:
         self.busy_ms: dict[int, int] = {}
         self.error: RiosError | None = None
         self.calls_failed = 0
+        self.pauses = 0
         self.grace_until = 0.0
         self.lost: set[int] = set()
         """Sum groups that the sum does without: the other experts of a row weigh more instead."""

@@ -35,6 +35,7 @@ from dmoe.tally import MISSING_TOLD_MAX, Share
 
 log = logging.getLogger(__name__)
 
+PAUSES_GROW_MAX, PAUSE_SPREAD = 32, 0.25
 CHUNK_ROWS = 128
 CHUNK_BYTES_MAX = 4 << 20
 CHUNKS_AT_ONCE = 4
@@ -279,12 +280,20 @@ class CallerSession:
             return False
         if plan:
             return True
-        pause = min(work.busy_ms[group] for group in lost) / 1000
+        hint_s = min(work.busy_ms[group] for group in lost) / 1000
         for group in lost:
             work.tried.pop(group, None)
             del work.busy_ms[group]
-        await trio.sleep(max(0.0, min(pause, work.deadline - trio.current_time())))
+        await trio.sleep(self._pause_seconds(work, hint_s))
         return False
+
+    def _pause_seconds(self, work: Work, hint_s: float) -> float:
+        """How long to wait when all are busy: what they said, twice as long each time they say it again, and a little
+        more, so that callers do not come back all at once."""
+        left_s = work.deadline - trio.current_time()
+        grown_s = hint_s * min(1 << work.pauses, PAUSES_GROW_MAX) * (1 + PAUSE_SPREAD * self._replicas.dice())
+        work.pauses += 1
+        return max(0.0, min(grown_s, max(hint_s, left_s / 2), left_s))
 
     # --- doing without what nobody has
 

@@ -1,11 +1,14 @@
 """Late calls: another replica is asked as well, the first answer is taken, both are paid, within a budget."""
 
+import itertools
+
 import numpy as np
 import pytest
 import trio
 import trio.testing
 
-from config.errors import RemoteError
+from config.errors import BusyError, RemoteError
+from dmoe.core.dispatch import RETRIES_MAX
 from dmoe.core.hedge import SAVED_MAX, SHARE, HedgeBudget
 from dmoe.ports import Quote
 from p2p.face import Reply
@@ -298,3 +301,56 @@ async def test_a_race_that_nobody_wins_is_a_failed_round_like_any_other(manifest
             nursery.start_soon(ask)
             await until(lambda: two.hedges.budget.hedges)
             go.set()
+
+
+async def test_a_storm_of_refusals_ends_with_the_retry_budget(manifest):
+    """Twenty layers at once, peers that always say busy: the calls made again are as many as the budget, not more."""
+    async with swarm(manifest) as net:
+        await net.node(())
+        asked = 0
+
+        async def busy(call):
+            nonlocal asked
+            asked += 1
+            raise BusyError("full", retry_after_ms=1)
+
+        for _ in range(2):
+            (await net.node(EVERYTHING))._services["expert.run"] = Service(busy)
+        caller = await net.caller()
+        refused = []
+
+        async def one(seed):
+            try:
+                await caller.session(manifest).run(0, rows(1, seed), ALL)
+            except BusyError as error:
+                refused.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for seed in range(20):
+                nursery.start_soon(one, seed)
+        assert len(refused) == 20
+        assert caller.dispatcher.retried <= RETRIES_MAX
+        first = 2 * 20  # a layer may be shared by both peers
+        assert asked <= first + 2 * RETRIES_MAX
+
+
+async def test_a_busy_peer_is_asked_later_and_later(manifest, autojump_clock):
+    """Its hint is honoured; if it says the same again and again, the pauses grow."""
+    autojump_clock.autojump_threshold = 0.02
+    async with swarm(manifest) as net:
+        await net.node(())
+        times = []
+
+        async def busy(call):
+            times.append(trio.current_time())
+            raise BusyError("full", retry_after_ms=100)
+
+        (await net.node(EVERYTHING))._services["expert.run"] = Service(busy)
+        session = (await net.caller(call_timeout_ms=5000)).session(manifest)
+        with pytest.raises((BusyError, RemoteError)):
+            await session.run(0, rows(1), ALL)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert gaps[0] == pytest.approx(0.1, rel=0.3)
+        assert min(gaps) > 0.0999
+        assert max(gaps) > 1
+        assert len(times) < 15

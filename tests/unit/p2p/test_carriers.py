@@ -5,12 +5,13 @@ from os import urandom
 
 import pytest
 import trio
+import trio.testing
 
 from config.errors import RemoteError
 from config.settings import P2pSettings
 from p2p import rpc, trace
 from p2p.core.identity import Identity
-from p2p.face import Call, Reply
+from p2p.face import Call, LeftError, Reply
 from p2p.network import open_network
 from p2p.waiting import NotSentError
 
@@ -331,6 +332,36 @@ async def test_calls_begun_together_are_under_way_together(pair):
             await trio.sleep(0.01)
         early.cancel()
         assert (await early.wait()).header["from"] == b.peer_id
+
+
+async def test_a_wait_that_is_left_ends_and_the_call_goes_on(pair):
+    a, b = pair
+    gate, gone = trio.Event(), []
+
+    async def slow(call: Call) -> Reply:
+        await gate.wait()
+        return Reply({"n": call.header["n"]})
+
+    a.serve("slow", slow)
+    with trio.fail_after(20):
+        begun = b.begin(a.peer_id, "slow", {"n": 1}, deadline_ms=9000)
+        begun.leave()  # nobody waits: nothing happens
+
+        async def wait() -> None:
+            try:
+                await begun.wait()
+            except LeftError:
+                gone.append(True)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            begun.leave()
+            begun.leave()
+        assert gone
+        gate.set()
+        assert (await begun.wait()).header == {"n": 1}
+        begun.leave()  # its answer is here: nothing happens
 
 
 async def test_what_was_begun_ends_with_its_deadline_its_wait_or_its_link(pair):
