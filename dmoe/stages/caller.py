@@ -35,7 +35,7 @@ from dmoe.stages.directions import Directions
 from dmoe.stages.host import StageHost
 from dmoe.stages.legs import Legs, Shared
 from dmoe.stages.loaded import LoadedStage
-from dmoe.stages.passes import CHUNK_ROWS, StagePasses, Work, sequence_of
+from dmoe.stages.passes import StagePasses, Work, sequence_of
 from dmoe.stages.segment import Ends
 from dmoe.stages.sequence import StageSequence
 from p2p.face import Network
@@ -189,12 +189,19 @@ class StageRunner:
         legs = [sequence.legs[stage] for stage in range(last + 1)]
         start = min(leg.held for leg in legs)
         log.debug("%d positions are computed again through %d stages", sequence.length - start, last + 1)
-        for first in range(start, sequence.length, CHUNK_ROWS):
-            tokens = sequence.tokens[first : first + CHUNK_ROWS]
-            work = Work(sequence, first, tuple(tokens), 0)
-            await self._passes.through([work], range(last + 1), self._passes.embedded(tokens))
+        rows = self._passes.piece_rows(sequence, sequence.length - start)
+        pieces = [
+            [Work(sequence, first, tuple(sequence.tokens[first : first + rows]), 0)]
+            for first in range(start, sequence.length, rows)
+        ]
+
+        def arrived(piece: int) -> None:
+            (work,) = pieces[piece]
             for leg in legs:
-                leg.held = first + len(tokens)
+                if leg.held == work.position:
+                    leg.held += len(work.tokens)
+
+        await self._passes.in_pieces(pieces, range(last + 1), arrived)
 
     async def _all(
         self, feeds: Items[Feed], todo: list[int], found: dict[int, FloatRows], failures: list[StageError]

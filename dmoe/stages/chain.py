@@ -100,19 +100,35 @@ class Chains:
         """A name for a pass, higher than all before."""
         return self._results.number()
 
-    async def run(self, way: Way, parts: Sequence[Rows], x: FloatRows, deadline: float, tell: Tell) -> FloatRows:
+    async def run(
+        self,
+        way: Way,
+        parts: Sequence[Rows],
+        x: FloatRows,
+        deadline: float,
+        tell: Tell,
+        sent: Callable[[], None] = lambda: None,
+    ) -> FloatRows:
         """``f32[N, H]`` through a way's stages; of each part its last ``outputs`` rows come back. ``deadline`` is a
-        trio time. Raises StageError."""
+        trio time. ``sent``: told once the next rows may be sent after these, which is before the end; hosts put
+        right what overtakes. Raises StageError."""
         if way.forward and len(way.links) > 1:
-            return await self._forwarded(way, parts, x, deadline, tell)
+            return await self._forwarded(way, parts, x, deadline, tell, sent)
         for index in range(len(way.links)):
             is_last = index == len(way.links) - 1
             wanted = [p if is_last else Rows(p.tickets, p.position, p.rows, p.rows) for p in parts]
-            x = await self._one(way, index, wanted, x, deadline, tell)
+            x = await self._one(way, index, wanted, x, deadline, tell, sent if is_last else lambda: None)
         return x
 
     async def _one(
-        self, way: Way, index: int, parts: Sequence[Rows], x: FloatRows, deadline: float, tell: Tell
+        self,
+        way: Way,
+        index: int,
+        parts: Sequence[Rows],
+        x: FloatRows,
+        deadline: float,
+        tell: Tell,
+        sent: Callable[[], None],
     ) -> FloatRows:
         """One host, which answers with its rows."""
         link = way.links[index]
@@ -121,6 +137,7 @@ class Chains:
         header = stagecalls.run_header(self.number(), own, (), shape, reply=True)
         try:
             left_ms = max(1, int((deadline - trio.current_time()) * 1000))
+            sent()
             reply = await self._network.call(link.peer, stagecalls.RUN, header, (buffer,), deadline_ms=left_ms)
             trail, _ = _answer_of(reply, link, 0)
             rows = _rows_of(reply.header, reply.buffers, way, parts)
@@ -130,7 +147,15 @@ class Chains:
             self._count(way, index, own, trail[0], tell)
         return rows
 
-    async def _forwarded(self, way: Way, parts: Sequence[Rows], x: FloatRows, deadline: float, tell: Tell) -> FloatRows:
+    async def _forwarded(
+        self,
+        way: Way,
+        parts: Sequence[Rows],
+        x: FloatRows,
+        deadline: float,
+        tell: Tell,
+        sent: Callable[[], None],
+    ) -> FloatRows:
         shape, buffer = wire.encode(x, way.dtype)
         first, rest = way.links[0], way.links[1:]
         hops = [Hop(link.peer, tuple(p.tickets[n] for p in parts)) for n, link in enumerate(rest, 1)]
@@ -143,6 +168,7 @@ class Chains:
         try:
             pending = self._begin(call, left_ms)
             self.nursery.start_soon(self._account, way, parts, pending, call, left_ms, expected, failed, tell)
+            sent()
             with trio.move_on_at(deadline):
                 await expected.happened.wait()
             if failed:

@@ -44,6 +44,8 @@ HOP_PATIENCE = 0.9
 """Each host gives the next one this part of the time it has left, so that the one that is late is named, not those who
 wait for it."""
 DELIVERY_SHARE_MS = 50
+ORDER_SECONDS = 1.0
+"""How long a run waits for the rows in front of it, if none of its sequence is being computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,10 +268,22 @@ class StageHost:
             asked = stagecalls.parse_run(call.header, call.buffers)
             tickets = [self._tickets.find(part.ticket) for part in asked.parts]
             self._check_run(asked, tickets)
+            await self._turn(asked.parts, tickets, call.deadline)
             return await self._answer(call, asked, tickets)
         finally:
             self._active -= 1
             self._calm.set()
+
+    async def _turn(self, parts: Sequence[Part], tickets: Sequence[Ticket], deadline: float) -> None:
+        """Wait for the piece in front of a run, where there is one: the pieces of a prompt are sent one behind the
+        other, and the tasks that take them may start in any order."""
+        for part, ticket in zip(parts, tickets, strict=True):
+            while ticket.cache.length < part.position and not ticket.closed:
+                patience = deadline if ticket.users else min(deadline, trio.current_time() + ORDER_SECONDS)
+                with trio.move_on_at(patience) as scope:
+                    await ticket.rested.wait()
+                if scope.cancelled_caught:
+                    break  # what is missing is said when it runs
 
     def _check_open(self) -> None:
         if self._stopping:

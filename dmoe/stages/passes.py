@@ -8,9 +8,10 @@ Invariants:
 2. Until it is known that a cache holds more, no more is assumed: what a failed way leaves behind is overwritten.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -24,11 +25,17 @@ from dmoe.runner import Feed, Want
 from dmoe.stages.chain import Account, Rows, StageError, Way
 from dmoe.stages.legs import Shared
 from dmoe.stages.patience import Patience
+from dmoe.stages.pieces import PIECES_AT_ONCE, Turn, one_behind_the_other
 from dmoe.stages.segment import Ends
 from dmoe.stages.sequence import StageSequence, spread_report
 
 CHUNK_ROWS = 256
 """Rows of one sequence in one message: bounds the length of a step at a host."""
+PIECE_ROWS_MIN = 48
+"""A prompt that passes several hosts goes in pieces of at least so many rows: while one host computes a piece, the next
+computes the one before. Smaller ones would cost more than they gain."""
+PIECES_PER_HOST = 2
+"""So many pieces per host: with S hosts and 2S pieces they compute about two thirds of the time, instead of 1/S."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +61,16 @@ class StagePasses:
         """The outputs of feeds whose sequences are at the same peers."""
         kept: list[list[FloatRows]] = [[] for _ in feeds]
         longest = max(len(feed.tokens) for feed in feeds)
-        for start in range(0, longest, CHUNK_ROWS):
-            work, owners = [], []
-            for n, feed in enumerate(feeds):
-                tokens = feed.tokens[start : start + CHUNK_ROWS]
-                if not tokens:
-                    continue
-                after = len(feed.tokens) - start - len(tokens)  # rows of this feed that are still to come
-                outputs = max(0, min(len(tokens), feed.outputs - after))
-                sequence = sequence_of(feed)
-                work.append(Work(sequence, sequence.length + start, tokens, outputs))
-                owners.append(n)
-            x = self.embedded([token for each in work for token in each.tokens])
-            x = await self.through(work, range(len(self._manifest.stages)), x)
+        size = self.piece_rows(sequence_of(feeds[0]), longest)
+        pieces: list[list[Work]] = []
+        owners: list[list[int]] = []
+        for start in range(0, longest, size):
+            owners.append([n for n, feed in enumerate(feeds) if len(feed.tokens) > start])
+            pieces.append([_work_of(feeds[n], start, size) for n in owners[-1]])
+        found = await self.in_pieces(pieces, range(len(self._manifest.stages)))
+        for work, members, x in zip(pieces, owners, found, strict=True):
             first = 0
-            for n, each in zip(owners, work, strict=True):
+            for n, each in zip(members, work, strict=True):
                 kept[n].append(x[first : first + each.outputs])
                 first += each.outputs
         return await self._outputs(feeds, kept)
@@ -89,7 +91,33 @@ class StagePasses:
                 first += len(rows[n])
         return found
 
-    def embedded(self, tokens: Items[int]) -> FloatRows:
+    def piece_rows(self, sequence: StageSequence, rows: int) -> int:
+        """How many of ``rows`` rows of a sequence go together: fewer where hosts can work at the same time."""
+        hosts = len({leg.link.peer for leg in sequence.legs.values()})
+        if hosts < 2:
+            return CHUNK_ROWS
+        return min(CHUNK_ROWS, max(PIECE_ROWS_MIN, -(-rows // (PIECES_PER_HOST * hosts))))
+
+    async def in_pieces(
+        self,
+        pieces: Sequence[Sequence[Work]],
+        stages: range,
+        arrived: Callable[[int], None] = lambda piece: None,
+    ) -> list[FloatRows]:
+        """Every piece of a pass through these stages, one behind the other: of each, the rows that it wants come out.
+        ``arrived``: told of each that is through."""
+        found: list[FloatRows] = [np.zeros((0, 0), np.float32)] * len(pieces)
+        rows = [sum(len(each.tokens) for each in work) for work in pieces]
+
+        async def through(piece: int, turn: Turn) -> None:
+            ahead = sum(rows[max(0, piece - PIECES_AT_ONCE) : piece])
+            found[piece] = await self._through(pieces[piece], stages, turn, ahead)
+            arrived(piece)
+
+        await one_behind_the_other(len(pieces), through)
+        return found
+
+    def _embedded(self, tokens: Items[int]) -> FloatRows:
         rows: FloatRows = self._ends.embedding.gather(np.array(tokens, np.int64))
         return rows
 
@@ -98,26 +126,34 @@ class StagePasses:
             return self._ends.outputs(rows, want)
         return await trio.to_thread.run_sync(self._ends.outputs, rows, want)
 
-    async def through(self, work: Sequence[Work], stages: range, x: FloatRows) -> FloatRows:
-        """``f32[N, H]`` through these stages; the rows that each piece of work wants come out."""
-        dtype = self._manifest.wire_dtype
-        x = wire.rounded(x, dtype)
+    async def _through(self, work: Sequence[Work], stages: range, turn: Turn, ahead: int) -> FloatRows:
+        """One piece; ``ahead`` rows of its pass may still be under way in front of it."""
+        x = wire.rounded(self._embedded([token for each in work for token in each.tokens]), self._manifest.wire_dtype)
         deadline = trio.current_time() + self.pass_seconds(len(stages))
         for each in work:
             for stage in stages:  # until it is known that more is there, no more is
                 leg = each.sequence.legs[stage]
                 leg.held = min(leg.held, each.position)
         legs = work[0].sequence.legs
-        runs = [list(run) for _, run in groupby(stages, key=lambda stage: legs[stage].here is not None)]
+        forward = self._shared.may_forward and not work[0].sequence.hub
+
+        def together(stage: int) -> object:
+            """Stages here in one part of the way, hosts that give on in one, every other host by itself."""
+            return "here" if legs[stage].here is not None else forward or stage
+
+        runs = [list(run) for _, run in groupby(stages, key=together)]
         for index, run in enumerate(runs):
             is_last = index == len(runs) - 1
+            await turn.enter(index)
             if legs[run[0]].here is not None:
                 for stage in run:
                     x = await self._here(work, stage, x, deadline)
                 if is_last:
                     x = _wanted(work, x)
             else:
-                x = await self._there(work, run, x, deadline, is_last=is_last)
+                sent = partial(turn.leave, index)
+                x = await self._there(work, run, x, deadline, sent, ahead, is_last=is_last)
+            turn.leave(index)
         return x
 
     async def _here(self, work: Sequence[Work], stage: int, x: FloatRows, deadline: float) -> FloatRows:
@@ -141,7 +177,15 @@ class StagePasses:
         return wire.rounded(job.answer, self._manifest.wire_dtype)
 
     async def _there(
-        self, work: Sequence[Work], stages: Items[int], x: FloatRows, latest: float, *, is_last: bool
+        self,
+        work: Sequence[Work],
+        stages: Items[int],
+        x: FloatRows,
+        latest: float,
+        sent: Callable[[], None],
+        ahead: int,
+        *,
+        is_last: bool,
     ) -> FloatRows:
         first = work[0].sequence
         way = Way(
@@ -164,14 +208,14 @@ class StagePasses:
             for stage in stages:
                 each.sequence.count(each.sequence.legs[stage].link, len(each.tokens))
         started = trio.current_time()
-        deadline = latest if first.patient else self._patience.until(way.links, len(x), latest)
+        deadline = latest if first.patient else self._patience.until(way.links, ahead + len(x), latest)
         try:
-            found = await self._shared.chains.run(way, parts, x, deadline, self._told)
+            found = await self._shared.chains.run(way, parts, x, deadline, self._told, sent)
         except StageError as failed:
             if deadline < latest and failed.error.code == "deadline":
                 self._patience.gave_up()
             raise
-        self._patience.took(way.links, len(x), trio.current_time() - started)
+        self._patience.took(way.links, ahead + len(x), trio.current_time() - started)
         return found
 
     def _told(self, account: Account) -> None:
@@ -182,6 +226,13 @@ class StagePasses:
     def pass_seconds(self, stages: int) -> float:
         """How long one way through so many stages may take."""
         return self._shared.timeout_ms * (1 + stages) / 1000
+
+
+def _work_of(feed: Feed, start: int, rows: int) -> Work:
+    """A feed's rows from ``start`` on, ``rows`` of them at most."""
+    tokens, sequence = feed.tokens[start : start + rows], sequence_of(feed)
+    after = len(feed.tokens) - start - len(tokens)  # rows of this feed that are still to come
+    return Work(sequence, sequence.length + start, tokens, max(0, min(len(tokens), feed.outputs - after)))
 
 
 def sequence_of(feed: Feed) -> StageSequence:

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import trio
+
 from config.errors import BusyError, RequestError
 from config.vocabulary import PeerId
 from dmoe.core.stagecalls import TICKET_BYTES
@@ -42,6 +44,8 @@ class Ticket:
     """The number of the last pass that ran on it."""
     users: int = 0
     closed: bool = False
+    rested: trio.Event = field(default_factory=trio.Event)
+    """Set, and replaced, whenever a run on it is over."""
 
 
 class Tickets:
@@ -113,6 +117,8 @@ class Tickets:
         for ticket in tickets:
             ticket.users -= 1
             ticket.used_at = now
+            ticket.rested.set()
+            ticket.rested = trio.Event()
             if ticket.closed:
                 self._free(ticket)
             else:
