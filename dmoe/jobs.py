@@ -281,7 +281,8 @@ class Jobs:
 
     def _put(self, work: Work, job: Job, partials: Sequence[FloatRows]) -> None:
         """Partial sums (``f32[N, H]`` each, as on the wire) have come; those that nobody else brought are taken."""
-        news = {group: rows for group, rows in zip(job.groups, partials, strict=True) if not work.has((group,))}
+        known = work.partials
+        news = {group: rows for group, rows in zip(job.groups, partials, strict=True) if group not in known}
         work.partials.update(news)
         if news:
             self._computed(work, job.peer, list(news))

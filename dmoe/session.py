@@ -240,6 +240,7 @@ class CallerSession:
             for job in remote:
                 if job.race is not None:
                     job.race.drop()
+                    job.race = None
 
     async def _ask_slow(self, work: Work, job: Job) -> None:
         await self._jobs.ask_unless_beaten(work, job)

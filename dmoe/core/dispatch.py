@@ -180,8 +180,8 @@ class Dispatcher:
             else:
                 self.holds.acquit(peer)
             return
-        self.outliers.ended(peer, bad=bad, typical_us=self._typical_us(peer))
-        if self.outliers.is_outlier(peer, self.ejected):
+        is_due = self.outliers.ended(peer, bad=bad, typical_us=self._typical_us(peer))
+        if is_due and self.outliers.is_outlier(peer, self.ejected):
             self.outliers.clear(peer)
             self.holds.eject(peer, now_us)
 

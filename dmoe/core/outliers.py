@@ -26,6 +26,7 @@ LATE_MIN_US = 5_000.0
 BAD_MIN = 0.25
 SLOWER_MIN_US = 2_000.0
 SHARE_MAX = 1 / 3
+LOOK = 8
 ROWS = 8
 """Peers are compared by a call of so many rows."""
 
@@ -34,6 +35,7 @@ ROWS = 8
 class _Record:
     bad: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
     typical_us: float = 0.0
+    calls: int = 0
 
     @property
     def share(self) -> float:
@@ -46,11 +48,16 @@ class Outliers:
 
     _records: dict[PeerId, _Record] = field(default_factory=dict)
 
-    def ended(self, peer: PeerId, *, bad: bool, typical_us: float) -> None:
-        """A call ended; ``typical_us`` is what a call of :data:`ROWS` rows is expected to take there now."""
-        record = self._records.setdefault(peer, _Record())
+    def ended(self, peer: PeerId, *, bad: bool, typical_us: float) -> bool:
+        """A call ended; ``typical_us`` is what a call of :data:`ROWS` rows is expected to take there now. True if it is
+        time to look at the peer: after every bad call, and now and then."""
+        record = self._records.get(peer)
+        if record is None:
+            record = self._records[peer] = _Record()
         record.bad.append(bad)
         record.typical_us = typical_us
+        record.calls += 1
+        return bad or record.calls % LOOK == 0
 
     def is_outlier(self, peer: PeerId, ejected: Collection[PeerId]) -> bool:
         """Whether a peer is to be ejected beside those who are already."""
