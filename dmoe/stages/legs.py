@@ -254,7 +254,9 @@ class Legs:
             pause = min(pause, max(0.05, error.retry_after_ms / 1000))
         elif error.code in PEER_FAULTS:
             self._shared.dispatcher.failed(link.peer, (PEER_WIDE,), now_us())
-        self._refused.setdefault(link.stage, {})[link.peer] = trio.current_time() + pause
+        is_whole = error.code in PEER_FAULTS
+        for stage in range(len(self._manifest.stages)) if is_whole else (link.stage,):
+            self._refused.setdefault(stage, {})[link.peer] = trio.current_time() + pause
 
     def exhausted(self, failures: Sequence[StageError]) -> RiosError:
         failed = failures[-1]
