@@ -59,11 +59,16 @@ def to_bytes(tensors: Mapping[str, Array]) -> list[bytes | memoryview]:
 class ShardFile:
     """An open shard file: ``tensors`` are read-only views into its memory map."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None, size: int = 0) -> None:
+        """``descriptor``: the file is open already, with ``size`` bytes, and ``path`` only its name; the map keeps a
+        copy of it."""
         self.path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if descriptor is not None:
+                self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            else:
+                with path.open("rb") as file:
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise LocalError("not_found", f"{path} is missing", "fetch or import the model again") from error
         except OSError as error:  # no word about the file: memory, rights, open files

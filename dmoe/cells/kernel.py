@@ -7,7 +7,8 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 IS_LINUX: Final = sys.platform == "linux"
@@ -16,8 +17,8 @@ MACHINE: Final = platform.machine()
 AUDIT_ARCH: Mapping[str, int] = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """What a seccomp filter sees as the architecture of a call (linux/audit.h)."""
 
-_X86_64 = {"seccomp": 317, "capset": 126, "unshare": 272}
-_AARCH64 = {"seccomp": 277, "capset": 91, "unshare": 97}
+_X86_64 = {"seccomp": 317, "capset": 126, "unshare": 272, "setresuid": 117, "setresgid": 119}
+_AARCH64 = {"seccomp": 277, "capset": 91, "unshare": 97, "setresuid": 147, "setresgid": 149}
 _BOTH = {"landlock_create_ruleset": 444, "landlock_restrict_self": 446}
 _NUMBERS: Mapping[str, Mapping[str, int]] = {"x86_64": {**_X86_64, **_BOTH}, "aarch64": {**_AARCH64, **_BOTH}}
 
@@ -27,6 +28,7 @@ CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 _CAPABILITY_VERSION_3 = 0x20080522
+_UNCHANGED = -1
 
 _libc = ctypes.CDLL(None, use_errno=True) if IS_LINUX else None
 
@@ -54,6 +56,19 @@ def drop_capabilities() -> None:
     head = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     none = (ctypes.c_uint32 * 6)()
     call("capset", ctypes.addressof(head), ctypes.addressof(none))
+
+
+@contextmanager
+def real_user(user: int) -> Iterator[None]:
+    """This thread's real user and group are others for a moment, its rights the same. (The C library's calls would
+    change every thread.) Raises OSError."""
+    call("setresgid", user, _UNCHANGED, _UNCHANGED)
+    call("setresuid", user, _UNCHANGED, _UNCHANGED)
+    try:
+        yield
+    finally:
+        call("setresuid", os.geteuid(), _UNCHANGED, _UNCHANGED)
+        call("setresgid", os.getegid(), _UNCHANGED, _UNCHANGED)
 
 
 def _checked(result: int, what: str) -> int:

@@ -28,7 +28,7 @@ THREADS_MAX = 256
 FILES_MAX = 512
 OOM_SCORE = "500"
 """If memory runs out, a cell goes before its node does."""
-START_BYTES = 256 * MIB
+START_BYTES = 512 * MIB
 """Address space beyond that of the imports, until the parent allows more for a shard."""
 
 
@@ -157,10 +157,26 @@ def address_space_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def memory_allowed(pid: int) -> int:
+    """The address space that a cell may have. Raises OSError."""
+    return _limits(pid)[0]
+
+
 def allow_memory(pid: int, size: int) -> None:
-    """Let another process of this user have so much address space. Raises OSError."""
-    _, top = resource.prlimit(pid, resource.RLIMIT_AS)
-    resource.prlimit(pid, resource.RLIMIT_AS, (size if top == resource.RLIM_INFINITY else min(size, top), top))
+    """Let a cell have so much address space. Raises OSError."""
+    _, top = _limits(pid)
+    _limits(pid, (size if top == resource.RLIM_INFINITY else min(size, top), top))
+
+
+def _limits(pid: int, *new: tuple[int, int]) -> tuple[int, int]:
+    """Read or set them. Root in a container often may not do that to another's process, nobody may to its own."""
+    try:
+        return resource.prlimit(pid, resource.RLIMIT_AS, *new)
+    except PermissionError:
+        if os.geteuid():
+            raise
+        with kernel.real_user(NOBODY):
+            return resource.prlimit(pid, resource.RLIMIT_AS, *new)
 
 
 def _namespaces_available() -> Wall:
