@@ -23,7 +23,7 @@ from time import perf_counter
 import numpy as np
 import trio
 
-from config.errors import BusyError, RemoteError
+from config.errors import BusyError, RemoteError, RiosError
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.wire import FloatRows
 from dmoe.loaded import Job, LoadedShard, joined
@@ -95,7 +95,10 @@ class Batches:
         experts: Indices | None,
         weights: Weights | None,
     ) -> list[FloatRows] | None:
-        """The unrounded partial sums of one layer, a matrix per shard, at once; None if they should queue."""
+        """The unrounded partial sums of one layer, a matrix per shard, at once; None if they should queue.
+
+        Raises what a shard raises; one that failed is run in a thread next time.
+        """
         if self.crowded():
             return None
         start = perf_counter()
@@ -108,7 +111,11 @@ class Batches:
             return None
         out = []
         for loaded in shards:
-            out.append(loaded.shard.partial(layer, rows, experts, weights))
+            try:
+                out.append(loaded.shard.partial(layer, rows, experts, weights))
+            except RiosError:
+                loaded.row_seconds = 2 * INLINE_SECONDS_MAX
+                raise
             self._last_end = perf_counter()
             loaded.ran(len(rows), self._last_end - start)
             loaded.calls_at_once += 1
@@ -298,6 +305,8 @@ class _Batch:
             weights = None if self._weights is None else self._weights[rows]
             layer = self._jobs[0].layer
             self._answers[part] = self._loaded.shard.partial(layer, self._rows[rows], experts, weights)
+        except RiosError as error:  # a cell that ended: it has said so itself
+            self._error = error
         except Exception as error:
             log.exception("running %s failed", self._loaded.plan.shard_id)
             self._error = error

@@ -36,6 +36,8 @@ from config.settings import DmoeSettings, Settings, chosen_route
 from config.vocabulary import KFLOP_PER_TFLOP, MIB
 from dmoe import hardware
 from dmoe.caller import Caller
+from dmoe.cells.cell import Options as CellOptions
+from dmoe.cells.cells import Cells
 from dmoe.core.manifest import Manifest
 from dmoe.core.plan import KINDS
 from dmoe.engine import Engine
@@ -86,6 +88,7 @@ class Node:
         self.network: PeerNetwork
         self.worker: Worker
         self.caller: Caller
+        self.cells: Cells
         self.stage_host: StageHost
         self.stages: StageCaller
         self.hosting: Hosting
@@ -267,6 +270,8 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
     allow = (*settings.p2p.allow, *(swarm.allow if swarm else ()))
     p2p_settings = replace(settings.p2p, seeds=listed, seeds_file="", allow=allow)
     async with AsyncExitStack() as stack:
+        node.cells = _cells(node)
+        stack.callback(node.cells.close)
         node.network = await stack.enter_async_context(
             open_network(
                 identity,
@@ -337,7 +342,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         network,
         node.store,
         node.worker,
-        load=lambda manifest, shard: ExpertShard(manifest, shard, node.store, node.options),
+        load=node.cells.load,
         state_file=node.paths.hosting,
         publishers=allowed_publishers(node, genesis),
         disk_bytes_max=settings.dmoe.disk_bytes_max,
@@ -392,6 +397,20 @@ def pass_options(dmoe: DmoeSettings) -> PassOptions:
         rows_max=dmoe.pass_rows_max,
         drafts_max=dmoe.drafts_max,
         prefix_positions_max=dmoe.prefix_cache_tokens,
+    )
+
+
+def _cells(node: Node) -> Cells:
+    """Where the shards served here run."""
+    dmoe = node.settings.dmoe
+    return Cells(
+        node.store,
+        lambda manifest, shard: ExpertShard(manifest, shard, node.store, node.options),
+        own=node.identity.peer_id,
+        mode=dmoe.sandbox,  # type: ignore[arg-type]
+        allow_unsandboxed=dmoe.allow_unsandboxed,
+        device=dmoe.device,
+        options=CellOptions(threads=node.options.thread_count, call_seconds_max=dmoe.call_timeout_ms / 1000),
     )
 
 

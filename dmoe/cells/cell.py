@@ -60,7 +60,9 @@ MESSAGE_BYTES_MAX = 64 << 10
 SPARE_LANES = 2
 """More than there are threads: for the event loop, and for one whose call was given up."""
 
-BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dmoe.cells.program import main; main(sys.argv[2:])"
+BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dmoe.cells.program import main; main(sys.argv[2:])"
+)
 """What the interpreter runs, isolated: no environment, no user's folder, the parent's import path."""
 ENVIRONMENT = {
     "ORT_DISABLE_TELEMETRY": "1",
@@ -146,6 +148,8 @@ class Cell:
 
     def __init__(self, name: str, options: Options, counters: Counters) -> None:
         self.name = name
+        self.expected = 0
+        """Shards that are in it, or on their way (kept by its owner)."""
         self.restarts = 0
         self.last_end = ""
         """How the last process ended; empty if none did."""
@@ -167,14 +171,15 @@ class Cell:
     # --- life
 
     def start(self) -> None:
-        """Start it and wait until its walls are up. Raises LocalError if it cannot be."""
+        """Begin to start it; does not block."""
         self._thread.start()
+
+    def wait_up(self) -> None:
+        """Wait until its walls are up. Raises RiosError if it cannot be started."""
         with self._up:
             self._up.wait_for(lambda: self._link is not None or self._start_error is not None, START_SECONDS_MAX)
-            error = self._start_error
-        if self._link is None:
-            self.close()
-            raise error or LocalError("local", f"a cell did not start within {START_SECONDS_MAX:.0f} s")
+            if self._link is None:
+                raise self._start_error or LocalError("local", f"a cell did not start in {START_SECONDS_MAX:.0f} s")
 
     def stop(self) -> None:
         """End it for good, soon; does not block."""
@@ -219,6 +224,8 @@ class Cell:
                     log.error("the cell of %s does not start: %s", self.name, error)
                 else:
                     self._tell(link, None)
+                    in_force = ", ".join(wall.name for wall in link.walls if wall.in_force)
+                    log.info("a cell for %s is up, process %d: %s", self.name, link.process.pid, in_force)
                     self._watch(link)
                     failures = 1 if monotonic() - link.begun >= CALM_SECONDS else failures + 1
                     self._end(link, failures)
@@ -228,6 +235,7 @@ class Cell:
             os.close(self._wake_write)
 
     def _tell(self, link: _Link | None, error: RiosError | None) -> None:
+        """The state that others see."""
         with self._up:
             self._link, self._start_error = link, error
             self._up.notify_all()

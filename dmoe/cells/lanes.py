@@ -37,8 +37,11 @@ TOUCHED_BYTES = MIB
 NUMBERS = 16
 """Numbers in each half of the head."""
 ERROR_BYTES_MAX = 1024
-SPIN_SECONDS = 60e-6
-"""Longer than a small expert takes; a sleeper needs as long again to wake up."""
+ASKER_SPIN_SECONDS = (10e-6, 300e-6)
+"""For how long the parent looks at memory before it sleeps, at least and at most: longer while that helps, shorter
+while it does not (long calls, a cell that waits for a core). Waking up costs 20 us, and again until caches are warm."""
+ANSWERER_SPIN_SECONDS = 50e-6
+"""The same in the cell, where it is a guess whether another call comes, and the core may be wanted elsewhere."""
 ANSWERED, FAILED = 1, 2
 
 _NUMBERS = struct.Struct(f"<{NUMBERS}q")
@@ -49,7 +52,7 @@ _BELLS_MAX = 64
 """A cell that rings more often than it is asked is at fault."""
 
 
-class LaneLost(Exception):  # noqa: N818 - a state, told by name
+class LaneLost(Exception):
     """The cell has ended, or broke the rules; ``late``: it did not answer in time."""
 
     def __init__(self, why: str, *, late: bool = False) -> None:
@@ -111,6 +114,7 @@ class ParentLane(_Side):
         self._poll = select.poll()
         self._poll.register(bell, select.POLLIN)
         self._number = 0
+        self._spin = ASKER_SPIN_SECONDS[1]
         for place in (self.asked, self.answer):
             np.frombuffer(place, np.uint8)[: TOUCHED_BYTES : 4 * KIB] = 0
 
@@ -135,9 +139,11 @@ class ParentLane(_Side):
         """Until the answer is there. Raises LaneLost."""
         begun = perf_counter()
         number, answered = self._number, self._answer_number
-        spun = begun + min(seconds, SPIN_SECONDS)
-        while answered[0] != number and perf_counter() < spun:
+        spun = begun + min(seconds, self._spin)
+        while (waits := answered[0] != number) and perf_counter() < spun:
             pass
+        shortest, longest = ASKER_SPIN_SECONDS
+        self._spin = max(shortest, self._spin / 2) if waits else min(longest, self._spin * 2)
         for _ in range(_BELLS_MAX):
             if self._heard() == number:
                 return
@@ -195,7 +201,7 @@ class CellLane(_Side):
     def wait(self) -> tuple[int, ...] | None:
         """The numbers of the next call; None: the parent is gone."""
         last, asked = self._number, self._asked_number
-        spun = perf_counter() + SPIN_SECONDS
+        spun = perf_counter() + ANSWERER_SPIN_SECONDS
         while asked[0] == last and perf_counter() < spun:
             pass
         bell = self._bell.recv(_BELL.size)

@@ -47,7 +47,7 @@ def available() -> tuple[Wall, ...]:
         why = f"cells need Linux on x86_64 or aarch64, this is {os.uname().sysname} on {kernel.MACHINE}"
         return tuple(Wall(name, False, why) for name in ("seccomp", "landlock", "namespaces"))
     return (
-        _asked("seccomp", lambda: (seccomp.check_available(), "a list of allowed system calls")[1]),
+        _asked("seccomp", seccomp.check_available),
         _asked("landlock", lambda: f"ABI {landlock.abi()}"),
         _namespaces_available(),
     )
@@ -55,7 +55,9 @@ def available() -> tuple[Wall, ...]:
 
 def missing() -> str:
     """Why no cell can run here; empty if one can."""
-    return next((f"{wall.name}: {wall.why}" for wall in available() if wall.name == "seccomp" and not wall.in_force), "")
+    return next(
+        (f"{wall.name}: {wall.why}" for wall in available() if wall.name == "seccomp" and not wall.in_force), ""
+    )
 
 
 def enter(keep: Collection[int]) -> list[Wall]:
@@ -90,7 +92,7 @@ def _enter(keep: Collection[int]) -> list[Wall]:
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     walls.append(_asked("landlock", landlock.restrict))
     seccomp.load()
-    walls.append(Wall("seccomp", True, "a list of allowed system calls"))
+    walls.append(Wall("seccomp", True, seccomp.MEANING))
     return walls
 
 
@@ -121,7 +123,7 @@ def _leave_namespaces(user: int) -> Wall:
     flags = kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWCGROUP
     if user:
         flags |= kernel.CLONE_NEWUSER
-    return _asked("namespaces", lambda: (kernel.call("unshare", flags), "own network and IPC")[1])
+    return _asked("namespaces", lambda: "own network and IPC" if not kernel.call("unshare", flags) else "")
 
 
 def _become_nobody(user: int) -> Wall:

@@ -3,6 +3,7 @@
 Owns: how a call on experts is laid out in a lane, its deadline. Does not own: the cell (``cell``).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,19 @@ FLOPS_PER_SECOND_MIN = 1e9
 class CellShard:
     """A shard in a cell (:class:`dmoe.loaded.Shard`); thread-safe."""
 
-    def __init__(self, cell: Cell, manifest: Manifest, shard: Shard, store: Store) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        manifest: Manifest,
+        shard: Shard,
+        store: Store,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
         """Load it; blocking. Raises what :meth:`Cell.load` does."""
         self.manifest, self.shard = manifest, shard
         self.ram_bytes = shard.ram_bytes
         self._cell = cell
+        self._on_close = on_close
         self._hidden = manifest.architecture.hidden
         self._top_k = 0 if manifest.architecture.router.kind == "all" else manifest.architecture.router.top_k
         self._rows_max = max(1, cell.options.asked_bytes // (4 * self._hidden + 8 * self._top_k))
@@ -58,3 +67,4 @@ class CellShard:
     def close(self) -> None:
         """Free it."""
         self._cell.drop(self._number)
+        self._on_close()
