@@ -24,8 +24,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from mmap import mmap
 from pathlib import Path
@@ -33,8 +32,8 @@ from time import monotonic
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from config.errors import IntegrityError, LocalError, RemoteError, RiosError
 from config.vocabulary import MIB
@@ -141,6 +140,24 @@ class _Link:
     """Calls that were given up on the event loop, and until when the cell may still answer them."""
     reason: str = ""
     """Why it was killed."""
+    gone: bool = False
+    """It hung up."""
+
+
+class Answer:
+    """A lane with an answer in it; it is given back at the end of the ``with`` block."""
+
+    __slots__ = ("_free", "lane")
+
+    def __init__(self, lane: ParentLane, free: deque[ParentLane]) -> None:
+        self.lane = lane
+        self._free = free
+
+    def __enter__(self) -> ParentLane:
+        return self.lane
+
+    def __exit__(self, *_: object) -> None:
+        self._free.append(self.lane)
 
 
 class Cell:
@@ -264,7 +281,7 @@ class Cell:
         numbers = (far.fileno(), os.getpid(), options.threads, count, options.asked_bytes, options.answer_bytes)
         command = [sys.executable, "-I", "-S", "-c", options.boot, json.dumps(sys.path), *map(str, numbers)]
         with far:
-            process = self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and program
+            process = self._process = subprocess.Popen(
                 command,
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
@@ -313,7 +330,7 @@ class Cell:
                 if descriptor != self._wake_read:
                     return
                 os.read(self._wake_read, 64)
-            if self._closing or link.reason:
+            if self._closing or link.reason or link.gone:
                 return
             self._look_after(link)
             if self._dropped:
@@ -329,7 +346,7 @@ class Cell:
                 elif monotonic() >= due:
                     self._kill(link, "it did not answer a call in time")
             except LaneLost as lost:
-                self._kill(link, str(lost))
+                self._lost(link, lost)
 
     def _end(self, link: _Link, failures: int) -> None:
         self._tell(None, None)
@@ -365,6 +382,14 @@ class Cell:
                 return
             link.reason = reason
         self._wake()
+
+    def _lost(self, link: _Link, lost: LaneLost) -> None:
+        """It cannot be called any more. If it hung up, its exit code says why."""
+        if lost.gone:
+            link.gone = True
+            self._wake()
+        else:
+            self._kill(link, f"in a call: {lost}")
 
     def _wake(self) -> None:
         try:
@@ -458,16 +483,13 @@ class Cell:
 
     def _running(self) -> _Link:
         link = self._link
-        if link is None or link.reason:
+        if link is None or link.reason or link.gone:
             raise RemoteError("unavailable", f"the cell of {self.name} is being restarted", "ask another replica")
         return link
 
-    @contextmanager
-    def call(
-        self, numbers: Sequence[int], parts: Sequence[np.ndarray[Any, Any]], seconds: float
-    ) -> Iterator[ParentLane]:
-        """Ask and wait: the lane with the answer. Raises RemoteError ``unavailable`` if the cell ends, is late or is
-        down, or what it says of its failure."""
+    def ask(self, numbers: Sequence[int], parts: Sequence[NDArray[Any]], seconds: float) -> "Answer":
+        """Ask and wait: a lane with the answer, to be given back. Raises RemoteError ``unavailable`` if the cell ends,
+        is late or is down, or what it says of its failure."""
         link = self._running()
         on_loop = trio.lowlevel.in_trio_run()
         if on_loop and link.late:
@@ -476,31 +498,28 @@ class Cell:
             lane = link.free.pop()
         except IndexError:
             raise self._unavailable("every way to it is in use") from None
-        due = monotonic() + min(seconds, self.options.call_seconds_max)
+        seconds = min(seconds, self.options.call_seconds_max)
+        due = monotonic() + seconds
         try:
             lane.ask(numbers, parts)
-            lane.wait(min(LOOP_SECONDS, due - monotonic()) if on_loop else due - monotonic())
-            self._check(lane)
+            lane.wait(min(LOOP_SECONDS, seconds) if on_loop else seconds)
         except LaneLost as lost:
             if lost.late and on_loop:
                 link.late[lane] = due
                 self._wake()
             else:
-                self._kill(link, f"in a call: {lost}")
+                self._lost(link, lost)
             raise self._unavailable(str(lost)) from lost
         except BaseException:
             link.free.append(lane)
             raise
+        answer = Answer(lane, link.free)
         self._counters.calls += 1
-        try:
-            yield lane
-        finally:
-            link.free.append(lane)
-
-    def _check(self, lane: ParentLane) -> None:
         status, size, *_ = lane.numbers()
         if status != ANSWERED:
-            raise RemoteError("unavailable", f"in the cell of {self.name}: {lane.error_text(size)}")
+            with answer:
+                raise RemoteError("unavailable", f"in the cell of {self.name}: {lane.error_text(size)}")
+        return answer
 
     def _unavailable(self, why: str) -> RemoteError:
         return RemoteError("unavailable", f"the cell of {self.name}: {why}", "ask another replica")

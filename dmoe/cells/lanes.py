@@ -46,18 +46,22 @@ ANSWERED, FAILED = 1, 2
 
 _NUMBERS = struct.Struct(f"<{NUMBERS}q")
 _BELL = struct.Struct("<q")
+_PADDING = (0,) * NUMBERS
 _ANSWER_AT = 2 * KIB
 """Where the cell's half of the head begins: in a cache line of its own."""
+_RANG_AT = KIB
+"""Within each half: the number of the last call whose doorbell was rung."""
 _BELLS_MAX = 64
 """A cell that rings more often than it is asked is at fault."""
 
 
 class LaneLost(Exception):
-    """The cell has ended, or broke the rules; ``late``: it did not answer in time."""
+    """The cell broke the rules, or ``late``: it did not answer in time, or ``gone``: it has hung up."""
 
-    def __init__(self, why: str, *, late: bool = False) -> None:
+    def __init__(self, why: str, *, late: bool = False, gone: bool = False) -> None:
         super().__init__(why)
         self.late = late
+        self.gone = gone
 
 
 def lane_bytes(asked: int, answer: int) -> int:
@@ -98,10 +102,11 @@ class _Side:
         self._memory = memory
         self._start = start
         whole = memoryview(memory)[start : start + lane_bytes(asked, answer)]
-        self._asked_number = whole[:8].cast("q")
-        self._answer_number = whole[_ANSWER_AT : _ANSWER_AT + 8].cast("q")
+        self._asked_rang = whole[_RANG_AT : _RANG_AT + 8].cast("q")
+        self._answer_rang = whole[_ANSWER_AT + _RANG_AT : _ANSWER_AT + _RANG_AT + 8].cast("q")
         self.asked = whole[HEAD_BYTES : HEAD_BYTES + asked]
         self.answer = whole[HEAD_BYTES + asked :]
+        self._answer_rows = np.frombuffer(self.answer, np.float32)
         self._bell = bell
 
 
@@ -125,22 +130,20 @@ class ParentLane(_Side):
         for part in parts:
             begin, end = end, end + part.nbytes
             np.frombuffer(self.asked, part.dtype, part.size, begin)[:] = part.reshape(-1)
-        padding = (0,) * (NUMBERS - 1 - len(numbers))
+        padding = _PADDING[len(numbers) + 1 :]
         _NUMBERS.pack_into(self._memory, self._start, self._number, *numbers, *padding)
-        self._ring()
-
-    def _ring(self) -> None:
         try:
             self._bell.send(_BELL.pack(self._number))
         except OSError as error:
-            raise LaneLost(f"it takes no call: {error.strerror}") from error
+            raise LaneLost(f"it takes no call: {error.strerror}", gone=True) from error
+        self._asked_rang[0] = self._number
 
     def wait(self, seconds: float) -> None:
         """Until the answer is there. Raises LaneLost."""
         begun = perf_counter()
-        number, answered = self._number, self._answer_number
+        number, rang = self._number, self._answer_rang
         spun = begun + min(seconds, self._spin)
-        while (waits := answered[0] != number) and perf_counter() < spun:
+        while (waits := rang[0] != number) and perf_counter() < spun:
             pass
         shortest, longest = ASKER_SPIN_SECONDS
         self._spin = max(shortest, self._spin / 2) if waits else min(longest, self._spin * 2)
@@ -163,9 +166,9 @@ class ParentLane(_Side):
         except BlockingIOError:
             return None
         except OSError as error:
-            raise LaneLost(f"it ended: {error.strerror}") from error
+            raise LaneLost(f"it ended: {error.strerror}", gone=True) from error
         if len(bell) != _BELL.size:
-            raise LaneLost("it ended" if not bell else "it rings wrongly")
+            raise LaneLost("it rings wrongly" if bell else "it ended", gone=not bell)
         return int(_BELL.unpack(bell)[0])
 
     def numbers(self) -> tuple[int, ...]:
@@ -174,8 +177,8 @@ class ParentLane(_Side):
 
     def rows(self, count: int, width: int) -> FloatRows:
         """The answer as ``f32[count, width]``, copied out first. Raises RemoteError if a number in it is not finite."""
-        rows: FloatRows = np.frombuffer(self.answer, np.float32, count * width).reshape(count, width).copy()
-        if not np.isfinite(np.add.reduce(rows, axis=None)) and not np.isfinite(rows).all():
+        rows: FloatRows = self._answer_rows[: count * width].reshape(count, width).copy()
+        if not np.isfinite(rows).all():
             raise RemoteError("integrity", "a shard's answer is not finite", "ask another replica")
         return rows
 
@@ -200,9 +203,9 @@ class CellLane(_Side):
 
     def wait(self) -> tuple[int, ...] | None:
         """The numbers of the next call; None: the parent is gone."""
-        last, asked = self._number, self._asked_number
+        last, rang = self._number, self._asked_rang
         spun = perf_counter() + ANSWERER_SPIN_SECONDS
-        while asked[0] == last and perf_counter() < spun:
+        while rang[0] == last and perf_counter() < spun:
             pass
         bell = self._bell.recv(_BELL.size)
         if len(bell) != _BELL.size:
@@ -213,13 +216,14 @@ class CellLane(_Side):
 
     def reply(self, status: int, *numbers: int) -> None:
         """What was asked is done, the answer in its place."""
-        padding = (0,) * (NUMBERS - 2 - len(numbers))
+        padding = _PADDING[len(numbers) + 2 :]
         _NUMBERS.pack_into(self._memory, self._start + _ANSWER_AT, self._number, status, *numbers, *padding)
         self._bell.send(_BELL.pack(self._number))
+        self._answer_rang[0] = self._number
 
     def give(self, rows: FloatRows) -> None:
         """Answer with rows."""
-        np.frombuffer(self.answer, np.float32, rows.size)[:] = rows.reshape(-1)
+        self._answer_rows[: rows.size] = rows.reshape(-1)
         self.reply(ANSWERED)
 
     def fail(self, text: str) -> None:

@@ -61,7 +61,7 @@ class CellShard:
         if experts is not None and weights is not None:
             parts += [np.asarray(experts, np.int32), np.asarray(weights, np.float32)]
         seconds = CALL_SECONDS_MIN + rows * self.shard.flops_per_row / FLOPS_PER_SECOND_MIN
-        with self._cell.call(numbers, parts, seconds) as lane:
+        with self._cell.ask(numbers, parts, seconds) as lane:
             return lane.rows(rows, self._hidden)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -48,10 +49,10 @@ def _raw(number, *arguments):
 
 
 DEEDS = {
-    "open": lambda: open("/etc/passwd"),
-    "write": lambda: open("/tmp/rios-cell-was-here", "w"),
-    "environ": lambda: open("/proc/self/environ"),
-    "parent": lambda: open(f"/proc/{os.getppid()}/mem", "rb"),
+    "open": lambda: Path("/etc/passwd").read_text(),
+    "write": lambda: Path("/tmp/rios-cell-was-here").write_text("x"),
+    "environ": lambda: Path("/proc/self/environ").read_bytes(),
+    "parent": lambda: Path(f"/proc/{os.getppid()}/mem").read_bytes(),
     "list": lambda: os.listdir("/"),
     "stat": lambda: os.stat("/etc/passwd"),
     "unlink": lambda: os.unlink("/tmp/rios-cell-was-here"),
@@ -132,7 +133,7 @@ def _scribble(lane):
 def _tried(do):
     try:
         do()
-    except BaseException as error:
+    except Exception as error:  # noqa: BLE001 - its name is the result
         return type(error).__name__
     return "DID"
 
