@@ -110,6 +110,25 @@ class Spool:
             kept.madvise(mmap.MADV_DONTNEED)
 
 
+class FixedSpool(Spool):
+    """The same in one file of a fixed size that somebody else has made and opened."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._map = mmap.mmap(descriptor, size)
+        self._maps = [self._map]
+        self._used = 0
+
+    def keep(self, array: Array) -> Array:
+        """See :class:`Spool`. Raises LocalError if the file is full."""
+        if self._used + array.nbytes > len(self._map):
+            raise LocalError("local", f"{array.nbytes} bytes of joined weights do not fit where they belong")
+        kept = np.frombuffer(self._map, array.dtype, array.size, self._used).reshape(array.shape)
+        kept[:] = array
+        self._used += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        kept.flags.writeable = False
+        return kept
+
+
 def _parse(data: mmap.mmap, path: Path) -> dict[str, Array]:
     def fail(what: str) -> IntegrityError:
         return IntegrityError("integrity", f"{path}: {what}", "remove the file and fetch it again")

@@ -330,7 +330,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         call_timeout_ms=settings.dmoe.call_timeout_ms,
         renormalise=settings.dmoe.on_missing == "renormalise",
     )
-    ram_bytes_max = settings.dmoe.ram_bytes_max or psutil.virtual_memory().total // 2
+    ram_bytes_max = _ram_bytes_max(settings)
     node.stage_host = StageHost(
         network,
         quote=quote,
@@ -349,7 +349,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         ram_bytes_max=ram_bytes_max,
         serve=settings.dmoe.serve,
         stages=node.stage_host,
-        load_stage=lambda manifest, shard: load_stage(manifest, shard, node.store, node.options),
+        load_stage=node.cells.load_stage,
     )
     models = StoredModels(
         node.store, SwarmExperts(node.caller), node.options, identity.peer_id, chosen=_chosen(node.store, settings)
@@ -406,12 +406,23 @@ def _cells(node: Node) -> Cells:
     return Cells(
         node.store,
         lambda manifest, shard: ExpertShard(manifest, shard, node.store, node.options),
+        lambda manifest, shard: load_stage(manifest, shard, node.store, node.options),
         own=node.identity.peer_id,
         mode=dmoe.sandbox,  # type: ignore[arg-type]
         allow_unsandboxed=dmoe.allow_unsandboxed,
         device=dmoe.device,
-        options=CellOptions(threads=node.options.thread_count, call_seconds_max=dmoe.call_timeout_ms / 1000),
+        options=CellOptions(
+            threads=node.options.thread_count,
+            call_seconds_max=dmoe.call_timeout_ms / 1000,
+            kv_bytes_max=_stage_limits(node.settings, _ram_bytes_max(node.settings)).kv_bytes_max,
+        ),
     )
+
+
+def _ram_bytes_max(settings: Settings) -> int:
+    """Memory offered for shards."""
+    total: int = psutil.virtual_memory().total
+    return settings.dmoe.ram_bytes_max or total // 2
 
 
 def _stage_limits(settings: Settings, ram_bytes_max: int) -> Limits:

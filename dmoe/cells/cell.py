@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from config.vocabulary import MIB
 from dmoe.cells import lanes, sandbox
 from dmoe.cells.lanes import ANSWERED, LaneLost, ParentLane, lane_bytes
 from dmoe.core.manifest import Manifest, ModelFile, Shard
+from dmoe.store import disk_errors
 
 log = logging.getLogger("rios.security.cells")
 
@@ -55,6 +57,10 @@ CALM_SECONDS = 60.0
 """A cell that lived so long has mended its ways: the next pause is the first one again."""
 SLACK_BYTES = 256 * MIB
 """Address space per shard beyond its files and twice its memory."""
+SPOOL_SLACK_BYTES = 4 * MIB
+CACHE_SPACE = 8
+"""Address space for caches, times the memory that they may take: slots and positions grow by doubling, and while they
+move both places are there. Pages exist once they are written."""
 MESSAGE_BYTES_MAX = 64 << 10
 SPARE_LANES = 2
 """More than there are threads: for the event loop, and for one whose call was given up."""
@@ -69,7 +75,8 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "2",
 }
-"""Nothing of the parent's. One thread until the walls are up; few arenas, each of which takes address space."""
+"""Nothing of the parent's; the second one decides about bits, as in ``dmoe/runtime``. One thread until the walls are
+up; few arenas, each of which takes address space."""
 
 _ERRORS = {"IntegrityError": IntegrityError, "LocalError": LocalError}
 
@@ -95,6 +102,7 @@ class Options:
 
     threads: int = 1
     call_seconds_max: float = 10.0
+    kv_bytes_max: int = 0
     asked_bytes: int = lanes.ASKED_BYTES
     answer_bytes: int = lanes.ANSWER_BYTES
     boot: str = BOOT
@@ -121,8 +129,8 @@ class Content:
 
     @property
     def memory_bytes(self) -> int:
-        """Address space it may take."""
-        return self.shard.size_bytes + 2 * self.shard.ram_bytes + SLACK_BYTES
+        """Address space it may take: its files, maybe joined once more, and twice its memory."""
+        return 2 * self.shard.size_bytes + 2 * self.shard.ram_bytes + SLACK_BYTES
 
 
 @dataclass(slots=True, eq=False)
@@ -173,7 +181,9 @@ class Cell:
         self.options = options
         self._counters = counters
         self._contents: dict[int, Content] = {}
-        self._dropped: deque[int] = deque()
+        self.generation = 0
+        """Counts its processes: what one of them kept is gone in the next."""
+        self._said: deque[dict[str, Any]] = deque()
         self._numbers = 0
         self._link: _Link | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -262,9 +272,10 @@ class Cell:
         link = self._spawn()
         try:
             with self._control:
-                self._dropped.clear()
+                self._said.clear()  # what it was about is gone
+                self.generation += 1
                 for content in list(self._contents.values()):
-                    self._load(link, content)
+                    self._load_again(link, content)
         except BaseException:
             self._destroy(link)
             raise
@@ -273,6 +284,16 @@ class Cell:
             self.restarts += 1
             self._counters.restarted += 1
         return link
+
+    def _load_again(self, link: _Link, content: Content) -> None:
+        """One shard that cannot be read any more is not to keep the others away. Raises RiosError if the process is
+        lost."""
+        try:
+            self._load(link, content)
+        except RiosError as error:
+            if link.reason or link.process.poll() is not None:
+                raise
+            log.error("%s is not served any more by the cell of %s: %s", content.shard.id, self.name, error)
 
     def _spawn(self) -> _Link:
         options = self.options
@@ -333,8 +354,8 @@ class Cell:
             if self._closing or link.reason or link.gone:
                 return
             self._look_after(link)
-            if self._dropped:
-                self._drop(link)
+            if self._said:
+                self._pass_on(link)
 
     def _look_after(self, link: _Link) -> None:
         """Calls that were given up: their lanes come back, or the cell has had its time."""
@@ -423,18 +444,22 @@ class Cell:
     def drop(self, number: int) -> None:
         """Free a shard, soon; does not block."""
         if self._contents.pop(number, None) is not None:
-            self._dropped.append(number)
-            self._wake()
+            self.say({"do": "drop", "number": number})
 
-    def _drop(self, link: _Link) -> None:
-        """In the cell's thread: tell the process what to free. What a process that ended held is gone."""
+    def say(self, message: dict[str, Any]) -> None:
+        """Tell the process something, soon, if it still is the one that knows of it; does not block."""
+        self._said.append(message)
+        self._wake()
+
+    def _pass_on(self, link: _Link) -> None:
+        """In the cell's thread: what is to be said."""
         with self._control:
             try:
-                while self._dropped:
-                    self._tell_cell(link, {"do": "drop", "number": self._dropped.popleft()})
-                    self._allow_memory(link)
+                while self._said:
+                    self._tell_cell(link, self._said.popleft())
+                self._allow_memory(link)
             except RiosError as error:
-                self._kill(link, f"it did not free a shard: {error.message}")
+                self._kill(link, f"it does not obey: {error.message}")
 
     def _load(self, link: _Link, content: Content) -> None:
         manifest, shard = content.manifest, content.shard
@@ -444,6 +469,8 @@ class Cell:
             with content.files.path(manifest.model_id, file).open("rb") as opened:
                 message = {"do": "file", "path": file.path, "size": file.size_bytes}
                 self._tell_cell(link, message, [opened.fileno()])
+        if shard.kind == "stage" and manifest.architecture.router.kind == "all":
+            self._send_spool(link, content)
         text = manifest.to_json()
         descriptor = lanes.sealed_copy(text, "rios-manifest")
         try:
@@ -460,8 +487,18 @@ class Cell:
         finally:
             os.close(descriptor)
 
+    def _send_spool(self, link: _Link, content: Content) -> None:
+        """A nameless file for weights that are joined: their pages can be given back, unlike a process's own."""
+        folder = content.files.path(content.manifest.model_id, content.shard.files[0]).parent
+        size = content.shard.size_bytes + SPOOL_SLACK_BYTES
+        with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is met here, not by a signal in the cell
+            self._tell_cell(link, {"do": "spool", "size": size}, [file.fileno()])
+
     def _allow_memory(self, link: _Link) -> None:
-        size = link.base_bytes + sum(content.memory_bytes for content in self._contents.values())
+        contents = list(self._contents.values())
+        caches = self.options.kv_bytes_max if any(each.shard.kind == "stage" for each in contents) else 0
+        size = link.base_bytes + sum(each.memory_bytes for each in contents) + CACHE_SPACE * caches
         try:
             sandbox.allow_memory(link.process.pid, size)
         except OSError as error:

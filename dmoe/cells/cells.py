@@ -11,19 +11,23 @@ Invariants:
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from config.errors import LocalError
 from dmoe.cells import sandbox
 from dmoe.cells.cell import Cell, Counters, Options, Store
 from dmoe.cells.shard import CellShard
+from dmoe.cells.stage import CellStage
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.loaded import Shard as Loaded
+from dmoe.stages.segment import Segment
 
 log = logging.getLogger("rios.security.cells")
 
 Mode = Literal["auto", "required", "off"]
 Here = Callable[[Manifest, Shard], Loaded]
+StageHere = Callable[[Manifest, Shard], Segment]
+Opened = TypeVar("Opened", Loaded, Segment)
 
 
 class Cells:
@@ -33,6 +37,7 @@ class Cells:
         self,
         store: Store,
         here: Here,
+        stage_here: StageHere,
         *,
         own: str,
         mode: Mode = "auto",
@@ -40,12 +45,13 @@ class Cells:
         device: str = "auto",
         options: Options | None = None,
     ) -> None:
-        """``here`` opens a shard in this process; ``own`` is the peer id whose shards may run there; ``device`` is
-        what experts should run on: a cell has the CPU only."""
+        """``here`` and ``stage_here`` open shards in this process; ``own`` is the peer id whose shards may run there;
+        ``device`` is what experts should run on: a cell has the CPU only."""
         self.counters = Counters()
         self.mode = mode
         self._store = store
         self._here = here
+        self._stage_here = stage_here
         self._own = own
         self._allow_unsandboxed = allow_unsandboxed
         self._device = device
@@ -67,28 +73,42 @@ class Cells:
     def load(self, manifest: Manifest, shard: Shard) -> Loaded:
         """Open an expert shard where it belongs; blocking. Raises LocalError if it belongs in a cell and none can be
         had, and what opening raises."""
+        return self._opened(manifest, shard, self._here, CellShard)
+
+    def load_stage(self, manifest: Manifest, shard: Shard) -> Segment:
+        """The same for a stage."""
+        return self._opened(manifest, shard, self._stage_here, CellStage)
+
+    def _opened(
+        self,
+        manifest: Manifest,
+        shard: Shard,
+        here: Callable[[Manifest, Shard], Opened],
+        there: Callable[[Cell, Manifest, Shard, Store, Callable[[], None]], Opened],
+    ) -> Opened:
         if not self.needs_cell(manifest.publisher):
-            return self._here(manifest, shard)
-        why = self.refusal()
-        if not why:
-            return self._load(manifest, shard)
-        if self._may_run_here():
-            log.warning("%s of %s runs without a cell: %s", shard.id, manifest.publisher, why)
-            return self._here(manifest, shard)
-        self.counters.refused += 1
-        raise LocalError("local", f"{shard.id} of {manifest.publisher} needs a cell, and none can be had: {why}", _HINT)
-
-    def _may_run_here(self) -> bool:
-        return self.mode == "auto" and self._allow_unsandboxed
-
-    def _load(self, manifest: Manifest, shard: Shard) -> Loaded:
+            return here(manifest, shard)
+        if why := self.refusal():
+            self._check_allowed(manifest, shard, why)
+            return here(manifest, shard)
         cell = self._cell(manifest.publisher)
         try:
             cell.wait_up()
-            return CellShard(cell, manifest, shard, self._store, on_close=lambda: self._tidy(cell))
+            return there(cell, manifest, shard, self._store, lambda: self._tidy(cell))
         except BaseException:
             self._tidy(cell)
             raise
+
+    def _check_allowed(self, manifest: Manifest, shard: Shard, why: str) -> None:
+        """Raise LocalError unless the operator wants it to run in this process, without a cell."""
+        if not self._may_run_here():
+            self.counters.refused += 1
+            message = f"{shard.id} of {manifest.publisher} needs a cell, and none can be had: {why}"
+            raise LocalError("local", message, _HINT)
+        log.warning("%s of %s runs without a cell: %s", shard.id, manifest.publisher, why)
+
+    def _may_run_here(self) -> bool:
+        return self.mode == "auto" and self._allow_unsandboxed
 
     def _cell(self, publisher: str) -> Cell:
         """A publisher's cell, starting if it is new."""

@@ -26,11 +26,14 @@ import numpy as np
 
 from config.errors import LocalError, RiosError
 from dmoe.cells import sandbox
-from dmoe.cells.lanes import CellLane, lane_bytes
+from dmoe.cells.lanes import ANSWERED, CellLane, lane_bytes
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
+from dmoe.kv import Cache
 from dmoe.runtime import ExpertShard, IntRows, RuntimeOptions, ShardFiles, smoke
-from dmoe.shardfile import ShardFile
+from dmoe.segment import Part
+from dmoe.shardfile import FixedSpool, ShardFile, Spool
+from dmoe.stages.loading import load_stage
 
 MESSAGE_BYTES_MAX = 64 << 10
 
@@ -45,7 +48,13 @@ class Inside(Protocol):
         """Free everything."""
 
 
-Opener = Callable[[Manifest, Shard, ShardFiles, RuntimeOptions], Inside]
+class Files(ShardFiles, Protocol):
+    """A shard's files, and a place for weights that are joined out of them."""
+
+    spool: Spool | None
+
+
+Opener = Callable[[Manifest, Shard, Files, RuntimeOptions], Inside]
 
 
 class ExpertsInside:
@@ -71,15 +80,72 @@ class ExpertsInside:
         self._shard.close()
 
 
+OPEN, RUN = 1, 2
+"""What a stage's call asks for."""
+
+
+class StageInside:
+    """A stage's calls, caches included. Numbers behind the first: :data:`OPEN` cache, capacity, the cache that it
+    begins like (0: none), positions of that; :data:`RUN` parts, rows, width. In front of a run's rows stand, for each
+    part, its cache, position and rows as i64."""
+
+    def __init__(self, manifest: Manifest, shard: Shard, files: Files, options: RuntimeOptions) -> None:
+        self._layers = load_stage(manifest, shard, files, options, files.spool)
+        self._caches: dict[int, Cache] = {}
+        self._lock = threading.Lock()
+
+    def answer(self, lane: CellLane, numbers: Sequence[int]) -> None:
+        """See :class:`Inside`."""
+        with self._lock:
+            if numbers[0] == OPEN:
+                self._open(*numbers[1:5])
+                lane.reply(ANSWERED)
+            else:
+                lane.give(self._run(lane, *numbers[1:4]))
+
+    def _open(self, number: int, capacity: int, like: int, length: int) -> None:
+        pool = self._layers.opened.pool
+        self._caches[number] = pool.open(capacity, self._caches[like] if like else None, length)
+
+    def _run(self, lane: CellLane, count: int, rows: int, width: int) -> FloatRows:
+        places = np.frombuffer(lane.asked, np.int64, 3 * count).reshape(count, 3).tolist()
+        x = np.frombuffer(lane.asked, np.float32, rows * width, 24 * count).reshape(rows, width)
+        parts = []
+        for number, position, length in places:
+            cache = self._caches[number]
+            cache.truncate(position)
+            parts.append(Part(cache, length))
+        return self._layers.opened.compute(x, parts)
+
+    def forget(self, number: int) -> None:
+        """Free a cache."""
+        with self._lock:
+            if (cache := self._caches.pop(number, None)) is not None:
+                cache.close()
+
+    def close(self) -> None:
+        """See :class:`Inside`."""
+        with self._lock:
+            self._layers.close()
+            self._caches.clear()
+
+
 class _Received:
-    """Files that came as open descriptors (:class:`dmoe.runtime.ShardFiles`)."""
+    """Files that came as open descriptors (:class:`Files`)."""
 
     def __init__(self) -> None:
+        self.spool: Spool | None = None
         self._files: dict[str, ShardFile] = {}
 
     def add(self, path: str, descriptor: int, size: int) -> None:
         try:
             self._files[path] = ShardFile(Path(path), descriptor, size)
+        finally:
+            os.close(descriptor)
+
+    def add_spool(self, descriptor: int, size: int) -> None:
+        try:
+            self.spool = FixedSpool(descriptor, size)
         finally:
             os.close(descriptor)
 
@@ -119,6 +185,8 @@ class Program:
         match message["do"]:
             case "file":
                 self._received.add(message["path"], descriptors[0], message["size"])
+            case "spool":
+                self._received.add_spool(descriptors[0], message["size"])
             case "load":
                 try:
                     text = mmap.mmap(descriptors[0], message["size"], access=mmap.ACCESS_READ)
@@ -130,9 +198,12 @@ class Program:
                 opener = self._openers[shard.kind]
                 self._shards[message["number"]] = opener(manifest, shard, received, self._options)
             case "drop":
-                self._shards.pop(message["number"]).close()
-            case "ping":
-                pass
+                if (shard_inside := self._shards.pop(message["number"], None)) is not None:
+                    shard_inside.close()
+            case "forget":
+                stage = self._shards.get(message["number"])
+                if isinstance(stage, StageInside):
+                    stage.forget(message["cache"])
 
     def serve(self, lane: CellLane) -> None:
         """Answer the calls of a lane until the parent hangs up."""
@@ -143,7 +214,7 @@ class Program:
                 lane.fail(f"{type(error).__name__}: {error}")
 
 
-OPENERS: Mapping[str, Opener] = {"expert": ExpertsInside}
+OPENERS: Mapping[str, Opener] = {"expert": ExpertsInside, "stage": StageInside}
 
 
 def main(arguments: Sequence[str], openers: Mapping[str, Opener] = OPENERS) -> None:

@@ -77,7 +77,6 @@ def enter(keep: Collection[int]) -> list[Wall]:
 
 def _enter(keep: Collection[int]) -> list[Wall]:
     _close_descriptors(keep)
-    os.environ.clear()
     os.chdir("/")
     os.umask(0o077)
     _prefer_to_be_killed()

@@ -210,7 +210,11 @@ class LoadedStage:
             return False
         job.prepare()
         start = job.started = perf_counter()
-        y = self.segment.compute(job.x, [Part(place.cache, place.rows) for place in job.places])
+        try:
+            y = self.segment.compute(job.x, [Part(place.cache, place.rows) for place in job.places])
+        except RiosError:
+            self.row_seconds = 2 * INLINE_SECONDS_MAX  # in a thread next time
+            raise
         if y is None:
             return False
         job.answer, job.ended = y.copy(), perf_counter()

@@ -21,6 +21,7 @@ from dmoe.cells.cell import BOOT, Cell, Counters, Options
 from dmoe.cells.cells import Cells
 from dmoe.cells.shard import CellShard
 from dmoe.runtime import ExpertShard, RuntimeOptions
+from dmoe.stages.loading import load_stage
 from tests.unit.dmoe import hostile_cell
 from tests.unit.dmoe.model_kit import HIDDEN, PUBLISHER, tiny
 
@@ -377,6 +378,7 @@ def make(model):
         cells = Cells(
             store,
             lambda manifest, shard: ExpertShard(manifest, shard, store, OPTIONS),
+            lambda manifest, shard: load_stage(manifest, shard, store, OPTIONS),
             **{"own": "somebody else", **kwargs},
         )
         made.append(cells)
