@@ -46,7 +46,7 @@ from dmoe.models import StoredModels, SwarmExperts
 from dmoe.passes import PassOptions
 from dmoe.planning import Planner, wishes_of
 from dmoe.ports import Quote
-from dmoe.runtime import ExpertShard, RuntimeOptions
+from dmoe.runtime import ExpertShard, RuntimeOptions, check_version
 from dmoe.stages.caller import StageCaller
 from dmoe.stages.chain import Account
 from dmoe.stages.directions import Directions
@@ -248,6 +248,7 @@ def _exit_at_the_latest(seconds: float) -> None:
 @asynccontextmanager
 async def open_node(settings: Settings, paths: Paths, identity: Identity) -> AsyncIterator[Node]:
     """A running node with all its parts."""
+    check_version()
     node = Node(settings, paths, identity)
     genesis = founding.in_force(settings, paths)
     measured = await trio.to_thread.run_sync(hardware.measure)

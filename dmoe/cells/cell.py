@@ -49,7 +49,7 @@ START_SECONDS_MAX = 30.0
 LOAD_SECONDS_MAX = 30.0
 LOAD_BYTES_PER_SECOND = 20 * MIB
 """A load may take so long on top, by its size: packing weights on a busy machine."""
-LOOP_SECONDS = 0.5
+LOOP_SECONDS = 0.25
 """For so long a call may hold up the event loop."""
 PAUSE_FIRST_SECONDS, PAUSE_SECONDS_MAX = 0.1, 60.0
 """Before a cell that ended is started again; doubled each time."""
