@@ -36,8 +36,8 @@ from config.settings import DmoeSettings, Settings, chosen_route
 from config.vocabulary import KFLOP_PER_TFLOP, MIB
 from dmoe import hardware
 from dmoe.caller import Caller
-from dmoe.cells.cell import Options as CellOptions
 from dmoe.cells.cells import Cells
+from dmoe.cells.link import Options as CellOptions
 from dmoe.core.manifest import Manifest
 from dmoe.core.plan import KINDS
 from dmoe.engine import Engine

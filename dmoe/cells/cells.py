@@ -15,7 +15,9 @@ from typing import Any, Literal, TypeVar
 
 from config.errors import LocalError
 from dmoe.cells import sandbox
-from dmoe.cells.cell import Cell, Counters, Options, Store
+from dmoe.cells.cell import Cell, Counters
+from dmoe.cells.content import Store
+from dmoe.cells.link import Options
 from dmoe.cells.shard import CellShard
 from dmoe.cells.stage import CellStage
 from dmoe.core.manifest import Manifest, Shard

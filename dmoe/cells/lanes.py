@@ -64,6 +64,11 @@ class LaneLost(Exception):
         self.gone = gone
 
 
+def printable(text: str) -> str:
+    """A stranger's words without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def lane_bytes(asked: int, answer: int) -> int:
     """What a lane takes of the shared memory."""
     return HEAD_BYTES + asked + answer
@@ -184,8 +189,7 @@ class ParentLane(_Side):
 
     def error_text(self, size: int) -> str:
         """What a cell says of a failure, copied out, printable."""
-        text = bytes(self.answer[: max(0, min(size, ERROR_BYTES_MAX))]).decode(errors="replace")
-        return "".join(letter if letter.isprintable() else "?" for letter in text)
+        return printable(bytes(self.answer[: max(0, min(size, ERROR_BYTES_MAX))]).decode(errors="replace"))
 
     def close(self) -> None:
         """Hang up; the memory goes with the last who looks at it."""

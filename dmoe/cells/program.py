@@ -174,11 +174,11 @@ class Program:
                 self._obey(message, descriptors)
                 answer: dict[str, Any] = {"ok": True}
             except RiosError as error:
-                answer = {"code": error.code, "error": error.message, "kind": type(error).__name__}
+                answer = {"error": error.message, "kind": type(error).__name__}
             except MemoryError:
-                answer = {"code": "local", "error": "its memory limit was reached", "kind": "LocalError"}
+                answer = {"error": "its memory limit was reached", "kind": "LocalError"}
             except Exception as error:  # noqa: BLE001 - said to the parent, which decides
-                answer = {"code": "internal", "error": f"{type(error).__name__}: {error}"[:500], "kind": "LocalError"}
+                answer = {"error": f"{type(error).__name__}: {error}"[:500], "kind": "LocalError"}
             self._control.send(msgspec.json.encode(answer))
 
     def _obey(self, message: dict[str, Any], descriptors: list[int]) -> None:
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str], openers: Mapping[str, Opener] = OPENERS) -> N
             return
         first = {"ok": True, "walls": [asdict(wall) for wall in walls]}
     except RiosError as error:
-        control.send(msgspec.json.encode({"code": error.code, "error": str(error), "kind": type(error).__name__}))
+        control.send(msgspec.json.encode({"error": str(error), "kind": type(error).__name__}))
         return
     control.send(msgspec.json.encode(first))
     program = Program(control, openers, options)

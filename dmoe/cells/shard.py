@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dmoe.cells.cell import Cell, Store
+from dmoe.cells.cell import Cell
+from dmoe.cells.content import Store
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows

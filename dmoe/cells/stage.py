@@ -15,7 +15,8 @@ import numpy as np
 import trio
 
 from config.errors import RequestError
-from dmoe.cells.cell import Cell, Store
+from dmoe.cells.cell import Cell
+from dmoe.cells.content import Store
 from dmoe.cells.program import OPEN, RUN
 from dmoe.cells.shard import CALL_SECONDS_MIN, FLOPS_PER_SECOND_MIN
 from dmoe.core.manifest import Manifest, Shard

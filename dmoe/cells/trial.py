@@ -1,6 +1,7 @@
 """A cell for a moment: what is really in force on this machine, for ``rios doctor``."""
 
-from dmoe.cells.cell import Cell, Counters, Options
+from dmoe.cells.cell import Cell, Counters
+from dmoe.cells.link import Options
 from dmoe.cells.sandbox import Wall
 
 

@@ -21,7 +21,8 @@ from time import perf_counter
 
 import numpy as np
 
-from dmoe.cells.cell import Cell, Counters, Options
+from dmoe.cells.cell import Cell, Counters
+from dmoe.cells.link import Options
 from dmoe.cells.shard import CellShard
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from tests.unit.dmoe.model_kit import tiny

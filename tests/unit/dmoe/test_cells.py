@@ -17,8 +17,9 @@ import trio
 
 from config.errors import IntegrityError, LocalError, RemoteError
 from dmoe.cells import kernel, lanes, sandbox, trial
-from dmoe.cells.cell import BOOT, Cell, Counters, Options
+from dmoe.cells.cell import Cell, Counters
 from dmoe.cells.cells import Cells
+from dmoe.cells.link import BOOT, Options
 from dmoe.cells.shard import CellShard
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.stages.loading import load_stage
@@ -353,7 +354,8 @@ def test_cells_end_with_their_node(tmp_path):
     """The node is killed: nothing of it has a chance to tidy up."""
     script = (
         "import os, signal, sys\n"
-        "from dmoe.cells.cell import Cell, Counters, Options\n"
+        "from dmoe.cells.cell import Cell, Counters\n"
+        "from dmoe.cells.link import Options\n"
         "cell = Cell('x', Options(), Counters())\n"
         "cell.start(); cell.wait_up()\n"
         "print(cell.pid, flush=True)\n"
