@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from config.errors import LocalError, RemoteError, RiosError
 from dmoe.cells import sandbox
 from dmoe.cells.content import Content, Store
-from dmoe.cells.lanes import ANSWERED, LaneLost, ParentLane
+from dmoe.cells.lanes import ANSWERED, ANSWERER_SPIN_SECONDS, LaneLost, ParentLane
 from dmoe.cells.link import START_SECONDS_MAX, Link, Options, Starting
 from dmoe.core.manifest import Manifest, Shard
 
@@ -45,6 +45,8 @@ PAUSE_FIRST_SECONDS, PAUSE_SECONDS_MAX = 0.1, 60.0
 """Before a cell that ended is started again; doubled each time."""
 CALM_SECONDS = 60.0
 """A cell that lived so long has mended its ways: the next pause is the first one again."""
+IDLE_CHECK_SECONDS, IDLE_SHARE_MAX = 10.0, 0.2
+"""A cell that nobody waits for may use this share of one core: waking up, looking for the next call."""
 CACHE_SPACE = 8
 """Address space for caches, times the memory that they may take: slots and positions grow by doubling, and while they
 move both places are there. Pages exist once they are written."""
@@ -79,6 +81,33 @@ class Answer:
 
     def __exit__(self, *_: object) -> None:
         self._free.append(self.lane)
+
+
+class _Idleness:
+    """Whether a process computes while nobody waits for it: it might work for somebody else."""
+
+    def __init__(self, link: Link, threads: int) -> None:
+        self.due = monotonic() + IDLE_CHECK_SECONDS
+        self._link = link
+        self._threads = threads
+        self._used, self._asked = self._figures()
+
+    def is_busy(self, now: float) -> bool:
+        """Looks every :data:`IDLE_CHECK_SECONDS`; else False."""
+        if now < self.due:
+            return False
+        self.due = now + IDLE_CHECK_SECONDS
+        used, asked = self._figures()
+        spent = used - self._used - (1 + self._threads) * (asked - self._asked)
+        self._used, self._asked = used, asked
+        late = bool(self._link.late)  # what was given up is still being computed
+        return not late and spent > IDLE_SHARE_MAX * IDLE_CHECK_SECONDS
+
+    def _figures(self) -> tuple[float, float]:
+        try:
+            return self._link.cpu_seconds(), self._link.asked_seconds
+        except OSError:
+            return 0.0, 0.0  # it has ended, and that is noticed elsewhere
 
 
 class Cell:
@@ -217,9 +246,10 @@ class Cell:
         poll = select.poll()
         poll.register(link.control, 0)  # only whether it hung up
         poll.register(self._wake_read, select.POLLIN)
+        idle = _Idleness(link, self.options.threads)
         while True:
-            due = min(link.late.values(), default=None)
-            ready = poll.poll(None if due is None else max(0.0, due - monotonic()) * 1000 + 1)
+            due = min([idle.due, *link.late.values()])
+            ready = poll.poll(max(0.0, due - monotonic()) * 1000 + 1)
             for descriptor, _ in ready:
                 if descriptor != self._wake_read.fileno():
                     return
@@ -227,6 +257,8 @@ class Cell:
             if self._closing or link.is_lost:
                 return
             self._look_after(link)
+            if idle.is_busy(monotonic()):
+                self._kill(link, "it computes without being asked")
             if self._said:
                 self._pass_on(link)
 
@@ -351,7 +383,8 @@ class Cell:
         if on_loop and link.late:
             raise self._unavailable("it is late with another call")
         seconds = min(seconds, self.options.call_seconds_max)
-        due = monotonic() + seconds
+        begun = monotonic()
+        due = begun + seconds
         lane = self._free_lane(link, 0 if on_loop else due)
         try:
             lane.ask(numbers, parts)
@@ -366,6 +399,8 @@ class Cell:
         except BaseException:
             link.free.append(lane)
             raise
+        finally:
+            link.asked_seconds += monotonic() - begun + ANSWERER_SPIN_SECONDS
         answer = Answer(lane, link.free)
         self._counters.calls += 1
         status, size, *_ = lane.numbers()

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from mmap import mmap
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -86,12 +87,19 @@ class Link:
         """Why it is to be killed."""
         self.gone = False
         """It hung up."""
+        self.asked_seconds = 0.0
+        """For how long it was waited for: what it may have computed in."""
         self._base_bytes = sandbox.memory_allowed(process.pid)
 
     @property
     def is_lost(self) -> bool:
         """Whether nothing may be asked of it any more."""
         return bool(self.reason) or self.gone
+
+    def cpu_seconds(self) -> float:
+        """Processor time that it has used. Raises OSError if it has ended."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def allow_memory(self, size: int) -> None:
         """Let it have so much address space beyond what it started with. Raises LocalError."""
@@ -104,6 +112,7 @@ class Link:
         """Say something on the control socket and wait for the answer. Raises the error that it tells of, RemoteError
         ``unavailable`` if it does not answer: then it is lost."""
         self.control.settimeout(seconds)
+        begun = monotonic()
         try:
             socket.send_fds(self.control, [msgspec.json.encode(message)], list(descriptors))
         except OSError as error:
@@ -114,6 +123,8 @@ class Link:
         except RemoteError as error:
             self.reason = self.reason or f"asked to {message['do']}: {error.message}"
             raise
+        finally:
+            self.asked_seconds += monotonic() - begun
 
     def destroy(self) -> None:
         """Kill and reap the process, hang up."""

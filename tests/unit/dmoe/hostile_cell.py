@@ -18,7 +18,7 @@ import numpy as np
 
 from dmoe.cells import program
 
-HONEST, ATTEMPTS, LOOP, BOMB, LEAVE, CRASH, EXEC, TRACE, SCRIBBLE, RING, NAN, LIE, SHARED_BOMB, CRASH_ALWAYS = range(14)
+HONEST, ATTEMPTS, LOOP, BOMB, LEAVE, CRASH, EXEC, TRACE, SCRIBBLE, RING, NAN, LIE, SHARED_BOMB, MINE = range(14)
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from tests.unit.dmoe.hostile_cell import main; main(sys.argv[2:])"
@@ -104,6 +104,9 @@ class Hostile(program.ExpertsInside):
         elif deed == SCRIBBLE:
             threading.Thread(target=_scribble, args=[lane], daemon=True).start()
             super().answer(lane, numbers)
+        elif deed == MINE:
+            threading.Thread(target=_mine, daemon=True).start()
+            super().answer(lane, numbers)
         elif deed == RING:
             for _ in range(200):
                 lane._bell.send(b"\0" * 8)
@@ -128,6 +131,11 @@ def _scribble(lane):
     end = time.monotonic() + 5
     while time.monotonic() < end:
         whole[: 1 << 20] = random.integers(0, 255, 1 << 20, np.uint8)
+
+
+def _mine():
+    while True:
+        pass
 
 
 def _tried(do):

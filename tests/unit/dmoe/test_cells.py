@@ -238,6 +238,18 @@ def test_an_endless_loop_ends_with_its_deadline(model):
         assert not psutil.pid_exists(first)
 
 
+def test_a_cell_that_computes_for_itself_is_ended(model, monkeypatch):
+    monkeypatch.setattr("dmoe.cells.cell.IDLE_CHECK_SECONDS", 0.5)
+    with hostile(model) as (cell, shard, counters):
+        for _ in range(300):  # an honest one may be asked all the time
+            shard.partial(0, rows())
+        shard.partial(0, rows(deed=hostile_cell.MINE))
+        until(lambda: counters.killed == 1)
+        assert "without being asked" in cell.last_end
+        h = rows()
+        assert (again(shard, h) == here(model).partial(0, h)).all()
+
+
 async def test_the_event_loop_is_not_held_up_by_a_late_cell(model, monkeypatch):
     monkeypatch.setattr("dmoe.cells.cell.LOOP_SECONDS", 0.05)
     _store, _manifest = model
