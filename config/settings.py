@@ -201,6 +201,16 @@ class DmoeSettings:
         minimum=0,
         maximum=1_000_000,
     )
+    sandbox: str = _setting(
+        "auto",
+        "Where shards that this node serves run. auto: those of other publishers in cells (processes without network "
+        "and files), this node's own here. required: all of them in cells. off: none. Where no cell can be had, what "
+        "belongs in one is refused (rios doctor says why).",
+        choices=("auto", "required", "off"),
+    )
+    allow_unsandboxed: bool = _setting(
+        False, 'With sandbox = "auto": serve shards of other publishers without a cell where none can be had.'
+    )
     on_missing: str = _setting(
         "fail",
         "If nobody has an expert that a sparse router chose. fail: the answer ends with an error. renormalise: the "

@@ -8,7 +8,8 @@ A request goes down this list, a shard's answer comes back up:
 - a model here: ``layers`` the loop over ``segment`` and ``kv`` caches; ``attention``, ``latent``, ``graphs``,
   ``operators`` the graphs; ``weights``, ``runtime``, ``pages`` what they are loaded with; ``layerwise``, ``golden``
 - experts at peers: ``caller``, ``session``, ``asking``, ``jobs``, ``hedging``, ``replicas``, ``purse``, ``tally``
-- experts for peers: ``worker``, ``batches``, ``loaded``, ``threads``; ``stages/`` is both sides of whole layers
+- experts for peers: ``worker``, ``batches``, ``loaded``, ``threads``; ``stages/`` is both sides of whole layers;
+  ``cells/`` the processes in which strangers' shards run
 - a node's share of the models: ``hosting``, ``taking``, ``fetching``, ``deployments``, ``store``, ``shardfile``
 - what this machine can do: ``hardware``, ``measuring``
 

@@ -23,10 +23,10 @@ from time import perf_counter
 import numpy as np
 import trio
 
-from config.errors import BusyError, RemoteError
+from config.errors import BusyError, RemoteError, RiosError
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.wire import FloatRows
-from dmoe.loaded import Job, LoadedShard, joined
+from dmoe.loaded import LOOP_SECONDS_LOST, Job, LoadedShard, joined
 from dmoe.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -95,21 +95,30 @@ class Batches:
         experts: Indices | None,
         weights: Weights | None,
     ) -> list[FloatRows] | None:
-        """The unrounded partial sums of one layer, a matrix per shard, at once; None if they should queue."""
+        """The unrounded partial sums of one layer, a matrix per shard, at once; None if they should queue.
+
+        Raises what a shard raises; one that failed, or was far slower than expected, runs in threads for a while.
+        """
         if self.crowded():
             return None
         start = perf_counter()
         expected = 0.0
         for loaded in shards:
-            if not loaded.free:
+            if not loaded.free or not loaded.away.is_over(start):
                 return None
             expected += loaded.row_seconds
         if expected * len(rows) > INLINE_SECONDS_MAX:
             return None
         out = []
         for loaded in shards:
-            out.append(loaded.shard.partial(layer, rows, experts, weights))
+            try:
+                out.append(loaded.shard.partial(layer, rows, experts, weights))
+            except RiosError:
+                loaded.away.begin(perf_counter())
+                raise
             self._last_end = perf_counter()
+            if self._last_end - start > LOOP_SECONDS_LOST:
+                loaded.away.begin(self._last_end)
             loaded.ran(len(rows), self._last_end - start)
             loaded.calls_at_once += 1
             start = self._last_end
@@ -197,7 +206,7 @@ class Batches:
             if not loaded.waiting or loaded.running:  # its callers may have gone
                 continue
             batch = _Batch(loaded, loaded.take(self._batch_rows_max), self._ended)
-            if batch.seconds > HOP_SECONDS:
+            if batch.seconds > HOP_SECONDS or not loaded.away.is_over(perf_counter()):
                 batch.start(self._threads, self._threads.free - kept)
                 continue
             self._starting = True
@@ -298,6 +307,8 @@ class _Batch:
             weights = None if self._weights is None else self._weights[rows]
             layer = self._jobs[0].layer
             self._answers[part] = self._loaded.shard.partial(layer, self._rows[rows], experts, weights)
+        except RiosError as error:  # a cell that ended: it has said so itself
+            self._error = error
         except Exception as error:
             log.exception("running %s failed", self._loaded.plan.shard_id)
             self._error = error

@@ -16,8 +16,32 @@ from dmoe.core.manifest import Shard as ManifestShard
 from dmoe.core.wire import Dtype, FloatRows
 
 LATENCIES_KEPT = 512
+LOOP_SECONDS_LOST = 0.05
+"""A call that held up the event loop for so long was not the quick one that was expected."""
+AWAY_SECONDS_FIRST, AWAY_SECONDS_MAX = 2.0, 60.0
+"""For so long it is then run in threads only; doubled each time."""
 FASTER, SLOWER = 0.5, 0.1
 """Weights of a new measurement: a slow one is more often the machine's doing than the shard's."""
+
+
+class Away:
+    """Whether something may run on the event loop: what was slow there, or failed, may not for a while. Some shards
+    are other people's, and a row's time is learnt from what they choose to take."""
+
+    __slots__ = ("_seconds", "_until")
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._seconds = AWAY_SECONDS_FIRST
+
+    def is_over(self, now: float) -> bool:
+        """Whether it may run on the loop."""
+        return now >= self._until
+
+    def begin(self, now: float) -> None:
+        """It may not, from now on."""
+        self._until = now + self._seconds
+        self._seconds = min(AWAY_SECONDS_MAX, 2 * self._seconds)
 
 
 class Shard(Protocol):
@@ -93,6 +117,7 @@ class LoadedShard:
     passed_over: int = 0
     """Batches of other shards that ran while rows waited here."""
     row_seconds: float = 0.0002
+    away: Away = field(default_factory=Away)
     rows: int = 0
     rows_computed: int = 0
     """For peers and for this node's own answers."""

@@ -12,6 +12,7 @@ Invariants:
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -46,6 +47,19 @@ is 10 % faster on idle cores and half as fast on shared ones."""
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
+
+VERSION_MIN, VERSION_MIN_CUDA = (1, 32), (1, 31)
+"""Of ONNX Runtime: older ones have known faults in what they read. The build for CUDA is published later."""
+
+
+def check_version() -> None:
+    """Raise LocalError if ONNX Runtime is too old."""
+    found = tuple(int(part) for part in re.findall(r"\d+", ort.__version__)[:2])
+    needed = VERSION_MIN_CUDA if _CUDA in ort.get_available_providers() else VERSION_MIN
+    if found < needed:
+        wanted = ".".join(map(str, needed))
+        message = f"ONNX Runtime {ort.__version__} is too old: {wanted} or later is needed"
+        raise LocalError("local", message, f"pip install 'onnxruntime>={wanted}'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +320,9 @@ def head_weights(arch: Architecture, tensors: Mapping[str, Array]) -> tuple[Arra
 
 
 def smoke(options: RuntimeOptions) -> None:
-    """One small expert on the device of ``options``. Raises LocalError if it cannot run or computes wrongly."""
+    """One small expert on the device of ``options``. Raises LocalError if ONNX Runtime is too old, cannot run or
+    computes wrongly."""
+    check_version()
     gate_up = Linear({"w": np.ones((64, 32), np.float32)})
     down = Linear({"w": np.ones((32, 32), np.float32)})
     session = open_session(expert_graph(gate_up, down), threads=1, providers=options.providers())

@@ -88,6 +88,7 @@ class Segment(Protocol):
 
     first: int
     last: int
+    pool: KvPool
     is_here: bool
     """Whether ``compute`` works: nothing is elsewhere."""
 
@@ -254,9 +255,10 @@ class FusedSegment(_Layers):
         options: RuntimeOptions,
         first: int = 0,
         last: int | None = None,
+        spool: Spool | None = None,
     ) -> None:
-        """``files`` hold at least these layers' trunk and experts. ``last``: None is the model's last layer. Raises
-        LocalError for a sparse model."""
+        """``files`` hold at least these layers' trunk and experts. ``last``: None is the model's last layer. ``spool``:
+        where joined weights lie; None: beside the files. Raises LocalError for a sparse model."""
         super().__init__(manifest, first, manifest.architecture.layers - 1 if last is None else last)
         arch = self.architecture
         if arch.router.kind != "all":
@@ -264,7 +266,7 @@ class FusedSegment(_Layers):
                 "local", f"{manifest.name}: only dense models have a fused graph", "use the route experts or local"
             )
         tensors = merged(files)
-        spool = Spool(files[0].path.parent)
+        spool = spool or Spool(files[0].path.parent)
         layers = [
             (layer_weights(arch, tensors, layer), *_joined(manifest, tensors, layer, spool))
             for layer in range(first, self.last + 1)

@@ -59,11 +59,16 @@ def to_bytes(tensors: Mapping[str, Array]) -> list[bytes | memoryview]:
 class ShardFile:
     """An open shard file: ``tensors`` are read-only views into its memory map."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None, size: int = 0) -> None:
+        """``descriptor``: the file is open already, with ``size`` bytes, and ``path`` only its name; the map keeps a
+        copy of it."""
         self.path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if descriptor is not None:
+                self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            else:
+                with path.open("rb") as file:
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise LocalError("not_found", f"{path} is missing", "fetch or import the model again") from error
         except OSError as error:  # no word about the file: memory, rights, open files
@@ -103,6 +108,25 @@ class Spool:
         """As :meth:`ShardFile.release_pages`."""
         for kept in self._maps:
             kept.madvise(mmap.MADV_DONTNEED)
+
+
+class FixedSpool(Spool):
+    """The same in one file of a fixed size that somebody else has made and opened."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._map = mmap.mmap(descriptor, size)
+        self._maps = [self._map]
+        self._used = 0
+
+    def keep(self, array: Array) -> Array:
+        """See :class:`Spool`. Raises LocalError if the file is full."""
+        if self._used + array.nbytes > len(self._map):
+            raise LocalError("local", f"{array.nbytes} bytes of joined weights do not fit where they belong")
+        kept = np.frombuffer(self._map, array.dtype, array.size, self._used).reshape(array.shape)
+        kept[:] = array
+        self._used += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        kept.flags.writeable = False
+        return kept
 
 
 def _parse(data: mmap.mmap, path: Path) -> dict[str, Array]:

@@ -36,6 +36,8 @@ from config.settings import DmoeSettings, Settings, chosen_route
 from config.vocabulary import KFLOP_PER_TFLOP, MIB
 from dmoe import hardware
 from dmoe.caller import Caller
+from dmoe.cells.cells import Cells
+from dmoe.cells.link import Options as CellOptions
 from dmoe.core.manifest import Manifest
 from dmoe.core.plan import KINDS
 from dmoe.engine import Engine
@@ -44,7 +46,7 @@ from dmoe.models import StoredModels, SwarmExperts
 from dmoe.passes import PassOptions
 from dmoe.planning import Planner, wishes_of
 from dmoe.ports import Quote
-from dmoe.runtime import ExpertShard, RuntimeOptions
+from dmoe.runtime import ExpertShard, RuntimeOptions, check_version
 from dmoe.stages.caller import StageCaller
 from dmoe.stages.chain import Account
 from dmoe.stages.directions import Directions
@@ -86,6 +88,7 @@ class Node:
         self.network: PeerNetwork
         self.worker: Worker
         self.caller: Caller
+        self.cells: Cells
         self.stage_host: StageHost
         self.stages: StageCaller
         self.hosting: Hosting
@@ -245,6 +248,7 @@ def _exit_at_the_latest(seconds: float) -> None:
 @asynccontextmanager
 async def open_node(settings: Settings, paths: Paths, identity: Identity) -> AsyncIterator[Node]:
     """A running node with all its parts."""
+    check_version()
     node = Node(settings, paths, identity)
     genesis = founding.in_force(settings, paths)
     measured = await trio.to_thread.run_sync(hardware.measure)
@@ -267,6 +271,8 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
     allow = (*settings.p2p.allow, *(swarm.allow if swarm else ()))
     p2p_settings = replace(settings.p2p, seeds=listed, seeds_file="", allow=allow)
     async with AsyncExitStack() as stack:
+        node.cells = _cells(node)
+        stack.callback(node.cells.close)
         node.network = await stack.enter_async_context(
             open_network(
                 identity,
@@ -325,7 +331,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         call_timeout_ms=settings.dmoe.call_timeout_ms,
         renormalise=settings.dmoe.on_missing == "renormalise",
     )
-    ram_bytes_max = settings.dmoe.ram_bytes_max or psutil.virtual_memory().total // 2
+    ram_bytes_max = _ram_bytes_max(settings)
     node.stage_host = StageHost(
         network,
         quote=quote,
@@ -337,14 +343,14 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         network,
         node.store,
         node.worker,
-        load=lambda manifest, shard: ExpertShard(manifest, shard, node.store, node.options),
+        load=node.cells.load,
         state_file=node.paths.hosting,
         publishers=allowed_publishers(node, genesis),
         disk_bytes_max=settings.dmoe.disk_bytes_max,
         ram_bytes_max=ram_bytes_max,
         serve=settings.dmoe.serve,
         stages=node.stage_host,
-        load_stage=lambda manifest, shard: load_stage(manifest, shard, node.store, node.options),
+        load_stage=node.cells.load_stage,
     )
     models = StoredModels(
         node.store, SwarmExperts(node.caller), node.options, identity.peer_id, chosen=_chosen(node.store, settings)
@@ -393,6 +399,31 @@ def pass_options(dmoe: DmoeSettings) -> PassOptions:
         drafts_max=dmoe.drafts_max,
         prefix_positions_max=dmoe.prefix_cache_tokens,
     )
+
+
+def _cells(node: Node) -> Cells:
+    """Where the shards served here run."""
+    dmoe = node.settings.dmoe
+    return Cells(
+        node.store,
+        lambda manifest, shard: ExpertShard(manifest, shard, node.store, node.options),
+        lambda manifest, shard: load_stage(manifest, shard, node.store, node.options),
+        own=node.identity.peer_id,
+        mode=dmoe.sandbox,  # type: ignore[arg-type]
+        allow_unsandboxed=dmoe.allow_unsandboxed,
+        device=dmoe.device,
+        options=CellOptions(
+            threads=node.options.thread_count,
+            call_seconds_max=dmoe.call_timeout_ms / 1000,
+            kv_bytes_max=_stage_limits(node.settings, _ram_bytes_max(node.settings)).kv_bytes_max,
+        ),
+    )
+
+
+def _ram_bytes_max(settings: Settings) -> int:
+    """Memory offered for shards."""
+    total: int = psutil.virtual_memory().total
+    return settings.dmoe.ram_bytes_max or total // 2
 
 
 def _stage_limits(settings: Settings, ram_bytes_max: int) -> Limits:

@@ -305,6 +305,34 @@ def _runtime(patient: Patient) -> Iterator[Finding]:
     yield Finding("ok", f"ONNX Runtime computes ({providers})")
 
 
+def _sandbox(patient: Patient) -> Iterator[Finding]:
+    """a stranger's shard must reach neither files nor network nor keys"""
+    from dmoe.cells import sandbox, trial  # noqa: PLC0415 - loads ONNX Runtime
+
+    dmoe = patient.loaded.settings.dmoe
+    if dmoe.sandbox == "off":
+        why = "a fault in ONNX Runtime would open this node's keys to a stranger's shard"
+        yield Finding("warn", "dmoe.sandbox is off: every shard runs in the node's process", why, 'sandbox = "auto"')
+        return
+    lacks = sandbox.missing() or ("cells run on the CPU, dmoe.device is cuda" if dmoe.device == "cuda" else "")
+    if lacks:
+        allowed = dmoe.allow_unsandboxed and dmoe.sandbox == "auto"
+        why = "other publishers' shards run in the node's process" if allowed else "shards that need a cell are refused"
+        yield Finding("warn", f"no cells: {lacks}", why, "run RiOS on Linux 5.13 or later, and let it use seccomp")
+        return
+    for wall in trial.walls():
+        why = "" if wall.in_force else "one wall less around a stranger's shard"
+        level: Level = "ok" if wall.in_force or wall.name == "user" else "warn"
+        text = f"cells: {wall.name}: {wall.why}" if wall.in_force else f"cells: no {wall.name}: {wall.why}"
+        yield Finding(level, text, why if level == "warn" else "", _WALL_FIXES.get(wall.name, "") if why else "")
+
+
+_WALL_FIXES = {
+    "landlock": "a kernel from 5.13 on, with landlock in the lsm= boot parameter",
+    "namespaces": "allow user namespaces: sysctl user.max_user_namespaces, or the container's settings",
+}
+
+
 def _models(patient: Patient) -> Iterator[Finding]:
     """altered shards give wrong answers and are refused when loaded"""
     from dmoe.store import ModelStore  # noqa: PLC0415 - only this check needs it
@@ -367,6 +395,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     _seeds,
     _clock,
     _runtime,
+    _sandbox,
     _models,
     _databases,
     _schema,

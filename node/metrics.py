@@ -49,6 +49,7 @@ class NodeCollector(Collector):
         yield _gauge("rios_expert_rows_waiting", "Expert rows in queues", node.worker.rows_waiting())
         yield _gauge("rios_shards_served", "Shards loaded and served", node.shards_served())
         yield _gauge("rios_paused", "1 while the operator paused this node", int(node.worker.paused))
+        yield from _cells(node)
         blobs = node.network.blobs
         yield _counter("rios_blob_bytes_served", "Bytes of model files sent to peers", blobs.served_bytes)
         yield _counter("rios_blob_bytes_fetched", "Bytes of model files fetched from peers", blobs.fetched_bytes)
@@ -91,6 +92,16 @@ def _calls(node: "Node") -> Iterator[Metric]:
     yield _counter("rios_expert_hedges_won", "Late calls whose second replica was quicker", node.caller.hedges.won)
     yield _counter("rios_expert_calls_retried", "Calls made again after a failure", dispatcher.retried)
     yield _gauge("rios_peers_ejected", "Peers that rest because they are far off their like", len(dispatcher.ejected))
+
+
+def _cells(node: "Node") -> Iterator[Metric]:
+    figures = node.cells.statistics()
+    yield _gauge("rios_cells_running", "Cells (processes of untrusted shards) that run", figures["running"])
+    yield _counter("rios_cell_calls", "Expert calls answered out of cells", figures["calls"])
+    yield _counter("rios_cell_restarts", "Times that a cell was started again", figures["restarts"])
+    yield _counter("rios_cell_kills", "Cells killed past a deadline or for breaking the rules", figures["killed"])
+    yield _counter("rios_cell_deaths", "Cells that ended by themselves: a limit, a forbidden call", figures["died"])
+    yield _counter("rios_cell_refusals", "Shards not loaded because no cell could be had", figures["refused"])
 
 
 def _directory(node: "Node") -> Iterator[Metric]:

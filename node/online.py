@@ -53,6 +53,7 @@ def status(context: Context) -> Output:
             if work["paused"]
             else []
         ),
+        ["", _sandbox_line(work["sandbox"])],
         ["", f"answers with: {models}"],
         ["", _routes_line(work["planner"])],
         ["", f"{work['active']} answers in progress, {work['waiting']} waiting, {work['tokens']} tokens made"],
@@ -65,6 +66,23 @@ def status(context: Context) -> Output:
 def _routes_line(planner: Mapping[str, Any]) -> str:
     taken = ", ".join(f"{count} {route}" for route, count in sorted(planner["chosen"].items()))
     return f"route {planner['route']}" + (f"; the planner took {taken}" if taken else "")
+
+
+def _sandbox_line(sandbox: Mapping[str, Any]) -> str:
+    """Where strangers' shards run, and what keeps them there."""
+    line = f"sandbox {sandbox['mode']}"
+    if sandbox["mode"] == "off":
+        return f"{line}: every shard runs in the node's own process"
+    if sandbox["refusal"]:
+        what = "run without a cell" if sandbox["unsandboxed"] else "are refused"
+        return f"{line}: shards that need a cell {what}: {sandbox['refusal']}"
+    cells = sandbox["cells"]
+    missing = sorted({why for cell in cells for why in cell["missing"]})
+    available = ", ".join(wall["name"] for wall in sandbox["walls"] if wall["available"])
+    line += f": {_count(sandbox['running'], 'cell')} with {sum(cell['shards'] for cell in cells)} shards; {available}"
+    if sandbox["killed"] or sandbox["died"]:
+        line += f"; {sandbox['killed']} killed, {sandbox['died']} died, {sandbox['restarts']} restarts"
+    return line + (f"; not in force: {'; '.join(missing)}" if missing else "")
 
 
 def _count(number: int, thing: str) -> str:

@@ -114,6 +114,7 @@ async def _status(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN40
             "hosting": node.hosting.status(),
             "worker": node.worker.statistics(),
             "stages": node.stage_host.statistics(),
+            "sandbox": node.cells.statistics(),
             "caller": node.caller.statistics(),
             "planner": node.planner.statistics(),
         },

@@ -28,6 +28,7 @@ from dmoe.core.manifest import Manifest
 from dmoe.core.manifest import Shard as ManifestShard
 from dmoe.core.wire import Dtype, FloatRows
 from dmoe.kv import Cache
+from dmoe.loaded import LOOP_SECONDS_LOST, Away
 from dmoe.segment import Part
 from dmoe.stages.segment import Segment
 
@@ -151,6 +152,7 @@ class LoadedStage:
         self._queue_rows_max = queue_rows_max
         self._batch_rows_max = batch_rows_max
         self.closed = False
+        self._away = Away()
         self._driving = False
         self._batch: list[Job] = []
         """What runs."""
@@ -206,14 +208,20 @@ class LoadedStage:
     def _now(self, job: Job) -> bool:
         """Run it here and now if that is short and nobody waits; whether it was."""
         short = self.row_seconds * len(job.x) <= INLINE_SECONDS_MAX
-        if not short or self._driving or self._passes.locked():
+        if not short or not self._away.is_over(perf_counter()) or self._driving or self._passes.locked():
             return False
         job.prepare()
         start = job.started = perf_counter()
-        y = self.segment.compute(job.x, [Part(place.cache, place.rows) for place in job.places])
+        try:
+            y = self.segment.compute(job.x, [Part(place.cache, place.rows) for place in job.places])
+        except RiosError:
+            self._away.begin(perf_counter())
+            raise
         if y is None:
             return False
         job.answer, job.ended = y.copy(), perf_counter()
+        if job.ended - start > INLINE_SECONDS_MAX + LOOP_SECONDS_LOST:
+            self._away.begin(job.ended)
         self._ran(len(job.x), job.ended - start)
         self.runs += 1
         return True

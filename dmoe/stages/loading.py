@@ -15,6 +15,7 @@ from dmoe.layers import LocalExperts
 from dmoe.runner import Report
 from dmoe.runtime import ExpertShard, RuntimeOptions, ShardFiles, open_files
 from dmoe.segment import Experts, FusedSegment, Part, Pieces, PieceSegment, Segment
+from dmoe.shardfile import Spool
 from dmoe.tally import Meter, Tally
 
 
@@ -52,12 +53,15 @@ class StageLayers:
             self._experts = None
 
 
-def load_stage(manifest: Manifest, shard: Shard, store: ShardFiles, options: RuntimeOptions) -> StageLayers:
-    """Open a stage; blocking. Raises IntegrityError for altered files, LocalError if it cannot run here."""
+def load_stage(
+    manifest: Manifest, shard: Shard, store: ShardFiles, options: RuntimeOptions, spool: Spool | None = None
+) -> StageLayers:
+    """Open a stage; blocking. ``spool``: see :class:`dmoe.segment.FusedSegment`. Raises IntegrityError for altered
+    files, LocalError if it cannot run here."""
     first, last = shard.layers
     files = open_files(manifest, store, [shard])
     if manifest.architecture.router.kind == "all":
-        return StageLayers(shard, FusedSegment(manifest, files, options, first, last), None)
+        return StageLayers(shard, FusedSegment(manifest, files, options, first, last, spool), None)
     inside = [each for each in manifest.expert_shards() if first <= each.layers[0] and each.layers[1] <= last]
     shards = [ExpertShard(manifest, each, store, options) for each in inside]
     experts = LocalExperts(manifest, shards, threads=options.thread_count, layers=range(first, last + 1))

@@ -1,0 +1,438 @@
+"""A cell's life, seen from its node: started, loaded, called, killed past a deadline, started again.
+
+Owns: one process at a time, what is loaded in it, who waits how long. Does not own: how a process is made (``link``)
+and gets a shard (``content``), what happens inside (``program``), which shard goes into which cell (``cells``).
+
+A thread of its own starts the process and waits for its end: the kernel ends a child with the *thread* that started it,
+and nobody else has to look after zombies.
+
+Invariants:
+1. A call ends by its deadline: with an answer, or with RemoteError ``unavailable`` and the cell killed. On the event
+   loop it ends after :data:`LOOP_SECONDS` at the latest; the cell may have the rest of its time.
+2. A cell that ended is started again with the same shards, ever later if it keeps ending; meanwhile its calls fail at
+   once, so that callers go elsewhere.
+3. A cell gets three kinds of descriptors: its sockets, sealed memory, and files of its own shards, open for reading
+   (and for a dense stage a nameless one to write to, of a fixed size).
+"""
+
+import logging
+import select
+import socket
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import Any
+
+import trio
+from numpy.typing import NDArray
+
+from config.errors import LocalError, RemoteError, RiosError
+from dmoe.cells import sandbox
+from dmoe.cells.content import Content, Store
+from dmoe.cells.lanes import ANSWERED, ANSWERER_SPIN_SECONDS, LaneLost, ParentLane
+from dmoe.cells.link import START_SECONDS_MAX, Link, Options, Starting
+from dmoe.core.manifest import Manifest, Shard
+
+log = logging.getLogger("rios.security.cells")
+
+LOOP_SECONDS = 0.25
+"""For so long a call may hold up the event loop."""
+LANE_POLL_SECONDS = 0.0005
+PAUSE_FIRST_SECONDS, PAUSE_SECONDS_MAX = 0.1, 60.0
+"""Before a cell that ended is started again; doubled each time."""
+CALM_SECONDS = 60.0
+"""A cell that lived so long has mended its ways: the next pause is the first one again."""
+IDLE_CHECK_SECONDS, IDLE_SHARE_MAX = 10.0, 0.2
+"""A cell that nobody waits for may use this share of one core: waking up, looking for the next call."""
+CACHE_SPACE = 8
+"""Address space for caches, times the memory that they may take: slots and positions grow by doubling, and while they
+move both places are there. Pages exist once they are written."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened to all cells of a node."""
+
+    started: int = 0
+    restarted: int = 0
+    killed: int = 0
+    """Past a deadline, or for breaking the rules."""
+    died: int = 0
+    """By themselves: limits, signals."""
+    calls: int = 0
+    refused: int = 0
+    """Shards that were not loaded for want of a sandbox."""
+
+
+class Answer:
+    """A lane with an answer in it; it is given back at the end of the ``with`` block."""
+
+    __slots__ = ("_free", "lane")
+
+    def __init__(self, lane: ParentLane, free: deque[ParentLane]) -> None:
+        self.lane = lane
+        self._free = free
+
+    def __enter__(self) -> ParentLane:
+        return self.lane
+
+    def __exit__(self, *_: object) -> None:
+        self._free.append(self.lane)
+
+
+class _Idleness:
+    """Whether a process computes while nobody waits for it: it might work for somebody else."""
+
+    def __init__(self, link: Link, threads: int) -> None:
+        self.due = monotonic() + IDLE_CHECK_SECONDS
+        self._link = link
+        self._threads = threads
+        self._used, self._asked = self._figures()
+
+    def is_busy(self, now: float) -> bool:
+        """Looks every :data:`IDLE_CHECK_SECONDS`; else False."""
+        if now < self.due:
+            return False
+        self.due = now + IDLE_CHECK_SECONDS
+        used, asked = self._figures()
+        spent = used - self._used - (1 + self._threads) * (asked - self._asked)
+        self._used, self._asked = used, asked
+        late = bool(self._link.late)  # what was given up is still being computed
+        return not late and spent > IDLE_SHARE_MAX * IDLE_CHECK_SECONDS
+
+    def _figures(self) -> tuple[float, float]:
+        try:
+            return self._link.cpu_seconds(), self._link.asked_seconds
+        except OSError:
+            return 0.0, 0.0  # it has ended, and that is noticed elsewhere
+
+
+class Cell:
+    """The cell of a publisher. Every method may be called from any thread."""
+
+    def __init__(self, name: str, options: Options, counters: Counters) -> None:
+        self.name = name
+        self.expected = 0
+        """Shards that are in it, or on their way (kept by its owner)."""
+        self.restarts = 0
+        self.last_end = ""
+        """How the last process ended; empty if none did."""
+        self.options = options
+        self._counters = counters
+        self._contents: dict[int, Content] = {}
+        self.generation = 0
+        """Counts its processes: what one of them kept is gone in the next."""
+        self._said: deque[dict[str, Any]] = deque()
+        self._numbers = 0
+        self._link: Link | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control = threading.RLock()
+        self._up = threading.Condition()
+        self._start_error: RiosError | None = None
+        self._closing = False
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+        self._thread = threading.Thread(target=self._live, name=f"cell-{name[-8:]}", daemon=True)
+
+    # --- life
+
+    def start(self) -> None:
+        """Begin to start it; does not block."""
+        self._thread.start()
+
+    def wait_up(self) -> None:
+        """Wait until its walls are up. Raises RiosError if it cannot be started."""
+        with self._up:
+            self._up.wait_for(lambda: self._link is not None or self._start_error is not None, START_SECONDS_MAX)
+            if self._link is None:
+                raise self._start_error or LocalError("local", f"a cell did not start in {START_SECONDS_MAX:.0f} s")
+
+    def stop(self) -> None:
+        """End it for good, soon; does not block."""
+        self._closing = True
+        if self._process is not None:
+            self._process.kill()
+        self._wake()
+
+    def close(self) -> None:
+        """End it for good, and wait for that."""
+        self.stop()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def walls(self) -> tuple[sandbox.Wall, ...]:
+        """What is in force around the process that runs; none if none does."""
+        link = self._link
+        return link.walls if link else ()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs; 0 if none does."""
+        link = self._link
+        return link.process.pid if link else 0
+
+    @property
+    def shards(self) -> int:
+        """How many it holds."""
+        return len(self._contents)
+
+    def _live(self) -> None:
+        """The cell's thread: one process after the other."""
+        failures = 0
+        try:
+            while not self._closing:
+                try:
+                    link = self._begin()
+                except (RiosError, OSError) as error:
+                    failures += 1
+                    self._tell(None, error if isinstance(error, RiosError) else LocalError("local", str(error)))
+                    log.error("the cell of %s does not start: %s", self.name, error)
+                else:
+                    self._tell(link, None)
+                    in_force = ", ".join(wall.name for wall in link.walls if wall.in_force)
+                    log.info("a cell for %s is up, process %d: %s", self.name, link.process.pid, in_force)
+                    self._watch(link)
+                    failures = 1 if monotonic() - link.begun >= CALM_SECONDS else failures + 1
+                    self._end(link, failures)
+                self._rest(min(PAUSE_SECONDS_MAX, PAUSE_FIRST_SECONDS * 2 ** min(failures - 1, 20)))
+        finally:
+            self._wake_read.close()
+            self._wake_write.close()
+
+    def _tell(self, link: Link | None, error: RiosError | None) -> None:
+        """The state that others see."""
+        with self._up:
+            self._link, self._start_error = link, error
+            self._up.notify_all()
+
+    def _begin(self) -> Link:
+        """A process with everything loaded that it should hold. Raises RiosError or OSError."""
+        starting = Starting(self.options)
+        self._process = starting.process
+        link = starting.link()
+        try:
+            with self._control:
+                self._said.clear()  # what it was about is gone
+                self.generation += 1
+                self._allow_memory(link)
+                for content in list(self._contents.values()):
+                    self._load_again(link, content)
+        except BaseException:
+            link.destroy()
+            raise
+        self._counters.started += 1
+        if self.last_end:
+            self.restarts += 1
+            self._counters.restarted += 1
+        return link
+
+    def _load_again(self, link: Link, content: Content) -> None:
+        """One shard that cannot be read any more is not to keep the others away. Raises RiosError if the process is
+        lost."""
+        try:
+            content.give(link)
+        except RiosError as error:
+            if link.is_lost:
+                raise
+            log.error("%s is not served any more by the cell of %s: %s", content.shard.id, self.name, error)
+
+    def _watch(self, link: Link) -> None:
+        """Until the process has ended, should end, or is late. A closed control socket is an end, too."""
+        poll = select.poll()
+        poll.register(link.control, 0)  # only whether it hung up
+        poll.register(self._wake_read, select.POLLIN)
+        idle = _Idleness(link, self.options.threads)
+        while True:
+            due = min([idle.due, *link.late.values()])
+            ready = poll.poll(max(0.0, due - monotonic()) * 1000 + 1)
+            for descriptor, _ in ready:
+                if descriptor != self._wake_read.fileno():
+                    return
+                self._wake_read.recv(64)
+            if self._closing or link.is_lost:
+                return
+            self._look_after(link)
+            if idle.is_busy(monotonic()):
+                self._kill(link, "it computes without being asked")
+            if self._said:
+                self._pass_on(link)
+
+    def _look_after(self, link: Link) -> None:
+        """Calls that were given up: their lanes come back, or the cell has had its time."""
+        for lane, due in list(link.late.items()):
+            try:
+                if lane.is_answered():
+                    del link.late[lane]
+                    link.free.append(lane)
+                elif monotonic() >= due:
+                    self._kill(link, "it did not answer a call in time")
+            except LaneLost as lost:
+                self._lost(link, lost)
+
+    def _end(self, link: Link, failures: int) -> None:
+        self._tell(None, None)
+        link.process.kill()  # whoever waits for its answer stops waiting, and lets go of the control socket
+        with self._control:
+            link.destroy()
+        if self._closing:
+            return
+        self.last_end = link.how_it_ended()
+        if link.reason:
+            self._counters.killed += 1
+        else:
+            self._counters.died += 1
+        log.warning(
+            "the cell of %s ended (%s; %d shards, end %d in a row); it is started again in %.1f s",
+            self.name,
+            self.last_end,
+            len(self._contents),
+            failures,
+            min(PAUSE_SECONDS_MAX, PAUSE_FIRST_SECONDS * 2 ** min(failures - 1, 20)),
+        )
+
+    def _kill(self, link: Link, reason: str) -> None:
+        """End this process; the cell's thread sees to the rest. Done once."""
+        with self._up:
+            if link.reason:
+                return
+            link.reason = reason
+        self._wake()
+
+    def _lost(self, link: Link, lost: LaneLost) -> None:
+        """It cannot be called any more. If it hung up, its exit code says why."""
+        if lost.gone:
+            link.gone = True
+            self._wake()
+        else:
+            self._kill(link, f"in a call: {lost}")
+
+    def _wake(self) -> None:
+        try:
+            self._wake_write.send(b".")
+        except OSError:
+            return  # it is awake already, or gone
+
+    def _rest(self, seconds: float) -> None:
+        end = monotonic() + seconds
+        while not self._closing and (left := end - monotonic()) > 0:
+            if select.select([self._wake_read], [], [], left)[0]:
+                self._wake_read.recv(64)
+
+    # --- shards
+
+    def load(self, manifest: Manifest, shard: Shard, store: Store) -> int:
+        """Bring a shard into it: the shard's number for calls. Blocking. Raises IntegrityError for files that are not
+        what they should be, LocalError if it cannot be loaded or the cell is down."""
+        with self._control:
+            link = self._running()
+            self._numbers += 1
+            content = Content(self._numbers, manifest, shard, store)
+            self._contents[content.number] = content
+            try:
+                self._allow_memory(link)
+                content.give(link)
+            except BaseException:
+                del self._contents[content.number]
+                self._wake()  # it may be lost
+                raise
+        return content.number
+
+    def drop(self, number: int) -> None:
+        """Free a shard, soon; does not block."""
+        if self._contents.pop(number, None) is not None:
+            self.say({"do": "drop", "number": number})
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Tell the process something, soon, if it still is the one that knows of it; does not block."""
+        self._said.append(message)
+        self._wake()
+
+    def _pass_on(self, link: Link) -> None:
+        """In the cell's thread: what is to be said."""
+        with self._control:
+            try:
+                while self._said:
+                    link.tell(self._said.popleft())
+                self._allow_memory(link)
+            except RiosError as error:
+                self._kill(link, f"it does not obey: {error.message}")
+
+    def _allow_memory(self, link: Link) -> None:
+        contents = list(self._contents.values())
+        caches = self.options.kv_bytes_max if any(each.shard.kind == "stage" for each in contents) else 0
+        link.allow_memory(sum(each.memory_bytes for each in contents) + CACHE_SPACE * caches)
+
+    # --- calls
+
+    def _running(self) -> Link:
+        link = self._link
+        if link is None or link.is_lost:
+            raise RemoteError("unavailable", f"the cell of {self.name} is being restarted", "ask another replica")
+        return link
+
+    def ask(self, numbers: Sequence[int], parts: Sequence[NDArray[Any]], seconds: float) -> "Answer":
+        """Ask and wait: a lane with the answer, to be given back. Raises RemoteError ``unavailable`` if the cell ends,
+        is late or is down, or what it says of its failure."""
+        link = self._running()
+        on_loop = trio.lowlevel.in_trio_run()
+        if on_loop and link.late:
+            raise self._unavailable("it is late with another call")
+        seconds = min(seconds, self.options.call_seconds_max)
+        begun = monotonic()
+        due = begun + seconds
+        lane = self._free_lane(link, 0 if on_loop else due)
+        try:
+            lane.ask(numbers, parts)
+            lane.wait(min(LOOP_SECONDS, seconds) if on_loop else seconds)
+        except LaneLost as lost:
+            if lost.late and on_loop:
+                link.late[lane] = due
+                self._wake()
+            else:
+                self._lost(link, lost)
+            raise self._unavailable(str(lost)) from lost
+        except BaseException:
+            link.free.append(lane)
+            raise
+        finally:
+            link.asked_seconds += monotonic() - begun + ANSWERER_SPIN_SECONDS
+        answer = Answer(lane, link.free)
+        self._counters.calls += 1
+        status, size, *_ = lane.numbers()
+        if status != ANSWERED:
+            with answer:
+                raise RemoteError("unavailable", f"in the cell of {self.name}: {lane.error_text(size)}")
+        return answer
+
+    def _free_lane(self, link: Link, due: float) -> ParentLane:
+        """One that nobody uses, the last one used first: its memory is warm. A thread may wait for it."""
+        while not link.is_lost:
+            try:
+                return link.free.pop()
+            except IndexError:
+                if monotonic() >= due:
+                    break
+                sleep(LANE_POLL_SECONDS)  # more calls than threads: rare
+        raise self._unavailable("every way to it is in use")
+
+    def _unavailable(self, why: str) -> RemoteError:
+        return RemoteError("unavailable", f"the cell of {self.name}: {why}", "ask another replica")
+
+    def statistics(self) -> dict[str, Any]:
+        """JSON-able."""
+        link = self._link
+        return {
+            "publisher": self.name,
+            "running": link is not None,
+            "pid": self.pid,
+            "shards": self.shards,
+            "restarts": self.restarts,
+            "last_end": self.last_end,
+            "walls": [f"{wall.name}: {wall.why}" for wall in self.walls if wall.in_force],
+            "missing": [f"{wall.name}: {wall.why}" for wall in self.walls if not wall.in_force],
+        }

@@ -1,0 +1,228 @@
+"""One process of a cell and the ways to it: how it is started, spoken to, limited and ended.
+
+Owns: the interpreter's command line and environment, the control socket, the lanes. Does not own: when (``cell``), or
+which shards (``content``).
+
+Invariants:
+1. The process starts by exec, with an environment of its own and one descriptor; everything else comes through that.
+2. A message on the control socket that is not answered in time is the process's end.
+3. What a process says is data: bounded, decoded into plain types, and believed only about itself.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from config.errors import IntegrityError, LocalError, RemoteError
+from dmoe.cells import lanes, sandbox
+from dmoe.cells.lanes import ParentLane, lane_bytes
+
+START_SECONDS_MAX = 30.0
+TOLD_SECONDS_MAX = 30.0
+"""For an answer on the control socket: a pass of a stage may be under way."""
+MESSAGE_BYTES_MAX = 64 << 10
+SPARE_LANES = 2
+"""More than there are threads: for the event loop, and for one whose call was given up."""
+
+BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dmoe.cells.program import main; main(sys.argv[2:])"
+)
+"""What the interpreter runs, isolated: no user's folder, no site, the parent's import path."""
+ENVIRONMENT = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "ORT_GQA_DISABLE_FLASH_ATTENTION": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+}
+"""Nothing of the parent's. The second one decides about bits, as in ``dmoe/runtime``. One thread until the walls are
+up; few arenas, each of which takes address space."""
+
+_ERRORS = {"IntegrityError": IntegrityError, "LocalError": LocalError}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How cells are made. ``call_seconds_max``: a call's deadline at most; ``kv_bytes_max``: caches of stages;
+    ``asked_bytes`` and ``answer_bytes``: a lane's places; ``boot``: see :data:`BOOT`."""
+
+    threads: int = 1
+    call_seconds_max: float = 10.0
+    kv_bytes_max: int = 0
+    asked_bytes: int = lanes.ASKED_BYTES
+    answer_bytes: int = lanes.ANSWER_BYTES
+    boot: str = BOOT
+
+
+class Link:
+    """A process that is up, with its walls."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        control: socket.socket,
+        made: list[ParentLane],
+        walls: tuple[sandbox.Wall, ...],
+    ) -> None:
+        self.process = process
+        self.control = control
+        self.lanes = made
+        self.free = deque(made)
+        self.walls = walls
+        self.begun = monotonic()
+        self.late: dict[ParentLane, float] = {}
+        """Calls that were given up on the event loop, and until when they may still be answered."""
+        self.reason = ""
+        """Why it is to be killed."""
+        self.gone = False
+        """It hung up."""
+        self.asked_seconds = 0.0
+        """For how long it was waited for: what it may have computed in."""
+        self._base_bytes = sandbox.memory_allowed(process.pid)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing may be asked of it any more."""
+        return bool(self.reason) or self.gone
+
+    def cpu_seconds(self) -> float:
+        """Processor time that it has used. Raises OSError if it has ended."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def allow_memory(self, size: int) -> None:
+        """Let it have so much address space beyond what it started with. Raises LocalError."""
+        try:
+            sandbox.allow_memory(self.process.pid, self._base_bytes + size)
+        except OSError as error:
+            raise LocalError("local", f"a cell's memory limit cannot be set: {error.strerror}") from error
+
+    def tell(self, message: dict[str, Any], descriptors: Sequence[int] = (), seconds: float = TOLD_SECONDS_MAX) -> None:
+        """Say something on the control socket and wait for the answer. Raises the error that it tells of, RemoteError
+        ``unavailable`` if it does not answer: then it is lost."""
+        self.control.settimeout(seconds)
+        begun = monotonic()
+        try:
+            socket.send_fds(self.control, [msgspec.json.encode(message)], list(descriptors))
+        except OSError as error:
+            self.gone = True
+            raise RemoteError("unavailable", f"a cell ended: {error}") from error
+        try:
+            _answer(self.control)
+        except RemoteError as error:
+            self.reason = self.reason or f"asked to {message['do']}: {error.message}"
+            raise
+        finally:
+            self.asked_seconds += monotonic() - begun
+
+    def destroy(self) -> None:
+        """Kill and reap the process, hang up."""
+        _reap(self.process)
+        self.control.close()
+        for lane in self.lanes:
+            lane.close()
+
+    def how_it_ended(self) -> str:
+        """Why it was killed, or what its exit code says."""
+        code = self.process.returncode
+        if self.reason:
+            return self.reason
+        if code is None or code >= 0:
+            return f"it ended by itself, exit code {code}"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        return f"killed by {name}" + (": a forbidden system call" if -code == signal.SIGSYS else "")
+
+
+class Starting:
+    """A process that is starting. Whoever made it calls :meth:`link` once, from the thread that shall outlive it: the
+    kernel ends a child with the thread that started it."""
+
+    def __init__(self, options: Options) -> None:
+        """Raises OSError if there is no process to be had."""
+        self._options = options
+        self._count = options.threads + SPARE_LANES
+        self._control, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        numbers = (far.fileno(), os.getpid(), options.threads, self._count, options.asked_bytes, options.answer_bytes)
+        paths = json.dumps([os.path.abspath(path) for path in sys.path])
+        with far:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", options.boot, paths, *map(str, numbers)],
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[far.fileno()],
+                cwd="/",
+            )
+
+    def link(self) -> Link:
+        """Give it its lanes and wait until its walls are up. Raises RiosError or OSError, the process ended, if they
+        are not."""
+        try:
+            self._control.settimeout(START_SECONDS_MAX)
+            made = self._send_lanes()
+            walls = tuple(sandbox.Wall(**wall) for wall in _answer(self._control)["walls"])
+            return Link(self.process, self._control, made, walls)
+        except BaseException:
+            self._control.close()
+            _reap(self.process)
+            raise
+
+    def _send_lanes(self) -> list[ParentLane]:
+        asked, answer = self._options.asked_bytes, self._options.answer_bytes
+        size = lane_bytes(asked, answer) * self._count
+        descriptor = lanes.sealed_memory(size, "rios-cell")
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(self._count)]
+        try:
+            memory = mmap(descriptor, size)
+            made = [
+                ParentLane(memory, index * lane_bytes(asked, answer), asked, answer, near)
+                for index, (near, _) in enumerate(pairs)
+            ]
+            socket.send_fds(self._control, [b"lanes"], [descriptor, *(far.fileno() for _, far in pairs)])
+        finally:
+            os.close(descriptor)
+            for _, far in pairs:
+                far.close()
+        return made
+
+
+def _environment() -> dict[str, str]:
+    """An interpreter that was built beside its libraries needs to be told where they are."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {**ENVIRONMENT, **kept}
+
+
+def _answer(control: socket.socket) -> dict[str, Any]:
+    """The process's next message. Raises the error it tells of, RemoteError ``unavailable`` if none comes."""
+    try:
+        data = control.recv(MESSAGE_BYTES_MAX)
+    except OSError as error:  # a timeout is one
+        raise RemoteError("unavailable", f"it does not answer: {error}") from error
+    if not data:
+        raise RemoteError("unavailable", "it ended")
+    try:
+        answer: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+        if answer.get("ok") is True:
+            return answer
+        kind, text = str(answer["kind"]), str(answer["error"])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
+        raise RemoteError("unavailable", "it says nonsense") from error
+    family = _ERRORS.get(kind, LocalError)
+    raise family("integrity" if family is IntegrityError else "local", lanes.printable(text[:1000]))
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
