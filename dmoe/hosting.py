@@ -24,7 +24,7 @@ import trio
 
 from config.errors import RequestError, RiosError
 from config.vocabulary import PeerId
-from dmoe.core.deployment import DEFAULT_MODE, REPLICAS_MAX, Mode
+from dmoe.core.deployment import DEFAULT_MODE, REPLICAS_MAX, Deployment, Mode
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.placement import Candidate, Holding, Patience, Wanted, assign, decide, quantised
 from dmoe.deployments import Deployments
@@ -163,11 +163,24 @@ class Hosting:
             raise RequestError("invalid_request", f"{manifest.name} has no stages", "import the model again")
         await self.deployments.announce(manifest, replicas, mode)
 
-    async def undeploy(self, model_id: str) -> None:
-        """Take this node's deployment of a model back. Raises RequestError ``not_found`` if there is none."""
+    async def scale(self, model_id: str, replicas: int) -> Deployment:
+        """Change the replicas of this node's deployment of a model; its mode stays. Raises RequestError ``not_found`` if
+        there is none, or as :meth:`deploy`."""
+        own = self._own_deployment(model_id)
+        await self.deploy(model_id, replicas, own.mode)
+        return self._own_deployment(model_id)
+
+    def _own_deployment(self, model_id: str) -> Deployment:
         own = self.deployments.book.own(model_id)
         if own is None or not own.replicas:
-            raise RequestError("not_found", f"this node did not deploy model {model_id[:12]}")
+            raise RequestError(
+                "not_found", f"this node did not deploy model {model_id[:12]}", "rios model deploy MODEL does"
+            )
+        return own
+
+    async def undeploy(self, model_id: str) -> None:
+        """Take this node's deployment of a model back. Raises RequestError ``not_found`` if there is none."""
+        self._own_deployment(model_id)
         await self.deployments.announce(await self.fetcher.manifest(model_id, ()), 0)
 
     async def ensure_trunk(self, name_or_id: str, watched: Bringing | None = None) -> Manifest:
