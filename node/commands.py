@@ -209,8 +209,7 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     ):
         importing.add_argument(f"--{name}", type=_count, default=0, metavar="N", help=text)
     importing.add_argument("--format", choices=_FORMATS, default="source", help="weight format")
-    listing = command(
-        model, "ls", _online("model_ls"), "Models known here, their shards and replicas.")
+    listing = command(model, "ls", _online("model_ls"), "Models known here, their shards and replicas.")
     listing.add_argument("model", nargs="?", default="", help="each shard of this one: replicas, health, queue")
     verify = command(model, "verify", _local("model_verify"), "Check every hash and the stored golden logits.")
     verify.add_argument("model")

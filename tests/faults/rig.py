@@ -1,7 +1,7 @@
 """A swarm of whole daemons for the fault suite and the soak: nodes that ask, nodes that serve, a tiny random model.
 
-Not a test. Owns how such a swarm is set up, how it is asked, what is counted of its money. Each scenario says in its own
-words what it injected, what the user saw and what was lost (:func:`tell`).
+Not a test. Owns how such a swarm is set up, how it is asked, what is counted of its money. Each scenario says in its
+own words what it injected, what the user saw and what was lost (:func:`tell`).
 
 Invariants:
 1. The first node is issuer and only witness; it publishes the model. Every orchestrator gets :data:`GRANT`.
@@ -87,7 +87,7 @@ class Rig:
         *,
         tokens: int = 80,
         on_piece: Callable[[int], None] = lambda count: None,
-        **more: Any,  # noqa: ANN401 - JSON
+        **more: Any,
     ) -> tuple[str, Mapping[str, Any]]:
         """An answer of exactly ``tokens`` tokens, streamed over the control socket, and who computed it."""
         question = {
@@ -98,15 +98,13 @@ class Rig:
             "min_tokens": tokens,
             **more,
         }
-        count = 0
-        for kind, value in (node or self.first).request("chat", **question):
+        for count, (kind, value) in enumerate((node or self.first).request("chat", **question), 1):
             if kind == "result":
                 return str(value["text"]), value
-            count += 1
             on_piece(count)
         raise AssertionError("an answer without an end")
 
-    def add_orchestrator(self, route: str, place: Place = Place(), **settings: Any) -> NodeProcess:  # noqa: ANN401, B008
+    def add_orchestrator(self, route: str, place: Place = Place(), **settings: Any) -> NodeProcess:
         """Make the folder and key of a node that asks; the first one founds the network."""
         first = not self.orchestrators
         asks = {"dmoe.serve": False, "dmoe.route": route, "dmoe.orchestrate": (MODEL,), "ledger.witness": first}
@@ -116,7 +114,7 @@ class Rig:
         self.orchestrators.append(node)
         return node
 
-    def add_worker(self, name: str, place: Place = Place(), **settings: Any) -> NodeProcess:  # noqa: ANN401, B008
+    def add_worker(self, name: str, place: Place = Place(), **settings: Any) -> NodeProcess:
         """Make the folder and key of a node that serves."""
         node = self._add(name, place, settings, ("--genesis", str(self.first.data / "genesis.json")))
         self.workers.append(node)

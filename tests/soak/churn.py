@@ -1,9 +1,9 @@
 """Churn: a swarm of twelve daemons in which a node joins or dies every ten seconds while four clients ask all the time.
 
-Not a test (``test_churn`` runs a short one); ``make soak MINUTES=60`` runs this for an hour. Two nodes ask and pay, one by way
-of experts and one by way of stages (the first is witness and publisher, too); ten of twelve others serve, the rest are
-dead. Who dies, how (killed, stopped, ended in order) and whether it comes back with its files or without comes from the
-seed.
+Not a test (``test_churn`` runs a short one); ``make soak MINUTES=60`` runs this for an hour. Two nodes ask and pay, one
+by way of experts and one by way of stages (the first is witness and publisher, too); up to ten others serve, the rest
+of twelve are dead. Who dies, how (killed, hung and killed, ended in order) and whether it comes back with its files or
+without comes from the seed.
 
 Checked: every answer is the one given before the churn began (greedy and sampled with a seed); at the end every shard
 has its replicas again, every ledger verifies, they agree, and every voucher is paid. Prints one JSON line.
