@@ -104,6 +104,15 @@ class Rig:
             on_piece(count)
         raise AssertionError("an answer without an end")
 
+    def reference(self, tokens: int = 80, route: str = "") -> str:
+        """What the first node answers alone, in one process without a network."""
+        route = route or "local"
+        told = rios(
+            self.first, "chat", "--local", "--route", route, "--model", MODEL, "--temperature", "0",
+            "--min-tokens", str(tokens), "--max-tokens", str(tokens), "--json", "What is it?",
+        )  # fmt: skip
+        return str(json.loads(told)["text"])
+
     def add_orchestrator(self, route: str, place: Place = Place(), **settings: Any) -> NodeProcess:
         """Make the folder and key of a node that asks; the first one founds the network."""
         first = not self.orchestrators
