@@ -1,13 +1,15 @@
 """Hypercorn's HTTP/1.1 on trio, tamed: connections that cannot hang, crash the node or outlive it.
 
 Owns the listening socket and every connection. Hypercorn's own server loop is not used: this file runs its connection
-class inside the caller's nursery and replaces three of its parts.
+class inside the caller's nursery and replaces four of its parts.
 
 1. ``protocol_send`` shields its write without a bound; a client that stops reading would block a shutdown for ever.
    Here the shield ends after ``_SEND_SECONDS`` (sooner while stopping), and the connection with it.
 2. ``_close`` runs in the task that ends a response, which is cancelled by the disconnect that closing causes, so a
    ``Connection: close`` stream was never closed. Here it is shielded and bounded.
 3. ``is_disconnected()`` never becomes true; ``gateway.exchange`` awaits ``http.disconnect`` in a task of its own.
+4. A connection that its client closed without a request in progress was counted until its keep-alive time was over, so
+   that a thousand short ones shut everybody out for half a minute. Here its idle clock stops with its reader.
 
 HTTP/2 is not offered: a reverse proxy does it better, and one protocol is half the attack surface.
 """
@@ -22,7 +24,7 @@ from typing import cast
 import h11
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
@@ -168,6 +170,8 @@ class _Connection(TCPServer):
         self._socket = stream.socket
         self._send_seconds = _SEND_SECONDS
         self._sending: trio.CancelScope | None = None
+        self._over = False
+        """The client will say nothing more."""
 
     async def run(self) -> None:
         raw = self._socket
@@ -189,6 +193,8 @@ class _Connection(TCPServer):
                 )
                 await self.idle_task.restart(task_group, self._idle_timeout)
                 await self._read_data()
+                self._over = True
+                await self.idle_task.stop()
         except* OSError:
             pass  # The client is gone: nobody is left to tell.
         finally:
@@ -201,6 +207,8 @@ class _Connection(TCPServer):
             self._sending.deadline = min(self._sending.deadline, trio.current_time() + _HURRY_SECONDS)
 
     async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated) and self._over:
+            return
         if not isinstance(event, RawData):
             await super().protocol_send(event)
             return

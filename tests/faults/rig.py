@@ -30,7 +30,7 @@ MODEL = "tiny"
 GRANT = 10_000_000_000
 SECONDS_MAX = 60.0
 """No question may take longer, whatever fails."""
-PRICE = 1_000_000_000
+PRICE = 100_000_000
 FAST = {
     "ledger.microcredits_per_tflop": PRICE,
     "ledger.sync_seconds": 1,
