@@ -443,5 +443,5 @@ async def test_bodies_that_never_end_do_not_fill_the_memory_and_small_ones_come_
             assert (await http.post(CHAT, json=BODY)).status_code == 200
             await stack.aclose()
             with trio.fail_after(10):
-                while (await http.post(CHAT, json=large)).status_code == 503:
+                while (await http.post(CHAT, json=large)).status_code == 503:  # noqa: ASYNC110
                     await trio.sleep(0.1)

@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from config.errors import RiosError
-from node.rig import NodeProcess, rios, wait_for
+from node.rig import NodeProcess, rios, rios_command, wait_for
 from tests.faults.rig import MODEL, Rig, small_disk, swarm_of, tell
 
 TOKENS = 300
@@ -180,7 +180,7 @@ def test_5_a_worker_whose_clock_is_a_day_off(rig: Rig, texts: dict[str, str], da
         node.wait_started()
         seconds = [ask(rig, asks, texts) for asks in rig.orchestrators for _ in range(2)]
         findings = json.loads(_doctor(node))
-        (clock,) = [each for each in findings if each["what"].startswith("clock")]
+        (clock,) = [each for each in findings if "clock" in each["what"]]
         assert clock["level"] != "ok", clock
     finally:
         node.stop()
@@ -196,10 +196,9 @@ def test_5_a_worker_whose_clock_is_a_day_off(rig: Rig, texts: dict[str, str], da
 
 
 def _doctor(node: NodeProcess) -> str:
-    try:
-        return rios(node, "doctor", "--json")
-    except RiosError as error:
-        return str(error)
+    """What it finds, whatever its exit code."""
+    command = [*rios_command(), "--config", str(node.config_file), "doctor", "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
 
 
 def test_the_operator_sees_and_changes_replicas(rig: Rig, texts: dict[str, str]) -> None:
