@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -100,6 +101,17 @@ class Besieged:
                 if attacker.stdout is not None:
                     attacker.stdout.close()
 
+    def figures(self) -> dict[str, object]:
+        """As printed."""
+        return {
+            "quiet_p50_s": round(sorted(self.quiet)[len(self.quiet) // 2], 4),
+            "quiet_p99_s": round(p99(self.quiet), 4),
+            "attacked_p50_s": round(sorted(self.attacked)[len(self.attacked) // 2], 4),
+            "attacked_p99_s": round(p99(self.attacked), 4),
+            "answers": [len(self.quiet), len(self.attacked)],
+            "attacks": self.attacks,
+        }
+
     def _attacker(self, command: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             ["nice", "-n", "19", sys.executable, *command],
@@ -129,9 +141,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stretches", type=int, default=6, help="with an attack, and as many without")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each")
+    parser.add_argument("--keep", metavar="FOLDER", help="keep the nodes' folders with their logs here")
     arguments = parser.parse_args()
     with (
-        tempfile.TemporaryDirectory() as folder,
+        nullcontext(arguments.keep) if arguments.keep else tempfile.TemporaryDirectory() as folder,
         swarm_of(Path(folder), settings={"p2p.loopback_limits": True}) as rig,
     ):
         besieged = Besieged(rig, arguments.seconds)
@@ -140,21 +153,18 @@ def main() -> None:
                 besieged.ask_for(besieged.quiet)
             else:
                 besieged.siege()
+        print(f"# {besieged.figures()}", file=sys.stderr)
         rig.check_money()
     ratios = {
         "flood_memory_mb": round(besieged.growth_bytes / 1e6, 1),
         "flood_p99_ratio": round(p99(besieged.attacked) / p99(besieged.quiet), 2),
     }
-    figures = {
-        "quiet_p50_s": round(sorted(besieged.quiet)[len(besieged.quiet) // 2], 4),
-        "quiet_p99_s": round(p99(besieged.quiet), 4),
-        "attacked_p50_s": round(sorted(besieged.attacked)[len(besieged.attacked) // 2], 4),
-        "attacked_p99_s": round(p99(besieged.attacked), 4),
-        "answers": [len(besieged.quiet), len(besieged.attacked)],
-        "attacks": besieged.attacks,
-    }
     machine = {"cores": psutil.cpu_count(), "python": platform.python_version(), "load": psutil.getloadavg()[0]}
-    print(json.dumps({"bench": "flood", "ratios": ratios, "bounds": BOUNDS, "figures": figures, "machine": machine}))
+    print(
+        json.dumps(
+            {"bench": "flood", "ratios": ratios, "bounds": BOUNDS, "figures": besieged.figures(), "machine": machine}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Not a test, and no part of the product. Stands before the usual command, as ``NodeProcess.prefix`` does it: arguments
 are the lie, then ``python -P -m node`` and what ``rios`` takes. A lie is a kind and a share of the calls, such as
-``zeros:0.05``: ``zeros`` (zeros), ``one`` (one element 1 % too large), ``fp16`` (rounded to fp16), ``noise`` (1e-3 of it is noise).
+``zeros:0.05``: ``zeros`` (zeros), ``one`` (one element 1 % too large), ``fp16`` (rounded to fp16), ``noise`` (1e-3 of
+it is noise).
 """
 
 import random

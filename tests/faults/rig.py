@@ -22,7 +22,7 @@ from typing import Any
 import openai
 import pytest
 
-from config.errors import RiosError
+from config.errors import LocalError, RiosError
 from node.rig import NodeProcess, Swarm, rios, wait_for
 from tests.unit.dmoe.model_kit import write_gguf
 
@@ -189,7 +189,12 @@ class Rig:
             sold = self._channels(self.workers, "sell")
             return len({r["digest"] for r in reports}) == 1 and all(c["paid"] == c["promised"] for c in sold)
 
-        wait_for(settled, "all ledgers to agree and every voucher to be paid", 60)
+        try:
+            wait_for(settled, "all ledgers to agree and every voucher to be paid", 60)
+        except LocalError as error:
+            digests = {node.name: report["digest"][:8] for node, report in zip(nodes, reports, strict=True)}
+            sold = [each for each in self._channels(self.workers, "sell") if each["paid"] != each["promised"]]
+            raise AssertionError(f"ledgers {digests}, not paid {sold}") from error
         assert all(report["verified"] and report["sum_ok"] for report in reports)
         bought = {each["channel"]: each for each in self._channels(self.orchestrators, "buy")}
         sold = self._channels(self.workers, "sell")
