@@ -33,7 +33,7 @@ netns: setup tools  ## the tests in network namespaces, with what they measured 
 	@$(PY) -m pytest -q -s tests/netns $(ARGS)
 
 faults: setup tools  ## the fault suite, longer than in make test, with what was injected, seen and lost
-	@FAULT_ROUNDS=$(or $(ROUNDS),30) $(PY) -m pytest -q -s --timeout 1800 tests/faults $(ARGS)
+	@FAULT_ROUNDS=$(or $(ROUNDS),30) FLOOD_SECONDS=6 $(PY) -m pytest -q -s --timeout 1800 tests/faults $(ARGS)
 
 soak: setup  ## churn in a swarm of twelve daemons (MINUTES=60; ARGS="--seed 7 --keep FOLDER")
 	@$(PY) -m tests.soak.churn --minutes $(or $(MINUTES),60) $(ARGS)

@@ -43,7 +43,7 @@ def test_21_a_worker_that_answers_zeros_or_almost_the_truth(rig: Rig) -> None:
     text = rig.reference()
     seen = []
     other.stop()
-    for lie in ("zeros:1", "one:1", "noise:1", "zeros:0.05"):
+    for lie in ("zeros:1", "one:0.05"):
         restart(rig, liar, sys.executable, LIAR, lie)
         rig.wait_replicas(1)
         said = rig.answer()

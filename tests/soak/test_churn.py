@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from tests.soak.churn import run
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "1.5"))
