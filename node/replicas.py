@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.vocabulary import PeerId
 from dmoe.core.dispatch import PEER_WIDE
-from dmoe.jobs import now_us
+from dmoe.replicas import now_us
 from node.control import Send
 from p2p.core.advert import Advert
 
