@@ -17,6 +17,7 @@ HTTP/2 is not offered: a reverse proxy does it better, and one protocol is half 
 import errno
 import logging
 import socket
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -34,6 +35,7 @@ from hypercorn.utils import parse_socket_addr, wrap_app
 from starlette.types import ASGIApp
 
 from config.errors import ConfigError, LocalError
+from p2p.core.buckets import Bucket
 
 _logger = logging.getLogger("rios.gateway")
 
@@ -42,6 +44,8 @@ _KEEP_ALIVE_SECONDS = 30
 _SEND_SECONDS = 30.0
 _CLOSE_SECONDS = 0.5
 _HURRY_SECONDS = 0.2
+_ADDRESSES_MAX = 4096
+_TOLD_SECONDS = 60.0
 GRACE_SECONDS = 0.7
 """How long running answers may go on after :meth:`HttpServer.stop`."""
 
@@ -82,7 +86,7 @@ def _bind_error(error: OSError, host: str, port: int) -> LocalError | ConfigErro
 class HttpServer:
     """Serves an ASGI app on a listener until :meth:`stop`, or until its nursery is cancelled."""
 
-    def __init__(self, app: ASGIApp, listener: trio.SocketListener) -> None:
+    def __init__(self, app: ASGIApp, listener: trio.SocketListener, *, connections_per_second: int = 0) -> None:
         self.config = Config()
         self.config.accesslog = None
         self.config.errorlog = _logger
@@ -91,6 +95,9 @@ class HttpServer:
         self.context = WorkerContext(None)
         self.app = wrap_app(cast("ASGIFramework", app), self.config.wsgi_max_body_size, "asgi")
         self._listener = listener
+        self._per_second = connections_per_second
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._told_at = -_TOLD_SECONDS
         self._connections: set[_Connection] = set()
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
@@ -137,7 +144,7 @@ class HttpServer:
             connection.hurry()
 
     async def _handle(self, stream: trio.SocketStream) -> None:
-        if len(self._connections) >= _CONNECTIONS_MAX:
+        if len(self._connections) >= _CONNECTIONS_MAX or not self._may_enter(stream):
             await trio.aclose_forcefully(stream)
             return
         connection = _Connection(self, stream)
@@ -151,6 +158,30 @@ class HttpServer:
             self._connections.discard(connection)
             if not self._connections and self.context.terminated.is_set():
                 self._idle.set()
+
+    def _may_enter(self, stream: trio.SocketStream) -> bool:
+        """Whether a client's address has not made too many connections lately: each costs more than its client pays."""
+        if not self._per_second:
+            return True
+        try:
+            address = str(stream.socket.getpeername()[0])
+        except OSError:
+            return False  # it is gone already
+        now = trio.current_time()
+        bucket = self._buckets.get(address)
+        if bucket is None:
+            bucket = self._buckets[address] = Bucket(self._per_second, 2 * self._per_second)
+            if len(self._buckets) > _ADDRESSES_MAX:
+                self._buckets.popitem(last=False)
+        self._buckets.move_to_end(address)
+        if bucket.take(1, now):
+            return True
+        if now - self._told_at >= _TOLD_SECONDS:
+            self._told_at = now
+            _logger.warning(
+                "%s makes more than %d connections a second: those above are closed", address, self._per_second
+            )
+        return False
 
 
 class _Http11(H11Protocol):

@@ -62,9 +62,10 @@ class Besieged:
         rig, found = self.rig, []
         host, port = rig.url(rig.first).removeprefix("http://").split(":")
         program = str(TESTS / "faults" / "http_hostile.py")
-        for kind in (*HTTP, *HTTP_WITH_KEY):
+        for number, kind in enumerate((*HTTP, *HTTP_WITH_KEY)):
+            source = f"127.{60 + number}.1.1"
             key = rig.keys[rig.first.name] if kind in HTTP_WITH_KEY else ""
-            found.append((f"http {kind}", [program, kind, host, port, str(self.stretch_s), key]))
+            found.append((f"http {kind}", [program, kind, host, port, str(self.stretch_s), key, source]))
         for number, kind in enumerate(P2P):
             target: NodeProcess = (rig.first, rig.workers[0])[number % 2]
             _, _, host, _, port, *_ = target.status["network"]["addresses"][0].split("/")

@@ -445,3 +445,27 @@ async def test_bodies_that_never_end_do_not_fill_the_memory_and_small_ones_come_
             with trio.fail_after(10):
                 while (await http.post(CHAT, json=large)).status_code == 503:  # noqa: ASYNC110
                     await trio.sleep(0.1)
+
+
+async def test_who_makes_too_many_connections_is_shut_out_for_a_moment_and_others_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tmp_path, connections_per_second=5) as rig:
+
+        async def asked(source: str) -> bytes:
+            made = trio.socket.socket()
+            await made.bind((source, 0))
+            await made.connect((rig.gateway.host, rig.gateway.port))
+            async with trio.SocketStream(made) as stream:
+                try:
+                    await stream.send_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+                    return await read_all(stream)
+                except trio.BrokenResourceError:
+                    return b""
+
+        answers = [await asked("127.9.9.9") for _ in range(40)]
+        assert 10 <= sum(answer.startswith(b"HTTP/1.1 200") for answer in answers) < 40
+        assert (await asked("127.9.9.10")).startswith(b"HTTP/1.1 200"), "another address"
+        assert caplog.text.count("127.9.9.9 makes more than 5 connections a second") == 1
+        await trio.sleep(0.5)
+        assert (await asked("127.9.9.9")).startswith(b"HTTP/1.1 200"), "only for a moment"

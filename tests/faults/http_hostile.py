@@ -1,7 +1,7 @@
 """A hostile HTTP client: attacks a gateway until its time is over.
 
-Not a test. Arguments: attack, host, port, seconds, an API key ("" for none). Prints "begin" once it attacks, at the end
-what it was answered, as JSON (status or how the connection ended -> times).
+Not a test. Arguments: attack, host, port, seconds, an API key ("" for none), its own address. Prints "begin" once it
+attacks, at the end what it was answered, as JSON (status or how the connection ended -> times).
 """
 
 import gzip
@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 KIND, HOST, PORT, SECONDS, KEY = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
+SOURCE = sys.argv[6]
 SOCKETS = 300
 TOLD: Counter[str] = Counter()
 
@@ -26,6 +27,7 @@ def head(*more: str, path: str = "/v1/chat/completions", key: str = KEY) -> byte
 async def dial() -> trio.SocketStream:
     made = trio.socket.socket()
     made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    await made.bind((SOURCE, 0))
     await made.connect((HOST, PORT))
     return trio.SocketStream(made)
 

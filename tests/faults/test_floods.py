@@ -89,7 +89,8 @@ def test_http(rig: Rig, text: str, kind: str) -> None:
     host, port = rig.url(rig.first).removeprefix("http://").split(":")
     key = rig.keys[rig.first.name] if kind in WITH_KEY else ""
     program = str(TESTS / "faults" / "http_hostile.py")
-    told, seconds, growth = besieged(rig, text, [program, kind, host, port, str(SECONDS), key])
+    source = f"127.{60 + [k for each in HTTP.values() for k in each].index(kind)}.1.1"
+    told, seconds, growth = besieged(rig, text, [program, kind, host, port, str(SECONDS), key, source])
     answers = json.loads(told)
     assert not any(status.startswith("5") and status != "503" for status in answers), answers
     assert "200" not in answers

@@ -190,6 +190,7 @@ def run(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
         began = time.monotonic()
         rig.wait_replicas(REPLICAS, seconds=120)
         restored_s = time.monotonic() - began
+        print(f"# {figures(told, restored_s, {}, minutes=minutes, seed=seed)}", file=sys.stderr)
         money = rig.check_money()
     return figures(told, restored_s, money, minutes=minutes, seed=seed)
 
