@@ -1,7 +1,7 @@
 # Everything a developer or a curious stranger needs. `make help` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools run test check bench fuzz netns clean
+.PHONY: help setup tools run test check bench faults soak fuzz netns clean
 PY := .venv/bin/python
 ARGS ?=
 
@@ -31,6 +31,12 @@ bench: setup  ## benchmarks; NAME=rpc|generate|ledger|expert|... runs one
 
 netns: setup tools  ## the tests in network namespaces, with what they measured (NAT, partition, loss, delay)
 	@$(PY) -m pytest -q -s tests/netns $(ARGS)
+
+faults: setup tools  ## the fault suite, longer than in make test, with what was injected, seen and lost
+	@FAULT_ROUNDS=$(or $(ROUNDS),30) FLOOD_SECONDS=6 $(PY) -m pytest -q -s --timeout 1800 tests/faults $(ARGS)
+
+soak: setup  ## churn in a swarm of twelve daemons (MINUTES=60; ARGS="--seed 7 --keep FOLDER")
+	@$(PY) -m tests.soak.churn --minutes $(or $(MINUTES),60) $(ARGS)
 
 fuzz: setup  ## a million hostile inputs of each kind (ARGS="frames --count 1000 --seed 7")
 	@$(PY) -m tests.fuzz.fuzz $(ARGS)

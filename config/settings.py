@@ -259,6 +259,13 @@ class GatewaySettings:
     requests_per_minute: int = _setting(600, "Per key.", minimum=1, maximum=1 << 30)
     tokens_per_minute: int = _setting(200_000, "Per key.", minimum=1, maximum=1 << 40)
     concurrent_per_key: int = _setting(32, "Requests of one key at the same time.", minimum=1, maximum=1 << 20)
+    connections_per_second: int = _setting(
+        100,
+        "New connections of one client address; more are closed at once. 0: no limit. Behind a reverse proxy all "
+        "clients have its address: let it keep connections alive, or set 0.",
+        minimum=0,
+        maximum=1 << 20,
+    )
     body_bytes_max: int = _setting(4 << 20, "Largest request body.", minimum=1024, maximum=1 << 30)
     microcredits_per_million_input_tokens: int = _setting(200_000, "What users pay.", minimum=0, maximum=1 << 40)
     microcredits_per_million_output_tokens: int = _setting(800_000, "What users pay.", minimum=0, maximum=1 << 40)

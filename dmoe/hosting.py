@@ -24,16 +24,18 @@ import trio
 
 from config.errors import RequestError, RiosError
 from config.vocabulary import PeerId
-from dmoe.core.deployment import DEFAULT_MODE, REPLICAS_MAX, Mode
+from dmoe.core.demand import ASKED_MAX
+from dmoe.core.deployment import DEFAULT_MODE, REPLICAS_MAX, Deployment, Mode
 from dmoe.core.manifest import Manifest, Shard
-from dmoe.core.placement import Candidate, Holding, Patience, Wanted, assign, decide, quantised
+from dmoe.core.placement import Candidate, Holding, Patience, Wanted, assign, decide, quantised, rank
 from dmoe.deployments import Deployments
 from dmoe.fetching import Fetcher, Models
+from dmoe.helping import Helping
 from dmoe.stages.host import StageHost
 from dmoe.taking import RETRY_FIRST_SECONDS, Loader, Progress, StageLoader, Taker
 from dmoe.worker import Worker
 from p2p.core.advert import Advert, ModelOffer, bitmap
-from p2p.core.heartbeat import is_worth_sending
+from p2p.core.heartbeat import LOAD_STEP_MIN, is_worth_sending
 from p2p.face import Network
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,9 @@ class Hosting:
         patience_seconds: float = 60.0,
         settle_seconds: float = 3.0,
         check_seconds: float = 5.0,
+        long_seconds: float = 15.0,
+        idle_seconds: float = 180.0,
+        sample_seconds: float = 0.5,
         random: Random | None = None,
         stages: StageHost | None = None,
         load_stage: StageLoader | None = None,
@@ -123,6 +128,15 @@ class Hosting:
             load_stage=load_stage,
         )
         self._stages = stages
+        self.helping = Helping(
+            network,
+            worker,
+            stages,
+            self,
+            long_seconds=long_seconds,
+            idle_seconds=idle_seconds,
+            sample_seconds=sample_seconds,
+        )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow deployments and adverts until cancelled. Shards that were served before the restart come first."""
@@ -135,6 +149,7 @@ class Hosting:
                 self._settled_at = trio.current_time() + self._settle_seconds
                 self._nursery.start_soon(self._watch_directory)
                 self._nursery.start_soon(self._watch_load)
+                self._nursery.start_soon(self.helping.run)
                 task_status.started()
                 while True:
                     self._wake = trio.Event()
@@ -163,11 +178,24 @@ class Hosting:
             raise RequestError("invalid_request", f"{manifest.name} has no stages", "import the model again")
         await self.deployments.announce(manifest, replicas, mode)
 
-    async def undeploy(self, model_id: str) -> None:
-        """Take this node's deployment of a model back. Raises RequestError ``not_found`` if there is none."""
+    async def scale(self, model_id: str, replicas: int) -> Deployment:
+        """Change the replicas of this node's deployment of a model; its mode stays. Raises RequestError ``not_found``
+        if there is none, or as :meth:`deploy`."""
+        own = self._own_deployment(model_id)
+        await self.deploy(model_id, replicas, own.mode)
+        return self._own_deployment(model_id)
+
+    def _own_deployment(self, model_id: str) -> Deployment:
         own = self.deployments.book.own(model_id)
         if own is None or not own.replicas:
-            raise RequestError("not_found", f"this node did not deploy model {model_id[:12]}")
+            raise RequestError(
+                "not_found", f"this node did not deploy model {model_id[:12]}", "rios model deploy MODEL does"
+            )
+        return own
+
+    async def undeploy(self, model_id: str) -> None:
+        """Take this node's deployment of a model back. Raises RequestError ``not_found`` if there is none."""
+        self._own_deployment(model_id)
         await self.deployments.announce(await self.fetcher.manifest(model_id, ()), 0)
 
     async def ensure_trunk(self, name_or_id: str, watched: Bringing | None = None) -> Manifest:
@@ -272,13 +300,7 @@ class Hosting:
             Wanted(index, shard.id, self.deployments.book.wanted(model_id, shard.kind))
             for index, shard in enumerate(manifest.shards)
         ]
-        candidates = []
-        for peer, advert in adverts.items():
-            if peer == self._network.peer_id:
-                candidates.append(Candidate(peer, self._offered(), self._full or self._worker.paused, mine))
-            else:
-                full = advert.full or advert.paused
-                candidates.append(Candidate(peer, advert.offered_bytes, full, _held(advert, manifest)))
+        candidates = self._candidates(manifest, adverts)
         now_ms = int(trio.current_time() * 1000)
         assigned = assign(model_id, wanted, candidates, self._patience.late(model_id))
         patience_ms = {
@@ -292,7 +314,7 @@ class Hosting:
         assert self._nursery is not None
         for index in decision.fetch if settled else ():
             self._taker.start(self._nursery, manifest, index)
-        surplus = () if self._worker.paused else decision.surplus
+        surplus = [] if self._worker.paused else self.helping.may_go(model_id, decision.surplus)
         for index in self._holding.ripe(model_id, surplus, now_ms)[:DROPS_AT_ONCE]:
             holders = [c.peer_id for c in candidates if index in c.ready and c.peer_id != self._network.peer_id]
             if await self._is_proved(
@@ -305,6 +327,55 @@ class Hosting:
         for key in [k for k, p in self._taker.progress.items() if k[0] == model_id and p.ended is None]:
             if key[1] not in mine and key[1] not in decision.fetch and model_id not in self._pinned:
                 del self._taker.progress[key]
+        self.helping.extras.intersection_update(self._taker.progress)
+
+    def _candidates(self, manifest: Manifest, adverts: dict[PeerId, Advert]) -> list[Candidate]:
+        candidates, paused = [], self._worker.paused
+        for peer, advert in adverts.items():
+            if peer == self._network.peer_id:
+                mine = self._taker.ready(manifest)
+                candidates.append(Candidate(peer, self._offered(), self._full or paused, mine))
+            else:
+                full = advert.full or advert.paused
+                candidates.append(Candidate(peer, advert.offered_bytes, full, _held(advert, manifest)))
+        return candidates
+
+    # --- by demand (see ``helping``)
+
+    def helper(self, model_id: str, index: int) -> PeerId | None:
+        """The next in rank for a shard that has room, does not hold it and has no long queues itself."""
+        manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
+        adverts = self._candidates_by_model()
+        if manifest is None or self._has_enough(manifest, index, adverts):
+            return None
+        late = self._patience.late(model_id)
+        for candidate in rank(model_id, manifest.shards[index].id, self._candidates(manifest, adverts)):
+            peer = candidate.peer_id
+            calm = peer != self._network.peer_id and adverts[peer].load < LOAD_STEP_MIN
+            if calm and not (candidate.full or index in candidate.ready or (index, peer) in late):
+                return peer
+        return None
+
+    def take_in(self, peer: PeerId, model_id: str, index: int) -> str:
+        """Begin to take a shard because a holder's queue stays long; why not, or nothing."""
+        manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
+        if manifest is None or not 0 <= index < len(manifest.shards):
+            return "does not know the model"
+        adverts, shard = self._candidates_by_model(), manifest.shards[index]
+        if peer not in adverts or index not in _held(adverts[peer], manifest):
+            return "sees no such shard at who asks"
+        if shard.kind == "trunk" or self._has_enough(manifest, index, adverts):
+            return "counts enough replicas"
+        if index in self._taker.ready(manifest):
+            return "has it already"
+        if self._worker.paused or not self._taker.has_room(shard.ram_bytes) or self._nursery is None:
+            return "has no room"
+        self._taker.start(self._nursery, manifest, index)
+        return ""
+
+    def _has_enough(self, manifest: Manifest, index: int, adverts: dict[PeerId, Advert]) -> bool:
+        wanted = self.deployments.book.wanted(manifest.model_id, manifest.shards[index].kind)
+        return sum(index in _held(advert, manifest) for advert in adverts.values()) >= ASKED_MAX * wanted
 
     async def _is_proved(self, shard: Shard, holders: Sequence[PeerId], needed: int) -> bool:
         """Whether so many of those who say that they have a shard do have it. A dropped shard may be the last one."""

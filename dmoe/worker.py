@@ -28,6 +28,7 @@ from config.vocabulary import PeerId
 from dmoe.batches import Batches
 from dmoe.core import calls, wire
 from dmoe.core.calls import ExpertCall, Indices, Weights
+from dmoe.core.demand import Use
 from dmoe.core.wire import FloatRows
 from dmoe.loaded import LoadedShard, Shard, ShardPlan, plan_of
 from dmoe.ports import Quote, Seller
@@ -133,6 +134,13 @@ class Worker:
     def indices(self, model_id: str) -> frozenset[int]:
         """Manifest indices of the loaded shards of a model."""
         return frozenset(s.plan.index for (model, _), s in self._shards.items() if model == model_id)
+
+    def uses(self) -> dict[tuple[str, int], Use]:
+        """A sample of every loaded shard, by model id and manifest index."""
+        return {
+            (model, shard.plan.index): Use(shard.rows_waiting, shard.rows_computed, shard.row_seconds * 1e6)
+            for (model, _), shard in self._shards.items()
+        }
 
     def ram_bytes(self) -> int:
         """Memory the loaded shards take."""

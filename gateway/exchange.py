@@ -7,6 +7,8 @@ Invariants:
 2. No more than ``body_bytes_max`` of a body is given to a route, whatever Content-Length says.
 3. Somebody always receives: without that, hypercorn's reader blocks on its full queue and the connection hangs.
 4. Every answer carries ``x-request-id``.
+5. Bodies that are still coming take at most ``BODIES_BYTES_MAX`` together (or what one may have, if that is more),
+   besides the first ``BODY_BYTES_FREE`` of each: who sends much and never ends cannot fill the memory.
 """
 
 import logging
@@ -18,6 +20,7 @@ from collections.abc import Iterable
 import trio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from config.errors import BusyError
 from gateway.errors import ApiError, error_body, internal_error
 from gateway.metrics import Metrics
 
@@ -27,6 +30,9 @@ _access = logging.getLogger("rios.gateway.access")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _LINGER_SECONDS = 1.0
 _SMALL_BODY_SECONDS = 0.05
+BODIES_BYTES_MAX = 32 << 20
+BODY_BYTES_FREE = 16 << 10
+"""Small bodies come in whatever large ones take."""
 
 
 class Exchanges:
@@ -36,6 +42,7 @@ class Exchanges:
         self._app = app
         self._metrics = metrics
         self._body_bytes_max = body_bytes_max
+        self._bodies = Bodies(max(BODIES_BYTES_MAX, body_bytes_max))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. WebSockets are turned away."""
@@ -43,7 +50,7 @@ class Exchanges:
             await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return
-        exchange = _Exchange(scope, receive, send, self._body_bytes_max)
+        exchange = _Exchange(scope, receive, send, self._body_bytes_max, self._bodies)
         start = time.perf_counter()
         self._metrics.running.inc()
         try:
@@ -51,6 +58,7 @@ class Exchanges:
                 await exchange.run(self._app, nursery)
                 nursery.cancel_scope.cancel()
         finally:
+            exchange.let_go()
             seconds = time.perf_counter() - start
             self._metrics.running.dec()
             self._metrics.observe_request(scope["path"], exchange.status, seconds)
@@ -64,13 +72,30 @@ class Exchanges:
             )
 
 
+class Bodies:
+    """The bytes of all bodies that are still coming."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_held = 0
+        self._bytes_max = bytes_max
+
+    def take(self, size: int) -> None:
+        """Hold more of a body. Raises BusyError if all together would be too much."""
+        if self.bytes_held + size > self._bytes_max:
+            hint = "send large requests one after the other"
+            raise BusyError("too many large request bodies are on their way", hint, retry_after_ms=1000)
+        self.bytes_held += size
+
+
 class _Exchange:
-    def __init__(self, scope: Scope, receive: Receive, send: Send, body_bytes_max: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, body_bytes_max: int, bodies: Bodies) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._body_bytes_max = body_bytes_max
         self._body_bytes = 0
+        self._bodies = bodies
+        self._bytes_held = 0
         self._body_ended = trio.Event()
         if not _has_body(scope["headers"]):
             self._body_ended.set()
@@ -109,8 +134,21 @@ class _Exchange:
                 raise self._too_large()
             if not message.get("more_body", False):
                 self._body_ended.set()
+                self.let_go()  # all of it is here, and becomes what it says at once
                 self._watch()
+            else:
+                more = max(0, self._body_bytes - BODY_BYTES_FREE) - self._bytes_held
+                self._bodies.take(more)
+                self._bytes_held += more
+        else:  # the client has left: nothing more is coming
+            self._body_ended.set()
+            self.let_go()
         return message
+
+    def let_go(self) -> None:
+        """Its body takes no memory any more, or is not coming any more."""
+        self._bodies.bytes_held -= self._bytes_held
+        self._bytes_held = 0
 
     async def send(self, message: Message) -> None:
         """The route's send: adds headers, and lets a body that is still coming in run out before the end."""

@@ -75,7 +75,8 @@ async def open_gateway(
                     require_key=settings.require_key,
                     version=version,
                 )
-                server = HttpServer(build_app(service, site, body_bytes_max=settings.body_bytes_max), listener)
+                app = build_app(service, site, body_bytes_max=settings.body_bytes_max)
+                server = HttpServer(app, listener, connections_per_second=settings.connections_per_second)
                 async with _running(server, till):
                     host, port = server.address
                     yield Gateway(url=url_of(host, port), host=host, port=port, accounts=accounts)

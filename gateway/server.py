@@ -1,13 +1,15 @@
 """Hypercorn's HTTP/1.1 on trio, tamed: connections that cannot hang, crash the node or outlive it.
 
 Owns the listening socket and every connection. Hypercorn's own server loop is not used: this file runs its connection
-class inside the caller's nursery and replaces three of its parts.
+class inside the caller's nursery and replaces four of its parts.
 
 1. ``protocol_send`` shields its write without a bound; a client that stops reading would block a shutdown for ever.
    Here the shield ends after ``_SEND_SECONDS`` (sooner while stopping), and the connection with it.
 2. ``_close`` runs in the task that ends a response, which is cancelled by the disconnect that closing causes, so a
    ``Connection: close`` stream was never closed. Here it is shielded and bounded.
 3. ``is_disconnected()`` never becomes true; ``gateway.exchange`` awaits ``http.disconnect`` in a task of its own.
+4. A connection that its client closed without a request in progress was counted until its keep-alive time was over, so
+   that a thousand short ones shut everybody out for half a minute. Here its idle clock stops with its reader.
 
 HTTP/2 is not offered: a reverse proxy does it better, and one protocol is half the attack surface.
 """
@@ -15,6 +17,7 @@ HTTP/2 is not offered: a reverse proxy does it better, and one protocol is half 
 import errno
 import logging
 import socket
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -22,7 +25,7 @@ from typing import cast
 import h11
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
@@ -32,6 +35,7 @@ from hypercorn.utils import parse_socket_addr, wrap_app
 from starlette.types import ASGIApp
 
 from config.errors import ConfigError, LocalError
+from p2p.core.buckets import Bucket
 
 _logger = logging.getLogger("rios.gateway")
 
@@ -40,6 +44,8 @@ _KEEP_ALIVE_SECONDS = 30
 _SEND_SECONDS = 30.0
 _CLOSE_SECONDS = 0.5
 _HURRY_SECONDS = 0.2
+_ADDRESSES_MAX = 4096
+_TOLD_SECONDS = 60.0
 GRACE_SECONDS = 0.7
 """How long running answers may go on after :meth:`HttpServer.stop`."""
 
@@ -80,7 +86,7 @@ def _bind_error(error: OSError, host: str, port: int) -> LocalError | ConfigErro
 class HttpServer:
     """Serves an ASGI app on a listener until :meth:`stop`, or until its nursery is cancelled."""
 
-    def __init__(self, app: ASGIApp, listener: trio.SocketListener) -> None:
+    def __init__(self, app: ASGIApp, listener: trio.SocketListener, *, connections_per_second: int = 0) -> None:
         self.config = Config()
         self.config.accesslog = None
         self.config.errorlog = _logger
@@ -89,6 +95,9 @@ class HttpServer:
         self.context = WorkerContext(None)
         self.app = wrap_app(cast("ASGIFramework", app), self.config.wsgi_max_body_size, "asgi")
         self._listener = listener
+        self._per_second = connections_per_second
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._told_at = -_TOLD_SECONDS
         self._connections: set[_Connection] = set()
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
@@ -135,7 +144,7 @@ class HttpServer:
             connection.hurry()
 
     async def _handle(self, stream: trio.SocketStream) -> None:
-        if len(self._connections) >= _CONNECTIONS_MAX:
+        if len(self._connections) >= _CONNECTIONS_MAX or not self._may_enter(stream):
             await trio.aclose_forcefully(stream)
             return
         connection = _Connection(self, stream)
@@ -149,6 +158,30 @@ class HttpServer:
             self._connections.discard(connection)
             if not self._connections and self.context.terminated.is_set():
                 self._idle.set()
+
+    def _may_enter(self, stream: trio.SocketStream) -> bool:
+        """Whether a client's address has not made too many connections lately: each costs more than its client pays."""
+        if not self._per_second:
+            return True
+        try:
+            address = str(stream.socket.getpeername()[0])
+        except OSError:
+            return False  # it is gone already
+        now = trio.current_time()
+        bucket = self._buckets.get(address)
+        if bucket is None:
+            bucket = self._buckets[address] = Bucket(self._per_second, 2 * self._per_second)
+            if len(self._buckets) > _ADDRESSES_MAX:
+                self._buckets.popitem(last=False)
+        self._buckets.move_to_end(address)
+        if bucket.take(1, now):
+            return True
+        if now - self._told_at >= _TOLD_SECONDS:
+            self._told_at = now
+            _logger.warning(
+                "%s makes more than %d connections a second: those above are closed", address, self._per_second
+            )
+        return False
 
 
 class _Http11(H11Protocol):
@@ -168,6 +201,8 @@ class _Connection(TCPServer):
         self._socket = stream.socket
         self._send_seconds = _SEND_SECONDS
         self._sending: trio.CancelScope | None = None
+        self._over = False
+        """The client will say nothing more."""
 
     async def run(self) -> None:
         raw = self._socket
@@ -189,6 +224,8 @@ class _Connection(TCPServer):
                 )
                 await self.idle_task.restart(task_group, self._idle_timeout)
                 await self._read_data()
+                self._over = True
+                await self.idle_task.stop()
         except* OSError:
             pass  # The client is gone: nobody is left to tell.
         finally:
@@ -201,6 +238,8 @@ class _Connection(TCPServer):
             self._sending.deadline = min(self._sending.deadline, trio.current_time() + _HURRY_SECONDS)
 
     async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated) and self._over:
+            return
         if not isinstance(event, RawData):
             await super().protocol_send(event)
             return

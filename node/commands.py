@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     _node_commands(command, top)
     _swarm_commands(command, top)
     _model_commands(command, top)
+    _deployment_commands(command, top)
     _bench_commands(command, top)
     _ledger_commands(command, top)
     _gateway_commands(command, top)
@@ -208,12 +209,21 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     ):
         importing.add_argument(f"--{name}", type=_count, default=0, metavar="N", help=text)
     importing.add_argument("--format", choices=_FORMATS, default="source", help="weight format")
-    command(model, "ls", _online("model_ls"), "Models known here, their shards and replicas.")
+    listing = command(model, "ls", _online("model_ls"), "Models known here, their shards and replicas.")
+    listing.add_argument("model", nargs="?", default="", help="each shard of this one: replicas, health, queue")
     verify = command(model, "verify", _local("model_verify"), "Check every hash and the stored golden logits.")
     verify.add_argument("model")
     remove = command(model, "rm", _local("model_rm"), "Delete a model's files here.")
     remove.add_argument("model")
-    deploy = command(model, "deploy", _online("model_deploy"), "Ask the swarm to hold a model.")
+    fetch = command(model, "fetch", _online("model_fetch"), "Bring here what answering with a model needs.")
+    fetch.add_argument("model", help="its name or id")
+    fetch.add_argument("--whole", action="store_true", help="every shard, to answer without the swarm")
+    _deployment_commands(command, model)
+
+
+def _deployment_commands(command: Command, group: Any) -> None:  # noqa: ANN401
+    """What changes how the swarm holds a model: below ``rios model`` and, being frequent, at the top as well."""
+    deploy = command(group, "deploy", _online("model_deploy"), "Ask the swarm to hold a model.")
     deploy.add_argument("model")
     deploy.add_argument("--replicas", type=int, default=None)
     deploy.add_argument(
@@ -222,11 +232,12 @@ def _model_commands(command: Command, top: Any) -> None:  # noqa: ANN401
         default="experts",
         help="what nodes hold: groups of experts (a LAN), whole layers with their caches (a WAN), or both",
     )
-    deploy.add_argument("--wait", action="store_true", help="return once the swarm holds every replica")
-    fetch = command(model, "fetch", _online("model_fetch"), "Bring here what answering with a model needs.")
-    fetch.add_argument("model", help="its name or id")
-    fetch.add_argument("--whole", action="store_true", help="every shard, to answer without the swarm")
-    undeploy = command(model, "undeploy", _online("model_undeploy"), "Withdraw a deployment made here.")
+    scale = command(group, "scale", _online("model_scale"), "Change the replicas of a deployment made here.")
+    scale.add_argument("model")
+    scale.add_argument("replicas", type=int)
+    for made in (deploy, scale):
+        made.add_argument("--wait", action="store_true", help="return once the swarm holds every replica")
+    undeploy = command(group, "undeploy", _online("model_undeploy"), "Withdraw a deployment made here.")
     undeploy.add_argument("model")
 
 

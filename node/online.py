@@ -245,7 +245,9 @@ def health(context: Context) -> Output:
 
 
 def model_ls(context: Context) -> Output:
-    """``rios model ls``"""
+    """``rios model ls``, and ``rios model ls MODEL`` with its shards one by one."""
+    if context.args.model:
+        return _model_shards(context)
     try:
         data = _ask(context, "model.list")
     except RiosError as error:
@@ -270,14 +272,51 @@ def model_ls(context: Context) -> Output:
     return Output(data, _table(rows) if data else "no models; try: rios model import bundled")
 
 
+def _model_shards(context: Context) -> Output:
+    data = _ask(context, "model.shards", model=context.args.model)
+    rows = [["SHARD", "WANTED", "THERE", "HEALTHY", "QUEUE", "LAST ANSWER", "REMARKS"]]
+    for shard in data["shards"]:
+        holders = shard["replicas"]
+        ages = [each["answered_s"] for each in holders if each["answered_s"] is not None]
+        rows.append(
+            [
+                shard["id"],
+                str(shard["wanted"]),
+                str(shard["there"]),
+                str(shard["healthy"]),
+                str(sum(each["queue"] for each in holders)),
+                f"{_duration(min(ages))} ago" if ages else "-",
+                _remarks(shard),
+            ]
+        )
+    return Output(data, f"{data['name']}  {data['model_id'][:16]}\n{_table(rows)}")
+
+
+def _remarks(shard: Mapping[str, Any]) -> str:
+    missing = shard["wanted"] - shard["there"]
+    ill = [f"{each['peer_id'][-8:]} {each['state']}" for each in shard["replicas"] if each["state"]]
+    return "; ".join([f"{missing} missing"] * (missing > 0) + ill)
+
+
 def model_deploy(context: Context) -> Output:
-    """``rios model deploy``"""
+    """``rios deploy``, ``rios model deploy``"""
     args = context.args
     data = _ask(context, "model.deploy", model=args.model, replicas=args.replicas, mode=args.mode)
+    return _deployed(context, data, "deployed")
+
+
+def model_scale(context: Context) -> Output:
+    """``rios scale``, ``rios model scale``"""
+    data = _ask(context, "model.scale", model=context.args.model, replicas=context.args.replicas)
+    return _deployed(context, data, "scaled")
+
+
+def _deployed(context: Context, data: Mapping[str, Any], verb: str) -> Output:
     if context.args.wait:
         _watch_replicas(context, data)
-        return Output(data, f"deployed {data['name']}: the swarm holds {data['replicas']} replicas of every shard")
-    return Output(data, f"deployed {data['name']} with {data['replicas']} replicas; watch it: rios model ls")
+        return Output(data, f"{verb} {data['name']}: the swarm holds {data['replicas']} replicas of every shard")
+    watch = f"rios model ls {data['name']}"
+    return Output(data, f"{verb} {data['name']} to {data['replicas']} replicas of every shard; watch it: {watch}")
 
 
 def _watch_replicas(context: Context, deployed: Mapping[str, Any]) -> None:
@@ -309,7 +348,7 @@ def model_fetch(context: Context) -> Output:
 
 
 def model_undeploy(context: Context) -> Output:
-    """``rios model undeploy``"""
+    """``rios undeploy``, ``rios model undeploy``"""
     data = _ask(context, "model.undeploy", model=context.args.model)
     return Output(data, f"withdrew {data['name']}; nodes drop its shards when they notice")
 

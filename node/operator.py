@@ -15,7 +15,7 @@ from config.errors import ConfigError, IntegrityError, LocalError, RequestError,
 from dmoe.core.manifest import Manifest
 from dmoe.hosting import Bringing
 from ledger.ledger import Ledger
-from node import answering, membership, plan
+from node import answering, membership, plan, replicas
 from node.cli import VERSION
 from node.control import Command, Send
 from p2p import allow, clock
@@ -51,7 +51,9 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "plan": plan.answer,
             "model.list": _model_list,
             "model.deploy": _model_deploy,
+            "model.scale": _model_scale,
             "model.undeploy": _model_undeploy,
+            "model.shards": replicas.shards,
             "model.health": _model_health,
             "model.holdings": _model_holdings,
             "model.progress": _model_progress,
@@ -290,6 +292,17 @@ async def _model_deploy(node: "Node", args: Args, _send: Send) -> Any:  # noqa: 
     mode = args.get("mode") or "experts"
     await node.hosting.deploy(manifest.model_id, int(replicas), mode)
     return {"model_id": manifest.model_id, "name": manifest.name, "replicas": int(replicas), "mode": mode}
+
+
+async def _model_scale(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    manifest = _manifest(node, args)
+    record = await node.hosting.scale(manifest.model_id, int(args["replicas"]))
+    return {
+        "model_id": manifest.model_id,
+        "name": manifest.name,
+        "replicas": record.replicas,
+        "mode": record.mode,
+    }
 
 
 async def _model_undeploy(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON

@@ -376,7 +376,7 @@ class Links:
             self._up(peer_id)
 
     def _on_lost(self, link: Connection) -> None:
-        if link.bulk is not None:
+        if link.bulk is not None and not self.closing:  # at the end the nursery takes no more, and all is closed anyway
             self.pool.submit(link.bulk.carrier.close)
         links = self._links.get(link.peer_id, [])
         if link in links:

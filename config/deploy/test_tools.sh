@@ -1,5 +1,5 @@
 #!/bin/sh
-# System tools for the tests in network namespaces (tests/netns). Installed where this is root and apt-get works; nothing
+# System tools for the tests in network namespaces (tests/netns) and the fault suite. Installed where this is root and apt-get works; nothing
 # fails where they cannot be had: those tests skip and say what is missing.
 set -eu
 
@@ -7,6 +7,7 @@ need=""
 command -v ip >/dev/null 2>&1 || need="$need iproute2"
 command -v nft >/dev/null 2>&1 || need="$need nftables"
 command -v miniupnpd >/dev/null 2>&1 || need="$need miniupnpd-nftables"
+ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || need="$need faketime"
 [ -n "$need" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null 2>&1; then
     exit 0

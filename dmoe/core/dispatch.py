@@ -153,8 +153,9 @@ class Dispatcher:
         known = self.peers.get(peer)
         return known.answered_us if known is not None else None
 
-    def seen(self, peer: PeerId) -> None:
+    def seen(self, peer: PeerId, now_us: int) -> None:
         """A peer did something other than answer for experts: it does not rest as a whole any more."""
+        self.estimate(peer).answered_us = now_us
         self.estimate(peer).strikes = 0
         self.holds.answered(peer, ())
 

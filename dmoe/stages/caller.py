@@ -71,7 +71,10 @@ class StageCaller:
             async with trio.open_nursery() as nursery:
                 self.shared.chains.nursery = nursery
                 task_status.started()
-                await trio.sleep_forever()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    self.shared.chains.leaving = True
         finally:
             self.shared.chains.nursery = None
 

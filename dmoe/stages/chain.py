@@ -92,6 +92,8 @@ class Chains:
 
     def __init__(self, network: Network, buyer: Buyer | None) -> None:
         self.nursery: trio.Nursery | None = None
+        self.leaving = False
+        """The nursery is about to close."""
         self._network = network
         self._buyer = buyer
         self._results = Results(network)

@@ -28,6 +28,7 @@ import trio
 from config.errors import BusyError, RemoteError, RequestError, RiosError
 from config.vocabulary import PeerId
 from dmoe.core import stagecalls, wire
+from dmoe.core.demand import Use
 from dmoe.core.stagecalls import Failure, Hop, Part, RunCall, Step
 from dmoe.core.wire import FloatRows
 from dmoe.kv import Cache
@@ -149,6 +150,13 @@ class StageHost:
     def indices(self, model_id: str) -> frozenset[int]:
         """Manifest indices of the loaded stages of a model."""
         return frozenset(s.plan.index for (model, _), s in self._stages.items() if model == model_id)
+
+    def uses(self) -> dict[tuple[str, int], Use]:
+        """A sample of every loaded stage, by model id and manifest index."""
+        return {
+            (stage.plan.model_id, stage.plan.index): Use(stage.rows_waiting, stage.rows, stage.row_seconds * 1e6)
+            for stage in self._stages.values()
+        }
 
     def ram_bytes(self) -> int:
         """Memory of the loaded stages and of the caches."""

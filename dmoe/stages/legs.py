@@ -83,10 +83,13 @@ class Legs:
     async def complete(self, sequence: StageSequence, like: StageSequence | None = None) -> None:
         """Open the legs that a sequence lacks. Raises StageError, or RemoteError ``no_replica``."""
         stages = range(len(self._manifest.stages))
-        missing = [stage for stage in stages if stage not in sequence.legs]
-        if not missing:
+        if len(sequence.legs) == len(stages):
             return
-        fixed = {stage: leg.link.peer for stage, leg in (like or sequence).legs.items()}
+        origin = like or sequence
+        fixed = {stage: leg.link.peer for stage, leg in origin.legs.items() if self._is_offered(stage, leg.link.peer)}
+        for stage in set(sequence.legs) - set(fixed):
+            sequence.drop(stage)  # the path could not lead by way of it
+        missing = [stage for stage in stages if stage not in sequence.legs]
         path = self._path(fixed)
         failed: list[StageError] = []
 
@@ -102,6 +105,14 @@ class Legs:
                 nursery.start_soon(open_leg, stage)
         if failed:
             raise failed[0]
+
+    def _is_offered(self, stage: int, peer: PeerId) -> bool:
+        """Whether a peer says that it runs a stage: one that died, paused or dropped the stage does not."""
+        if peer == self._me:
+            return True
+        manifest, advert = self._manifest, self._shared.network.directory.adverts().get(peer)
+        offer = advert.offer(manifest.model_id) if advert is not None and not advert.paused else None
+        return offer is not None and offer.holds(manifest.shard_index(manifest.stages[stage].id))
 
     def _path(self, fixed: dict[int, PeerId]) -> list[PeerId]:
         """A peer for every stage; where nobody else is left, one that rests after a failure, at last even one that
@@ -210,7 +221,7 @@ class Legs:
         legs[leg.link.peer] -= 1
         if leg.here is not None:
             self._shared.host.close(leg.here)
-        elif self._shared.chains.nursery is not None:
+        elif self._shared.chains.nursery is not None and not self._shared.chains.leaving:
             self._shared.chains.nursery.start_soon(self._close_there, leg)
 
     async def _close_there(self, leg: Leg) -> None:

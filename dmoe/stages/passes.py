@@ -21,6 +21,7 @@ from config.errors import RemoteError, RiosError
 from dmoe.core import wire
 from dmoe.core.manifest import Manifest
 from dmoe.core.wire import FloatRows
+from dmoe.replicas import now_us
 from dmoe.runner import Feed, Want
 from dmoe.stages.chain import Account, Rows, StageError, Way
 from dmoe.stages.legs import Shared
@@ -220,7 +221,7 @@ class StagePasses:
 
     def _told(self, account: Account) -> None:
         """A host says what it did: it is there."""
-        self._shared.dispatcher.seen(account.link.peer)
+        self._shared.dispatcher.seen(account.link.peer, now_us())
         self._shared.measured(self._manifest.model_id, account)
 
     def pass_seconds(self, stages: int) -> float:

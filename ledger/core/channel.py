@@ -204,7 +204,10 @@ class PayerChannel:
     def excess(self, receipt: Receipt) -> int:
         """Microcredits by which a receipt exceeds the own count and what may be doubtful (0: pay it)."""
         window = max(0, receipt.cumulative - self.receipt_cumulative) * NANO
-        bound = max(self.largest_nano, window // 100) + self.allowance_nano
+        # of a worker whose first answers were lost nothing is known, but W0 is promised to it in any case: within a
+        # third of that no receipt raises the promise
+        first = 0 if self.calls else max(0, self.prepay // 3 * NANO - self.doubt_nano)
+        bound = max(self.largest_nano, window // 100, first) + self.allowance_nano
         return max(0, receipt.cumulative - (self.nano + self.doubt_nano + bound) // NANO)
 
     def first_voucher(self) -> Voucher:

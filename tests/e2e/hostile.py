@@ -117,6 +117,29 @@ async def bad_frames(n: int) -> None:
     await bad_frames(n)
 
 
+BOMBS = (
+    b"\x91" * 60_000,  # lists in lists
+    b"\x81\xa1a" * 20_000,  # maps in maps
+    *(
+        b"\x81\xa1a" + mark + b"\xff\xff\xff\xff" for mark in (b"\xdd", b"\xdf", b"\xc6", b"\xdb", b"\xc9")
+    ),  # 4 GiB, it says
+    b"\x81\xa1a\xdd\x00\x0f\x00\x00" + b"\x80" * 0xF0000,  # a million empty maps
+)
+"""Headers that cost whoever decodes them far more than their bytes."""
+
+
+async def header_bombs(n: int) -> None:
+    """Calls whose msgpack header is a bomb; each in a lane of its own, since most of them end it."""
+    for turn, bomb in enumerate(BOMBS):
+        async with lane(1000 * n + turn) as found:
+            method = b"echo"
+            head = frames.HEAD.pack(len(method) + len(bomb), frames.REQUEST, len(method), 0, 1, 1000, len(bomb))
+            for start in range(0, len(bomb), 60_000):
+                data = bomb[start : start + 60_000]
+                await send(found, head + method + data if not start else data)
+            await trio.sleep(0.05)
+
+
 async def half_read(n: int) -> None:
     """Ask for much and never open the window again."""
     machine = frames.Machine(frame_bytes_max=1 << 20)
@@ -167,6 +190,7 @@ PEERS: dict[str, Callable[[int], Awaitable[None]]] = {
     "frame_partial": frame_partial,
     "bad_frames": bad_frames,
     "half_read": half_read,
+    "header_bombs": header_bombs,
     "identities": identities,
     "kad_streams": lambda n: streams(n, "/ipfs/kad/1.0.0"),
     "rpc_streams": lambda n: streams(n, "/rios/rpc/1.0.0"),

@@ -41,6 +41,7 @@ PROVEN = {
     "frame_partial": set(),
     "bad_frames": {"ban", "disgrace"},
     "half_read": set(),
+    "header_bombs": {"ban", "disgrace"},
     "identities": {"peers", "connections_per_address"},
     "kad_streams": {"streams_kad_per_peer", "streams_per_second_per_connection"},
     "rpc_streams": set(),

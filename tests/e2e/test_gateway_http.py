@@ -2,6 +2,7 @@
 
 import json
 import socket
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from config.errors import ConfigError, LocalError, RiosError
 from config.settings import GatewaySettings
+from gateway import exchange as exchange_module
+from gateway import server as server_module
 from gateway.gateway import open_gateway
 from gateway.openai import stream as stream_module
 
@@ -399,3 +402,70 @@ async def test_data_folder_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(LocalError, match="cannot open the accounts database"):
         async with serving(tmp_path / "file"):
             pass
+
+
+async def test_connections_that_were_closed_do_not_count_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_CONNECTIONS_MAX", 10)
+    async with serving(tmp_path) as rig:
+        key = {"silent": b"", "head": b"GET / HTTP/1.1\r\nx-a: a", "body": b"POST " + CHAT.encode() + b" HTTP/1.1\r\n"}
+        key["body"] += f"host: a\r\nauthorization: Bearer {rig.key}\r\ncontent-length: 99\r\n\r\n{{".encode()
+        for first in key.values():
+            for _ in range(2):
+                streams = [await trio.open_tcp_stream(rig.gateway.host, rig.gateway.port) for _ in range(9)]
+                for stream in streams:
+                    await stream.send_all(first)
+                await trio.sleep(0.1)
+                for stream in streams:
+                    await trio.aclose_forcefully(stream)
+                await trio.sleep(0.5)
+        async with rig.http() as http:
+            assert (await http.get("/healthz")).status_code == 200
+
+
+async def test_bodies_that_never_end_do_not_fill_the_memory_and_small_ones_come_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange_module, "BODIES_BYTES_MAX", 1 << 20)
+    async with serving(tmp_path, body_bytes_max=1 << 20) as rig, AsyncExitStack() as stack:
+        part = b" " * 400_000
+        for _ in range(2):
+            stream = await stack.enter_async_context(await trio.open_tcp_stream(rig.gateway.host, rig.gateway.port))
+            await stream.send_all(request_bytes(CHAT, part, rig.key, content_length=str(len(part) + 1)))
+        await trio.sleep(0.2)
+        large = {**BODY, "messages": [{"role": "user", "content": "a" * 500_000}]}
+        async with rig.http() as http:
+            refused = await http.post(CHAT, json=large)
+            assert refused.status_code == 503
+            assert "request bodies" in refused.json()["error"]["message"]
+            assert refused.headers["retry-after"]
+            assert (await http.post(CHAT, json=BODY)).status_code == 200
+            await stack.aclose()
+            with trio.fail_after(10):
+                while (await http.post(CHAT, json=large)).status_code == 503:  # noqa: ASYNC110
+                    await trio.sleep(0.1)
+
+
+async def test_who_makes_too_many_connections_is_shut_out_for_a_moment_and_others_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tmp_path, connections_per_second=5) as rig:
+
+        async def asked(source: str) -> bytes:
+            made = trio.socket.socket()
+            await made.bind((source, 0))
+            await made.connect((rig.gateway.host, rig.gateway.port))
+            async with trio.SocketStream(made) as stream:
+                try:
+                    await stream.send_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+                    return await read_all(stream)
+                except trio.BrokenResourceError:
+                    return b""
+
+        answers = [await asked("127.9.9.9") for _ in range(40)]
+        assert 10 <= sum(answer.startswith(b"HTTP/1.1 200") for answer in answers) < 40
+        assert (await asked("127.9.9.10")).startswith(b"HTTP/1.1 200"), "another address"
+        assert caplog.text.count("127.9.9.9 makes more than 5 connections a second") == 1
+        await trio.sleep(0.5)
+        assert (await asked("127.9.9.9")).startswith(b"HTTP/1.1 200"), "only for a moment"

@@ -211,12 +211,14 @@ class Rig:
 
     def part(self, these: Sequence[Host], those: Sequence[Host]) -> None:
         """Nothing passes between two groups of hosts of the internet until :meth:`heal`."""
-        rules = [
-            f'iifname "{self._ports[a.namespace]}" oifname "{self._ports[b.namespace]}" drop'
-            for one, other in ((these, those), (those, these))
-            for a in one
-            for b in other
-        ]
+        self._drop([(a, b) for one, other in ((these, those), (those, these)) for a in one for b in other])
+
+    def mute(self, these: Sequence[Host], those: Sequence[Host]) -> None:
+        """Nothing passes from one group to the other until :meth:`heal`; the other way everything does."""
+        self._drop([(a, b) for a in these for b in those])
+
+    def _drop(self, pairs: Sequence[tuple[Host, Host]]) -> None:
+        rules = [f'iifname "{self._ports[a.namespace]}" oifname "{self._ports[b.namespace]}" drop' for a, b in pairs]
         table = TABLE.format(table="bridge part", hook="forward priority 0", rules="\n    ".join(rules))
         run("ip", "netns", "exec", self._switch, "nft", "-f", "-", stdin=table)
 

@@ -527,3 +527,108 @@ def test_a_deployment_by_stages_of_a_model_without_stages_is_borne():
     )
     Hosting._update_full(hosting)
     assert asked == [0]
+
+
+# --- replicas follow demand
+
+
+async def crowded(tmp_path, net, **limits):
+    """A publisher that holds all of a model once, alone on its rank, and two nodes that have room for help."""
+    manifest = make_manifest()
+    quick = {"long_seconds": 0.2, "idle_seconds": 0.5, "sample_seconds": 0.02, **limits}
+    publisher = await net.publisher(manifest, **quick)
+    for _ in range(2):
+        await net.node(**quick)
+    await publisher.hosting.deploy(manifest.model_id, 1)
+    await until(lambda: everywhere(net.nodes, manifest, 1), "one replica of every shard")
+    await until(lambda: sum(len(node.held(manifest)) for node in net.nodes) == LAYERS // 2 * GROUPS, "and no more")
+    holder = next(node for node in net.nodes if node.held(manifest))
+    return manifest, holder, [node for node in net.nodes if node is not holder]
+
+
+def replicas(net, manifest, index):
+    return sum(index in node.held(manifest) for node in net.nodes)
+
+
+async def test_a_shard_whose_queue_stays_long_gains_a_replica_and_an_idle_one_goes(tmp_path):
+    async with network(tmp_path) as net:
+        manifest, holder, _ = await crowded(tmp_path, net)
+        index = min(holder.held(manifest))
+        (loaded,) = [s for s in holder.worker._shards.values() if s.plan.index == index]
+        loaded.rows_waiting, loaded.row_seconds = 1000, 0.001
+        await until(lambda: replicas(net, manifest, index) == 2, "a replica by demand")
+        helper = next(n for n in net.nodes if n is not holder and index in n.held(manifest))
+        assert helper.hosting.helping.extras == {(manifest.model_id, index)}
+        assert all(replicas(net, manifest, i) == 1 for i in range(LAYERS // 2 * GROUPS) if i != index), "no other shard"
+        (extra,) = [s for s in helper.worker._shards.values() if s.plan.index == index]
+        extra.row_seconds = 0.001
+        for _ in range(20):  # it is used
+            extra.rows_computed += 50
+            await trio.sleep(0.05)
+            assert index in helper.held(manifest), "a surplus that works stays"
+        loaded.rows_waiting = 0
+        await until(lambda: replicas(net, manifest, index) == 1, "the idle surplus goes")
+        await until(lambda: not helper.hosting.helping.extras, "and is forgotten")
+
+
+async def test_demand_is_bounded_by_what_was_deployed(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosting, "ASKED_MAX", 2)
+    async with network(tmp_path) as net:
+        manifest, holder, _ = await crowded(tmp_path, net, idle_seconds=60.0)
+        index = min(holder.held(manifest))
+
+        def press():
+            for node in net.nodes:
+                for shard in node.worker._shards.values():
+                    if shard.plan.index == index:
+                        shard.rows_waiting, shard.row_seconds = 1000, 0.001
+
+        press()
+        await until(lambda: replicas(net, manifest, index) == 2, "one more")
+        press()
+        await trio.sleep(1)
+        assert replicas(net, manifest, index) == 2, "twice the replicas deployed and no more"
+
+
+async def test_nobody_takes_a_shard_on_a_strangers_word(tmp_path):
+    async with network(tmp_path) as net:
+        manifest, holder, (other, *_) = await crowded(tmp_path, net)
+        index = min(holder.held(manifest))
+        stranger = net.hub.add()
+        ask = {"model": manifest.model_id, "shard": index}
+
+        async def why(header, node=other):
+            return (await stranger.call(node.network.peer_id, "model.help", header, deadline_ms=2000)).header["why"]
+
+        assert "no such shard" in await why(ask)
+        stranger.directory.update(
+            lambda own: msgspec.structs.replace(own, models=(ModelOffer(manifest.model_id, b"\xff", 0, 0, 0),))
+        )
+        await until(lambda: stranger.peer_id in other.network.directory.adverts(), "its claim is known")
+        assert "does not know" in await why({**ask, "model": "0" * 64})
+        assert "does not know" in await why({**ask, "shard": 1 << 40})
+        trunk = manifest.shard_index(manifest.trunk.id)
+        assert await why({**ask, "shard": trunk})
+        assert await why(ask, holder) == "has it already"
+        for bad in ({}, {"model": 3, "shard": 0}, {**ask, "shard": True}, {**ask, "shard": "1"}, {**ask, "model": []}):
+            with pytest.raises(Exception, match="must be a model id"):
+                await why(bad)
+        other.worker.paused = True
+        assert await why(ask) == "has no room"
+        assert not other.hosting.helping.extras
+
+
+async def test_a_deployment_is_scaled_in_its_mode(tmp_path):
+    manifest = make_manifest()
+    async with network(tmp_path) as net:
+        publisher = await net.publisher(manifest)
+        with pytest.raises(RequestError, match="did not deploy"):
+            await publisher.hosting.scale(manifest.model_id, 2)
+        await publisher.hosting.deploy(manifest.model_id, 1)
+        assert (await publisher.hosting.scale(manifest.model_id, 3)).replicas == 3
+        assert publisher.hosting.deployments.book.wanted(manifest.model_id, "expert") == 3
+        with pytest.raises(RequestError, match="1 to"):
+            await publisher.hosting.scale(manifest.model_id, 0)
+        await publisher.hosting.undeploy(manifest.model_id)
+        with pytest.raises(RequestError, match="did not deploy"):
+            await publisher.hosting.scale(manifest.model_id, 2)

@@ -1,5 +1,6 @@
 """Stages over a network in memory: whoever computes, and whatever fails, the same bits come out."""
 
+import msgspec
 import numpy as np
 import pytest
 import trio
@@ -529,3 +530,67 @@ async def test_rows_that_cannot_be_computed_fail_their_own_run_alone(manifest):
             await trio.testing.wait_all_tasks_blocked()
             segment.gate.set()
         assert outcome == {0: "ok", 1: "ok", 2: "integrity", 3: "ok"}
+
+
+@pytest.mark.parametrize("gone", ["dead", "paused", "unloaded"])
+async def test_a_fork_of_a_sequence_whose_host_is_gone_is_made_elsewhere(manifest, gone):
+    """What is remembered of an earlier answer must not tie the next one to a host that has left."""
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        first = await runner.open(200)
+        await runner.forward([Feed(sequence=first, tokens=TEXT)])
+        spare = await net.node(1)
+        await _leave(net, nodes[1], gone)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        for _ in range(2):  # and the one after that
+            fork = await runner.open(100, like=first, length=20)
+            found = await answer(runner, (*TEXT[:20], 7, 8), sequence=fork)
+            assert np.array_equal(found, await single(manifest, (*TEXT[:20], 7, 8)))
+        assert spare.host.statistics()["runs"] > 0
+
+
+@pytest.mark.parametrize("gone", ["dead", "paused", "unloaded"])
+async def test_a_sequence_that_lacks_a_leg_goes_on_though_another_host_has_left_the_view(manifest, alone, gone):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        sequence = await runner.open(200)
+        head = await answer(runner, sequence=sequence, steps=3)
+        for index in (0, 1):
+            await net.node(index)
+        sequence.drop(0)
+        await _leave(net, nodes[1], gone)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        (logits,) = await runner.forward([Feed(sequence=sequence, tokens=(int(head[-1].argmax()),))])
+        assert np.array_equal(logits[0], alone[3])
+
+
+async def _leave(net, node, how):
+    if how == "dead":
+        net.hub.kill(node.peer_id)
+    elif how == "paused":
+        node.paused = True
+        node.network.directory.update(lambda advert: msgspec.structs.replace(advert, paused=True))
+    else:
+        await node.unload(1)
+
+
+async def test_sequences_are_closed_without_a_word_once_nobody_calls_any_more(manifest):
+    async with trio.open_nursery() as nursery:
+        async with swarm(manifest) as net:
+            for index in range(3):
+                await net.node(index)
+            runner = await net.runner()
+            sequence = await runner.open(200)
+            await runner.forward([Feed(sequence=sequence, tokens=TEXT)])
+
+            async def closes_last():
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    sequence.close()  # while its nursery is being left, or after that
+
+            nursery.start_soon(closes_last)
+            await trio.testing.wait_all_tasks_blocked(0.02)
+        nursery.cancel_scope.cancel()

@@ -112,6 +112,21 @@ def test_the_payer_accepts_one_doubtful_call_but_no_more():
     assert payer.excess(seller.receipt()) == 0
 
 
+def test_a_worker_whose_first_answers_were_lost_is_no_cheat_and_gains_nothing_by_it():
+    """It computed, the answer never came (it was killed, or another replica was faster): no reason to part for good."""
+    seller, payer = pair(prepay=60_000)
+    for calls in range(1, 21):
+        seller.served(ONE, GFLOP, bytes(32))
+        receipt = seller.receipt()
+        assert payer.excess(receipt) == 0
+        assert payer.pay(receipt).cumulative == 60_000, "no more than was promised before"
+        assert receipt.cumulative == 1000 * calls
+    seller.served(ONE, GFLOP, bytes(32))
+    assert payer.excess(seller.receipt()) > 0, "a third of W0, all lost answers together"
+    payer.used(ONE, GFLOP)
+    assert payer.excess(seller.receipt()) == 0
+
+
 def test_one_percent_of_the_window_may_be_in_doubt():
     payer = PayerChannel(NET, KEY, 10**9, 0)
     seller = SellerChannel(NET, KEY, PAYER, 10**9, 10**9)
