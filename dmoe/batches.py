@@ -97,7 +97,8 @@ class Batches:
     ) -> list[FloatRows] | None:
         """The unrounded partial sums of one layer, a matrix per shard, at once; None if they should queue.
 
-        Raises what a shard raises; one that failed, or was far slower than expected, runs in threads for a while.
+        A shard that failed here, or was far slower than expected, runs in threads for a while: there it may take its
+        time, and its error is told.
         """
         if self.crowded():
             return None
@@ -115,7 +116,7 @@ class Batches:
                 out.append(loaded.shard.partial(layer, rows, experts, weights))
             except RiosError:
                 loaded.away.begin(perf_counter())
-                raise
+                return None
             self._last_end = perf_counter()
             if self._last_end - start > LOOP_SECONDS_LOST:
                 loaded.away.begin(self._last_end)
@@ -309,6 +310,7 @@ class _Batch:
             self._answers[part] = self._loaded.shard.partial(layer, self._rows[rows], experts, weights)
         except RiosError as error:  # a cell that ended: it has said so itself
             self._error = error
+            self._loaded.away.begin(perf_counter())
         except Exception as error:
             log.exception("running %s failed", self._loaded.plan.shard_id)
             self._error = error

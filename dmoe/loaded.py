@@ -18,8 +18,8 @@ from dmoe.core.wire import Dtype, FloatRows
 LATENCIES_KEPT = 512
 LOOP_SECONDS_LOST = 0.05
 """A call that held up the event loop for so long was not the quick one that was expected."""
-AWAY_SECONDS_FIRST, AWAY_SECONDS_MAX = 2.0, 60.0
-"""For so long it is then run in threads only; doubled each time."""
+AWAY_SECONDS_FIRST, AWAY_SECONDS_MAX, FORGIVEN_AFTER = 2.0, 60.0, 10
+"""For so long it is then run in threads only; doubled each time, until it was well so many times as long."""
 FASTER, SLOWER = 0.5, 0.1
 """Weights of a new measurement: a slow one is more often the machine's doing than the shard's."""
 
@@ -40,6 +40,8 @@ class Away:
 
     def begin(self, now: float) -> None:
         """It may not, from now on."""
+        if now - self._until > FORGIVEN_AFTER * self._seconds:
+            self._seconds = AWAY_SECONDS_FIRST
         self._until = now + self._seconds
         self._seconds = min(AWAY_SECONDS_MAX, 2 * self._seconds)
 

@@ -214,9 +214,9 @@ class LoadedStage:
         start = job.started = perf_counter()
         try:
             y = self.segment.compute(job.x, [Part(place.cache, place.rows) for place in job.places])
-        except RiosError:
+        except RiosError:  # in a thread it may take its time, and its error is told
             self._away.begin(perf_counter())
-            raise
+            return False
         if y is None:
             return False
         job.answer, job.ended = y.copy(), perf_counter()

@@ -287,3 +287,25 @@ def test_the_weighted_sum_is_what_it_says(count):
         got = weighted_sum(members, h, chosen, scales, lambda expert, part: part * np.float32(expert))
         assert got.tobytes() == expected.tobytes()
         assert got is not h
+
+
+async def test_what_fails_on_the_loop_is_tried_in_a_thread_and_stays_there_for_a_while():
+    async with running() as made:
+        shard, home, used = loaded(seconds=1e-6), get_ident(), []
+        compute = shard.shard.partial
+
+        def partial(*args):
+            used.append(get_ident())
+            if used[-1] == home:
+                raise RemoteError("unavailable", "it is late", "ask another replica")
+            return compute(*args)
+
+        shard.shard.partial = partial
+        x = rows(2)
+        assert made.now([shard], 0, x, None, None) is None
+        (found,) = await made.later([shard], 0, x, None, None, forever())
+        assert (found == compute(0, x, None, None)).all()
+        assert len(used) == 2
+        made._crowd_until = made._last_end = 0.0
+        assert made.now([shard], 0, x, None, None) is None
+        assert len(used) == 2
