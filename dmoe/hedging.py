@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import trio
 
-from config.errors import RiosError
+from config.errors import RemoteError, RiosError
 from dmoe.asking import Work
 from dmoe.core.dispatch import Need
 from dmoe.core.hedge import HedgeBudget
@@ -179,13 +179,16 @@ class Detached:
         nursery.start_soon(self._run, call)
 
     async def _run(self, call: Callable[[], Awaitable[Reply]]) -> None:
-        with self._scope:
-            try:
+        try:
+            with self._scope:
                 self._outcome = await call()
-            except RiosError as error:
-                self._outcome = error
-        self.answered_ns = now_us() * 1000
-        self._happened.set()
+        except RiosError as error:
+            self._outcome = error
+        finally:
+            if self._outcome is None:  # cancelled, perhaps with the whole node
+                self._outcome = RemoteError("unavailable", "the call was given up", "try again")
+            self.answered_ns = now_us() * 1000
+            self._happened.set()
 
     async def wait(self) -> Reply:
         """See :meth:`p2p.face.Pending.wait`."""

@@ -128,10 +128,12 @@ class Legs:
             until, error = self._given_up
             if error is not None and trio.current_time() < until:
                 raise error from None
-        try:
-            return path(self._manifest, fixed, refused, resting=True)
-        except RemoteError:
-            return path(self._manifest, fixed, {}, resting=True)
+        for avoided in (refused, self._refused_last(fixed)):
+            try:
+                return path(self._manifest, fixed, avoided, resting=True)
+            except RemoteError:
+                continue
+        return path(self._manifest, fixed, {}, resting=True)
 
     async def _open_leg(self, sequence: StageSequence, stage: int, peer: PeerId, like: Leg | None) -> None:
         shard = self._manifest.stages[stage]
@@ -237,6 +239,11 @@ class Legs:
         now = trio.current_time()
         refused = {stage: {p for p, until in peers.items() if now < until} for stage, peers in self._refused.items()}
         return {stage: refused.get(stage, set()) for stage in range(len(self._manifest.stages))}
+
+    def _refused_last(self, fixed: dict[int, PeerId]) -> dict[int, set[PeerId]]:
+        """Of each stage the peer that failed it last: those that failed before may be well again."""
+        known = {stage: max(peers, key=peers.__getitem__) for stage, peers in self._refused.items() if peers}
+        return {stage: {peer} - {fixed.get(stage)} for stage, peer in known.items()}
 
     def _held_now(self) -> set[PeerId]:
         dispatcher, now = self._shared.dispatcher, now_us()

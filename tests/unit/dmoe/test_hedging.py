@@ -354,3 +354,25 @@ async def test_a_busy_peer_is_asked_later_and_later(manifest, autojump_clock):
         assert min(gaps) > 0.0999
         assert max(gaps) > 1
         assert len(times) < 15
+
+
+async def test_a_node_that_stops_leaves_nobody_waiting_for_a_call(manifest):
+    """What carries late calls ends first: who waits is told, and does not hang."""
+    async with swarm(manifest) as net:
+        two = await pair(net, manifest)
+        two.hub.stall(two.first)
+        two.hub.stall(two.second)
+        ended = trio.Event()
+
+        async def ask():
+            with pytest.raises(RemoteError):
+                await two.layer()
+            ended.set()
+
+        net.nursery.start_soon(ask)
+        await until(lambda: two.hedges.budget.hedges)
+        two.hedges.nursery.cancel_scope.cancel()
+        two.hub.kill(two.first)
+        two.hub.kill(two.second)
+        with trio.fail_after(60):
+            await ended.wait()
