@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -114,12 +114,16 @@ class Besieged:
         }
 
     def _attacker(self, command: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["nice", "-n", "19", sys.executable, *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+            start_new_session=True,
         )
+        with suppress(OSError):  # where the kernel groups processes by session, niceness counts inside of one only
+            Path(f"/proc/{process.pid}/autogroup").write_text("19")
+        return process
 
 
 TOKENS = 60
