@@ -297,8 +297,9 @@ class Jobs:
             job.places,
             request.rows,
             request.experts,
-            request.buffers,
-            reply.buffers[0],
+            calls.Bytes(request.buffers, calls.bf16_of(request.shape)),
+            calls.Bytes(reply.buffers, calls.bf16_of(reply.header)),
+            calls.device_of(reply.header),
         )
         self._owed.append(owed)
 

@@ -32,8 +32,14 @@ class Owed:
     places: Sequence[Place]
     rows: int
     experts: Indices | None
-    request: Sequence[calls.Buffer]
-    answer: calls.Buffer
+    asked: calls.Bytes
+    answered: calls.Bytes
+    device: str = ""
+
+    def leaf(self) -> bytes:
+        """What the worker signs for."""
+        groups = [place.group for place in self.places]
+        return calls.leaf(self.model_id, self.layer, groups, self.rows, self.device, self.asked, self.answered)
 
 
 class Purse:
@@ -68,6 +74,4 @@ class Purse:
         members = [place.experts for place in owed.places]
         costs = [place.flops_per_row for place in owed.places]
         kflop = calls.kflop(members, costs, owed.rows, owed.experts)
-        groups = [place.group for place in owed.places]
-        leaf = calls.leaf(owed.model_id, owed.layer, groups, owed.request, owed.answer)
-        self.buyer.used(owed.peer, owed.channel, owed.quote, kflop, leaf)
+        self.buyer.used(owed.peer, owed.channel, owed.quote, kflop, owed.leaf())

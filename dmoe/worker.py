@@ -51,7 +51,9 @@ class Worker:
         threads: int = 1,
         queue_rows_max: int = 4096,
         batch_rows_max: int = 512,
+        device: str = "",
     ) -> None:
+        """``device``: what kind of machine computes here; answers of one kind are equal bit for bit."""
         self.quote = quote
         self.changes = 0
         """Counts loads and unloads, so that callers can cache what is local."""
@@ -68,7 +70,8 @@ class Worker:
         self._active = 0
         self._running = False
         self._stopping = False
-        self._uncounted: deque[tuple[Call, ExpertCall, list[LoadedShard], memoryview]] = deque()
+        self._device = device
+        self._uncounted: deque[tuple[Call, ExpertCall, list[LoadedShard], calls.Bytes]] = deque()
         self._to_count = trio.Event()
         network.serve(calls.METHOD, self._serve, quick=self._quick)
 
@@ -219,7 +222,7 @@ class Worker:
         answer = np.concatenate(partials) if len(partials) > 1 else partials[0]
         header, buffer = wire.encode(answer, asked.dtype)
         if paid:
-            self._uncounted.append((call, asked, shards, buffer))
+            self._uncounted.append((call, asked, shards, calls.Bytes((buffer,), calls.bf16_of(header))))
             self._to_count.set()
             if not self._running:
                 self._count_all()
@@ -229,6 +232,8 @@ class Worker:
         for loaded in shards:
             loaded.finished(len(asked.rows), spent)
         header["service_us"] = int(spent * 1e6)
+        if self._device:
+            header["device"] = self._device
         return Reply(header, (buffer,))
 
     def _places_of(self, asked: ExpertCall) -> list[LoadedShard]:
@@ -275,11 +280,12 @@ class Worker:
             self._to_count = trio.Event()
             self._count_all()
 
-    def _count(self, call: Call, asked: ExpertCall, shards: Sequence[LoadedShard], answer: memoryview) -> None:
+    def _count(self, call: Call, asked: ExpertCall, shards: Sequence[LoadedShard], answer: calls.Bytes) -> None:
         assert self._seller is not None
         members, costs = [s.plan.experts for s in shards], [s.plan.flops_per_row for s in shards]
         work = calls.kflop(members, costs, len(asked.rows), asked.experts)
-        leaf = calls.leaf(asked.model_id, asked.layer, asked.groups, call.buffers, answer)
+        request, rows = calls.Bytes(call.buffers, calls.bf16_of(call.header)), len(asked.rows)
+        leaf = calls.leaf(asked.model_id, asked.layer, asked.groups, rows, self._device, request, answer)
         self._seller.served(call.peer_id, asked.channel, self.quote, work, leaf)
 
     async def compute(

@@ -4,10 +4,12 @@ Implements the buyer's port of the caller (structurally). :meth:`Buying.channel`
 call and only touch memory.
 
 Invariants: a voucher is durable before it is sent and never lower than an earlier one; nothing is signed above the
-own count but for the bounds in ``core/channel``; one task at a time opens, tops up or introduces a worker's channel.
+own count but for the bounds in ``core/channel``; one task at a time opens, tops up or introduces a worker's channel;
+a receipt is paid only if it is over the answers that came (``core/proof``), so that each of them can be proved.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import trio
 
@@ -16,7 +18,9 @@ from config.settings import LedgerSettings
 from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core import certificate as certificates
+from ledger.core import proof
 from ledger.core.channel import NANO, STOP_BEFORE_EXPIRY_MS, PayerChannel, Price
+from ledger.core.errors import RuleError
 from ledger.core.objects import (
     SMALL_BYTES_MAX,
     Freeze,
@@ -30,6 +34,7 @@ from ledger.core.objects import (
     open_signed,
     sign,
 )
+from ledger.core.proof import Answers, Proof
 from ledger.core.rules import ChannelState
 from ledger.quorum import Quorum
 from ledger.store import ChannelRow
@@ -61,6 +66,8 @@ class Buying:
         self._opening: dict[PeerId, trio.Lock] = {}
         self._paying: dict[bytes, trio.Lock] = {}
         self._moved: dict[bytes, trio.Event] = {}
+        self._answers: dict[bytes, Answers] = {}
+        self._covered = trio.Event()
         self._low: set[PeerId] = set()
         self._wake = trio.Event()
         self.vouchers = 0
@@ -85,6 +92,7 @@ class Buying:
         channel = PayerChannel(self._book.genesis.net, key, known.lock, self._settings.prepay)
         self._by_id[key] = channel
         self._worker_of[key] = worker
+        self._answers.setdefault(key, Answers())
         return channel
 
     # the hot path
@@ -102,6 +110,7 @@ class Buying:
         if known is None:
             return
         known.used(quote, kflop)
+        self._answers[channel].arrived(leaf)
         if self._moved and channel in self._moved:
             self._moved[channel].set()
         if known.nano * 4 > known.lock * (3 * NANO) and worker not in self._low:
@@ -238,30 +247,91 @@ class Buying:
         async with self._paying.setdefault(channel.id, trio.Lock()):
             if channel.stopped:
                 raise RiosError("payment_required", channel.stopped)
-            await self._await_answers(channel, receipt)
+            try:
+                leaves = proof.split(call.buffers[0]) if call.buffers else []
+            except RuleError as error:
+                await self._end(call.peer_id, channel, error.message)
+            await self._await_answers(channel, receipt, leaves)
             excess = channel.excess(receipt)
             if excess:
                 await self._dispute(call.peer_id, channel, receipt, excess)
+            if call.buffers:  # a worker of an older version lists no answers: nothing of it can be proved
+                await self._check_answers(call.peer_id, channel, signed, receipt, leaves)
             voucher = await self._persist(call.peer_id, channel, channel.pay(receipt))
         return Reply({"voucher": codec.encode(voucher)})
 
-    async def _await_answers(self, channel: PayerChannel, receipt: Receipt) -> None:
+    async def _check_answers(
+        self, worker: PeerId, channel: PayerChannel, signed: Signed, receipt: Receipt, leaves: Sequence[bytes]
+    ) -> None:
+        answers = self._answers[channel.id]
+        try:
+            # after a restart of this node the answers before it are not known any more
+            answers.check(receipt, leaves, all_known=not channel.allowance_nano)
+        except RuleError as error:
+            await self._end(worker, channel, error.message)
+        answers.covered(signed, leaves)
+        self._covered.set()
+        self._covered = trio.Event()
+
+    async def _await_answers(self, channel: PayerChannel, receipt: Receipt, leaves: Sequence[bytes]) -> None:
+        answers = self._answers[channel.id]
         with trio.move_on_after(GRACE_S):
-            while channel.excess(receipt):
+            while channel.excess(receipt) or (answers.foreign(leaves) and not channel.allowance_nano):
                 moved = self._moved[channel.id] = trio.Event()
                 await moved.wait()
         self._moved.pop(channel.id, None)
 
-    async def _dispute(self, worker: PeerId, channel: PayerChannel, receipt: Receipt, excess: int) -> None:
-        channel.stopped = (
+    async def _dispute(self, worker: PeerId, channel: PayerChannel, receipt: Receipt, excess: int) -> NoReturn:
+        reason = (
             f"the worker counts {receipt.cumulative} microcredits in {receipt.calls} calls, "
             f"this node {channel.spent} in {channel.calls}: {excess} more than can be in doubt"
         )
+        await self._end(worker, channel, reason)
+
+    async def _end(self, worker: PeerId, channel: PayerChannel, reason: str) -> NoReturn:
+        await self._stop(worker, channel, reason)
+        raise RiosError("payment_required", channel.stopped, "compare both nodes' channels: rios ledger channels")
+
+    async def _stop(self, worker: PeerId, channel: PayerChannel, reason: str) -> None:
+        channel.stopped = reason[:300]
         self._open.pop(worker, None)
         await self._book.writer.commit(
             [self._row(worker, channel, sign(self._network.identity, channel.first_voucher()))]
         )
-        raise RiosError("payment_required", channel.stopped, "compare both nodes' channels: rios ledger channels")
+
+    # proofs
+
+    def watch(self, channel: bytes, leaf: bytes) -> None:
+        """Keep the proof of an answer on this channel when the worker signs for it."""
+        if channel in self._answers:
+            self._answers[channel].watch(leaf)
+
+    def forget(self, channel: bytes, leaf: bytes) -> None:
+        """Nobody needs the proof of that answer."""
+        if channel in self._answers:
+            self._answers[channel].forget(leaf)
+
+    async def proof(self, channel: bytes, leaf: bytes, seconds: float) -> Proof | None:
+        """The proof of a watched answer; None if no receipt comes that covers it in this time."""
+        with trio.move_on_after(seconds):
+            while channel in self._answers:
+                found = self._answers[channel].proof(leaf)
+                if found is not None:
+                    return found
+                await self._covered.wait()
+        return None
+
+    def check(
+        self, worker: PeerId, leaf: bytes, receipt: bytes, signature: bytes, index: int, path: Sequence[bytes]
+    ) -> None:
+        """Raise RiosError naming the rule unless ``worker`` signed for the answer."""
+        proof.check(worker, leaf, receipt, signature, index, path)
+
+    async def stop(self, worker: PeerId, reason: str) -> None:
+        """Pay a worker no more: it was proved to be wrong about its work."""
+        for key, channel in self._by_id.items():
+            if self._worker_of[key] == worker and not channel.stopped:
+                await self._stop(worker, channel, reason)
 
     # upkeep
 

@@ -246,6 +246,7 @@ class Selling:
             peer_id_of(channel.payer),
             "ledger.receipt",
             {"receipt": codec.encode(receipt)},
+            (b"".join(channel.leaves),),
             deadline_ms=RECEIPT_DEADLINE_MS,
         )
         self.receipts += 1

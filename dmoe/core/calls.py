@@ -5,8 +5,8 @@ Owns: what caller and worker must read alike. Does not own: who is called, what 
 Request: header ``{"model", "layer", "groups", "quote", "channel", "shape", "bf16"?, "dtype"?, "top_k"?}``; buffers:
 rows as :mod:`dmoe.core.wire` makes them and, if ``top_k`` is set, expert indices ``i32[N, k]``, weights ``f32[N, k]``
 (index -1, weight 0: a place that the row does not use).
-Answer: header ``{"shape", "bf16"?, "dtype"?, "service_us"}``; buffer: the partial sums of the groups, in the order
-asked, stacked as ``[groups * N, H]`` and rounded once per row.
+Answer: header ``{"shape", "bf16"?, "dtype"?, "service_us", "device"?}``; buffer: the partial sums of the groups, in
+the order asked, stacked as ``[groups * N, H]`` and rounded once per row.
 
 Invariants:
 1. Caller and worker compute the same kFLOP and the same leaf from what they sent and received.
@@ -34,7 +34,9 @@ TOP_K_MAX = 256
 CHANNEL_BYTES_MAX = 64
 SMALL = 64
 """Up to so many elements Python's own containers are quicker than numpy."""
-_LEAF_TAG = b"rios/leaf/1\0"
+_LEAF_TAG = b"rios/leaf/2\0"
+DEVICE_MAX = 32
+"""Characters of a device class."""
 
 Indices = NDArray[np.int32]
 Weights = NDArray[np.float32]
@@ -105,14 +107,44 @@ def kflop(
     return flops // 1000
 
 
-def leaf(model_id: str, layer: int, groups: Sequence[int], request: Sequence[Buffer], answer: Buffer) -> bytes:
-    """The 32-byte digest of a call: what was asked of which experts (a shard follows from model, layer and group) and
-    what was answered."""
-    asked = sha256(request[0])
-    for buffer in request[1:]:
-        asked.update(buffer)
-    what = pack(f"<{1 + len(groups)}I", layer, *groups)
-    return sha256(b"".join((_LEAF_TAG, _bytes_of(model_id), what, asked.digest(), sha256(answer).digest()))).digest()
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """What travelled one way, as far as its meaning goes: buffers, and which rows are bf16 (``bf16`` of the header)."""
+
+    buffers: Sequence[Buffer]
+    bf16: bytes = b""
+
+    def digest(self) -> bytes:
+        """32 bytes that fix every number."""
+        found = sha256(pack("<I", len(self.bf16)) + self.bf16)
+        for buffer in self.buffers:
+            found.update(buffer)
+        return found.digest()
+
+
+def leaf(
+    model_id: str, layer: int, groups: Sequence[int], rows: int, device: str, asked: Bytes, answered: Bytes
+) -> bytes:
+    """The 32-byte digest of a call: what was asked of which experts (their shard and its hash follow from the model's
+    id, which is a hash of the manifest) and what a machine of which class answered. With the manifest it fixes every
+    number, so that anybody can judge it; who answered whom, on which network, is said by the receipt above it."""
+    what = pack(f"<{2 + len(groups)}I", layer, rows, *groups)
+    kind = device.encode()
+    said = (_LEAF_TAG, _bytes_of(model_id), pack("<BI", len(kind), len(groups)), kind, what)
+    return sha256(b"".join((*said, asked.digest(), answered.digest()))).digest()
+
+
+def device_of(header: Mapping[str, Any]) -> str:
+    """The device class that an answer names; empty if it names none."""
+    device = header.get("device", "")
+    known = isinstance(device, str) and len(device) <= DEVICE_MAX and device.isascii() and device.isprintable()
+    return str(device) if known else ""
+
+
+def bf16_of(header: Mapping[str, Any]) -> bytes:
+    """Which rows of a request or an answer are bf16."""
+    found = header.get("bf16", b"")
+    return bytes(found) if isinstance(found, bytes | bytearray | memoryview) else b""
 
 
 def _times_chosen(experts: Indices, members: Sequence[int]) -> int:
