@@ -24,7 +24,13 @@ _ENV_PREFIX = "RIOS_"
 _ENV_OTHER = frozenset(
     {"RIOS_CONFIG", "RIOS_PASSPHRASE", "RIOS_PASSPHRASE_FILE", "RIOS_TRACEBACK", "RIOS_API_KEY", "RIOS_BASE_URL"}
 )
-_TYPE_NAMES = {str: "a text", int: "a whole number", bool: "true or false", tuple[str, ...]: "a list of texts"}
+_TYPE_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[str, ...]: "a list of texts",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +140,15 @@ def _checked(section: str, key: str, value: Any, where: str) -> Any:  # noqa: AN
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise ConfigError("config", f"{name} = {value!r} is not a list of texts", 'write it as ["one", "two"]')
         return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError("config", f"{name} = {value!r} is not {_TYPE_NAMES[kind]}", f"e.g. {key} = {example(spec)}")
     bounds = spec.metadata
     if "choices" in bounds and value not in bounds["choices"]:
         raise ConfigError("config", f"{name} = {value!r} is not possible", f"one of {', '.join(bounds['choices'])}")
     low, high = bounds.get("minimum"), bounds.get("maximum")
-    if (low is not None and value < low) or (high is not None and value > high):
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
         raise ConfigError("config", f"{name} = {value} is out of range", f"from {low} to {high}")
     return value
 
@@ -174,6 +182,11 @@ def _parsed(section: str, key: str, text: str, where: str) -> Any:  # noqa: ANN4
             return int(text.replace("_", ""))
         except ValueError as error:
             raise ConfigError("config", f"{where}: {text!r} is not a whole number", "digits only") from error
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError as error:
+            raise ConfigError("config", f"{where}: {text!r} is not a number", "e.g. 0.5") from error
     if kind == tuple[str, ...]:
         return [item.strip() for item in text.split(",") if item.strip()]
     return text
@@ -189,7 +202,7 @@ def to_toml(value: Any) -> str:  # noqa: ANN401
     """One value in TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
+    if isinstance(value, int | float):
         return str(value)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"

@@ -54,6 +54,16 @@ class Paths:
         return self.data / "hosting.json"
 
     @property
+    def trust(self) -> Path:
+        """What is known about the honesty of peers, remembered across restarts."""
+        return self.data / "trust.json"
+
+    @property
+    def evidence(self) -> Path:
+        """Proofs that peers gave wrong answers; of real prompts, so nobody else's business."""
+        return self.data / "evidence"
+
+    @property
     def paused(self) -> Path:
         """There while the operator wants this node to take no work."""
         return self.data / "paused"

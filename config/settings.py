@@ -217,6 +217,13 @@ class DmoeSettings:
         "weights of the other experts chosen are rescaled, and the answer is marked degraded.",
         choices=("fail", "renormalise"),
     )
+    audit_share: float = _setting(
+        0.02,
+        "Share of the answers of peers that is asked for again elsewhere, or computed again here, to find those who "
+        "answer wrongly (they are banned, and no longer paid); 0: none, and replicas are not tried out.",
+        minimum=0.0,
+        maximum=1.0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,17 +4,20 @@ share, joined.
 Owns: the wiring. Does not own: a generation's calls (``session``), who offers what (``replicas``), payment (``purse``).
 """
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import trio
 
+from dmoe.audit import Auditor
 from dmoe.core.dispatch import Dispatcher
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.routes import ModelMap, Table, map_of
 from dmoe.hedging import Hedges
 from dmoe.jobs import Shared
 from dmoe.ports import Buyer
+from dmoe.probing import Prober
 from dmoe.purse import Purse
 from dmoe.replicas import Replicas
 from dmoe.session import CallerReport, CallerSession
@@ -34,10 +37,21 @@ class Caller:
         call_timeout_ms: int = 10_000,
         renormalise: bool = False,
         random: Random | None = None,
+        audits: Callable[[Purse, Replicas], Auditor] | None = None,
     ) -> None:
+        """``audits`` makes the auditor of the answers that come; None: nothing is audited."""
         self._replicas = Replicas(network, worker, random)
+        purse = Purse(buyer)
         self.hedges = Hedges(self._replicas)
-        self._shared = Shared(network, worker, Purse(buyer), self._replicas, self.hedges, call_timeout_ms, renormalise)
+        self.audit = audits(purse, self._replicas) if audits is not None else None
+        self._prober: Prober | None = None
+        if self.audit is not None:
+            self._replicas.trust = self.audit.trust
+            self.audit.trust.changed = self._replicas.refresh
+            self._prober = Prober(self.audit, self._replicas, network.peer_id, random)
+        self._shared = Shared(
+            network, worker, purse, self._replicas, self.hedges, call_timeout_ms, self.audit, renormalise
+        )
         self._maps: dict[str, ModelMap] = {}
 
     @property
@@ -51,9 +65,12 @@ class Caller:
         return self._shared.renormalise
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Follow the directory, and ask others where calls are late, until cancelled."""
+        """Follow the directory, ask others where calls are late, and audit, until cancelled."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self.hedges.run)
+            if self.audit is not None and self._prober is not None:
+                await nursery.start(self.audit.run)
+                await nursery.start(self._prober.run)
             await self._replicas.run(task_status)
 
     def session(self, manifest: Manifest) -> CallerSession:
@@ -65,6 +82,9 @@ class Caller:
         model = self._maps.get(manifest.model_id)
         if model is None:
             model = self._maps[manifest.model_id] = map_of(manifest)
+            if self.audit is not None:
+                self.audit.know(manifest, model)
+                self._replicas.refresh()
         return model
 
     def missing(self, manifest: Manifest) -> list[Shard]:

@@ -40,6 +40,13 @@ def measure() -> Hardware:
     )
 
 
+def device_class(provider: str) -> str:
+    """What kind of machine computes: answers of one kind are equal bit for bit. ``provider``: ONNX Runtime's name."""
+    machine = platform.machine().lower()
+    kind = provider.removesuffix("ExecutionProvider").lower()
+    return f"{'x86_64' if machine == 'amd64' else machine}-{kind}"[:32]
+
+
 def cpu_name() -> str:
     """The CPU's model name, or the architecture if the system does not tell."""
     try:

@@ -451,6 +451,10 @@ class Hosting:
             watched.bytes_finished += shard.size_bytes
         watched.bytes_finished = watched.bytes_total
 
+    async def bring(self, manifest: Manifest, shard: Shard) -> None:
+        """A shard's files, without serving them. Raises RiosError if nobody has them or there is no room."""
+        await self._taker.store_only(manifest, manifest.shard_index(shard.id))
+
     async def _find(self, name_or_id: str) -> Manifest | None:
         """A manifest by id or name, from disk, from peers, or by way of the deployments known."""
         for manifest in self._store.manifests().values():

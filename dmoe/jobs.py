@@ -25,6 +25,7 @@ import trio
 from config.errors import BusyError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from dmoe.asking import Request, Work, answer_of
+from dmoe.audit import Auditor
 from dmoe.core import calls, wire
 from dmoe.core.calls import Indices
 from dmoe.core.dispatch import PEER_WIDE, Need
@@ -59,6 +60,7 @@ class Shared:
     replicas: Replicas
     hedges: "Hedges"
     call_timeout_ms: int
+    audit: Auditor | None = None
     renormalise: bool = False
     """Do without experts that nobody has, where the router chose others too."""
 
@@ -274,8 +276,14 @@ class Jobs:
         request = job.request
         assert request is not None
         answer, service_us = answer_of(reply, job.peer, len(job.groups), request.shape)
-        if job.channel:
-            self._owe(work, job, request, reply)
+        audit = self._shared.audit
+        picked = audit is not None and audit.picks()
+        if job.channel or picked:
+            owed = self._owed_of(work, job, request, reply)
+            if job.channel:
+                self._owed.append(owed)
+            if picked and audit is not None:
+                audit.take(owed)
         self._put(work, job, [request.spread(work, rows) for rows in answer])
         return service_us, (answered_ns - job.start_ns) / 1000
 
@@ -287,8 +295,8 @@ class Jobs:
         if news:
             self._computed(work, job.peer, list(news))
 
-    def _owe(self, work: Work, job: Job, request: Request, reply: Reply) -> None:
-        owed = Owed(
+    def _owed_of(self, work: Work, job: Job, request: Request, reply: Reply) -> Owed:
+        return Owed(
             job.peer,
             job.channel,
             job.quote,
@@ -301,7 +309,6 @@ class Jobs:
             calls.Bytes(reply.buffers, calls.bf16_of(reply.header)),
             calls.device_of(reply.header),
         )
-        self._owed.append(owed)
 
     def settle(self) -> None:
         """Count the answers that arrived, for payment: hashing them can wait while others are waited for."""

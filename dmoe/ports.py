@@ -4,6 +4,7 @@ The ledger implements both, ``node`` joins them. Work is counted in exact kFLOP:
 from its manifest, rounded down per call to whole kFLOP by both sides alike.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,3 +49,37 @@ class Buyer(Protocol):
 
     def used(self, worker: PeerId, channel: bytes, quote: Quote, kflop: int, leaf: bytes) -> None:
         """Count a call whose answer arrived (also one that was not needed any more)."""
+
+
+class Proof(Protocol):
+    """A receipt that the worker signed, and the path from an answer's leaf to its root."""
+
+    @property
+    def receipt(self) -> bytes: ...
+    @property
+    def signature(self) -> bytes: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def path(self) -> tuple[bytes, ...]: ...
+
+
+class Notary(Protocol):
+    """What workers signed for."""
+
+    def watch(self, channel: bytes, leaf: bytes) -> None:
+        """Keep the proof of an answer when its receipt comes."""
+
+    def forget(self, channel: bytes, leaf: bytes) -> None:
+        """Nobody needs the proof of that answer."""
+
+    async def proof(self, channel: bytes, leaf: bytes, seconds: float) -> Proof | None:
+        """The proof of a watched answer; None if none comes in this time."""
+
+    def check(
+        self, worker: PeerId, leaf: bytes, receipt: bytes, signature: bytes, index: int, path: Sequence[bytes]
+    ) -> object:
+        """Raise RiosError naming the rule unless ``worker`` signed for the answer."""
+
+    async def stop(self, worker: PeerId, reason: str) -> None:
+        """Pay a worker no more."""

@@ -4,15 +4,16 @@ Owns: a table per model (``core.routes``), the estimates and holds (``core.dispa
 last. Does not own: the adverts (``p2p``), the calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from time import perf_counter_ns
 
 import trio
 
 from config.vocabulary import PeerId
-from dmoe.core.dispatch import Dispatcher
+from dmoe.core.dispatch import Dispatcher, Replica
 from dmoe.core.routes import ModelMap, Place, Table, paused_with, row_us_of, table_of
+from dmoe.trust import Trust
 from dmoe.worker import Worker
 from p2p.face import Network
 
@@ -33,15 +34,21 @@ class Replicas:
         self._version = 0
         self._tables: dict[str, tuple[tuple[int, int], Table]] = {}
         self._last_seen: dict[tuple[str, int], dict[PeerId, float]] = {}
+        self.trust: Trust | None = None
+        """Whom this node trusts; None: everybody."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the directory until cancelled."""
         task_status.started()
         while True:
             await self._network.directory.wait_change()
-            self._version += 1
-            self.changed.set()
-            self.changed = trio.Event()
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Tables are made anew."""
+        self._version += 1
+        self.changed.set()
+        self.changed = trio.Event()
 
     def table(self, model: ModelMap) -> tuple[tuple[int, int], Table]:
         """The current table of a model and its version."""
@@ -55,7 +62,8 @@ class Replicas:
         adverts = self._network.directory.adverts()
         local = self._worker.indices(model.model_id) if self._worker else frozenset()
         own_price = self._worker.quote.microcredits_per_tflop if self._worker else 0
-        table = table_of(model, adverts, self._network.peer_id, local, own_price)
+        choose = self._chosen(model)
+        table = table_of(model, adverts, self._network.peer_id, local, own_price, choose)
         self.dispatcher.forget(adverts)
         for peer in table.quotes:
             row_us = row_us_of(model.layers, adverts[peer].hardware.expert_kflop_per_s)
@@ -63,6 +71,16 @@ class Replicas:
                 self.dispatcher.prior(peer, row_us)
         self._tables[model.model_id] = (version, table)
         return version, table
+
+    def every(self, model: ModelMap) -> Mapping[int, Sequence[Replica]]:
+        """All replicas by shard, also those that are not used."""
+        return self.table(model)[1].every
+
+    def _chosen(self, model: ModelMap) -> Callable[[int, Sequence[Replica]], Sequence[Replica]]:
+        trust = self.trust
+        if trust is None:
+            return lambda shard, found: found
+        return lambda shard, found: trust.choose(self._network.peer_id, model.model_id, shard, found)
 
     def _remember(self, model: ModelMap, table: Table, now: float) -> None:
         """Who offers what at this moment."""
@@ -87,6 +105,8 @@ class Replicas:
         )
         if offered:
             return f"it is offered, but every call to it failed; replicas: {each}"
+        if self.trust is not None and self.every(model).get(place.shard):
+            return "those who offer it gave wrong answers (rios audit ls)"
         last = max(known.values(), default=None)
         when = f"last seen {now - last:.0f} s ago; replicas: {each}" if last is not None else "it was never seen"
         if paused := paused_with(model.model_id, place.shard, self._network.directory.adverts()):

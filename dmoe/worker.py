@@ -70,7 +70,7 @@ class Worker:
         self._active = 0
         self._running = False
         self._stopping = False
-        self._device = device
+        self.device = device
         self._uncounted: deque[tuple[Call, ExpertCall, list[LoadedShard], calls.Bytes]] = deque()
         self._to_count = trio.Event()
         network.serve(calls.METHOD, self._serve, quick=self._quick)
@@ -232,8 +232,8 @@ class Worker:
         for loaded in shards:
             loaded.finished(len(asked.rows), spent)
         header["service_us"] = int(spent * 1e6)
-        if self._device:
-            header["device"] = self._device
+        if self.device:
+            header["device"] = self.device
         return Reply(header, (buffer,))
 
     def _places_of(self, asked: ExpertCall) -> list[LoadedShard]:
@@ -285,7 +285,7 @@ class Worker:
         members, costs = [s.plan.experts for s in shards], [s.plan.flops_per_row for s in shards]
         work = calls.kflop(members, costs, len(asked.rows), asked.experts)
         request, rows = calls.Bytes(call.buffers, calls.bf16_of(call.header)), len(asked.rows)
-        leaf = calls.leaf(asked.model_id, asked.layer, asked.groups, rows, self._device, request, answer)
+        leaf = calls.leaf(asked.model_id, asked.layer, asked.groups, rows, self.device, request, answer)
         self._seller.served(call.peer_id, asked.channel, self.quote, work, leaf)
 
     async def compute(

@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_commands(command, top)
     _deployment_commands(command, top)
     _bench_commands(command, top)
+    _audit_commands(command, top)
     _ledger_commands(command, top)
     _gateway_commands(command, top)
     return parser
@@ -267,6 +268,19 @@ def _bench_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     )
     importing.add_argument("--mb", type=int, default=500, metavar="N", help="size of the random checkpoint")
     importing.add_argument("--format", choices=_FORMATS, default="source", help="weight format")
+
+
+def _audit_commands(command: Command, top: Any) -> None:  # noqa: ANN401
+    audit = command(top, "audit", None, "Who answered wrongly, and the proof of it.").add_subparsers(
+        metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    command(audit, "ls", _command("audit", "ls"), "Audits by peer, and the evidence kept here.")
+    verify = command(
+        audit, "verify", _command("audit", "verify"), "Judge evidence with the shard on this disk: guilty, or not."
+    )
+    verify.add_argument("file", help="evidence, as rios audit ls names it")
+    forgive = command(audit, "forgive", _command("audit", "forgive"), "Ask a peer again that answered wrongly.")
+    forgive.add_argument("peer", help="a peer id")
 
 
 def _ledger_commands(command: Command, top: Any) -> None:  # noqa: ANN401

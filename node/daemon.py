@@ -35,17 +35,21 @@ from config.paths import PAUSE_NOTE, Paths
 from config.settings import DmoeSettings, Settings, chosen_route
 from config.vocabulary import KFLOP_PER_TFLOP, MIB
 from dmoe import hardware
+from dmoe.audit import Auditor, Rules
 from dmoe.caller import Caller
 from dmoe.cells.cells import Cells
 from dmoe.cells.link import Options as CellOptions
-from dmoe.core.manifest import Manifest
+from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.plan import KINDS
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
+from dmoe.judging import Judging
 from dmoe.models import StoredModels, SwarmExperts
 from dmoe.passes import PassOptions
 from dmoe.planning import Planner, wishes_of
 from dmoe.ports import Quote
+from dmoe.purse import Purse
+from dmoe.replicas import Replicas
 from dmoe.runtime import ExpertShard, RuntimeOptions, check_version
 from dmoe.stages.caller import StageCaller
 from dmoe.stages.chain import Account
@@ -53,6 +57,7 @@ from dmoe.stages.directions import Directions
 from dmoe.stages.host import Limits, StageHost
 from dmoe.stages.loading import load_stage
 from dmoe.store import ModelStore
+from dmoe.trust import Trust
 from dmoe.worker import Worker
 from ledger.core.genesis import Genesis
 from ledger.ledger import Ledger, open_ledger
@@ -320,6 +325,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         threads=node.options.thread_count,
         queue_rows_max=settings.dmoe.queue_rows_max,
         batch_rows_max=settings.dmoe.batch_rows_max,
+        device=hardware.device_class(node.options.providers()[0]),
     )
     node.worker.paused = node.paths.paused.exists()
     if node.worker.paused:
@@ -330,6 +336,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         buyer=node.ledger.buyer if node.ledger else None,
         call_timeout_ms=settings.dmoe.call_timeout_ms,
         renormalise=settings.dmoe.on_missing == "renormalise",
+        audits=partial(_auditor, node) if settings.dmoe.audit_share else None,
     )
     ram_bytes_max = _ram_bytes_max(settings)
     node.stage_host = StageHost(
@@ -390,6 +397,27 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
     bring = node.hosting.ensure_whole if route in ("fused", "local") else node.hosting.ensure_trunk
     for name in settings.dmoe.orchestrate:
         nursery.start_soon(_bring, bring, name)
+
+
+def _auditor(node: Node, purse: Purse, replicas: Replicas) -> Auditor:
+    """Who looks at the answers of peers."""
+    dmoe = node.settings.dmoe
+
+    async def fetch(manifest: Manifest, shard: Shard) -> None:
+        await node.hosting.bring(manifest, shard)
+
+    return Auditor(
+        node.network,
+        purse,
+        replicas,
+        node.worker,
+        Judging(node.store),
+        Trust(node.paths.trust),
+        Rules(dmoe.audit_share, node.paths.evidence, dmoe.call_timeout_ms),
+        notary=node.ledger.buyer if node.ledger else None,
+        fetch=fetch,
+        blame=node.network.doors.blame,
+    )
 
 
 def pass_options(dmoe: DmoeSettings) -> PassOptions:

@@ -45,6 +45,7 @@ class NodeCollector(Collector):
         for limit, count in work["refused_by"].items():
             refused.add_metric([limit], count)
         yield refused
+        yield from _audits(node)
         yield _counter("rios_expert_rows", "Expert rows computed", node.expert_rows())
         yield _gauge("rios_expert_rows_waiting", "Expert rows in queues", node.worker.rows_waiting())
         yield _gauge("rios_shards_served", "Shards loaded and served", node.shards_served())
@@ -70,6 +71,18 @@ class NodeCollector(Collector):
         if node.ledger is not None:
             yield _gauge("rios_ledger_balance_microcredits", "Free balance of this node", node.ledger.balance())
             yield _counter("rios_ledger_entries", "Entries applied", node.ledger.statistics()["entries"])
+
+
+def _audits(node: "Node") -> Iterator[Metric]:
+    audit = node.caller.audit
+    if audit is None:
+        return
+    outcomes = CounterMetricFamily("rios_audits", "Answers of peers looked at, by outcome", labels=["outcome"])
+    for outcome, count in audit.counts.items():
+        outcomes.add_metric([outcome], count)
+    yield outcomes
+    yield _counter("rios_audit_rows", "Rows times groups asked for again", audit.rows_audited)
+    yield _counter("rios_audit_seconds", "Seconds spent on computing answers again in fp64", audit.busy_seconds)
 
 
 def _generation(engine: "EngineStatistics") -> Iterator[Metric]:

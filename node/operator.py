@@ -58,6 +58,8 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "model.holdings": _model_holdings,
             "model.progress": _model_progress,
             "model.fetch": _model_fetch,
+            "audit.list": _audit_list,
+            "audit.forgive": _audit_forgive,
             "ledger.balance": _ledger_balance,
             "ledger.statement": _ledger_statement,
             "ledger.verify": _ledger_verify,
@@ -74,6 +76,22 @@ def _bound(node: "Node", command: Callable[["Node", Args, Send], Awaitable[Any]]
         return await command(node, args, send)
 
     return run
+
+
+# --- audits
+
+
+async def _audit_list(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    if node.caller.audit is None:
+        raise RequestError("not_found", "nothing is audited here", "set dmoe.audit_share above 0")
+    return node.caller.audit.statistics()
+
+
+async def _audit_forgive(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    if node.caller.audit is None:
+        raise RequestError("not_found", "nothing is audited here", "set dmoe.audit_share above 0")
+    peer = peer_id_of(public_key_of(args["peer"]))
+    return {"forgiven": node.caller.audit.trust.forgive(peer)}
 
 
 # --- node

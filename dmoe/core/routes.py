@@ -8,7 +8,7 @@ Invariants:
 3. A peer that its operator paused is no replica.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,8 @@ class Table:
     needs: tuple[tuple[Need, ...], ...]
     quotes: Mapping[PeerId, Quote]
     offered: frozenset[int]
+    every: Mapping[int, tuple[Replica, ...]]
+    """All replicas by shard, also those that are not used."""
 
 
 def map_of(manifest: Manifest) -> ModelMap:
@@ -81,9 +83,15 @@ def map_of(manifest: Manifest) -> ModelMap:
 
 
 def table_of(
-    model: ModelMap, adverts: Mapping[PeerId, Advert], me: PeerId, local: Collection[int], own_price: int
+    model: ModelMap,
+    adverts: Mapping[PeerId, Advert],
+    me: PeerId,
+    local: Collection[int],
+    own_price: int,
+    choose: Callable[[int, Sequence[Replica]], Sequence[Replica]] = lambda shard, found: found,
 ) -> Table:
-    """Who offers what right now. ``local``: manifest indices of the shards loaded in this node."""
+    """Who offers what right now. ``local``: manifest indices of the shards loaded in this node; ``choose``: which of a
+    shard's replicas may be used."""
     offers = {
         peer: offer
         for peer, advert in adverts.items()
@@ -94,17 +102,18 @@ def table_of(
         for peer, offer in offers.items()
     }
     replicas: dict[int, tuple[Replica, ...]] = {}
+    every: dict[int, tuple[Replica, ...]] = {}
     for shard in {place.shard for places in model.layers for place in places}:
         found = [
             Replica(peer, quotes[peer].microcredits_per_tflop) for peer in sorted(offers) if offers[peer].holds(shard)
         ]
         if shard in local:
             found.append(Replica(me, own_price))
-        replicas[shard] = tuple(found)
+        every[shard], replicas[shard] = tuple(found), tuple(choose(shard, found))
     needs = tuple(
         tuple(Need(place.group, place.shard, replicas[place.shard]) for place in places) for places in model.layers
     )
-    return Table(needs, quotes, frozenset(shard for shard, found in replicas.items() if found))
+    return Table(needs, quotes, frozenset(shard for shard, found in replicas.items() if found), every)
 
 
 def paused_with(model_id: str, shard: int, adverts: Mapping[PeerId, Advert]) -> int:
