@@ -57,6 +57,7 @@ LOCAL_TIME_SHARE = 0.01
 """Of the time since the start: so much may be spent on computing here in fp64 what nobody suspects."""
 PROOF_SECONDS = 20.0
 """How long a receipt is waited for once an answer is known to be wrong."""
+SAVE_SECONDS = 60.0
 TOPIC = "rios/evidence/1"
 GOSSIP_BYTES_MAX = 60 << 10
 GOSSIP_QUEUE_MAX = 16
@@ -163,6 +164,7 @@ class Auditor:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._hear_evidence)
+            nursery.start_soon(self._save)
             task_status.started()
             async for owed in self._queue:
                 known = self._manifests.get(owed.model_id)
@@ -174,6 +176,14 @@ class Auditor:
                 except RiosError as error:
                     self.counts["failed"] += 1
                     log.debug("an audit of %s failed: %s", owed.peer, error)
+
+    async def _save(self) -> None:
+        try:
+            while True:
+                await trio.sleep(SAVE_SECONDS)
+                await trio.to_thread.run_sync(self.trust.save)
+        finally:
+            self.trust.save()
 
     def statistics(self) -> dict[str, Any]:
         """Counts by outcome, JSON-able."""
