@@ -244,6 +244,13 @@ class LedgerSettings:
         50_000, "Voucher given at once to a new worker (W0), microcredits.", minimum=0, maximum=1 << 60
     )
     credit: int = _setting(50_000, "Unpaid work tolerated per channel (W), microcredits.", minimum=1, maximum=1 << 60)
+    lag_calls: int = _setting(
+        100,
+        "Vouchers to a worker that lends stay behind by its last calls, so many, until these had time to be audited: "
+        "a worker that answers wrongly is not paid for them. 0: nothing is held back, and workers are paid ahead.",
+        minimum=0,
+        maximum=10_000,
+    )
     claim_seconds: int = _setting(
         3600, "Time between settlements of a channel's voucher.", minimum=1, maximum=24 * 3600
     )

@@ -19,7 +19,7 @@ from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core import certificate as certificates
 from ledger.core import proof
-from ledger.core.channel import NANO, STOP_BEFORE_EXPIRY_MS, PayerChannel, Price
+from ledger.core.channel import NANO, STOP_BEFORE_EXPIRY_MS, PayerChannel, Price, lent
 from ledger.core.errors import RuleError
 from ledger.core.objects import (
     SMALL_BYTES_MAX,
@@ -42,11 +42,13 @@ from ledger.voting import read_signed
 from ledger.wallet import Wallet
 from p2p.core import codec
 from p2p.core.identity import is_valid_key, public_key_of
-from p2p.face import Call, Network, Reply
+from p2p.face import Call, Header, Network, Reply
 
 HELLO_DEADLINE_MS = 15_000
 GRACE_S = 2.0
 """How long a receipt waits for answers that are still under way before the difference counts."""
+AUDITED_S = 20.0
+"""So long after the last call on a channel its answers were audited, if they are at all: then all of it is paid."""
 EXPIRY_MARGIN_MS = 10 * 60 * 1000
 TICK_S = 30.0
 
@@ -68,6 +70,7 @@ class Buying:
         self._moved: dict[bytes, trio.Event] = {}
         self._answers: dict[bytes, Answers] = {}
         self._covered = trio.Event()
+        self._used_at: dict[bytes, float] = {}
         self._low: set[PeerId] = set()
         self._wake = trio.Event()
         self.vouchers = 0
@@ -89,7 +92,7 @@ class Buying:
         channel.resume(self._settings.credit + self._settings.prepay)
 
     def _new(self, worker: PeerId, key: bytes, known: ChannelState) -> PayerChannel:
-        channel = PayerChannel(self._book.genesis.net, key, known.lock, self._settings.prepay)
+        channel = PayerChannel(self._book.genesis.net, key, known.lock, self._settings.prepay, self._settings.lag_calls)
         self._by_id[key] = channel
         self._worker_of[key] = worker
         self._answers.setdefault(key, Answers())
@@ -111,6 +114,7 @@ class Buying:
             return
         known.used(quote, kflop)
         self._answers[channel].arrived(leaf)
+        self._used_at[channel] = trio.current_time()
         if self._moved and channel in self._moved:
             self._moved[channel].set()
         if known.nano * 4 > known.lock * (3 * NANO) and worker not in self._low:
@@ -172,7 +176,9 @@ class Buying:
         expiry_ms = self._book.now_ms() + self._settings.channel_hours * 3600 * 1000
         item = await self._wallet.append([Open(public_key_of(worker), payout, amount, expiry_ms)])
         key = channel_id(item.id, 0)
-        return self._by_id.get(key) or self._new(worker, key, self._book.state.channels[key])
+        channel = self._by_id.get(key) or self._new(worker, key, self._book.state.channels[key])
+        channel.lends = _lends(terms, channel.lock)
+        return channel
 
     def _affordable(self, wanted: int, minimum: int) -> int:
         amount = min(max(wanted, minimum), self._wallet.balance)
@@ -210,6 +216,7 @@ class Buying:
         if held is None:
             raise IntegrityError("integrity", f"{worker} showed a voucher this node never signed")
         channel.adopt(held)
+        channel.lends = _lends(reply.header, channel.lock)
 
     # paying
 
@@ -257,6 +264,8 @@ class Buying:
                 await self._dispute(call.peer_id, channel, receipt, excess)
             if call.buffers:  # a worker of an older version lists no answers: nothing of it can be proved
                 await self._check_answers(call.peer_id, channel, signed, receipt, leaves)
+            if trio.current_time() - self._used_at.get(channel.id, 0.0) > AUDITED_S:
+                channel.at_rest()
             voucher = await self._persist(call.peer_id, channel, channel.pay(receipt))
         return Reply({"voucher": codec.encode(voucher)})
 
@@ -394,3 +403,9 @@ class Buying:
             }
             for key, channel in self._by_id.items()
         ]
+
+
+def _lends(header: Header, lock: int) -> int:
+    """What a worker says it lends, as far as it can mean it; an older version lends nothing."""
+    lends = header.get("lends", 0)
+    return lent(lends, lock) if type(lends) is int and lends > 0 else 0

@@ -117,7 +117,8 @@ class Selling:
     # a payer introduces its channel
 
     async def _terms(self, call: Call) -> Reply:
-        return Reply({"net": self._book.genesis.net, "signer": self._me, "payout": self._payout})
+        terms = {"net": self._book.genesis.net, "signer": self._me, "payout": self._payout}
+        return Reply({**terms, "lends": self._settings.credit})
 
     async def _hello(self, call: Call) -> Reply:
         key = call.header.get("channel")
@@ -141,7 +142,7 @@ class Selling:
         self._channels[key] = channel
         assert channel.voucher is not None
         held = Signed(codec.encode(channel.voucher), channel.voucher_signature)
-        return Reply({"voucher": codec.encode(held), "stopped": channel.stopped})
+        return Reply({"voucher": codec.encode(held), "stopped": channel.stopped, "lends": channel.lends})
 
     def _check_hello(self, payer: PeerId, known: ChannelState | None) -> None:
         if known is None:
@@ -272,11 +273,16 @@ class Selling:
                 reason = self._expired(known)
                 if reason and not channel.stopped:
                     channel.stopped = reason
+                if not channel.leaves and not channel.stopped and self._lags(channel):
+                    self._mark(channel)  # what was held back is asked for once it is paid without new work
                 if self._claim_due(key, channel, known, early=early, last_chance=bool(reason)):
                     try:
                         await self.settle(key)
                     except RiosError:
                         continue  # no quorum now: the voucher is kept and claimed at a later tick
+
+    def _lags(self, channel: SellerChannel) -> bool:
+        return channel.promised < min(channel.earned, channel.lock)
 
     def _claim_due(
         self, key: bytes, channel: SellerChannel, known: ChannelState, *, early: bool, last_chance: bool
@@ -306,7 +312,7 @@ class Selling:
         """Collect what is served but not promised yet, then claim every channel; microcredits paid out."""
         total = 0
         for key, channel in list(self._channels.items()):
-            if channel.leaves and not channel.stopped and key not in self._busy:
+            if (channel.leaves or self._lags(channel)) and not channel.stopped and key not in self._busy:
                 self._busy.add(key)
                 try:
                     await self._receipt(channel)

@@ -5,11 +5,14 @@ rounded down once, on the cumulative.
 
 Invariants:
 1. Cumulative amounts never fall, on either side, also across restarts; only the newest voucher matters.
-2. A worker runs work only while it is owed at most ``min(W, 10 % of what the channel has paid)``.
+2. A worker runs work only while it is owed at most W, and no more than 10 % of what the channel has paid or, if that
+   is more, what it lends to everybody: a hundredth of what the payer has locked.
 3. A payer never signs more than its own count, plus the doubt bound of each receipt (one call or 1 % of the window),
-   plus at most ``W0`` ahead, and never above the lock.
+   plus at most ``W0`` ahead, and never above the lock. To a worker that lends it promises nothing ahead: vouchers stay
+   behind by the last ``lag_calls`` calls (half of what is lent at most) until these had time to be audited.
 """
 
+from collections import deque
 from typing import Protocol
 
 from config.errors import RemoteError
@@ -22,6 +25,8 @@ NANO = KFLOP_PER_TFLOP
 RECEIPT_CALLS = 32
 RECEIPT_MS = 100
 LEAVES_MAX = 1 << 16
+LENDING_SHARE = 100
+"""A payer can run away with a hundredth of what it had to lock."""
 STOP_BEFORE_EXPIRY_MS = 3600 * 1000
 
 
@@ -39,6 +44,11 @@ class Price(Protocol):
     @property
     def microcredits_per_kv_unit(self) -> int:
         """Price of cache memory."""
+
+
+def lent(credit: int, lock: int) -> int:
+    """What a worker lends: its own limit, or a hundredth of the lock."""
+    return min(credit, lock // LENDING_SHARE)
 
 
 class SellerChannel:
@@ -90,6 +100,11 @@ class SellerChannel:
         """Microcredits of the newest voucher."""
         return self.voucher.cumulative if self.voucher else 0
 
+    @property
+    def lends(self) -> int:
+        """Microcredits of work that are done before anything is paid."""
+        return lent(self.credit, self.lock)
+
     def admit(self) -> None:
         """Refuse (``payment_required``) when stopped or out of credit. The hint says which."""
         if self.stopped:
@@ -140,8 +155,7 @@ class SellerChannel:
         self.voucher_signature = signature
         del self.leaves[:leaves_paid]
         paid = voucher.cumulative
-        credit = min(self.credit, paid // 10)
-        # a channel without any voucher of value may run one call: nano 0 is not above limit 0
+        credit = min(self.credit, max(paid // 10, self.lends))
         self.limit_nano = min(paid + credit, max(self.lock, paid)) * NANO
         self.urgent_nano = self.nano + max(0, self.limit_nano - self.nano) // 2
         if self.stopped == "no voucher yet":
@@ -157,26 +171,34 @@ class PayerChannel:
         "doubt_nano",
         "id",
         "kflop",
+        "lag_calls",
         "largest_nano",
+        "lends",
         "lock",
         "nano",
         "net",
         "prepay",
         "receipt_cumulative",
         "receipt_n",
+        "recent",
+        "recent_nano",
         "stopped",
         "voucher",
     )
 
-    def __init__(self, net: bytes, channel: bytes, lock: int, prepay: int) -> None:
+    def __init__(self, net: bytes, channel: bytes, lock: int, prepay: int, lag_calls: int = 0) -> None:
         self.net = net
         self.id = channel
         self.lock = lock
         self.prepay = prepay
+        self.lag_calls = lag_calls
         self.calls = self.kflop = self.nano = 0
         self.largest_nano = 0
         self.doubt_nano = 0
         self.allowance_nano = 0
+        self.lends = 0
+        self.recent: deque[int] = deque()
+        self.recent_nano = 0
         self.receipt_n = 0
         self.receipt_cumulative = 0
         self.voucher: Voucher | None = None
@@ -200,6 +222,25 @@ class PayerChannel:
         self.nano += nano
         if nano > self.largest_nano:
             self.largest_nano = nano
+        self.recent.append(nano)
+        self.recent_nano += nano
+        if len(self.recent) > self.lag_calls:
+            self.recent_nano -= self.recent.popleft()
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether vouchers stay behind instead of running ahead."""
+        return self.lends > 0 and self.lag_calls > 0
+
+    @property
+    def lag(self) -> int:
+        """Microcredits by which vouchers stay behind: what a worker loses that turns out to have cheated."""
+        return min(-(-self.recent_nano // NANO), self.lends // 2)
+
+    def at_rest(self) -> None:
+        """The last calls have had time to be audited: nothing is held back any more."""
+        self.recent.clear()
+        self.recent_nano = 0
 
     def excess(self, receipt: Receipt) -> int:
         """Microcredits by which a receipt exceeds the own count and what may be doubtful (0: pay it)."""
@@ -211,16 +252,17 @@ class PayerChannel:
         return max(0, receipt.cumulative - (self.nano + self.doubt_nano + bound) // NANO)
 
     def first_voucher(self) -> Voucher:
-        """The newest voucher, or the one that prepays W0."""
+        """The newest voucher, or the one that prepays W0 (nothing where the worker lends)."""
         if self.voucher is None:
-            self.voucher = Voucher(self.net, self.id, 0, min(self.prepay, self.lock), merkle.EMPTY_ROOT)
+            ahead = 0 if self.holds_back else min(self.prepay, self.lock)
+            self.voucher = Voucher(self.net, self.id, 0, ahead, merkle.EMPTY_ROOT)
         return self.voucher
 
     def catch_up(self) -> Voucher:
         """The newest voucher, raised to the own count: for a worker that lost touch or ran out of credit."""
-        voucher = self.first_voucher()
-        if self.spent > voucher.cumulative:
-            cumulative = max(voucher.cumulative, min(self.lock, self.spent))
+        voucher, due = self.first_voucher(), self.spent - self.lag
+        if due > voucher.cumulative:
+            cumulative = max(voucher.cumulative, min(self.lock, due))
             self.voucher = Voucher(self.net, self.id, voucher.n, cumulative, voucher.use_root)
         return self.first_voucher()
 
@@ -228,7 +270,7 @@ class PayerChannel:
         """The voucher for a receipt without excess; the caller persists it before it sends it.
 
         It runs ahead of the receipt by twice what this one added, at most W0, so that a worker that is kept busy does
-        not wait for vouchers.
+        not wait for vouchers; or, where the worker lends, behind it.
         """
         assert not self.excess(receipt)
         step = max(0, receipt.cumulative - self.receipt_cumulative)
@@ -239,7 +281,9 @@ class PayerChannel:
             self.doubt_nano = 0
         self.receipt_n = max(self.receipt_n, receipt.n)
         self.receipt_cumulative = max(self.receipt_cumulative, receipt.cumulative)
-        target = max(self.promised, self.prepay, receipt.cumulative + min(self.prepay, 2 * step))
+        target = receipt.cumulative - self.lag
+        if not self.holds_back:
+            target = max(self.prepay, receipt.cumulative + min(self.prepay, 2 * step))
         cumulative = max(self.promised, min(self.lock, target))
         self.voucher = Voucher(self.net, self.id, max(self.receipt_n, receipt.n), cumulative, receipt.use_root)
         return self.voucher

@@ -79,8 +79,8 @@ def test_credit_grows_with_what_was_paid_up_to_w():
 
 def test_receipts_are_due_after_32_calls_or_half_the_credit():
     seller, payer = pair()
-    assert [call(seller, payer) for _ in range(27)] == [False] * 27
-    assert call(seller, payer), "27,500 of 55,000 are used"
+    assert [call(seller, payer) for _ in range(29)] == [False] * 29
+    assert call(seller, payer), "30,000 of 60,000 are used"
     exchange(seller, payer)
     seller, payer = pair()
     dues = [call(seller, payer, 1000) for _ in range(RECEIPT_CALLS)]
@@ -98,6 +98,35 @@ def test_the_receipt_covers_the_answers_since_the_last_paid_one():
     for leaf in leaves[3:]:
         seller.served(ONE, 1, leaf)
     assert seller.receipt().use_root == merkle.root_of(leaves[3:])
+
+
+def test_vouchers_to_a_worker_that_lends_stay_a_hundred_calls_behind_until_the_channel_rests():
+    seller = SellerChannel(NET, KEY, PAYER, 5_000_000, 50_000)
+    payer = PayerChannel(NET, KEY, 5_000_000, 50_000, lag_calls=100)
+    payer.lends = seller.lends
+    assert payer.lends == 50_000
+    assert payer.first_voucher().cumulative == 0
+    seller.accept(payer.first_voucher(), b"s")
+    for count in range(1, 1001):
+        call(seller, payer, 100_000)  # 100 microcredits: the worker never waits
+        if count % 20 == 0:
+            exchange(seller, payer)
+            assert seller.promised == max(0, count - 100) * 100
+    assert payer.catch_up().cumulative == 90_000
+    payer.at_rest()
+    exchange(seller, payer)
+    assert seller.promised == seller.earned == 100_000
+
+
+def test_what_lags_is_at_most_half_of_what_is_lent_so_that_large_calls_never_stall():
+    seller = SellerChannel(NET, KEY, PAYER, 5_000_000, 50_000)
+    payer = PayerChannel(NET, KEY, 5_000_000, 50_000, lag_calls=100)
+    payer.lends = seller.lends
+    seller.accept(payer.first_voucher(), b"s")
+    for _ in range(100):
+        call(seller, payer, 10 * GFLOP)  # 10,000 microcredits
+        exchange(seller, payer)
+    assert seller.earned - seller.promised == 25_000
 
 
 def test_the_payer_accepts_one_doubtful_call_but_no_more():

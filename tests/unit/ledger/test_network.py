@@ -61,7 +61,7 @@ class Swarm:
         self.now_ms = 1_800_000_000_000
 
     async def start(self, n, **changes):
-        settings = replace(LedgerSettings(sync_seconds=1, witness=n < self.witnesses), **changes)
+        settings = replace(LedgerSettings(sync_seconds=1, witness=n < self.witnesses, lag_calls=0), **changes)
         network = self.hub.add(self.ids[n])
         self.ledgers[n] = await open_ledger(
             network,
@@ -158,13 +158,51 @@ async def test_a_payer_that_does_not_pay_is_cut_off(tmp_path):
         payer, worker = s.ledgers[0], s.ledgers[1]
         await payer.grant(s.ids[0].public_key, 20 * CREDIT)
         channel = await payer.buyer.open_channel(s.ids[1].peer_id)
-        # W0 of 50,000 and 10 % of it, at 1,000 a call, and the one that went over
-        for _ in range(56):
+        # W0 of 50,000 and the 50,000 (a hundredth of the lock) that are lent, at 1,000 a call; the one that went over
+        for _ in range(101):
             worker.seller.admit(s.ids[0].peer_id, channel, QUOTE)
             worker.seller.served(s.ids[0].peer_id, channel, QUOTE, 1_000_000, LEAF)
         with pytest.raises(RiosError, match="owes") as caught:
             worker.seller.admit(s.ids[0].peer_id, channel, QUOTE)
         assert caught.value.code == "payment_required"
+
+
+async def test_vouchers_lag_by_a_hundred_calls_until_they_could_be_audited(tmp_path, autojump_clock, monkeypatch):
+    monkeypatch.setattr("ledger.buying.AUDITED_S", 10.0)
+    monkeypatch.setattr("ledger.selling.TICK_S", 3.0)
+    async with swarm(tmp_path) as s:
+        payer, worker = s.ledgers[0], s.ledgers[1]
+        s.hub.kill(s.ids[0].peer_id)
+        await s.ledgers.pop(0).aclose()
+        payer = await s.start(0, lag_calls=100)
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+        channel = await payer.buyer.open_channel(s.ids[1].peer_id)
+        assert payer.channels()[0]["promised"] == 0, "nothing is paid ahead"
+        await work(payer, worker, 400, kflop=100_000)  # 100 microcredits each
+        await until(lambda: worker.channels()[0]["promised"] >= 30_000)
+        assert worker.channels()[0]["promised"] == payer.channels()[0]["promised"] == 30_000
+        await payer.buyer.open_channel(s.ids[1].peer_id)  # as a worker would make it do that says it is owed
+        assert payer.channels()[0]["promised"] == 30_000
+        with trio.move_on_after(5):
+            await trio.sleep_forever()
+        assert worker.channels()[0]["promised"] == 30_000
+        await until(lambda: worker.channels()[0]["promised"] == 40_000)
+        assert channel in payer.buyer._by_id
+
+
+async def test_a_worker_that_is_stopped_keeps_what_was_paid_and_loses_the_last_hundred_calls(tmp_path):
+    async with swarm(tmp_path) as s:
+        payer, worker = s.ledgers[0], s.ledgers[1]
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+        payer.buyer._settings = replace(payer.buyer._settings, lag_calls=100)
+        await work(payer, worker, 160, kflop=100_000)
+        await until(lambda: worker.channels()[0]["promised"] == 6_000)
+        await payer.buyer.stop(s.ids[1].peer_id, "proved wrong")
+        worker.seller.served(s.ids[0].peer_id, next(iter(payer.buyer._by_id)), QUOTE, 1, LEAF)
+        await until(lambda: worker.statistics()["stopped_channels"])
+        assert worker.channels()[0]["promised"] == 6_000
+        with pytest.raises(RemoteError, match="stopped"):
+            await payer.buyer.open_channel(s.ids[1].peer_id)
 
 
 async def test_a_worker_that_overcounts_is_stopped_and_both_see_why(tmp_path, autojump_clock):
@@ -397,7 +435,7 @@ async def test_a_payer_that_goes_silent_is_cut_off_and_its_last_voucher_is_claim
             worker.seller.served(s.ids[3].peer_id, channel, QUOTE, 1_000_000, LEAF)
         assert not admitted(worker.seller, s.ids[3].peer_id, channel)
         (sold,) = worker.channels()
-        assert sold["earned"] - sold["promised"] <= sold["promised"] // 10 + 1_000
+        assert sold["earned"] - sold["promised"] <= sold["lock"] // 100 + 1_000
         assert await worker.settle_all() == sold["promised"] == worker.balance()
 
 
