@@ -67,7 +67,8 @@ class Expert:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recomputed:
-    """``y, bound f64[N, H]``; ``judged bool[N]``: no product came near an overflow."""
+    """``y, bound f64[N, H]`` (``y`` infinite in rows to which this does not apply); ``judged bool[N]``: no product came
+    near an overflow."""
 
     y: Exact
     bound: Exact
@@ -124,10 +125,23 @@ def recompute(
     found = [_recompute(experts, members, traits, rows, chosen, weights, None)]
     if not any(layer.bits for expert in used for layer in (expert.gate_up, expert.down)):
         return found
-    ties = max((_ties(rows, expert.gate_up.block) for expert in used if expert.gate_up.bits), default=0)
-    for choice in range(1 << min(ties, TIES_TRIED)):
-        found.append(_recompute(experts, members, traits, rows, chosen, weights, choice))
+    ties = np.zeros(len(rows), np.intp)
+    for block in {expert.gate_up.block for expert in used if expert.gate_up.bits}:
+        ties = np.maximum(ties, _ties(rows, block))
+    for choice in range(1 << min(int(ties.max(initial=0)), TIES_TRIED)):
+        some = np.flatnonzero(ties >= choice.bit_length())  # the others have no such tie
+        choices, scales = (None, None) if chosen is None or weights is None else (chosen[some], weights[some])
+        made = _recompute(experts, members, traits, rows[some], choices, scales, choice)
+        found.append(made if len(some) == len(rows) else _spread(made, some, len(rows)))
     return found
+
+
+def _spread(made: Recomputed, some: NDArray[np.intp], count: int) -> Recomputed:
+    """What was computed of some rows, among ``count`` rows."""
+    shape = (count, made.y.shape[1])
+    y, bound, judged = np.full(shape, np.inf), np.zeros(shape), np.ones(count, np.bool_)
+    y[some], bound[some], judged[some] = made.y, made.bound, made.judged
+    return Recomputed(y, bound, judged, {int(some[row]): changes for row, changes in made.flips.items()})
 
 
 def _recompute(
@@ -306,13 +320,14 @@ def _rounded(x: _Known, block: int, choice: int) -> tuple[_Known, Exact, Exact]:
     return _Known(codes * steps, steps * np.abs(codes) * drifts), steps * flips, steps
 
 
-def _ties(rows: FloatRows, block: int) -> int:
-    """The most inputs of a row that lie between two codes."""
+def _ties(rows: FloatRows, block: int) -> NDArray[np.intp]:
+    """How many inputs of each row lie between two codes, ``[N]``."""
     h = np.where(np.isfinite(rows), rows, 0).astype(np.float64)
     blocks = np.abs(h.reshape(len(h), -1, block))
     places = blocks * STEPS / np.maximum(blocks.max(axis=2, keepdims=True), TINY)
     near = np.abs(places - np.floor(places) - 0.5) < TIE
-    return int(near.sum(axis=(1, 2)).max(initial=0))
+    found: NDArray[np.intp] = near.sum(axis=(1, 2))
+    return found
 
 
 # --- distance
@@ -320,7 +335,8 @@ def _ties(rows: FloatRows, block: int) -> int:
 
 def _ratio(answer: FloatRows, honest: Recomputed, dtype: Dtype) -> Exact:
     """Per row: how far the nearest number that rounds to the answer is from ``y``, over the bound (norms)."""
-    half, y, bound = _half_steps(answer, honest, dtype), honest.y, honest.bound
+    y, bound = np.where(np.isfinite(honest.y), honest.y, 0.0), honest.bound
+    half = _half_steps(answer, y, bound, dtype)
     if honest.flips:
         y, bound = y.copy(), bound.copy()
         for row, changes in honest.flips.items():
@@ -333,6 +349,7 @@ def _ratio(answer: FloatRows, honest: Recomputed, dtype: Dtype) -> Exact:
     apart = np.maximum(0.0, np.abs(answer - y) - half)
     distance, width = np.linalg.norm(apart, axis=1), np.linalg.norm(bound, axis=1)
     ratio: Exact = np.where(distance > 0, distance / np.maximum(width, TINY), 0.0)
+    ratio = np.where(np.isfinite(honest.y).all(axis=1), ratio, np.inf)
     return np.where(honest.judged, ratio, 0.0)
 
 
@@ -352,13 +369,13 @@ def _solved(changes: Exact, apart: Exact) -> Exact | None:
     return solved
 
 
-def _half_steps(answer: FloatRows, honest: Recomputed, dtype: Dtype) -> Exact:
+def _half_steps(answer: FloatRows, y: Exact, bound: Exact, dtype: Dtype) -> Exact:
     """Half of the wire's step at each element: that of fp16, or of bf16 in rows that do not fit (or may not)."""
-    size = np.maximum(np.abs(answer.astype(np.float64)), np.abs(honest.y))
+    size = np.maximum(np.abs(answer.astype(np.float64)), np.abs(y))
     if dtype == "fp32":
         return size * TEN_TAU
     fp16 = np.maximum(_power_below(size) * 2.0**-11, 2.0**-25)
-    wide = (np.abs(honest.y) + honest.bound).max(axis=1, initial=0.0) > _FP16_MAX
+    wide = (np.abs(y) + bound).max(axis=1, initial=0.0) > _FP16_MAX
     return np.where(wide[:, None], _power_below(size) * 2.0**-8, fp16)
 
 

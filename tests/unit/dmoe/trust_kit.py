@@ -205,7 +205,7 @@ class TrustSwarm:
             made = honest if lie is None else LyingShard(honest, self.store, self.manifest, shard, lie, share)
             worker.load(plan_of(self.manifest, shard), made)
 
-    async def caller(self, number=0, *, share, probes=False, file=None, store=None, fetch=None, paid=True):
+    async def caller(self, number=0, *, share, probes=False, file=None, store=None, fetch=None, paid=True, seed=0):
         """A caller at a node, which holds the model's files; its audits are seeded."""
         network, ledger = self.networks[number], self.ledgers[number]
         if paid and number == 0:
@@ -225,14 +225,14 @@ class TrustSwarm:
                 notary=ledger.buyer if paid else None,
                 fetch=fetch,
                 blame=lambda peer, fault, why: self.blamed.append((number, peer, fault, why)),
-                random=Random(number + 3),
+                random=Random(number + 3 + 100 * seed),
             )
 
         caller = Caller(
             network,
             worker=self.workers[number],
             buyer=ledger.buyer if paid else None,
-            random=Random(number + 5),
+            random=Random(number + 5 + 100 * seed),
             audits=audits,
         )
         if not probes:
