@@ -53,7 +53,7 @@ SINGLE_SHARE = 0.25
 """Of the audits of a sparse model: one expert alone, whose weight in a sum may be low."""
 ROWS_JUDGED_MAX = 8
 """Rows computed in fp64 per group and answer, those that differ first."""
-LOCAL_TIME_SHARE = 0.01
+LOCAL_TIME_SHARE = 0.005
 """Of the time since the start: so much may be spent on computing here in fp64 what nobody suspects."""
 PROOF_SECONDS = 20.0
 """How long a receipt is waited for once an answer is known to be wrong."""
@@ -168,7 +168,7 @@ class Auditor:
             task_status.started()
             async for owed in self._queue:
                 known = self._manifests.get(owed.model_id)
-                if known is None:
+                if known is None or not self.trust.trusted(owed.peer):
                     continue
                 try:
                     sample = sample_of(known[0], owed)
@@ -395,9 +395,13 @@ class Auditor:
         await self._punish(owed.peer, why)
 
     async def _punish(self, peer: PeerId, why: str) -> None:
-        if self._notary is not None:
-            await self._notary.stop(peer, f"proved wrong: {why}")
         self._blame(peer, "cheat", why)
+        if self._notary is None:
+            return
+        try:
+            await self._notary.stop(peer, f"proved wrong: {why}")
+        except RiosError as error:  # it is not called any more either way, and nothing is paid without calls
+            log.warning("the channel to %s could not be stopped: %s", peer, error)
 
     async def _keep(self, peer: PeerId, leaf: bytes, data: bytes) -> None:
         folder = self._rules.folder

@@ -31,12 +31,12 @@ from dmoe.core.wire import Dtype, FloatRows
 
 Exact = NDArray[np.float64]
 TAU = 2.0**-24 / 10
-"""Ten of these per absolute product are allowed: fp32's unit roundoff (less in long sums, whose errors cancel each
-other). Measured, honest kernels stay below a fifth of the bound that follows (``tests/bench/bench_trust.py``), also
-where inputs are solved for."""
+"""Ten of these per absolute product are allowed: fp32's unit roundoff in a sum of :data:`LONG` terms. Measured
+(``tests/bench/bench_trust.py``), honest kernels stay below a half of the bound that follows, also where inputs are
+solved for."""
 TEN_TAU = 10 * TAU
 LONG = 128
-"""From so many terms on, the errors of a sum grow with the root of their number only."""
+"""Errors of a sum grow with the root of the number of its terms, the sum of absolute products with that number."""
 STEPS = 127
 """Steps of an 8-bit activation on either side of zero."""
 TIE = 2e-5
@@ -275,7 +275,7 @@ def _product(x: _Known, layer: Linear, choice: int | None) -> tuple[_Known, _Uns
 
 
 def _sum(x: _Known, dense: Exact) -> _Known:
-    most = TEN_TAU * min(1.0, (LONG / dense.shape[1]) ** 0.5)
+    most = TEN_TAU * (LONG / dense.shape[1]) ** 0.5
     spread = x.error + most * np.abs(x.value)
     return _Known(x.value @ dense.T, spread @ np.abs(dense).T + TINY)
 
@@ -362,7 +362,10 @@ def _solved(changes: Exact, apart: Exact) -> Exact | None:
     sizes = np.linalg.norm(changes, axis=1)
     if not sizes.all():
         return None
-    times, _, _, singular = np.linalg.lstsq((changes / sizes[:, None]).T, apart, rcond=None)
+    try:
+        times, _, _, singular = np.linalg.lstsq((changes / sizes[:, None]).T, apart, rcond=None)
+    except np.linalg.LinAlgError:
+        return None
     if singular[-1] < UPRIGHT_MIN * singular[0]:
         return None
     solved: Exact = np.clip(np.rint(times / sizes), -FLIPS_MOST, FLIPS_MOST) @ changes
