@@ -4,7 +4,8 @@ Owns: which answers are looked at, against what, and what a difference leads to.
 (``core/verdict``), reputations (``trust``), fresh inputs before first use (``probing``), receipts (the ledger).
 
 An audit is an ordinary ``expert.run`` in the background: the worker that is asked cannot tell it from others, and no
-token waits for it. A quarter is computed here, where the shard is loaded or its files are.
+token waits for it. A quarter is computed here, where the shard is loaded or its files are; now and then one is fetched
+for that.
 
 Invariants:
 1. Nobody is guilty because others disagree: a difference is a reason to compute the answer here, in fp64.
@@ -17,7 +18,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -27,7 +28,7 @@ import numpy as np
 import trio
 
 from config.errors import IntegrityError, RemoteError, RiosError
-from config.vocabulary import PeerId
+from config.vocabulary import MIB, PeerId
 from dmoe.core import calls, evidence, wire
 from dmoe.core.calls import Bytes
 from dmoe.core.evidence import Asked, Evidence
@@ -57,6 +58,8 @@ LOCAL_TIME_SHARE = 0.005
 """Of the time since the start: so much may be spent on computing here in fp64 what nobody suspects."""
 PROOF_SECONDS = 20.0
 """How long a receipt is waited for once an answer is known to be wrong."""
+FETCH_SECONDS, FETCH_BYTES_MAX = 600.0, 256 * MIB
+"""How often a shard that is not here is fetched only to look at an answer that nobody suspects, and how large."""
 SAVE_SECONDS = 60.0
 TOPIC = "rios/evidence/1"
 GOSSIP_BYTES_MAX = 60 << 10
@@ -126,6 +129,7 @@ class Auditor:
         self._dice = self._random.random
         self._manifests: dict[str, tuple[Manifest, ModelMap]] = {}
         self._begun = perf_counter()
+        self._next_fetch = 0.0
         self._put, self._queue = trio.open_memory_channel[Owed](QUEUE_MAX)
         self._hear, self._heard = trio.open_memory_channel[tuple[PeerId, bytes]](GOSSIP_QUEUE_MAX)
         self._seen: dict[bytes, None] = {}
@@ -200,7 +204,7 @@ class Auditor:
     async def _audit(self, sample: Sample) -> None:
         if sample.asked.experts is not None and self._dice() < SINGLE_SHARE:
             sample = await self._single(sample)
-        if self._dice() < LOCAL_SHARE and await self.look_here(sample):
+        if self._dice() < LOCAL_SHARE and (await self.look_here(sample) or await self._spot_check(sample)):
             return
         if not await self.compare(sample) and not await self.look_here(sample):
             self.counts["no replica"] += 1
@@ -229,6 +233,20 @@ class Auditor:
             if await self._judge(sample, place, rows):
                 return True
         self._pass(sample)
+        return True
+
+    async def _spot_check(self, sample: Sample) -> bool:
+        """Now and then a small shard is fetched, so that replicas that lie alike are found out too."""
+        place = self._random.randrange(len(sample.groups))
+        shard = sample.manifest.expert_shard(sample.owed.layer, sample.groups[place])
+        now = perf_counter()
+        if self._fetch is None or now < self._next_fetch or shard.size_bytes > FETCH_BYTES_MAX:
+            return False
+        self._next_fetch = now + FETCH_SECONDS
+        await self._bring(sample, place)
+        rows = self._random.sample(range(sample.owed.rows), min(sample.owed.rows, ROWS_JUDGED_MAX))
+        if not await self._judge(sample, place, rows):
+            self._pass(sample)
         return True
 
     async def compare(self, sample: Sample) -> bool:
@@ -297,10 +315,11 @@ class Auditor:
         if not chosen:
             return sample
         expert = self._random.choice(chosen)
-        like = request_of(sample.manifest, owed, asked.rows[row : row + 1], expert)
+        owed = replace(owed, places=(owed.places[members[expert]],))
+        like = request_of(sample.manifest, owed, asked.rows[row : row + 1], expert, self._random)
         self._drop(sample)
         peer, quote = owed.peer, owed.quote
-        return await self.ask(sample.manifest, peer, quote, like, [members[expert]], synthetic=sample.synthetic)
+        return await self.ask(sample.manifest, peer, quote, like, [0], synthetic=sample.synthetic)
 
     # --- what a difference leads to
 
@@ -429,20 +448,23 @@ class Auditor:
         async for sender, data in self._heard:
             try:
                 await self._verify_gossip(sender, data)
-            except RiosError as error:
+            except IntegrityError as error:
                 self.counts["gossip refused"] += 1
                 self._blame(sender, "bad_record", f"evidence that does not hold: {error.message}")
+            except RiosError as error:
+                self.counts["gossip not judged"] += 1
+                log.debug("evidence of %s: %s", sender, error)
 
     async def _verify_gossip(self, sender: PeerId, data: bytes) -> None:
-        """Raises RiosError if the sender should have known better."""
+        """Raises IntegrityError if the sender should have known better."""
         found = evidence.read(data)
         leaf, peer = found.leaf, PeerId(found.worker)
         if leaf in self._seen or self._notary is None or not self.trust.trusted(peer):
             return
+        self._notary.check(peer, leaf, found.receipt, found.signature, found.index, found.path)
         self._seen[leaf] = None
         if len(self._seen) > SEEN_MAX:
             del self._seen[next(iter(self._seen))]
-        self._notary.check(peer, leaf, found.receipt, found.signature, found.index, found.path)
         known = self._manifests.get(found.model_id.hex())
         if known is None or peer == self._network.peer_id:
             return
@@ -469,16 +491,21 @@ def sample_of(manifest: Manifest, owed: Owed, *, synthetic: bool = False) -> Sam
     return Sample(manifest, owed, asked, answer, synthetic)
 
 
-def request_of(manifest: Manifest, like: Owed, rows: wire.FloatRows, expert: int | None) -> Owed:
-    """What a call like another one would ask with other rows, of one expert alone (None: there is no choice)."""
-    shape, buffer = wire.encode(rows, manifest.wire_dtype)
+def request_of(manifest: Manifest, like: Owed, row: wire.FloatRows, expert: int | None, random: Random) -> Owed:
+    """What a call like another one would ask with another row ``f32[1, H]``, of one expert alone (None: there is no
+    choice). It looks as any other: the row's other choices are experts of other groups, and weigh less."""
+    shape, buffer = wire.encode(row, manifest.wire_dtype)
     buffers: list[calls.Buffer] = [buffer]
     experts = None
     if expert is not None:
         top_k = manifest.architecture.router.top_k
-        experts = np.full((len(rows), top_k), NOBODY, "<i4")
-        weights = np.zeros((len(rows), top_k), "<f4")
-        experts[:, 0], weights[:, 0] = expert, 1.0
+        near = {member for place in like.places for member in place.experts}
+        others = [other for other in range(manifest.experts_per_layer) if other not in near]
+        chosen = [expert, *random.sample(others, min(top_k - 1, len(others)))]
+        scores = sorted((random.gauss(0, 1) for _ in chosen), reverse=True)
+        shares = np.exp(scores) / np.exp(scores).sum()
+        experts, weights = np.full((1, top_k), NOBODY, "<i4"), np.zeros((1, top_k), "<f4")
+        experts[0, : len(chosen)], weights[0, : len(chosen)] = chosen, shares
         buffers += [experts.tobytes(), weights.tobytes()]
     asked = Bytes(buffers, calls.bf16_of(shape))
     return Owed(
@@ -488,7 +515,7 @@ def request_of(manifest: Manifest, like: Owed, rows: wire.FloatRows, expert: int
         like.model_id,
         like.layer,
         like.places,
-        len(rows),
+        1,
         experts,
         asked,
         Bytes(()),

@@ -120,7 +120,7 @@ class Prober:
         rows = (self._noise.standard_normal((1, model.width)) * scale).astype(np.float32)
         blank = Owed(peer, b"", quote, model.model_id, layer, (place,), 1, None, Bytes(()), Bytes(()))
         expert = self._random.choice(place.experts) if model.top_k else None
-        like = request_of(manifest, blank, rows, expert)
+        like = request_of(manifest, blank, rows, expert, self._random)
         sample = await self._auditor.ask(manifest, peer, quote, like, [0], synthetic=True)
         checked = await self._auditor.look_here(sample) or await self._auditor.compare(sample)
         self.done += 1

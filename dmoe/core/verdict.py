@@ -121,6 +121,18 @@ def recompute(
 ) -> list[Recomputed]:
     """The partial sum ``f64[N, H]`` of a sum group's ``members`` for ``rows`` as they travelled, and its bound; once
     for each arithmetic that is honest for such weights, and for each way to round inputs between two codes."""
+    with np.errstate(all="ignore"):  # what overflows is not judged
+        return _candidates(experts, members, traits, rows, chosen, weights)
+
+
+def _candidates(
+    experts: Mapping[int, Expert],
+    members: Sequence[int],
+    traits: Variant,
+    rows: FloatRows,
+    chosen: Indices | None,
+    weights: Weights | None,
+) -> list[Recomputed]:
     used = [experts[member] for member in members]
     found = [_recompute(experts, members, traits, rows, chosen, weights, None)]
     if not any(layer.bits for expert in used for layer in (expert.gate_up, expert.down)):
