@@ -1,8 +1,10 @@
 """How soon liars are exposed, whether honest workers are ever accused, and what audits cost.
 
-``python -m tests.bench.bench_trust [honest] [liars] [framing] [cost]`` (default: all, about three minutes on two cores)
-prints one JSON line per part. With share p of the calls audited, a liar that is wrong in a share s of its calls is
-exposed within ``ln(0.01) / ln(1 - p s)`` of them in 99 of 100 runs; ``liars`` prints that bound beside what happened.
+``python -m tests.bench.bench_trust [honest] [size] [framing] [cost] [liars]`` (default: all, about five minutes on two
+quiet cores): each part is told on stderr, the last line of stdout is one JSON object.
+
+With share p of the calls audited, a liar that is wrong in a share s of its calls is exposed within
+``ln(0.01) / ln(1 - p s)`` of them in 99 of 100 runs; ``liars`` prints that bound beside what happened.
 """
 
 import json
@@ -73,7 +75,7 @@ def honest(calls: int = HONEST_CALLS, seconds: float = 600.0) -> dict[str, objec
     return {"honest_calls": done, "honest_rows": rows, "false_accusations": accused, "worst_ratio": _short(worst)}
 
 
-def real_size(rows: int = 64) -> dict[str, object]:
+def real_size(rows: int = 24) -> dict[str, object]:
     """The same at the size of SmolLM2's blocks and at a larger one: how far honest and wrong answers are apart."""
     out: dict[str, object] = {}
     for hidden, width in ((576, 384), (1024, 1536)):
@@ -173,21 +175,30 @@ def _short(value: object) -> object:
 
 
 def main(parts: list[str]) -> None:
-    """Print the parts that were asked for."""
+    """Run the parts that were asked for."""
     logging.disable(logging.CRITICAL)
-    wanted = parts or ["honest", "framing", "cost", "liars"]
+    wanted = parts or ["honest", "size", "framing", "cost", "liars"]
+    figures: dict[str, object] = {}
+
+    def found(name: str, value: dict[str, object]) -> None:
+        figures[name] = value
+        print(json.dumps({name: value}), file=sys.stderr, flush=True)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "honest" in wanted:
-            print(json.dumps(honest()), flush=True)
-            print(json.dumps(real_size()), flush=True)
+            found("honest", honest())
+        if "size" in wanted:
+            found("size", real_size())
         if "framing" in wanted:
-            print(json.dumps(framing()), flush=True)
+            found("framing", framing())
         if "cost" in wanted:
-            print(json.dumps(trio.run(cost, folder)), flush=True)
+            found("cost", trio.run(cost, folder))
         if "liars" in wanted:
             for wrong in (1.0, 0.05):
-                print(json.dumps(trio.run(liars, folder, wrong)), flush=True)
+                found(f"liars_{wrong:g}", trio.run(liars, folder, wrong))
+    ratios = {"audit_cost": spent["audit_cost"]} if isinstance(spent := figures.get("cost"), dict) else {}
+    print(json.dumps({"figures": figures, "ratios": ratios}))
 
 
 if __name__ == "__main__":
