@@ -165,7 +165,7 @@ class TrustSwarm:
 
     def __init__(self, nursery, folder, store, manifest, seed=1):
         self.nursery, self.folder, self.store, self.manifest = nursery, folder, store, manifest
-        self.hub = MemoryHub(seed)
+        self.hub, self.seed = MemoryHub(seed), seed
         self.ids = [Identity.from_seed(bytes([n + 1]) * 32) for n in range(6)]
         keys = [identity.public_key for identity in self.ids]
         self.genesis = Genesis(issuer=keys[0], root=keys[0], witnesses=(keys[0],), f=0)
@@ -202,7 +202,9 @@ class TrustSwarm:
             if groups is not None and shard.group not in groups:
                 continue
             honest = ExpertShard(self.manifest, shard, self.store, RuntimeOptions(device="cpu", threads=1))
-            made = honest if lie is None else LyingShard(honest, self.store, self.manifest, shard, lie, share)
+            made = honest
+            if lie is not None:
+                made = LyingShard(honest, self.store, self.manifest, shard, lie, share, self.seed)
             worker.load(plan_of(self.manifest, shard), made)
 
     async def caller(self, number=0, *, share, probes=False, file=None, store=None, fetch=None, paid=True, seed=0):
