@@ -12,6 +12,7 @@ from starlette.responses import Response
 from config.generation import Delta, Finished
 from gateway.openai.choices import Answer
 from gateway.openai.job import Order, Service
+from gateway.openai.keyed import key_of, keyed_answer
 from gateway.openai.logprobs import chat_logprobs
 from gateway.openai.requests import ChatBody, chat_request, read_body
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
@@ -28,6 +29,9 @@ async def chat(request: Request) -> Response:
     order = Order(principal=principal, request=generation, endpoint="chat.completions", choices=body.n or 1)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     shape = ChatShape(body.model, include_usage=include_usage)
+    key = key_of(request)
+    if key:
+        return await keyed_answer(service, order, shape, key, body, streamed=bool(body.stream))
     if body.stream:
         return EventStream(service, order, shape)
     return await whole_answer(service, order, shape)

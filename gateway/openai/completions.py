@@ -11,6 +11,7 @@ from starlette.responses import Response
 from config.generation import Delta, Finished
 from gateway.openai.choices import Answer, best
 from gateway.openai.job import Order, Service
+from gateway.openai.keyed import key_of, keyed_answer
 from gateway.openai.logprobs import completion_logprobs, merged
 from gateway.openai.requests import CompletionBody, completion_request, read_body
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
@@ -28,6 +29,9 @@ async def completions(request: Request) -> Response:
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     shown = body.logprobs is not None and body.logprobs is not False
     shape = CompletionShape(body.model, echo=echo, include_usage=include_usage, count=body.n or 1, logprobs=shown)
+    key = key_of(request)
+    if key:
+        return await keyed_answer(service, order, shape, key, body, streamed=bool(body.stream))
     if body.stream:
         return EventStream(service, order, shape)
     return await whole_answer(service, order, shape)
