@@ -453,7 +453,7 @@ async def _tokens(planned: Plan, tokenizer: Tokenizer) -> tuple[int, ...]:
         encode, characters = partial(tokenizer.encode, prompt), len(prompt)
     else:
         encode, characters = partial(planned.prompt, tokenizer), planned.characters
-    if characters <= _INLINE_CHARACTERS_MAX:
+    if characters <= _INLINE_CHARACTERS_MAX and tokenizer.is_quick:
         return encode()
     return await trio.to_thread.run_sync(encode, abandon_on_cancel=True)
 

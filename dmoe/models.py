@@ -40,6 +40,7 @@ from dmoe.stages.loading import MeteredExperts, load_spread, load_stage
 from dmoe.store import ModelStore
 from dmoe.tally import OwnMeter
 from dmoe.text import Tokenizer
+from dmoe.textaside import AsideTokenizer
 from dmoe.timing import TimedRunner
 
 _Part = TypeVar("_Part")
@@ -321,7 +322,7 @@ class StoredModel:
         return load_stage(self.manifest, shard, self._store, self._options).opened
 
     def _load_tokenizer(self) -> Tokenizer:
-        return Tokenizer(self._store.read(self.manifest, self.manifest.tokenizer), self.manifest.chat_template)
+        return AsideTokenizer(self._store.read(self.manifest, self.manifest.tokenizer), self.manifest.chat_template)
 
 
 class _Once(Generic[_Part]):
