@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -38,13 +38,22 @@ _MORE_SECONDS = 2.0
 
 class Aside:
     """The process, started when first asked. ``about``: what it works on, for messages; ``setup``: the first question
-    to every process that is started, and how many seconds it may take."""
+    to every process that is started, and how many seconds it may take; ``stopped`` is told when one was killed."""
 
-    def __init__(self, about: str, setup: Sequence[Any], setup_seconds: float, *, memory_bytes: int) -> None:
+    def __init__(
+        self,
+        about: str,
+        setup: Sequence[Any],
+        setup_seconds: float,
+        *,
+        memory_bytes: int,
+        stopped: Callable[[IntegrityError], None] = lambda error: None,
+    ) -> None:
         self.about = about
         self._setup = setup
         self._setup_seconds = setup_seconds
         self._memory_bytes = memory_bytes
+        self._stopped = stopped
         self._lock = threading.Lock()
         self._process: _Process | None = None
         self.ready: Any = None
@@ -54,7 +63,7 @@ class Aside:
         """The answer to a question. Raises IntegrityError if the process exceeded its limits or died, and what the work
         itself raises: RequestError, IntegrityError."""
         with self._lock:
-            return self._started().ask(question, seconds)
+            return self._told(self._started(), question, seconds)
 
     def start(self) -> Any:  # noqa: ANN401 - msgpack
         """Start it now, and what its setup was answered with. Raises as :meth:`ask`."""
@@ -69,11 +78,19 @@ class Aside:
                 self._process.end()
                 self._process = None
 
+    def _told(self, process: "_Process", question: Sequence[Any], seconds: float) -> Any:  # noqa: ANN401 - msgpack
+        try:
+            return process.ask(question, seconds)
+        except IntegrityError as error:
+            if process.ended:
+                self._stopped(error)
+            raise
+
     def _started(self) -> "_Process":
         if self._process is None or self._process.ended:
             process = _Process(self.about, self._memory_bytes)
             try:
-                self.ready = process.ask(self._setup, self._setup_seconds)
+                self.ready = self._told(process, self._setup, self._setup_seconds)
             except BaseException:
                 process.end()
                 raise

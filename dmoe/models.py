@@ -322,7 +322,8 @@ class StoredModel:
         return load_stage(self.manifest, shard, self._store, self._options).opened
 
     def _load_tokenizer(self) -> Tokenizer:
-        return AsideTokenizer(self._store.read(self.manifest, self.manifest.tokenizer), self.manifest.chat_template)
+        data, refused = self._store.read(self.manifest, self.manifest.tokenizer), self._store.refused
+        return AsideTokenizer(data, self.manifest.chat_template, stopped=partial(refused.count, "text"))
 
 
 class _Once(Generic[_Part]):

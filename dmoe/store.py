@@ -28,6 +28,7 @@ from config.errors import IntegrityError, LocalError, RiosError
 from config.vocabulary import ModelId, ShardId
 from dmoe.core.manifest import CHUNK_BYTES, MANIFEST_BYTES_MAX, Manifest, ModelFile, Shard
 from dmoe.plainfile import open_plain
+from dmoe.refused import Refused
 from dmoe.shardfile import ShardFile
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class ModelStore:
         """Model folders whose manifest cannot be read, and why."""
         self._lock = threading.Lock()
         self._manifests: dict[ModelId, Manifest] = {}
+        self.refused = Refused()
         self._sound: set[str] = set()
         """Hashes of files whose numbers were looked at."""
         self._verified: dict[Path, tuple[int, int, str]] = {}
@@ -94,8 +96,9 @@ class ModelStore:
 
     def add_manifest(self, manifest: Manifest) -> None:
         """Keep a manifest, durably: it is there whole or not at all. Checks it first."""
-        manifest.check()
-        manifest.verify()
+        with self.refused.counting("manifest"):
+            manifest.check()
+            manifest.verify()
         folder = self.root / manifest.model_id
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
@@ -135,12 +138,13 @@ class ModelStore:
     def _open_verified(self, model_id: str, file: ModelFile) -> int:
         """A descriptor of a file whose size and hash are right; the caller closes it."""
         path = self.path(model_id, file)
-        descriptor = open_plain(path, self.root)
-        try:
-            self._verify(path, descriptor, file)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        with self.refused.counting("file"):
+            descriptor = open_plain(path, self.root)
+            try:
+                self._verify(path, descriptor, file)
+            except BaseException:
+                os.close(descriptor)
+                raise
         return descriptor
 
     def _verify(self, path: Path, descriptor: int, file: ModelFile) -> None:
@@ -167,13 +171,14 @@ class ModelStore:
     def _open(self, manifest: Manifest, file: ModelFile) -> ShardFile:
         path = self.path(manifest.model_id, file)
         descriptor = self._open_verified(manifest.model_id, file)
-        try:
-            opened = ShardFile(path, descriptor)
-        finally:
-            os.close(descriptor)
-        if file.sha256 not in self._sound:
-            opened.check_numbers()
-            self._sound.add(file.sha256)
+        with self.refused.counting("file"):
+            try:
+                opened = ShardFile(path, descriptor)
+            finally:
+                os.close(descriptor)
+            if file.sha256 not in self._sound:
+                opened.check_numbers()
+                self._sound.add(file.sha256)
         return opened
 
     def read(self, manifest: Manifest, file: ModelFile) -> bytes:

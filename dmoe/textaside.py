@@ -6,9 +6,10 @@ false).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from config.errors import IntegrityError
 from config.generation import Message, Tool
 from config.vocabulary import MIB
 from dmoe.aside import Aside
@@ -36,10 +37,17 @@ class AsideTokenizer(Tokenizer):
 
     is_quick = False
 
-    def __init__(self, tokenizer_json: bytes, chat_template: str = "", *, bos: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        chat_template: str = "",
+        *,
+        bos: int | None = None,
+        stopped: Callable[[IntegrityError], None] = lambda error: None,
+    ) -> None:
         about = "the model's tokenizer or chat template"
         setup = ("open", tokenizer_json, chat_template, bos)
-        self._aside = Aside(about, setup, OPEN_SECONDS, memory_bytes=MEMORY_BYTES)
+        self._aside = Aside(about, setup, OPEN_SECONDS, memory_bytes=MEMORY_BYTES, stopped=stopped)
         tables = self._aside.start()
         self._use(tables, _Known(chat_template, tables["knows_tools"]) if chat_template else None)
 

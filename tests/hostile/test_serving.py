@@ -52,7 +52,7 @@ async def tokens_of(engine, model):
         return [token async for event in stream if isinstance(event, Delta) for token in event.tokens]
 
 
-async def test_honest_answers_go_on_beside_hostile_models(store, monkeypatch):
+async def test_honest_answers_go_on_beside_hostile_models(store, monkeypatch, caplog):
     monkeypatch.setattr(textaside, "CHAT_SECONDS", 2.0)
     models = StoredModels(store, None, RuntimeOptions(device="cpu", threads=1), "me")
     engine = SelfRunningEngine(models, default_route="local")
@@ -79,6 +79,11 @@ async def test_honest_answers_go_on_beside_hostile_models(store, monkeypatch):
     assert "unsafe" in refused["escape"].message
     assert "symbolic link" in refused["altered"].message
     assert await tokens_of(engine, "honest") == expected
+    assert store.refused.by_kind["text"] == 2  # the escape harmed nobody: its process goes on
+    assert store.refused.by_kind["file"] > 0
+    told = [record.getMessage() for record in caplog.records if record.name == "rios.security.models"]
+    assert any("text refused: the model's tokenizer or chat template" in line for line in told)
+    assert any("file refused" in line and "symbolic link" in line for line in told)
 
 
 async def test_a_template_that_was_stopped_is_tried_again_by_the_next_request(store, monkeypatch):
