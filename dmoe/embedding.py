@@ -54,7 +54,7 @@ async def tokens_of(
     found = (
         encode()
         if characters <= _INLINE_CHARACTERS_MAX and tokenizer.is_quick
-        else await trio.to_thread.run_sync(encode)
+        else await trio.to_thread.run_sync(encode, limiter=tokenizer.limiter)
     )
     for index, tokens in enumerate(found):
         if not request.inputs[index]:

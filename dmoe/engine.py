@@ -455,7 +455,7 @@ async def _tokens(planned: Plan, tokenizer: Tokenizer) -> tuple[int, ...]:
         encode, characters = partial(planned.prompt, tokenizer), planned.characters
     if characters <= _INLINE_CHARACTERS_MAX and tokenizer.is_quick:
         return encode()
-    return await trio.to_thread.run_sync(encode, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(encode, abandon_on_cancel=True, limiter=tokenizer.limiter)
 
 
 def _check_ids(ids: tuple[int, ...], vocabulary: int, what: str = "prompt") -> None:

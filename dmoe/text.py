@@ -18,13 +18,16 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from tokenizers import Tokenizer as BpeTokenizer
 
 from config.errors import IntegrityError, RequestError
 from config.generation import Message, Tool
 from dmoe.template import Arguments, Template
+
+if TYPE_CHECKING:
+    import trio  # the process aside does without it
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _BREAKERS: Final = "".join(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters: never in text meant for exchange
@@ -42,6 +45,8 @@ class Tokenizer:
     encoded in less time than a thread takes."""
 
     is_quick = True
+    limiter: "trio.CapacityLimiter | None" = None
+    """For the threads that texts are encoded in; None: the usual one."""
 
     def __init__(self, tokenizer_json: bytes, chat_template: str = "", *, bos: int | None = None) -> None:
         try:

@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import trio
+
 from config.errors import IntegrityError
 from config.generation import Message, Tool
 from config.vocabulary import MIB
@@ -45,6 +47,8 @@ class AsideTokenizer(Tokenizer):
         bos: int | None = None,
         stopped: Callable[[IntegrityError], None] = lambda error: None,
     ) -> None:
+        # it answers one question at a time: those who wait for a slow template hold no thread meanwhile
+        self.limiter = trio.CapacityLimiter(1)
         about = "the model's tokenizer or chat template"
         setup = ("open", tokenizer_json, chat_template, bos)
         self._aside = Aside(about, setup, OPEN_SECONDS, memory_bytes=MEMORY_BYTES, stopped=stopped)

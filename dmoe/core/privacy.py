@@ -13,8 +13,9 @@ Invariants:
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import get_args
 
-from config.errors import ConfigError
+from config.errors import ConfigError, RequestError
 from config.generation import PrivacyWish
 from config.vocabulary import PeerId
 
@@ -58,7 +59,12 @@ class Privacy:
         return not kept and (allowed is None or peer in allowed)
 
     def tightened(self, asked: PrivacyWish) -> "Privacy":
-        """With what a request wants besides."""
+        """With what a request wants besides. Raises RequestError for an unknown wish: it must not pass as none."""
+        if asked not in get_args(PrivacyWish):
+            known = "trusted or local"
+            raise RequestError(
+                "invalid_request", f"privacy {asked!r:.60} is not {known}", f"ask for {known}", param="privacy"
+            )
         return self if asked in ("", self.asked) else replace(self, asked="local" if self.asked == "local" else asked)
 
     def why(self, first: int, last: int, layers: int) -> str:

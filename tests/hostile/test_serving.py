@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import trio
+import trio.testing
 
 from config.errors import IntegrityError, LocalError, RequestError
 from config.generation import Delta, GenerationRequest, Message, Sampling
@@ -84,6 +85,22 @@ async def test_honest_answers_go_on_beside_hostile_models(store, monkeypatch, ca
     told = [record.getMessage() for record in caplog.records if record.name == "rios.security.models"]
     assert any("text refused: the model's tokenizer or chat template" in line for line in told)
     assert any("file refused" in line and "symbolic link" in line for line in told)
+
+
+async def test_a_crowd_at_a_hostile_model_takes_no_threads_from_honest_answers(store, monkeypatch):
+    monkeypatch.setattr(textaside, "CHAT_SECONDS", 60.0)
+    models = StoredModels(store, None, RuntimeOptions(device="cpu", threads=1), "me")
+    engine = SelfRunningEngine(models, default_route="local", waiting_max=1000)
+    expected = await tokens_of(engine, "honest")
+    (bomb,) = [model for model in models.models() if model.name == "endless"]
+    tokenizer = await bomb.tokenizer()
+    async with trio.open_nursery() as nursery:
+        for _ in range(3 * trio.to_thread.current_default_thread_limiter().total_tokens):
+            nursery.start_soon(tokens_of, engine, "endless")
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert await tokens_of(engine, "honest") == expected
+        nursery.cancel_scope.cancel()
+    tokenizer._aside._process._popen.kill()  # the thread that asked ends with it
 
 
 async def test_a_template_that_was_stopped_is_tried_again_by_the_next_request(store, monkeypatch):

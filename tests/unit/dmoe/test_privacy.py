@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import trio
 
-from config.errors import ConfigError, RiosError
+from config.errors import ConfigError, RequestError, RiosError
 from config.generation import EmbeddingRequest
 from dmoe.caller import Caller
 from dmoe.core.plan import KINDS
@@ -290,4 +290,6 @@ def test_a_request_tightens_and_never_loosens():
     assert local.allowed == frozenset()
     assert rule.tightened("trusted").allowed == rule.allowed == {"12D3Koo"}
     assert rule.tightened("trusted").first == 1
+    with pytest.raises(RequestError, match="privacy 'none' is not trusted or local"):
+        rule.tightened("none")
     assert not privacy_of([], False, (0, 0)).tightened("trusted").allows("12D3Koo", 3, 3, 9)
