@@ -77,7 +77,7 @@ def begin(database: Database, asked: Wanted, instance: str, seed: int) -> Begun:
     holder, now = f"{instance}:{secrets.token_hex(12)}", now_ms()
     with database.write() as connection:
         books.lock_account(connection, asked.account_id)  # first of all, as every booking does
-        row = _current(connection, asked.id, now)
+        row = _current(connection, asked.id, instance, now)
         if row is None:
             _check_room(connection, asked.account_id, now)
             connection.execute(sa.insert(idempotency), _row(asked, holder, seed, now))
@@ -87,7 +87,7 @@ def begin(database: Database, asked: Wanted, instance: str, seed: int) -> Begun:
         if row["status"]:
             body = zlib.decompress(row["answer"] or b"")
             return Begun("", row["seed"], row["route"], Stored(row["status"], row["content_type"], body))
-        if row["holder"] and not row["holder"].startswith(f"{instance}:") and _is_alive(connection, row, now):
+        if _is_alive(connection, row, instance, now):
             raise in_progress()
         books.give_back(connection, asked.id)
         taken = sa.update(idempotency).where(idempotency.c.id == asked.id).values(holder=holder, updated_at_ms=now)
@@ -147,17 +147,20 @@ def in_progress() -> ApiError:
     )
 
 
-def _current(connection: sa.Connection, name: str, now: int) -> sa.RowMapping | None:
+def _current(connection: sa.Connection, name: str, instance: str, now: int) -> sa.RowMapping | None:
     """The key's row, unless its time is over and nobody works on it."""
     row = connection.execute(sa.select(idempotency).where(idempotency.c.id == name)).mappings().first()
-    if row is not None and row["created_at_ms"] <= now - KEPT_MS and not row["holder"]:
-        connection.execute(sa.delete(idempotency).where(idempotency.c.id == name))
-        return None
-    return row
+    if row is None or row["created_at_ms"] > now - KEPT_MS or _is_alive(connection, row, instance, now):
+        return row
+    books.give_back(connection, name)
+    connection.execute(sa.delete(idempotency).where(idempotency.c.id == name))
+    return None
 
 
-def _is_alive(connection: sa.Connection, row: sa.RowMapping, now: int) -> bool:
-    """Whether the other gateway that holds the key was seen lately."""
+def _is_alive(connection: sa.Connection, row: sa.RowMapping, instance: str, now: int) -> bool:
+    """Whether another gateway holds the key and was seen lately. What this one works on it knows without the row."""
+    if not row["holder"] or row["holder"].startswith(f"{instance}:"):
+        return False
     query = sa.select(sa.func.max(reservations.c.updated_at_ms)).where(reservations.c.idempotency_id == row["id"])
     seen = connection.execute(query).scalar() or 0
     return max(int(seen), int(row["updated_at_ms"])) >= now - ABANDONED_MS

@@ -401,3 +401,6 @@ def test_a_key_whose_day_is_over_stands_for_a_new_request(accounts: Accounts, mo
     monkeypatch.setattr(idempotency, "now_ms", lambda: real() + idempotency.KEPT_MS + 1)
     fresh = idempotency.begin(database, asked(accounts, body=b'{"another": 1}'), "here", 3)
     assert (fresh.seed, fresh.stored) == (3, None)
+    monkeypatch.setattr(idempotency, "now_ms", lambda: real() + 2 * idempotency.KEPT_MS + 2)
+    later = idempotency.begin(database, asked(accounts, body=b'{"a third": 1}'), "here", 4)  # its holder has died
+    assert (later.seed, later.stored) == (4, None)
