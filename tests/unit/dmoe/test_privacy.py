@@ -103,7 +103,9 @@ async def home(model, *, experts=0, stages=0, route="experts", rule=lambda trust
             await net.nursery.start(part)
         await trio.testing.wait_all_tasks_blocked()
         engine = SelfRunningEngine(models, default_route=route)
-        yield SimpleNamespace(net=net, workers=workers, hosts=hosts, engine=engine, models=models, me=here.peer_id)
+        yield SimpleNamespace(
+            net=net, workers=workers, hosts=hosts, engine=engine, models=models, me=here.peer_id, caller=caller
+        )
 
 
 def wanted(privacy="", route=None, **asked):
@@ -171,6 +173,18 @@ async def test_a_layer_that_only_strangers_have_is_refused_before_anything_is_se
         why = {each.kind: each.why_not for each in made.candidates}
         assert "dmoe.trusted_peers_only allows this node and the 1 of dmoe.trusted_peers" in why["experts"]
         assert [worker.rows() for worker in swarm.workers] == [0, 0]
+
+
+async def test_what_calls_hedges_and_second_tries_choose_from_names_no_stranger(model):
+    async with home(model, experts=3, rule=lambda _: ANYBODY) as swarm:
+        first, second, stranger = (worker.peer_id for worker in swarm.workers)
+        rule = privacy_of([first, second], True, (0, 1))
+        _, table = swarm.caller._replicas.table(swarm.caller.map(model[1]), rule)
+        listed = [{replica.peer_id for need in layer for replica in need.replicas} for layer in table.needs]
+        assert listed == [{first, second}, {first, second}, set()]
+        assert set(table.quotes) == {first, second}
+        _, everybody = swarm.caller.table(swarm.caller.map(model[1]))
+        assert stranger in everybody.quotes
 
 
 async def test_a_private_answer_beside_open_ones_with_the_same_beginning(model, reference):
