@@ -45,7 +45,6 @@ _FUSED_SPIN_US = 50
 """Longer than the gaps between one pass's operators, too short to take a core from a neighbour: spinning without end
 is 10 % faster on idle cores and half as fast on shared ones."""
 
-VERSION_MIN = (1, 32)
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 
@@ -63,28 +62,16 @@ def check_version() -> None:
         raise LocalError("local", message, f"pip install 'onnxruntime>={wanted}'")
 
 
-def check_version(found: str) -> None:
-    """Raise LocalError for an ONNX Runtime older than :data:`VERSION_MIN`: their parsers have known holes."""
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
-    if numbers < VERSION_MIN:
-        least = ".".join(map(str, VERSION_MIN))
-        raise LocalError(
-            "local",
-            f"onnxruntime {found} is too old: RiOS needs {least}",
-            f'install it: pip install "onnxruntime>={least}"',
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
     """``auto`` takes a GPU for experts if there is one and never fails without. ``threads``: 0 is all cores. Whoever
-    runs models makes one first: it checks the version of ONNX Runtime."""
+    runs models makes one first: it checks the version of ONNX Runtime, and raises LocalError if it is too old."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
 
     def __post_init__(self) -> None:
-        check_version(ort.__version__)
+        check_version()
 
     @property
     def thread_count(self) -> int:

@@ -120,7 +120,7 @@ async def test_a_template_that_was_stopped_is_tried_again_by_the_next_request(st
 def test_an_old_onnxruntime_is_refused_with_what_to_do(monkeypatch):
     for found in ("1.31.2", "1.9.0", "0.9"):
         monkeypatch.setattr(runtime.ort, "__version__", found)
-        with pytest.raises(LocalError, match=f"onnxruntime {found} is too old: RiOS needs 1.32"):
+        with pytest.raises(LocalError, match=f"ONNX Runtime {found} is too old: 1.32 or later"):
             RuntimeOptions()
     for found in ("1.32.0", "1.33.0.dev20260101", "2.0.0"):
         monkeypatch.setattr(runtime.ort, "__version__", found)
