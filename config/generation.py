@@ -13,6 +13,9 @@ Route = Literal["experts", "local", "fused", "stages"]
 their replicas are, rounded where stages meet (a third class)."""
 RouteWish = Route | Literal["auto"]
 """What may be asked for; ``auto``: the planner chooses when the answer begins, and the answer keeps that route."""
+PrivacyWish = Literal["", "trusted", "local"]
+"""Who may see a request's hidden states, beyond what the operator laid down: ``trusted``: only this node and
+``dmoe.trusted_peers``. ``local``: only this node. Empty: as the operator says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +112,7 @@ class GenerationRequest:
     """Which of several answers to the same request this is: each has a seed of its own, made from the request's."""
     user: str = ""
     """Whose request it is: users take turns, and what one asked speeds up only their own later prompts."""
+    privacy: PrivacyWish = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +124,7 @@ class EmbeddingRequest:
     request_id: str = ""
     route: RouteWish | None = None
     user: str = ""
+    privacy: PrivacyWish = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,6 +140,8 @@ def _checked(section: str, key: str, value: Any, where: str) -> Any:  # noqa: AN
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise ConfigError("config", f"{name} = {value!r} is not a list of texts", 'write it as ["one", "two"]')
         return tuple(value)
+    if kind == tuple[int, ...]:
+        return _numbers(name, value, spec)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -151,6 +153,22 @@ def _checked(section: str, key: str, value: Any, where: str) -> Any:  # noqa: AN
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         raise ConfigError("config", f"{name} = {value} is out of range", f"from {low} to {high}")
     return value
+
+
+def _numbers(name: str, value: Any, spec: Field[Any]) -> tuple[int, ...]:  # noqa: ANN401
+    """A list of whole numbers, within its bounds and as long as it must be."""
+    length, low, high = (spec.metadata[key] for key in ("length", "minimum", "maximum"))
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != length
+        or not all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    ):
+        raise ConfigError(
+            "config", f"{name} = {value!r} is not a list of {length} whole numbers", f"e.g. {example(spec)}"
+        )
+    if not all(low <= item <= high for item in value):
+        raise ConfigError("config", f"{name} = {list(value)} is out of range", f"each from {low} to {high}")
+    return tuple(value)
 
 
 def _env_key(name: str) -> tuple[str, str]:
@@ -189,6 +207,11 @@ def _parsed(section: str, key: str, text: str, where: str) -> Any:  # noqa: ANN4
             raise ConfigError("config", f"{where}: {text!r} is not a number", "e.g. 0.5") from error
     if kind == tuple[str, ...]:
         return [item.strip() for item in text.split(",") if item.strip()]
+    if kind == tuple[int, ...]:
+        try:
+            return [int(item.strip(" []")) for item in text.split(",")]
+        except ValueError as error:
+            raise ConfigError("config", f"{where}: {text!r} is not a list of whole numbers", "e.g. 2,1") from error
     return text
 
 

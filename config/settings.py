@@ -190,6 +190,19 @@ class DmoeSettings:
     stage_idle_seconds: int = _setting(
         300, "A cache of a stage that was not used for so long is given up.", minimum=1, maximum=7 * 24 * 3600
     )
+    trusted_peers: tuple[str, ...] = _setting(
+        (), "Peer ids that may see private prompts: hosts of hidden states can reconstruct them (docs/privacy.md)."
+    )
+    trusted_peers_only: bool = _setting(
+        False, "Send hidden states to dmoe.trusted_peers only; this node is always trusted."
+    )
+    local_layers: tuple[int, ...] = _setting(
+        (0, 0),
+        "How many of a model's first and of its last layers never leave this node, as [first, last].",
+        minimum=0,
+        maximum=4096,
+        length=2,
+    )
     plan_pins: tuple[str, ...] = _setting(
         (),
         "Who runs which layers, as layers=who: 0-9=here, 10-19=experts (attention here, experts anywhere), "

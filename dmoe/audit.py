@@ -11,7 +11,8 @@ Invariants:
 1. Nobody is guilty because others disagree: a difference is a reason to compute the answer here, in fp64.
 2. Audits wait in a bounded queue; what does not fit is not audited.
 3. What was asked in a real prompt stays in this node's data folder. Only evidence over random inputs is gossiped.
-4. What others gossip is believed after this node's own verdict, and only if it has the shard.
+4. What may not be seen by everybody is shown to nobody else for an audit.
+5. What others gossip is believed after this node's own verdict, and only if it has the shard.
 """
 
 import logging
@@ -264,7 +265,7 @@ class Auditor:
     def _other(self, sample: Sample) -> tuple[PeerId, list[int], Quote] | None:
         """Another peer, the places of the groups that it has too, and its price."""
         _, model = self._manifests[sample.owed.model_id]
-        _, table = self._replicas.table(model)
+        _, table = self._replicas.table(model, sample.owed.privacy)
         needs = table.needs[sample.owed.layer]
         held: dict[PeerId, list[int]] = {}
         for place, group in enumerate(sample.groups):
@@ -519,6 +520,7 @@ def request_of(manifest: Manifest, like: Owed, row: wire.FloatRows, expert: int 
         experts,
         asked,
         Bytes(()),
+        privacy=like.privacy,
     )
 
 
@@ -549,7 +551,7 @@ def _owed_of(peer: PeerId, channel: bytes, quote: Quote, like: Owed, places: Seq
     answered = Bytes((bytes(reply.buffers[0]),), calls.bf16_of(reply.header))
     device = calls.device_of(reply.header)
     what = like.model_id, like.layer, places, like.rows, like.experts
-    return Owed(peer, channel, quote, *what, like.asked, answered, device)
+    return Owed(peer, channel, quote, *what, like.asked, answered, device, like.privacy)
 
 
 def _copied(owed: Owed) -> Owed:
@@ -557,7 +559,7 @@ def _copied(owed: Owed) -> Owed:
     asked, answered = (Bytes(tuple(map(bytes, b.buffers)), b.bf16) for b in (owed.asked, owed.answered))
     experts = None if owed.experts is None else owed.experts.copy()
     what = owed.peer, owed.channel, owed.quote, owed.model_id, owed.layer, tuple(owed.places), owed.rows
-    return Owed(*what, experts, asked, answered, owed.device)
+    return Owed(*what, experts, asked, answered, owed.device, owed.privacy)
 
 
 def _part(sample: Sample, places: Sequence[int]) -> Sample:

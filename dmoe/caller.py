@@ -13,6 +13,7 @@ import trio
 from dmoe.audit import Auditor
 from dmoe.core.dispatch import Dispatcher
 from dmoe.core.manifest import Manifest, Shard
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.routes import ModelMap, Table, map_of
 from dmoe.hedging import Hedges
 from dmoe.jobs import Shared
@@ -73,9 +74,9 @@ class Caller:
                 await nursery.start(self._prober.run)
             await self._replicas.run(task_status)
 
-    def session(self, manifest: Manifest) -> CallerSession:
-        """The experts of one model for one generation."""
-        return CallerSession(self._shared, self.map(manifest))
+    def session(self, manifest: Manifest, privacy: Privacy = OPEN) -> CallerSession:
+        """The experts of one model for generations under one privacy rule."""
+        return CallerSession(self._shared, self.map(manifest), privacy)
 
     def map(self, manifest: Manifest) -> ModelMap:
         """A model's sum groups and where they stand in its manifest."""
@@ -87,16 +88,16 @@ class Caller:
                 self._replicas.refresh()
         return model
 
-    def missing(self, manifest: Manifest) -> list[Shard]:
-        """Expert shards without which no answer can be made now: nobody offers them, and they cannot be done
-        without."""
+    def missing(self, manifest: Manifest, privacy: Privacy = OPEN) -> list[Shard]:
+        """Expert shards without which no answer can be made now: nobody who may compute them offers them, and they
+        cannot be done without."""
         model = self.map(manifest)
-        _, table = self.table(model)
+        _, table = self._replicas.table(model, privacy)
         lacking = {n for places in model.layers for place in places if (n := place.shard) not in table.offered}
         if self._shared.renormalise and model.top_k:
             # some row chooses only these sooner or later, but a layer without any expert fails every row
             empty = [places for places in model.layers if lacking.issuperset(place.shard for place in places)]
-            lacking = {place.shard for places in empty for place in places}
+            lacking = {place.shard for places in empty for place in places} | (lacking & table.withheld)
         return [manifest.shards[index] for index in sorted(lacking)]
 
     def table(self, model: ModelMap) -> tuple[tuple[int, int], Table]:

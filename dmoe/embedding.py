@@ -51,7 +51,11 @@ async def tokens_of(
         raise _refused(f"input has {len(request.inputs)} texts", f"send 1 to {INPUTS_MAX}")
     encode = partial(_encode, request.inputs, tokenizer)
     characters = sum(map(len, request.inputs))
-    found = encode() if characters <= _INLINE_CHARACTERS_MAX else await trio.to_thread.run_sync(encode)
+    found = (
+        encode()
+        if characters <= _INLINE_CHARACTERS_MAX and tokenizer.is_quick
+        else await trio.to_thread.run_sync(encode, limiter=tokenizer.limiter)
+    )
     for index, tokens in enumerate(found):
         if not request.inputs[index]:
             raise _refused(f"input {index} is empty", "leave it out")

@@ -12,7 +12,9 @@ Invariants:
    uses it is over.
 3. Events pass through a bounded outbox: a slow consumer slows its own answer only.
 4. A prepared request holds its seed: streaming it again gives the same tokens, whatever runs beside it.
-5. Answers come only while :meth:`Engine.run` runs; when it ends, those under way end with ``unavailable``.
+5. A request that wants more privacy shares no pass, no cache and no peer with those that do not; a route within this
+   process has nothing to keep apart.
+6. Answers come only while :meth:`Engine.run` runs; when it ends, those under way end with ``unavailable``.
 
 Fails before streaming with RequestError (``not_found``, ``invalid_request``, ``context_length_exceeded``), BusyError or
 the model's own fault (``no_replica`` ...); in the stream with the RiosError that ended the answer.
@@ -37,6 +39,7 @@ from config.generation import (
     GenerationEvent,
     GenerationRequest,
     ModelInfo,
+    PrivacyWish,
     Route,
     RouteWish,
     Sampling,
@@ -86,6 +89,9 @@ class Model(Protocol):
 
     def route_for(self, ask: Ask) -> Route:
         """What ``auto`` means for such a request now. Raises RiosError where no route is possible."""
+
+    def under(self, asked: PrivacyWish) -> "Model":
+        """The same model for requests that want more privacy than the operator laid down."""
 
     async def tokenizer(self) -> Tokenizer:
         """Its tokenizer, loaded once."""
@@ -167,8 +173,8 @@ class Engine:
         self._answer_seconds = 1.0  # moving average, for retry hints
         self._totals = Totals()
         self._nursery: trio.Nursery | None = None
-        self._passes: dict[tuple[str, Route], Passes] = {}
-        self._locks: dict[tuple[str, Route], trio.Lock] = {}
+        self._passes: dict[tuple[str, Route, PrivacyWish], Passes] = {}
+        self._locks: dict[tuple[str, Route, PrivacyWish], trio.Lock] = {}
         self._slots: dict[Slot, Passes] = {}
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -205,8 +211,7 @@ class Engine:
     async def prepare(self, request: GenerationRequest) -> Prepared:
         """Check a request and turn its prompt into tokens. Raises what the file docstring lists."""
         check(request.sampling)
-        model = self._find(request.model)
-        wish = request.route or self._default_route
+        model, wish = self._asked(request.model, request.route, request.privacy)
         fault = model.fault(wish)
         if fault is not None:
             raise fault
@@ -281,10 +286,15 @@ class Engine:
         names = ", ".join(model.name for model in known) or "none"
         raise RequestError("not_found", f"there is no model {name!r} on this node", f"known models: {names}")
 
+    def _asked(self, name: str, route: RouteWish | None, privacy: PrivacyWish) -> tuple[Model, RouteWish]:
+        """The model of a request under the rule it wants, and its route: any of those here if nothing may leave."""
+        model = self._find(name)
+        wish = route or ("auto" if privacy == "local" else self._default_route)
+        return (model.under(privacy) if privacy else model), wish
+
     async def prepare_embeddings(self, request: EmbeddingRequest) -> PreparedEmbeddings:
         """Check a request for vectors and turn its texts into tokens. Raises what the file docstring lists."""
-        model = self._find(request.model)
-        wish = request.route or self._default_route
+        model, wish = self._asked(request.model, request.route, request.privacy)
         fault = model.fault(wish)
         if fault is not None:
             raise fault
@@ -302,7 +312,7 @@ class Engine:
         async def make(length: int) -> Pooled:
             return work
 
-        passes = self._passes_of(model, prepared.route)
+        passes = self._passes_of(model, prepared.route, prepared.request.privacy)
         slot = Slot(
             prompt_tokens=tuple(work.tokens),
             positions=len(work.tokens),
@@ -319,7 +329,7 @@ class Engine:
         raise RiosError("internal", "the text's vector ended without an end")
 
     def _answering(self, prepared: Prepared) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
-        passes = self._passes_of(prepared.model, prepared.route)
+        passes = self._passes_of(prepared.model, prepared.route, prepared.request.privacy)
         return self._placed(self._slot(prepared, passes), passes)
 
     @asynccontextmanager
@@ -356,10 +366,12 @@ class Engine:
             reuse=not prepared.request.sampling.prompt_logprobs,
         )
 
-    def _passes_of(self, model: Model, route: Route) -> Passes:
-        """The loop for a model's route, started when first needed."""
+    def _passes_of(self, model: Model, route: Route, privacy: PrivacyWish) -> Passes:
+        """The loop for a model's route under one rule, started when first needed."""
         assert self._nursery is not None, "Engine.run must run"
-        key = (model.id, route)
+        if route in ("local", "fused"):  # nothing leaves this process by them
+            model, privacy = self._find(model.id), ""
+        key = (model.id, route, privacy)
         if key not in self._passes:
             self._forget_models()
             self._passes[key] = Passes(
@@ -374,7 +386,7 @@ class Engine:
             self._nursery.start_soon(self._passes[key].run)
         return self._passes[key]
 
-    def _lock(self, key: tuple[str, Route]) -> trio.Lock:
+    def _lock(self, key: tuple[str, Route, PrivacyWish]) -> trio.Lock:
         return self._locks.setdefault(key, trio.Lock())
 
     async def _drafter(self, model: Model) -> Drafter | None:
@@ -393,7 +405,7 @@ class Engine:
                     f"{small.name} has another vocabulary than {model.name}",
                     "set dmoe.draft_model to a smaller model of the same family",
                 )
-            return Drafter(await small.runner(route), self._lock((small.id, route)))
+            return Drafter(await small.runner(route), self._lock((small.id, route, "")))
         except RiosError as failure:
             log.warning("%s is answered without a draft model: %s", model.name, failure)
             return None
@@ -441,9 +453,9 @@ async def _tokens(planned: Plan, tokenizer: Tokenizer) -> tuple[int, ...]:
         encode, characters = partial(tokenizer.encode, prompt), len(prompt)
     else:
         encode, characters = partial(planned.prompt, tokenizer), planned.characters
-    if characters <= _INLINE_CHARACTERS_MAX:
+    if characters <= _INLINE_CHARACTERS_MAX and tokenizer.is_quick:
         return encode()
-    return await trio.to_thread.run_sync(encode, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(encode, abandon_on_cancel=True, limiter=tokenizer.limiter)
 
 
 def _check_ids(ids: tuple[int, ...], vocabulary: int, what: str = "prompt") -> None:

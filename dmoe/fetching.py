@@ -28,6 +28,7 @@ from config.errors import IntegrityError, LocalError, RemoteError, RequestError,
 from config.vocabulary import ModelId, PeerId
 from dmoe.core.deployment import is_allowed
 from dmoe.core.manifest import Manifest, ModelFile, Shard
+from dmoe.refused import Refused
 from p2p.core.advert import bitmap
 from p2p.face import Call, Network, Reply
 
@@ -49,6 +50,7 @@ class Models(Protocol):
     """What is needed of :class:`dmoe.store.ModelStore`."""
 
     root: Path
+    refused: Refused
 
     def manifests(self) -> Mapping[ModelId, Manifest]: ...
     def path(self, model_id: str, file: ModelFile) -> Path: ...
@@ -72,6 +74,7 @@ class Fetcher:
         """Model -> peer -> bitmaps of the shards it has, and of those that it is fetching."""
         self._coming: Counter[tuple[str, int]] = Counter()
         self._proving = trio.CapacityLimiter(1)
+        self._parsing = trio.CapacityLimiter(1)
         network.serve(MANIFEST_METHOD, self._manifest)
         network.serve(HAVE_METHOD, self._have)
         network.serve(PROVE_METHOD, self._prove)
@@ -88,7 +91,8 @@ class Fetcher:
             header = {"model": model_id}
             try:
                 reply = await self._network.call(peer, MANIFEST_METHOD, header, deadline_ms=MANIFEST_DEADLINE_MS)
-                manifest = self._checked(model_id, peer, reply)
+                # in a thread: one of 16 MiB takes seconds, and it is a stranger who chose its size
+                manifest = await trio.to_thread.run_sync(self._checked, model_id, peer, reply, limiter=self._parsing)
             except RiosError as error:
                 if error.code == "forbidden" and not isinstance(error, RemoteError):
                     raise  # this node's own verdict; a peer that says so only does not give it
@@ -101,9 +105,10 @@ class Fetcher:
     def _checked(self, model_id: str, peer: PeerId, reply: Reply) -> Manifest:
         if len(reply.buffers) != 1:
             raise RemoteError("protocol", f"{peer} answered with {len(reply.buffers)} buffers", peer_id=peer)
-        manifest = Manifest.parse(bytes(reply.buffers[0]))
-        if manifest.model_id != model_id:
-            raise IntegrityError("integrity", f"{peer} gave another manifest than model {model_id[:12]}")
+        with self._store.refused.counting("manifest"):
+            manifest = Manifest.parse(bytes(reply.buffers[0]))
+            if manifest.model_id != model_id:
+                raise IntegrityError("integrity", f"{peer} gave another manifest than model {model_id[:12]}")
         if not is_allowed(manifest.publisher, self._network.peer_id, self._allowed):
             raise RequestError(
                 "forbidden",

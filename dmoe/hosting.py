@@ -12,7 +12,7 @@ Invariants:
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,10 +91,12 @@ class Hosting:
         random: Random | None = None,
         stages: StageHost | None = None,
         load_stage: StageLoader | None = None,
+        keeps: Callable[[Manifest, Shard], bool] = lambda manifest, shard: False,
     ) -> None:
         """``publishers``: peer ids whose models and deployments are taken ("*": anybody), this node's own always.
         ``load`` and ``load_stage`` open a shard (called in a thread); without ``stages`` none of those is taken.
-        ``settle_seconds``: after the start, adverts are collected so long before anything is fetched."""
+        ``settle_seconds``: after the start, adverts are collected so long before anything is fetched. ``keeps``: shards
+        that this node needs beside the trunk to answer with a model."""
         self._network = network
         self._store = store
         self._worker = worker
@@ -137,6 +139,7 @@ class Hosting:
             idle_seconds=idle_seconds,
             sample_seconds=sample_seconds,
         )
+        self._keeps = keeps
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow deployments and adverts until cancelled. Shards that were served before the restart come first."""
@@ -440,7 +443,11 @@ class Hosting:
             pause = min(2 * pause, 30.0)
 
     async def _bring(self, manifest: Manifest, whole: bool, watched: Bringing) -> None:
-        wanted = {i: shard for i, shard in enumerate(manifest.shards) if whole or shard.kind == "trunk"}
+        wanted = {
+            index: shard
+            for index, shard in enumerate(manifest.shards)
+            if whole or shard.kind == "trunk" or self._keeps(manifest, shard)
+        }
         watched.name, watched.bytes_finished = manifest.name, 0
         watched.bytes_total = sum(shard.size_bytes for shard in wanted.values()) + manifest.tokenizer.size_bytes
         for index, shard in wanted.items():

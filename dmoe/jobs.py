@@ -9,6 +9,7 @@ Invariants:
 2. What was begun is taken or dropped; either way the dispatcher sees it end.
 3. Every answer that arrives is counted for payment, once, by :meth:`Jobs.settle`.
 4. A sum group is taken, and reported, from the first who answers it (``hedging``).
+5. No call leaves for a peer that the privacy rule keeps from the layer, whoever planned it (:meth:`Jobs._form`).
 """
 
 import logging
@@ -29,6 +30,7 @@ from dmoe.audit import Auditor
 from dmoe.core import calls, wire
 from dmoe.core.calls import Indices
 from dmoe.core.dispatch import PEER_WIDE, Need
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.routes import ModelMap, Place, Table
 from dmoe.core.wire import FloatRows
 from dmoe.ports import Quote
@@ -95,7 +97,7 @@ class Job:
 class Jobs:
     """The jobs of one generation, and what they add up to."""
 
-    def __init__(self, shared: Shared, model: ModelMap) -> None:
+    def __init__(self, shared: Shared, model: ModelMap, privacy: Privacy = OPEN) -> None:
         self.rows: dict[PeerId, int] = {}
         """Rows (times groups) that each peer computed."""
         self.served: dict[PeerId, set[tuple[int, int]]] = {}
@@ -106,6 +108,7 @@ class Jobs:
         """Of the pass under way, as ``served``."""
         self._shared = shared
         self._model = model
+        self._privacy = privacy
         self._me = shared.network.peer_id
         self._dispatcher = shared.replicas.dispatcher
         self._owed: deque[Owed] = deque()
@@ -252,6 +255,8 @@ class Jobs:
 
     def _form(self, work: Work, job: Job, channel: bytes) -> tuple[dict[str, Any], Sequence[calls.Buffer]]:
         """Header and buffers of a job's call, paid on this channel."""
+        layer, layers = work.layer, len(self._model.layers)
+        assert self._privacy.allows(job.peer, layer, layer, layers), f"layer {layer} is not for {job.peer}"
         request = job.request = job.request or Request(work, job.places)
         job.channel = channel
         model, number = self._model, job.quote.number
@@ -308,6 +313,7 @@ class Jobs:
             calls.Bytes(request.buffers, calls.bf16_of(request.shape)),
             calls.Bytes(reply.buffers, calls.bf16_of(reply.header)),
             calls.device_of(reply.header),
+            self._privacy,
         )
 
     def settle(self) -> None:

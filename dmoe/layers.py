@@ -11,7 +11,7 @@ Exactness, held by tests for fp32, int8 and the source's int4, on 1 and 2 thread
 3. The fused model has no wire roundings: its own, faster class. Stages round the stream where they meet: a third.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 
@@ -265,7 +265,7 @@ class LocalExperts:
     """All experts of some layers in this process, with the roundings of the wire (route ``local``)."""
 
     def __init__(
-        self, manifest: Manifest, shards: Items[ExpertShard], threads: int = 1, layers: range | None = None
+        self, manifest: Manifest, shards: Items[ExpertShard], threads: int = 1, layers: Collection[int] | None = None
     ) -> None:
         """``shards`` must hold every sum group of every layer (of ``layers``), or LocalError is raised. ``threads``:
         sum groups of a large batch run so many at a time."""

@@ -11,6 +11,7 @@ Invariants:
    loaded, as the IntegrityError of the answer that needed it.
 """
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
@@ -18,13 +19,15 @@ from typing import Generic, Protocol, TypeVar
 import trio
 
 from config.errors import LocalError, RemoteError, RiosError
-from config.generation import Route, RouteWish
+from config.generation import PrivacyWish, Route, RouteWish
 from config.vocabulary import ModelId, PeerId
 from dmoe import layers
 from dmoe.caller import Caller, CallerSession
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.plan import Candidate, Kind
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.spans import Ask
+from dmoe.kept import kept_experts, kept_layers
 from dmoe.pages import use_huge_pages
 from dmoe.planning import Held
 from dmoe.runner import Runner
@@ -37,6 +40,7 @@ from dmoe.stages.loading import MeteredExperts, load_spread, load_stage
 from dmoe.store import ModelStore
 from dmoe.tally import OwnMeter
 from dmoe.text import Tokenizer
+from dmoe.textaside import AsideTokenizer
 from dmoe.timing import TimedRunner
 
 _Part = TypeVar("_Part")
@@ -48,11 +52,11 @@ PREFERRED: tuple[Route, ...] = ("fused", "local", "experts", "stages")
 class ExpertsSource(Protocol):
     """Where a model's experts are: :class:`SwarmExperts`, or anything else that opens sessions."""
 
-    def experts(self, manifest: Manifest) -> MeteredExperts:
-        """A model's experts, for any number of answers."""
+    def experts(self, manifest: Manifest, privacy: Privacy) -> MeteredExperts:
+        """A model's experts, for any number of answers under this rule."""
 
-    def missing(self, manifest: Manifest) -> Sequence[Shard]:
-        """Expert shards that nobody offers now."""
+    def missing(self, manifest: Manifest, privacy: Privacy) -> Sequence[Shard]:
+        """Expert shards that nobody offers now who may compute them."""
 
 
 class SwarmExperts:
@@ -61,19 +65,19 @@ class SwarmExperts:
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
 
-    def experts(self, manifest: Manifest) -> CallerSession:
+    def experts(self, manifest: Manifest, privacy: Privacy = OPEN) -> CallerSession:
         """See :class:`ExpertsSource`."""
-        return self._caller.session(manifest)
+        return self._caller.session(manifest, privacy)
 
-    def missing(self, manifest: Manifest) -> Sequence[Shard]:
+    def missing(self, manifest: Manifest, privacy: Privacy = OPEN) -> Sequence[Shard]:
         """See :class:`ExpertsSource`."""
-        return self._caller.missing(manifest)
+        return self._caller.missing(manifest, privacy)
 
 
 class Chooser(Protocol):
     """Says what ``auto`` means: :class:`dmoe.planning.Planner`."""
 
-    def route(self, manifest: Manifest, ask: Ask) -> Candidate:
+    def route(self, manifest: Manifest, ask: Ask, privacy: Privacy) -> Candidate:
         """How to answer such a request now. Raises RiosError where no route is possible."""
 
     def measured(self, manifest: Manifest, kind: Kind, rows: int, pass_us: float) -> None:
@@ -94,10 +98,11 @@ class StoredModels:
         peer_id: PeerId,
         *,
         chosen: Callable[[Manifest], bool] = lambda manifest: True,
+        privacy: Privacy = OPEN,
     ) -> None:
         """Set ``planner`` before the first answer by route ``auto``: without one, the first possible of
         :data:`PREFERRED` is taken. Set ``stages`` before the first one by route ``stages``: without, they all run
-        here."""
+        here. ``privacy``: the operator's rule."""
         self.planner: Chooser | None = None
         self.stages: StageCaller | None = None
         self._store = store
@@ -105,6 +110,7 @@ class StoredModels:
         self._options = options
         self._peer_id = peer_id
         self._chosen = chosen
+        self._privacy = privacy
         self._models: dict[ModelId, StoredModel] = {}
 
     def models(self) -> Sequence["StoredModel"]:
@@ -122,6 +128,7 @@ class StoredModels:
                     self._peer_id,
                     planner=lambda: self.planner,
                     stages=lambda: self.stages,
+                    privacy=self._privacy,
                 )
         return sorted(self._models.values(), key=lambda model: (model.name, model.id))
 
@@ -145,6 +152,7 @@ class StoredModel:
         *,
         planner: Callable[[], Chooser | None] = lambda: None,
         stages: Callable[[], StageCaller | None] = lambda: None,
+        privacy: Privacy = OPEN,
     ) -> None:
         self.manifest = manifest
         self.id = str(manifest.model_id)
@@ -158,6 +166,7 @@ class StoredModel:
         self._peer_id = peer_id
         self._planner = planner
         self._stages = stages
+        self._privacy = privacy
         self._tokenizer = _Once(self._load_tokenizer)
         self._ends = _Once(lambda: layers.Ends(manifest, open_files(manifest, store, [manifest.trunk]), options))
         self._trunk = _Once(lambda: Pieces(manifest, open_files(manifest, store, [manifest.trunk]), options))
@@ -165,6 +174,18 @@ class StoredModel:
         self._fused = _Once(lambda: FusedSegment(manifest, open_files(manifest, store, manifest.parts), options))
         self._runners: dict[Route, Runner] = {}
         self._making = trio.Lock()
+        self._private: dict[PrivacyWish, StoredModel] = {}
+
+    def under(self, asked: PrivacyWish) -> "StoredModel":
+        """This model for requests that want more privacy than the operator: what is loaded is shared, who is called is
+        not."""
+        if not asked:
+            return self
+        if asked not in self._private:
+            other = self._private[asked] = copy.copy(self)
+            other._privacy = self._privacy.tightened(asked)
+            other._runners, other._making, other._private = {}, trio.Lock(), {}
+        return self._private[asked]
 
     def fault(self, route: RouteWish) -> RiosError | None:
         """Why the model cannot answer by this route now, or None. By ``auto``: only if it cannot by any."""
@@ -172,13 +193,13 @@ class StoredModel:
             faults = {each: self.fault(each) for each in PREFERRED}
             return None if None in faults.values() else faults["experts"]
         spread = route == "experts" or (route == "stages" and self._stages() is not None)
-        needed = [self.manifest.trunk] if spread else list(self.manifest.parts)
+        needed = [self.manifest.trunk, *self._kept(route)] if spread else list(self.manifest.parts)
         absent = [shard for shard in needed if not is_here(self._store, self.manifest, shard)]
         if absent:
             return LocalError(
                 "unavailable",
                 f"{self.name}: {_named(absent)} not on this node",
-                "wait until fetched (see: rios model list)" if spread else 'use the route "experts"',
+                self._hint(absent, spread=spread),
             )
         if route == "stages":
             return self._fault_of_stages()
@@ -186,26 +207,45 @@ class StoredModel:
             return None
         if self._experts is None:
             return LocalError("unavailable", "this node calls no experts", 'use the route "local"')
-        missing = self._experts.missing(self.manifest)
+        kept = {shard.id for shard in self._kept(route)}
+        missing = [each for each in self._experts.missing(self.manifest, self._privacy) if each.id not in kept]
         if missing:
             return RemoteError(
                 "no_replica",
-                f"{self.name}: no replica of {_named(missing)}",
+                f"{self.name}: no replica of {_named(missing)}{self._why(missing)}",
                 "start a node that serves this model, or raise its replica count",
             )
         return None
+
+    def _kept(self, route: RouteWish) -> list[Shard]:
+        """The expert shards of layers that stay here, where their experts would else be anywhere."""
+        groups = range(len(self.manifest.sum_groups))
+        layers = kept_layers(self.manifest, self._privacy) if route == "experts" else ()
+        return [self.manifest.expert_shard(layer, group) for layer in layers for group in groups]
+
+    def _hint(self, absent: Sequence[Shard], *, spread: bool) -> str:
+        if spread and any(shard.kind == "expert" for shard in absent):
+            return f"{self._privacy.described()}; wait until they are fetched (see: rios model list)"
+        return "wait until fetched (see: rios model list)" if spread else 'use the route "experts"'
+
+    def _why(self, missing: Sequence[Shard]) -> str:
+        """The privacy rule, where it is why: others have what is missing."""
+        assert self._experts is not None
+        absent = set() if self._privacy.is_open else {shard.id for shard in self._experts.missing(self.manifest, OPEN)}
+        held = not self._privacy.is_open and any(shard.id not in absent for shard in missing)
+        return f" (others have it, but {self._privacy.described()})" if held else ""
 
     def _fault_of_stages(self) -> RiosError | None:
         if not self.manifest.stages:
             return without_stages(self.manifest)
         caller = self._stages()
-        return None if caller is None else caller.fault(self.manifest)
+        return None if caller is None else caller.fault(self.manifest, self._privacy)
 
     def route_for(self, ask: Ask) -> Route:
         """What ``auto`` means for such a request now. Raises RiosError where no route is possible."""
         planner = self._planner()
         if planner is not None:
-            kind = planner.route(self.manifest, ask).kind
+            kind = planner.route(self.manifest, ask, self._privacy).kind
             return "stages" if kind == "mixed" else kind  # the route stages carries both out
         is_dense = self.manifest.architecture.router.kind == "all"
         possible = [each for each in PREFERRED if self.fault(each) is None and (is_dense or each != "fused")]
@@ -248,9 +288,16 @@ class StoredModel:
         if route == "local":
             segment = PieceSegment(self.manifest, pieces, await self._local.get())
             return layers.ModelRunner(self.manifest, ends, [segment], own)
-        assert self._experts is not None, "fault() is asked first"
-        experts = self._experts.experts(self.manifest)
+        experts = await trio.to_thread.run_sync(self._spread_experts)
         return layers.ModelRunner(self.manifest, ends, [PieceSegment(self.manifest, pieces, experts)], experts)
+
+    def _spread_experts(self) -> MeteredExperts:
+        """Experts wherever they are, but for those of layers that stay here; blocking if there are such."""
+        assert self._experts is not None, "fault() is asked first"
+        experts = self._experts.experts(self.manifest, self._privacy)
+        if not kept_layers(self.manifest, self._privacy):
+            return experts
+        return kept_experts(self.manifest, self._store, self._options, self._peer_id, self._privacy, experts)
 
     async def _by_stages(self, ends: layers.Ends, own: OwnMeter) -> Runner:
         """Stages wherever they are; without a caller, all of them here: the reference of this route."""
@@ -258,7 +305,7 @@ class StoredModel:
             raise without_stages(self.manifest)
         caller = self._stages()
         if caller is not None:
-            return caller.runner(self.manifest, ends, self._stage_here)
+            return caller.runner(self.manifest, ends, self._stage_here, self._privacy)
         loaded = [await trio.to_thread.run_sync(self._load_stage, shard) for shard in self.manifest.stages]
         return layers.ModelRunner(self.manifest, ends, loaded, own, self.manifest.wire_dtype)
 
@@ -267,7 +314,7 @@ class StoredModel:
         shard, planner = self.manifest.stages[index], self._planner()
         plan = stage_plan_of(self.manifest, shard)
         if planner is not None and self._experts is not None and planner.spreads(self.manifest, *shard.layers):
-            experts = self._experts.experts(self.manifest)
+            experts = self._spread_experts()
             return LoadedStage(plan, load_spread(self.manifest, shard, self._store, self._options, experts))
         return LoadedStage(plan, load_stage(self.manifest, shard, self._store, self._options))
 
@@ -275,7 +322,8 @@ class StoredModel:
         return load_stage(self.manifest, shard, self._store, self._options).opened
 
     def _load_tokenizer(self) -> Tokenizer:
-        return Tokenizer(self._store.read(self.manifest, self.manifest.tokenizer), self.manifest.chat_template)
+        data, refused = self._store.read(self.manifest, self.manifest.tokenizer), self._store.refused
+        return AsideTokenizer(data, self.manifest.chat_template, stopped=partial(refused.count, "text"))
 
 
 class _Once(Generic[_Part]):

@@ -26,6 +26,7 @@ from dmoe.core.costs import Host, Shape, View, shape_of
 from dmoe.core.dispatch import PEER_WIDE
 from dmoe.core.manifest import Manifest
 from dmoe.core.plan import Candidate, Kind, Pin, Plan, Wishes, plan
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.spans import Ask
 from dmoe.replicas import now_us
 from p2p.core.advert import Advert
@@ -60,7 +61,11 @@ _PEER_IDS = ("12D3", "16Uiu2", "Qm")
 
 
 def wishes_of(
-    route: str, stage_hosts: Collection[str] = (), plan_pins: Collection[str] = (), price_weight: int = 0
+    route: str,
+    stage_hosts: Collection[str] = (),
+    plan_pins: Collection[str] = (),
+    price_weight: int = 0,
+    privacy: Privacy = OPEN,
 ) -> Wishes:
     """The operator's settings. Raises ConfigError for a pin that cannot be read."""
     pins = tuple(_pin(text) for text in plan_pins)
@@ -73,7 +78,13 @@ def wishes_of(
     for host in hosts:
         if not host.startswith(_PEER_IDS):
             raise ConfigError("config", f"dmoe.stage_hosts: {host[:80]!r} is no peer id", "as rios id shows it there")
-    return Wishes(route=route, stage_hosts=hosts, pins=pins, price_weight=price_weight)  # type: ignore[arg-type]
+    return Wishes(
+        route=route,  # type: ignore[arg-type]
+        stage_hosts=hosts,
+        pins=pins,
+        price_weight=price_weight,
+        privacy=privacy,
+    )
 
 
 def _pin(text: str) -> Pin:
@@ -115,35 +126,45 @@ class Planner:
         self._loaded = loaded
         self._ram_bytes_free = ram_bytes_free
         self._shapes: dict[str, Shape] = {}
-        self._kept: dict[tuple[str, Ask], tuple[object, float, Plan]] = {}
+        self._kept: dict[tuple[str, Ask, Privacy], tuple[object, float, Plan]] = {}
         self._layer_us: dict[str, float] = {}
         self._stage_layer_us: dict[tuple[str, PeerId], float] = {}
         self._chosen: Counter[str] = Counter()
 
-    def plan(self, manifest: Manifest, ask: Ask) -> Plan:
-        """A plan for exactly this, made now."""
-        return plan(self._shape(manifest), self.view(manifest), ask, self.wishes)
+    def plan(self, manifest: Manifest, ask: Ask, privacy: Privacy | None = None) -> Plan:
+        """A plan for exactly this, made now; ``privacy``: the rule in force, the operator's unless a request tightens
+        it."""
+        return plan(self._shape(manifest), self.view(manifest), ask, self._wishes_under(privacy))
 
-    def route(self, manifest: Manifest, ask: Ask) -> Candidate:
+    def _wishes_under(self, privacy: Privacy | None) -> Wishes:
+        """A request that shall stay here is planned over all routes here."""
+        if privacy is None:
+            return self.wishes
+        route = "auto" if privacy.asked == "local" else self.wishes.route
+        return replace(self.wishes, privacy=privacy, route=route)
+
+    def route(self, manifest: Manifest, ask: Ask, privacy: Privacy | None = None) -> Candidate:
         """How to answer a request of this class. Raises LocalError ``unavailable`` if no route is possible."""
-        made = self._plan_of_class(manifest, class_of(ask))
+        made = self._plan_of_class(manifest, class_of(ask), privacy)
         if made.chosen is None:
             why = "; ".join(f"{each.kind}: {each.why_not}" for each in made.candidates)
             raise LocalError("unavailable", f"{manifest.name}: no route is possible: {why}", "see: rios plan")
         self._chosen[made.chosen.kind] += 1
         return made.chosen
 
-    def _plan_of_class(self, manifest: Manifest, ask: Ask) -> Plan:
+    def _plan_of_class(self, manifest: Manifest, ask: Ask, privacy: Privacy | None) -> Plan:
+        wishes = self._wishes_under(privacy)
+        key = (manifest.model_id, ask, wishes.privacy)
         version = self._caller.table(self._caller.map(manifest))[0], self._caller.dispatcher.changes
         now = trio.current_time()
-        known = self._kept.get((manifest.model_id, ask))
+        known = self._kept.get(key)
         if known is not None and known[0] == version and now < known[1]:
             return known[2]
         settled = known[2].chosen.kind if known is not None and known[2].chosen is not None else None
-        made = plan(self._shape(manifest), self.view(manifest), ask, self.wishes, settled=settled)
+        made = plan(self._shape(manifest), self.view(manifest), ask, wishes, settled=settled)
         if len(self._kept) >= CLASSES_MAX:
             self._kept.clear()
-        self._kept[manifest.model_id, ask] = (version, now + KEPT_SECONDS, made)
+        self._kept[key] = (version, now + KEPT_SECONDS, made)
         return made
 
     def measured(self, manifest: Manifest, kind: Kind, rows: int, pass_us: float) -> None:
@@ -169,7 +190,7 @@ class Planner:
     def statistics(self) -> dict[str, Any]:
         """What was chosen so far and what the plans in use say, JSON-able."""
         plans = []
-        for (model_id, ask), (_, _, made) in list(self._kept.items())[-8:]:
+        for (model_id, ask, _), (_, _, made) in list(self._kept.items())[-8:]:
             chosen = made.chosen
             plans.append(
                 {

@@ -16,6 +16,7 @@ import trio
 from config.vocabulary import PeerId
 from dmoe.core import calls
 from dmoe.core.calls import Indices
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.routes import Place
 from dmoe.ports import Buyer, Quote
 
@@ -35,6 +36,8 @@ class Owed:
     asked: calls.Bytes
     answered: calls.Bytes
     device: str = ""
+    privacy: Privacy = OPEN
+    """Who else may see the rows: an audit shows them to others."""
 
     def leaf(self) -> bytes:
         """What the worker signs for."""

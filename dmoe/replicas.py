@@ -12,6 +12,7 @@ import trio
 
 from config.vocabulary import PeerId
 from dmoe.core.dispatch import Dispatcher, Replica
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.routes import ModelMap, Place, Table, paused_with, row_us_of, table_of
 from dmoe.trust import Trust
 from dmoe.worker import Worker
@@ -32,7 +33,7 @@ class Replicas:
         self._network = network
         self._worker = worker
         self._version = 0
-        self._tables: dict[str, tuple[tuple[int, int], Table]] = {}
+        self._tables: dict[tuple[str, Privacy], tuple[tuple[int, int], Table]] = {}
         self._last_seen: dict[tuple[str, int], dict[PeerId, float]] = {}
         self.trust: Trust | None = None
         """Whom this node trusts; None: everybody."""
@@ -50,10 +51,10 @@ class Replicas:
         self.changed.set()
         self.changed = trio.Event()
 
-    def table(self, model: ModelMap) -> tuple[tuple[int, int], Table]:
-        """The current table of a model and its version."""
+    def table(self, model: ModelMap, privacy: Privacy = OPEN) -> tuple[tuple[int, int], Table]:
+        """The current table of a model under a privacy rule, and its version."""
         version = (self._version, self._worker.changes if self._worker else 0)
-        known = self._tables.get(model.model_id)
+        known = self._tables.get((model.model_id, privacy))
         if known is not None and known[0] == version:
             return known
         now = trio.current_time()
@@ -63,13 +64,13 @@ class Replicas:
         local = self._worker.indices(model.model_id) if self._worker else frozenset()
         own_price = self._worker.quote.microcredits_per_tflop if self._worker else 0
         choose = self._chosen(model)
-        table = table_of(model, adverts, self._network.peer_id, local, own_price, choose)
+        table = table_of(model, adverts, self._network.peer_id, local, own_price, privacy, choose)
         self.dispatcher.forget(adverts)
         for peer in table.quotes:
             row_us = row_us_of(model.layers, adverts[peer].hardware.expert_kflop_per_s)
             if row_us is not None:
                 self.dispatcher.prior(peer, row_us)
-        self._tables[model.model_id] = (version, table)
+        self._tables[model.model_id, privacy] = (version, table)
         return version, table
 
     def every(self, model: ModelMap) -> Mapping[int, Sequence[Replica]]:
@@ -92,10 +93,12 @@ class Replicas:
             while len(seen) > KNOWN_MAX:
                 del seen[next(iter(seen))]
 
-    def why_missing(self, model: ModelMap, place: Place) -> str:
+    def why_missing(self, model: ModelMap, layer: int, place: Place, privacy: Privacy = OPEN) -> str:
         """Where the replicas of a sum group have gone, for the error that says so: when each of those that are known
         was last seen, and when it last answered a call of this node."""
-        table, now = self.table(model)[1], trio.current_time()
+        table, now = self.table(model, privacy)[1], trio.current_time()
+        if place.shard in table.withheld and not table.needs[layer][place.group].replicas:
+            return f"others offer it, but {privacy.why(layer, layer, len(model.layers))}"
         offered = place.shard in table.offered
         if offered:
             self._remember(model, table, now)

@@ -64,10 +64,14 @@ def check_version() -> None:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
-    """``auto`` takes a GPU for experts if there is one and never fails without. ``threads``: 0 is all cores."""
+    """``auto`` takes a GPU for experts if there is one and never fails without. ``threads``: 0 is all cores. Whoever
+    runs models makes one first: it checks the version of ONNX Runtime, and raises LocalError if it is too old."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        check_version()
 
     @property
     def thread_count(self) -> int:

@@ -11,6 +11,8 @@ Invariants:
    of the row's other experts are rescaled to the same sum and the report names what is missing.
 4. A failed call is tried at another replica within the deadline and the retry budget; which peer failed is remembered.
 5. Every answer that arrives is counted for payment, once, at the latest when its token is done or its run fails.
+6. Nothing is sent to a peer that the privacy rule keeps from the layer; a shard only such peers have is an error that
+   names the rule, and never done without.
 """
 
 import logging
@@ -26,6 +28,7 @@ from config.vocabulary import PeerId
 from dmoe.asking import Work
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.dispatch import PEER_WIDE, Need
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.routes import ModelMap
 from dmoe.core.wire import FloatRows
 from dmoe.jobs import Job, Jobs, Shared
@@ -68,14 +71,15 @@ class CallerSession:
     """The experts of one model as the layer loop sees them (:class:`dmoe.segment.Experts`), for generations that share
     passes."""
 
-    def __init__(self, shared: Shared, model: ModelMap) -> None:
+    def __init__(self, shared: Shared, model: ModelMap, privacy: Privacy = OPEN) -> None:
         self._shared = shared
         self._model = model
+        self._privacy = privacy
         self._me = shared.network.peer_id
         self._replicas = shared.replicas
         self._dispatcher = shared.replicas.dispatcher
         self._plans: dict[int, tuple[object, int, dict[PeerId, list[int]]]] = {}
-        self._jobs = Jobs(shared, model)
+        self._jobs = Jobs(shared, model, privacy)
         self._retries = self._retries_before = 0
         self._layer_before = len(model.layers)
         self._lost: dict[tuple[int, int], tuple[object, float]] = {}
@@ -87,7 +91,7 @@ class CallerSession:
 
     async def open(self) -> None:
         """Open channels to the workers this generation will likely use, all at once. Failures show at first use."""
-        _, table = self._replicas.table(self._model)
+        _, table = self._replicas.table(self._model, self._privacy)
         likely: set[PeerId] = set()
         for needs in table.needs:
             likely.update(self._dispatcher.plan(needs, 1, now_us(), 1.0))
@@ -207,7 +211,7 @@ class CallerSession:
     # --- one round: plan, call everybody, wait
 
     async def _round(self, work: Work, groups: Sequence[int], *, first: bool) -> None:
-        version, table = self._replicas.table(self._model)
+        version, table = self._replicas.table(self._model, self._privacy)
         needs = table.needs[work.layer]
         if len(groups) != len(needs):
             needs = tuple(needs[group] for group in groups)
@@ -303,7 +307,9 @@ class CallerSession:
         paid = work.error is None or work.error.code != "payment_required"
         if not (self._shared.renormalise and work.experts is not None and paid):
             return False
-        version = self._replicas.table(self._model)[0]
+        version, table = self._replicas.table(self._model, self._privacy)
+        if any(self._model.layers[work.layer][group].shard in table.withheld for group in groups):
+            return False
         news = [group for group in groups if (work.layer, group) not in self._lost]
         for group in groups:
             if not work.leave_out(group):
@@ -318,7 +324,7 @@ class CallerSession:
 
     def _without_lost(self, work: Work) -> Sequence[int]:
         """The wanted sum groups but for those that were lost a moment ago: nobody waits for them at every token."""
-        version, now = self._replicas.table(self._model)[0], trio.current_time()
+        version, now = self._replicas.table(self._model, self._privacy)[0], trio.current_time()
         found = []
         for group in work.wanted:
             known = self._lost.get((work.layer, group))
@@ -353,7 +359,7 @@ class CallerSession:
         if work.error is not None and work.error.code == "payment_required":
             return work.error
         place = self._model.layers[work.layer][group]
-        why = self._replicas.why_missing(self._model, place)
+        why = self._replicas.why_missing(self._model, work.layer, place, self._privacy)
         cause = f"; last error: {work.error.message}" if work.error else ""
         which = f"{'expert' if len(place.experts) == 1 else 'experts'} {_ranges(place.experts)}"
         return RemoteError(

@@ -3,15 +3,17 @@
 Owns: the bytes of one file. Does not own: what tensors mean, or whether a file is the one its manifest names.
 
 The header of a stranger's file is untrusted: its size, dtypes, shapes and offsets are checked before anything is
-mapped. Fails with IntegrityError naming the file and the tensor.
+mapped (``core/tensorfile``), and what its name leads to before it is opened (``plainfile``). Fails with IntegrityError
+naming the file and the tensor.
 """
 
 import errno
 import json
 import math
 import mmap
+import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from numpy.typing import NDArray
 
 from config.errors import IntegrityError, LocalError
 from config.vocabulary import MIB
+from dmoe.core import tensorfile
+from dmoe.plainfile import open_plain
 
 Array = NDArray[Any]
 
@@ -32,6 +36,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
+_RANK_MAX = 4
+_EXPONENTS = {"F32": (0x7F800000, 0x007FFFFF), "F16": (0x7C00, 0x03FF), "BF16": (0x7F80, 0x007F)}
+"""Bits of the exponent and of the fraction."""
+_SCAN_NUMBERS = 1 << 18
+_TINY_MIN = 64
+"""So many subnormal numbers are an accident of rounding in any tensor."""
 
 
 def header(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> bytes:
@@ -60,24 +71,30 @@ class ShardFile:
     """An open shard file: ``tensors`` are read-only views into its memory map."""
 
     def __init__(self, path: Path, descriptor: int | None = None, size: int = 0) -> None:
-        """``descriptor``: the file is open already, with ``size`` bytes, and ``path`` only its name; the map keeps a
-        copy of it."""
+        """``descriptor``: the file is open already, with ``size`` bytes (0: all it has), and ``path`` only its name; it
+        stays the caller's, as the map keeps a copy of it."""
         self.path = path
+        own = open_plain(path) if descriptor is None else descriptor
         try:
-            if descriptor is not None:
-                self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-            else:
-                with path.open("rb") as file:
-                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError as error:
-            raise LocalError("not_found", f"{path} is missing", "fetch or import the model again") from error
+            self._map = mmap.mmap(own, size, access=mmap.ACCESS_READ)
         except OSError as error:  # no word about the file: memory, rights, open files
             full = error.errno == errno.ENOMEM
             hint = "free some memory, or use another route" if full else ""
             raise LocalError("local", f"cannot read {path}: {error.strerror}", hint) from error
         except ValueError as error:  # an empty file cannot be mapped
             raise IntegrityError("integrity", f"{path} cannot be read: {error}") from error
+        finally:
+            if descriptor is None:
+                os.close(own)
         self.tensors: Mapping[str, Array] = _parse(self._map, path)
+
+    def check_numbers(self) -> None:
+        """Raise IntegrityError for weights that are not finite, or mostly subnormal (a hundred times slower). Reads the
+        whole file once."""
+        for name, array in self.tensors.items():
+            if fault := _fault_of(name, array):
+                raise IntegrityError("integrity", f"{self.path}: {fault}", "get the model from another publisher")
+        self.release_pages()
 
     def release_pages(self) -> None:
         """Give the pages read so far back to the system; they are read again when touched."""
@@ -130,42 +147,42 @@ class FixedSpool(Spool):
 
 
 def _parse(data: mmap.mmap, path: Path) -> dict[str, Array]:
-    def fail(what: str) -> IntegrityError:
-        return IntegrityError("integrity", f"{path}: {what}", "remove the file and fetch it again")
-
-    size = int.from_bytes(data[:8], "little")
-    start = 8 + size
-    if len(data) < 8 or not 2 <= size <= HEADER_BYTES_MAX or start > len(data):
-        raise fail("truncated, or not a safetensors file")
+    hint = "remove the file and fetch it again"
     try:
-        header = json.loads(data[8:start])
-    except (ValueError, RecursionError) as error:
-        raise fail("the header is not JSON") from error
-    if not isinstance(header, dict):
-        raise fail("the header is not an object")
-    tensors: dict[str, Array] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, begin, end = _entry(entry, fail, name)
-        count = math.prod(shape)
-        if end - begin != count * dtype.itemsize or start + end > len(data) or (start + begin) % dtype.itemsize:
-            raise fail(f"tensor {name[:80]} does not fit its bytes")
-        tensors[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
-    return tensors
+        size = tensorfile.header_size(data[:8], len(data), HEADER_BYTES_MAX)
+        start = 8 + size
+        entries = tensorfile.parse(data[8:start], len(data) - start, _ITEM_BYTES)
+        return {name: _view(data, name, entry, start) for name, entry in entries.items()}
+    except ValueError as error:
+        raise IntegrityError("integrity", f"{path}: {error}", hint) from error
 
 
-def _entry(
-    entry: Any,  # noqa: ANN401 - any JSON
-    fail: Callable[[str], IntegrityError],
-    name: str,
-) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
-    try:
-        dtype = _DTYPES[entry["dtype"]]
-        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise fail(f"tensor {name[:80]} is described wrongly") from error
-    numbers = (*shape, begin, end)
-    if len(shape) > 4 or not all(type(number) is int and 0 <= number <= 1 << 44 for number in numbers):
-        raise fail(f"tensor {name[:80]} has an impossible shape or place")
-    return dtype, shape, begin, end
+def _view(data: mmap.mmap, name: str, entry: tensorfile.Entry, start: int) -> Array:
+    dtype = _DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise ValueError(f"tensor {name[:80]!r} is {entry.dtype[:20]!r}, not one of {', '.join(_DTYPES)}")
+    if not 0 < len(entry.shape) <= _RANK_MAX or 0 in entry.shape:
+        raise ValueError(f"tensor {name[:80]!r} has an impossible shape: {list(entry.shape)}")
+    if (start + entry.begin) % dtype.itemsize:
+        raise ValueError(f"tensor {name[:80]!r} is not aligned")
+    return np.frombuffer(data, dtype, math.prod(entry.shape), start + entry.begin).reshape(entry.shape)
+
+
+def _fault_of(name: str, array: Array) -> str:
+    """What is wrong with a tensor's numbers; empty if nothing is."""
+    kind = _NAMES.get(array.dtype)
+    if kind not in _EXPONENTS:
+        return ""
+    mask, rest = _EXPONENTS[kind]
+    bits: Array = array.reshape(-1).view(np.uint32 if kind == "F32" else np.uint16)
+    tiny = 0
+    for start in range(0, len(bits), _SCAN_NUMBERS):
+        part = bits[start : start + _SCAN_NUMBERS]
+        exponents = part & mask
+        if (exponents == mask).any():
+            return f"tensor {name[:80]!r} holds numbers that are not finite"
+        if kind != "F16":  # widened to F32, the small numbers of F16 are ordinary ones
+            tiny += int(np.count_nonzero((exponents == 0) & ((part & rest) != 0)))
+    if tiny > max(_TINY_MIN, len(bits) // 100):
+        return f"tensor {name[:80]!r} has {tiny} of {len(bits)} numbers so small that computing with them crawls"
+    return ""

@@ -9,6 +9,8 @@ Invariants:
 2. ``manifest.json`` appears whole or not at all. One that is damaged is passed over and named (:attr:`damaged`): the
    other models work, and the model comes back once its manifest is fetched or imported again.
 3. Methods are safe to call from several threads.
+4. Only plain files are read, by a descriptor that stays open from the check to the use: no links, no pipes, nothing
+   outside the store.
 """
 
 import errno
@@ -22,14 +24,17 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from config.errors import IntegrityError, LocalError
+from config.errors import IntegrityError, LocalError, RiosError
 from config.vocabulary import ModelId, ShardId
 from dmoe.core.manifest import CHUNK_BYTES, MANIFEST_BYTES_MAX, Manifest, ModelFile, Shard
+from dmoe.plainfile import open_plain
+from dmoe.refused import Refused
 from dmoe.shardfile import ShardFile
 
 log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
+READ_BYTES_MAX = 256 << 20
 IMPORTING_PREFIX = ".importing-"
 """Folders of imports that are still going on, or that died: never models."""
 
@@ -44,10 +49,13 @@ class ModelStore:
         """Model folders whose manifest cannot be read, and why."""
         self._lock = threading.Lock()
         self._manifests: dict[ModelId, Manifest] = {}
+        self.refused = Refused()
+        self._sound: set[str] = set()
+        """Hashes of files whose numbers were looked at."""
         self._verified: dict[Path, tuple[int, int, str]] = {}
         self._chunks: dict[bytes, list[tuple[Path, int, int]]] | None = None
         for folder in sorted(root.iterdir()):
-            if folder.is_dir() and not folder.name.startswith("."):
+            if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith("."):
                 try:
                     self._load(folder)
                 except (IntegrityError, LocalError) as error:
@@ -88,8 +96,9 @@ class ModelStore:
 
     def add_manifest(self, manifest: Manifest) -> None:
         """Keep a manifest, durably: it is there whole or not at all. Checks it first."""
-        manifest.check()
-        manifest.verify()
+        with self.refused.counting("manifest"):
+            manifest.check()
+            manifest.verify()
         folder = self.root / manifest.model_id
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
@@ -124,11 +133,22 @@ class ModelStore:
 
     def verify_file(self, model_id: str, file: ModelFile) -> None:
         """The same for one file."""
+        os.close(self._open_verified(model_id, file))
+
+    def _open_verified(self, model_id: str, file: ModelFile) -> int:
+        """A descriptor of a file whose size and hash are right; the caller closes it."""
         path = self.path(model_id, file)
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise LocalError("not_found", f"{path} is missing", "fetch or import the model again") from error
+        with self.refused.counting("file"):
+            descriptor = open_plain(path, self.root)
+            try:
+                self._verify(path, descriptor, file)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return descriptor
+
+    def _verify(self, path: Path, descriptor: int, file: ModelFile) -> None:
+        stat = os.fstat(descriptor)
         if stat.st_size != file.size_bytes:
             raise IntegrityError(
                 "integrity",
@@ -139,30 +159,44 @@ class ModelStore:
         with self._lock:
             if self._verified.get(path) == fingerprint:
                 return
-        if _sha256_of(path) != file.sha256:
+        if _sha256_of(descriptor) != file.sha256:
             raise IntegrityError("integrity", f"{path} was altered: its hash is wrong", "remove it to fetch it again")
         with self._lock:
             self._verified[path] = fingerprint
 
     def open_shard(self, manifest: Manifest, shard: Shard) -> list[ShardFile]:
-        """A shard's files, verified and mapped."""
-        self.verify_shard(manifest.model_id, shard.id)
-        return [ShardFile(self.path(manifest.model_id, file)) for file in shard.files]
+        """A shard's files, verified and mapped; the numbers in them are looked at once."""
+        return [self._open(manifest, file) for file in shard.files]
+
+    def _open(self, manifest: Manifest, file: ModelFile) -> ShardFile:
+        path = self.path(manifest.model_id, file)
+        descriptor = self._open_verified(manifest.model_id, file)
+        with self.refused.counting("file"):
+            try:
+                opened = ShardFile(path, descriptor)
+            finally:
+                os.close(descriptor)
+            if file.sha256 not in self._sound:
+                opened.check_numbers()
+                self._sound.add(file.sha256)
+        return opened
 
     def read(self, manifest: Manifest, file: ModelFile) -> bytes:
-        """A small file's verified bytes, e.g. the tokenizer."""
-        self.verify_file(manifest.model_id, file)
-        return self.path(manifest.model_id, file).read_bytes()
+        """A small file's verified bytes, e.g. the tokenizer. Raises IntegrityError if it is not small."""
+        if file.size_bytes > READ_BYTES_MAX:
+            raise IntegrityError("integrity", f"{file.path} has {file.size_bytes} bytes, more than {READ_BYTES_MAX}")
+        with os.fdopen(self._open_verified(manifest.model_id, file), "rb") as opened:
+            return opened.read()
 
     def read_chunk(self, digest: bytes) -> bytes | None:
         """The chunk with this sha256 from any file here, or None. Implements ``p2p.face.BlobSource``."""
         for path, index, size in self._places(digest):
             try:
-                with path.open("rb") as file:
+                with os.fdopen(open_plain(path, self.root), "rb") as file:
                     file.seek(index * CHUNK_BYTES)
                     data = file.read(size)
-            except OSError:
-                continue  # not here yet, or removed: another file may hold the same chunk
+            except (OSError, RiosError):
+                continue  # not here yet, removed, or no plain file: another one may hold the same chunk
             if sha256(data).digest() == digest:
                 return data
         return None
@@ -209,9 +243,9 @@ class ModelStore:
         path = folder / _MANIFEST
         hint = f"it comes back from peers where the model is deployed; else import it again, or remove {folder}"
         try:
-            if not path.is_file():
+            if not os.path.lexists(path):
                 return
-            with path.open("rb") as file:
+            with os.fdopen(open_plain(path, self.root), "rb") as file:
                 data = file.read(MANIFEST_BYTES_MAX + 1)
             if len(data) > MANIFEST_BYTES_MAX:
                 raise IntegrityError("integrity", f"it is longer than {MANIFEST_BYTES_MAX} bytes")
@@ -259,9 +293,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sha256_of(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(8 * CHUNK_BYTES):
-            digest.update(block)
+def _sha256_of(descriptor: int) -> str:
+    digest, offset = sha256(), 0
+    while block := os.pread(descriptor, 8 * CHUNK_BYTES, offset):
+        digest.update(block)
+        offset += len(block)
     return digest.hexdigest()

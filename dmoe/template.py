@@ -5,8 +5,8 @@ Owns: the environment that templates of transformers expect. Does not own: which
 
 Invariants:
 
-1. A template runs in jinja's immutable sandbox and its output is bounded. It has no other limits on time or memory, so
-   it is only run for models whose publisher is trusted.
+1. A template runs in jinja's immutable sandbox and its output is bounded. It has no other limits on time or memory:
+   those of others' models are rendered in a process that has (``dmoe/textaside.py``).
 
 Fails with IntegrityError for a template that does not parse, RequestError for messages that it refuses.
 """

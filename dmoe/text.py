@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from tokenizers import Tokenizer as BpeTokenizer
 
@@ -26,12 +26,27 @@ from config.errors import IntegrityError, RequestError
 from config.generation import Message, Tool
 from dmoe.template import Arguments, Template
 
+if TYPE_CHECKING:
+    import trio  # the process aside does without it
+
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _BREAKERS: Final = "".join(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters: never in text meant for exchange
 
 
+class Described(Protocol):
+    """What is known of a chat template without rendering it (:class:`dmoe.template.Template`)."""
+
+    source: str
+    knows_tools: bool
+
+
 class Tokenizer:
-    """The tokenizer of one model. Immutable once made; safe to use from several threads."""
+    """The tokenizer of one model. Immutable once made; safe to use from several threads. ``is_quick``: short texts are
+    encoded in less time than a thread takes."""
+
+    is_quick = True
+    limiter: "trio.CapacityLimiter | None" = None
+    """For the threads that texts are encoded in; None: the usual one."""
 
     def __init__(self, tokenizer_json: bytes, chat_template: str = "", *, bos: int | None = None) -> None:
         try:
@@ -44,13 +59,28 @@ class Tokenizer:
         self._plain.encode_special_tokens = True  # "<|im_end|>" in text is ten characters, not the control token
         self._plain.no_truncation()
         added = {number: token for number, token in self._plain.get_added_tokens_decoder().items()}
-        self._control = {token.content: number for number, token in added.items() if token.special}
+        control = {token.content: number for number, token in added.items() if token.special}
         # A control token of one character could not be told from text, so it only counts as an id.
-        longest_first = sorted((text for text in self._control if len(text) > 1), key=len, reverse=True)
+        longest_first = sorted((text for text in control if len(text) > 1), key=len, reverse=True)
         self._control_regex = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._pieces, self._strip = _pieces(document, self._plain, set(self._control.values()))
+        pieces, strip = _pieces(document, self._plain, set(control.values()))
         self._begin = tuple(self._plain.encode("", add_special_tokens=True).ids)
-        self.template = Template(chat_template, _text_of(self._plain, bos)) if chat_template else None
+        self._renders = Template(chat_template, _text_of(self._plain, bos)) if chat_template else None
+        names = {number: _text_of(self._plain, number) for number in control.values()}
+        self._use({"pieces": pieces, "control": control, "names": names, "strip": strip}, self._renders)
+
+    def _use(self, tables: Mapping[str, Any], template: "Described | None") -> None:
+        """Decode by these tables; ``template``: what there is to know of the chat template, if there is one."""
+        self._tables = tables
+        self.template = template
+        self._pieces: list[bytes] = tables["pieces"]
+        self._control: Mapping[str, int] = tables["control"]
+        self._names: Mapping[int, str] = tables["names"]
+        self._strip: bool = tables["strip"]
+
+    def tables(self) -> Mapping[str, Any]:
+        """What decoding needs, as plain values."""
+        return self._tables
 
     @property
     def vocabulary(self) -> int:
@@ -78,12 +108,15 @@ class Tokenizer:
 
     def chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[int, ...]:
         """Token ids of a conversation, ready for the model's answer. RequestError if the template refuses it."""
-        if self.template is None:
+        return self.chat_of(plain_messages(messages), plain_tools(tools))
+
+    def chat_of(self, plain: list[Any], described: list[Any]) -> tuple[int, ...]:
+        """:meth:`chat` of messages and tools as templates expect them."""
+        if self._renders is None:
             raise RequestError(
                 "invalid_request", "this model has no chat template", "send a prompt to /v1/completions instead"
             )
-        plain = [_plain_message(message) for message in messages]
-        described = [_plain_tool(tool) for tool in tools]
+        _restore_arguments(plain)
         breaker = _breaker(json.dumps([plain, described], ensure_ascii=False))
 
         def defused(value: Any) -> Any:  # noqa: ANN401 - JSON
@@ -93,7 +126,7 @@ class Tokenizer:
                 return type(value)({defused(key): defused(each) for key, each in value.items()})
             return [defused(each) for each in value] if isinstance(value, list) else value
 
-        rendered = self.template.render(defused(plain), defused(described) or None)
+        rendered = self._renders.render(defused(plain), defused(described) or None)
         ids: list[int] = []
         self._encode_control(rendered, ids, breaker)
         return tuple(ids)
@@ -106,7 +139,7 @@ class Tokenizer:
         other = copy(self)
         other._pieces = list(self._pieces)
         for token in shown:
-            other._pieces[token] = _text_of(self._plain, token).encode()
+            other._pieces[token] = self._names[token].encode()
         return other
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -117,7 +150,7 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes behind one token, which may be part of a character; of a control token, its name's."""
         piece = self._pieces[token] if 0 <= token < len(self._pieces) else b""
-        return piece or _text_of(self._plain, token).encode()
+        return piece or self._names.get(token, "").encode()
 
     def detokenizer(self) -> "Detokenizer":
         """A fresh decoder for one answer."""
@@ -136,7 +169,7 @@ class Tokenizer:
         if breaker:
             text = text.replace(breaker, "")
         if text:
-            _check_unicode(text)
+            check_unicode(text)
             ids += self._plain.encode(text, add_special_tokens=False).ids
 
     def _defuse(self, content: str, breaker: str) -> str:
@@ -190,12 +223,32 @@ def _role(message: Message) -> str:
     return message.role
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
+    """Raise RequestError for half a character, which no tokenizer can read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         where = f"character {error.start} is half a surrogate pair"
         raise RequestError("invalid_request", f"the text is not Unicode: {where}", "send whole characters") from error
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as JSON for a template. Raises RequestError for a role that there is not."""
+    return [_plain_message(message) for message in messages]
+
+
+def _restore_arguments(plain: list[Any]) -> None:
+    """Arguments of calls, as templates take them: they may have come here as bare JSON."""
+    for message in plain:
+        for call in message.get("tool_calls", ()):
+            found = call["function"]["arguments"]
+            if isinstance(found, dict):
+                call["function"]["arguments"] = Arguments(found)
+
+
+def plain_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools as JSON for a template."""
+    return [_plain_tool(tool) for tool in tools]
 
 
 def _plain_message(message: Message) -> dict[str, Any]:

@@ -6,23 +6,26 @@ Invariants:
 1. Every change of a balance is a transaction whose postings add up to 0, written in the same database transaction.
 2. Account rows are locked in the order of their ids, and the revenue account last, so gateways cannot deadlock.
 3. A reservation is settled once: whoever finds its row gone does nothing.
+4. The answer to a request under an idempotency key is kept in the transaction that charges it, and only by its holder.
 """
 
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import sqlalchemy as sa
 
 from config.errors import LocalError, RequestError
-from gateway.db.models import FUNDING, REVENUE, accounts, postings, reservations, transactions, usages
+from gateway.db.models import FUNDING, REVENUE, accounts, idempotency, postings, reservations, transactions, usages
 from gateway.db.session import Database
-from gateway.money import Prices, Progress, Refused, Reservation, Settlement
+from gateway.money import Closing, Prices, Progress, Refused, Reservation, Settlement
 
 ABANDONED_MS = 30_000
 """A reservation of another gateway that was not touched for this long belongs to nobody any more."""
 _SWEEP_ROWS_MAX = 500
+_UNPAID: dict[str, Any] = {"completion_tokens": 0, "outcome": "recovered"}
 
 # Building a statement costs more than running it, so each is built once.
 _LOCK_ACCOUNTS = (
@@ -52,6 +55,26 @@ _SET_PROGRESS = (
     .where(reservations.c.id == sa.bindparam("name"))
     .values(completion_tokens=sa.bindparam("tokens"), updated_at_ms=sa.bindparam("now"))
 )
+_SET_ROUTE = (
+    sa.update(idempotency)
+    .where(idempotency.c.id == sa.bindparam("name"), idempotency.c.holder == sa.bindparam("whose"))
+    .values(route=sa.bindparam("new_route"), updated_at_ms=sa.bindparam("now"))
+)
+_KEEP_ANSWER = (
+    sa.update(idempotency)
+    .where(idempotency.c.id == sa.bindparam("name"), idempotency.c.holder == sa.bindparam("whose"))
+    .values(
+        holder="",
+        status=sa.bindparam("new_status"),
+        content_type=sa.bindparam("kind"),
+        answer=sa.bindparam("data"),
+        answer_bytes=sa.bindparam("size"),
+        updated_at_ms=sa.bindparam("now"),
+    )
+)
+_FIND_HOLDERS = sa.select(idempotency.c.id, idempotency.c.holder).where(
+    idempotency.c.id.in_(sa.bindparam("names", expanding=True))
+)
 _ADD_RESERVATIONS = sa.insert(reservations)
 _ADD_USAGES = sa.insert(usages)
 _ADD_TRANSACTIONS = sa.insert(transactions)
@@ -60,13 +83,14 @@ _ADD_POSTINGS = sa.insert(postings)
 
 @dataclass(slots=True)
 class Batch:
-    """Operations to write in one transaction, in this order: reserve, settle, progress.
+    """Operations to write in one transaction, in this order: reserve, settle, close, progress.
 
     ``again``: an earlier try failed, but its commit may have gone through all the same.
     """
 
     reserve: Sequence[Reservation] = ()
     settle: Sequence[Settlement] = ()
+    close: Sequence[Closing] = ()
     progress: Sequence[Progress] = ()
     again: bool = False
 
@@ -86,6 +110,7 @@ class _Rows:
     usages: list[dict[str, object]] = field(default_factory=list)
     transactions: list[dict[str, object]] = field(default_factory=list)
     postings: list[dict[str, object]] = field(default_factory=list)
+    routes: list[dict[str, object]] = field(default_factory=list)
     revenue: int = 0
 
 
@@ -121,6 +146,19 @@ def find_abandoned(database: Database, instance: str) -> list[Settlement]:
         return [_recovered(row) for row in connection.execute(query).mappings()]
 
 
+def lock_account(connection: sa.Connection, account_id: str) -> None:
+    """Make others wait who want to change this account."""
+    connection.execute(_LOCK_ACCOUNTS, {"names": [account_id]})
+
+
+def give_back(connection: sa.Connection, idempotency_id: str) -> None:
+    """Release, without a charge, whatever is still reserved for a request under this key. Its account is locked."""
+    query = sa.select(reservations).where(reservations.c.idempotency_id == idempotency_id)
+    left = [_recovered(row) for row in connection.execute(query).mappings()]
+    if left:
+        _apply(connection, Batch(settle=left), now_ms())
+
+
 def credit(database: Database, account_id: str, microcredits: int, reference: str) -> None:
     """Pay ``microcredits`` (more than 0) into an account. A reference counts once: a repetition raises ``conflict``."""
     if microcredits <= 0:
@@ -150,19 +188,52 @@ def _apply(connection: sa.Connection, batch: Batch, now: int) -> dict[str, Refus
     for reservation in batch.reserve:
         if reservation.id not in standing:
             _reserve(book, rows, refused, reservation, now)
-    open_amounts = _take_reservations(connection, batch.settle)
-    for settlement in batch.settle:
+    settlements = [*batch.settle, *_to_close(connection, batch.close)]
+    open_amounts = _take_reservations(connection, settlements)
+    for settlement in settlements:
         amount = open_amounts.pop(settlement.reservation.id, None)
         if amount is not None:
             _settle(book, rows, settlement, amount, now)
     _store(connection, book, rows)
+    if batch.close:
+        connection.execute(_KEEP_ANSWER, [_answer(closing, now) for closing in batch.close])
     if batch.progress:
         _store_progress(connection, batch.progress, now)
     return refused
 
 
+def _settlements(batch: Batch) -> list[Settlement]:
+    return [*batch.settle, *(settlement for closing in batch.close for settlement in closing.settlements)]
+
+
+def _to_close(connection: sa.Connection, closings: Sequence[Closing]) -> list[Settlement]:
+    """The settlements of answers under a key. Who does not hold the key any more charges nothing: another gateway took
+    it over, and charges its own answer."""
+    if not closings:
+        return []
+    names = sorted(closing.idempotency_id for closing in closings)
+    holders = {name: holder for name, holder in connection.execute(_FIND_HOLDERS, {"names": names})}
+    return [
+        settlement if holders.get(closing.idempotency_id) == closing.holder else replace(settlement, **_UNPAID)
+        for closing in closings
+        for settlement in closing.settlements
+    ]
+
+
+def _answer(closing: Closing, now: int) -> dict[str, object]:
+    return {
+        "name": closing.idempotency_id,
+        "whose": closing.holder,
+        "new_status": closing.status,
+        "kind": closing.content_type,
+        "data": closing.answer,
+        "size": len(closing.answer),
+        "now": now,
+    }
+
+
 def _lock_accounts(connection: sa.Connection, batch: Batch) -> dict[str, _Account]:
-    names = {r.account_id for r in batch.reserve} | {s.reservation.account_id for s in batch.settle}
+    names = {r.account_id for r in batch.reserve} | {s.reservation.account_id for s in _settlements(batch)}
     if not names:
         return {}
     found = connection.execute(_LOCK_ACCOUNTS, {"names": sorted(names)})
@@ -196,8 +267,12 @@ def _reserve(
             "microcredits": needed,
             "created_at_ms": now,
             "updated_at_ms": now,
+            "idempotency_id": reservation.idempotency_id or None,
         }
     )
+    if reservation.idempotency_id:
+        name, holder = reservation.idempotency_id, reservation.holder
+        rows.routes.append({"name": name, "whose": holder, "new_route": reservation.route, "now": now})
 
 
 def _find_standing(connection: sa.Connection, wanted: Sequence[Reservation]) -> frozenset[str]:
@@ -249,6 +324,8 @@ def _post(rows: _Rows, kind: str, reference: str, amounts: Mapping[str, int], no
 def _store(connection: sa.Connection, book: dict[str, _Account], rows: _Rows) -> None:
     if rows.reservations:
         connection.execute(_ADD_RESERVATIONS, rows.reservations)
+    if rows.routes:
+        connection.execute(_SET_ROUTE, rows.routes)
     if rows.usages:
         connection.execute(_ADD_USAGES, rows.usages)
     if rows.transactions:
@@ -273,6 +350,8 @@ def _store_progress(connection: sa.Connection, progress: Sequence[Progress], now
 
 def _recovered(row: sa.RowMapping) -> Settlement:
     prices = Prices(row["input_price"], row["output_price"])
+    # Under an idempotency key the client's retry is what is charged.
+    tokens = 0 if row["idempotency_id"] else row["completion_tokens"]
     reservation = Reservation(
         id=row["id"],
         instance=row["instance"],
@@ -284,12 +363,13 @@ def _recovered(row: sa.RowMapping) -> Settlement:
         model=row["model"],
         prompt_tokens=row["prompt_tokens"],
         # The row does not keep the limit; the amount reserved does, and _settle never charges more than it.
-        max_tokens=row["completion_tokens"],
+        max_tokens=tokens,
         prices=prices,
+        idempotency_id=row["idempotency_id"] or "",
     )
     return Settlement(
         reservation=reservation,
         prompt_tokens=row["prompt_tokens"],
-        completion_tokens=row["completion_tokens"],
+        completion_tokens=tokens,
         outcome="recovered",
     )

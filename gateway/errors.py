@@ -22,6 +22,7 @@ _TYPES: Mapping[int, str] = {
     408: "invalid_request_error",
     409: "conflict_error",
     413: "invalid_request_error",
+    422: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable",
 }
@@ -90,9 +91,9 @@ def error_headers(error: RiosError) -> dict[str, str]:
     status = error_status(error)
     if status == 401:
         return {"www-authenticate": "Bearer"}
-    if status not in (429, 503):
-        return {}
     wait_ms = error.retry_after_ms if isinstance(error, ApiError | BusyError) else 0
+    if status not in (429, 503) and not wait_ms:
+        return {}
     wait_ms = wait_ms or _RETRY_AFTER_MS
     return {"retry-after": str(max(1, ceil(wait_ms / 1000))), "retry-after-ms": str(wait_ms)}
 

@@ -25,6 +25,7 @@ from gateway.limits import Limits
 from gateway.metrics import Metrics
 from gateway.money import FREE, Prices
 from gateway.openai.job import Service
+from gateway.openai.keyed import Runs
 from gateway.ports import Engine, Health, LedgerView
 from gateway.server import HttpServer, open_listener, url_of
 from gateway.till import Till
@@ -77,7 +78,7 @@ async def open_gateway(
                 )
                 app = build_app(service, site, body_bytes_max=settings.body_bytes_max)
                 server = HttpServer(app, listener, connections_per_second=settings.connections_per_second)
-                async with _running(server, till):
+                async with _running(server, till, service.runs):
                     host, port = server.address
                     yield Gateway(url=url_of(host, port), host=host, port=port, accounts=accounts)
         finally:
@@ -88,15 +89,17 @@ async def open_gateway(
 
 
 @asynccontextmanager
-async def _running(server: HttpServer, till: Till) -> AsyncIterator[None]:
+async def _running(server: HttpServer, till: Till, runs: Runs) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(till.run)
         nursery.start_soon(till.tick)
+        nursery.start_soon(runs.run)
         nursery.start_soon(server.run)
         try:
             yield
         finally:
             await server.stop()
+            await runs.stop()
             till.close()
             with trio.CancelScope(shield=True):
                 await till.closed.wait()
@@ -154,4 +157,5 @@ def _service(
         # Requests without a key are the operator's own.
         local_prices=FREE,
         metrics=metrics,
+        runs=Runs(),
     )

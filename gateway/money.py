@@ -46,6 +46,12 @@ class Reservation:
     prompt_tokens: int
     max_tokens: int
     prices: Prices
+    idempotency_id: str = ""
+    """The request's idempotency key in the database: a crash charges nothing then, as the retry is charged."""
+    holder: str = ""
+    """As whom this gateway holds that key."""
+    route: str = ""
+    """How the answer is computed, kept with the key."""
 
     @property
     def microcredits(self) -> int:
@@ -71,6 +77,19 @@ class Settlement:
             return 0
         charge = self.reservation.prices.charge(self.prompt_tokens, self.completion_tokens)
         return min(charge, self.reservation.microcredits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closing:
+    """The answers to a request under an idempotency key, charged and kept in one transaction. ``answer`` is
+    compressed."""
+
+    settlements: tuple[Settlement, ...]
+    idempotency_id: str
+    holder: str
+    status: int
+    content_type: str
+    answer: bytes
 
 
 @dataclass(frozen=True, slots=True)

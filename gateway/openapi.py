@@ -7,13 +7,19 @@ import msgspec
 from gateway.openai.embeddings import EmbeddingBody
 from gateway.openai.requests import ChatBody, CompletionBody
 
+_HEADERS = {
+    "idempotency-key": "The same key and body within 24 hours: the same answer, charged once.",
+    "x-rios-privacy": "trusted or local: who may compute, beyond what the operator laid down.",
+}
 _ERRORS = {
     "400": "The request is wrong; param names the field.",
     "401": "No API key, or not a valid one.",
     "402": "The balance does not cover the request.",
     "403": "The user is disabled.",
     "404": "No such model.",
+    "409": "Another gateway answers a request with this idempotency key; see retry-after.",
     "413": "The body is too large.",
+    "422": "The idempotency key stands for another request.",
     "429": "A limit of the key is reached; see retry-after.",
     "503": "This node cannot answer now; see retry-after.",
 }
@@ -33,9 +39,15 @@ def document(version: str) -> dict[str, Any]:
         },
         "security": [{"key": []}],
         "paths": {
-            "/v1/chat/completions": {"post": _operation("Answer a conversation", bodies[0], stream=True)},
-            "/v1/completions": {"post": _operation("Continue a prompt", bodies[1], stream=True)},
-            "/v1/embeddings": {"post": _operation("Texts as vectors", bodies[2])},
+            "/v1/chat/completions": {
+                "post": _operation("Answer a conversation", bodies[0], stream=True, parameters=_headers(*_HEADERS))
+            },
+            "/v1/completions": {
+                "post": _operation("Continue a prompt", bodies[1], stream=True, parameters=_headers(*_HEADERS))
+            },
+            "/v1/embeddings": {
+                "post": _operation("Texts as vectors", bodies[2], parameters=_headers("x-rios-privacy"))
+            },
             "/v1/models": {"get": _operation("List models")},
             "/v1/models/{model}": {"get": _operation("One model", parameters=[_path("model")])},
             "/v1/billing/balance": {"get": _operation("The caller's balance")},
@@ -77,6 +89,11 @@ def _operation(
     if parameters:
         operation["parameters"] = parameters
     return operation
+
+
+def _headers(*names: str) -> list[dict[str, Any]]:
+    text = {"type": "string", "maxLength": 255}
+    return [{"name": n, "in": "header", "required": False, "description": _HEADERS[n], "schema": text} for n in names]
 
 
 def _path(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
-from config.generation import Embedded, EmbeddingRequest, GenerationEvent, GenerationRequest, ModelInfo
+from config.generation import Embedded, EmbeddingRequest, GenerationEvent, GenerationRequest, ModelInfo, Route
 
 
 class PreparedGeneration(Protocol):
@@ -20,6 +20,10 @@ class PreparedGeneration(Protocol):
     @property
     def max_tokens(self) -> int:
         """Most tokens the answer can have; reserved for before it starts."""
+
+    @property
+    def route(self) -> Route:
+        """How it is computed; asked for again, with the same seed, it gives the same text."""
 
 
 class Engine(Protocol):

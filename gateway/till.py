@@ -18,11 +18,11 @@ from typing import TypeVar
 import trio
 
 from config.errors import LocalError, RiosError
-from gateway import books
+from gateway import books, idempotency
 from gateway.books import Batch
 from gateway.db.session import POOL_SIZE, Database
 from gateway.errors import ApiError
-from gateway.money import Progress, Refused, Reservation, Settlement
+from gateway.money import Closing, Progress, Refused, Reservation, Settlement
 
 _logger = logging.getLogger("rios.gateway")
 
@@ -43,7 +43,7 @@ T = TypeVar("T")
 class _Operation:
     """Something that waits for the writer. ``abandoned``: its requester was cancelled while it waited."""
 
-    work: Reservation | Settlement | tuple[Progress, ...]
+    work: Reservation | Settlement | Closing | tuple[Progress, ...]
     done: trio.Event = field(default_factory=trio.Event)
     error: RiosError | None = None
     refused: Refused | None = None
@@ -70,13 +70,18 @@ class Till:
         self._active: dict[str, Ticket] = {}
         self._scope = trio.CancelScope(shield=True)
         self.closed = trio.Event()
-        self._late: list[Settlement] = []
+        self._late: list[Settlement | Closing] = []
         self._problem = ""
 
     @property
     def problem(self) -> str:
         """Why the accounts database does not work, or nothing; as of the last use."""
         return self._problem
+
+    @property
+    def database(self) -> Database:
+        """The accounts database, for :meth:`in_thread`."""
+        return self._database
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Run a blocking database call in a thread."""
@@ -120,6 +125,10 @@ class Till:
     async def settle(self, settlement: Settlement) -> None:
         """Charge what was produced and give the rest back, durably. Handed over at once, even when cancelled."""
         await self._submit(_Operation(settlement))
+
+    async def finish(self, closing: Closing) -> None:
+        """Charge the answers under an idempotency key and keep what the client is told, in one transaction."""
+        await self._submit(_Operation(closing))
 
     async def settle_after_cancel(self, settlement: Settlement) -> None:
         """:meth:`settle` from a task that may be cancelled: waits a moment, and leaves the rest to the writer."""
@@ -165,6 +174,7 @@ class Till:
                 await self._record_progress(touch=count % _TOUCH_TICKS == 0)
                 if count % _SWEEP_TICKS == 0:
                     await self.recover()
+                    await self.in_thread(idempotency.expire, self._database)
             except RiosError as error:
                 _logger.error("accounts: %s", error)
 
@@ -175,12 +185,12 @@ class Till:
 
     async def _settle_late(self) -> None:
         """Try again what the database refused when it was due."""
-        for settlement in self._late[:_BATCH_MAX]:
+        for work in self._late[:_BATCH_MAX]:
             try:
-                self._send.send_nowait(_Operation(settlement))
+                self._send.send_nowait(_Operation(work))
             except trio.WouldBlock:
                 return
-            self._late.remove(settlement)
+            self._late.remove(work)
 
     async def _record_progress(self, *, touch: bool) -> None:
         steps = []
@@ -209,7 +219,7 @@ class Till:
             operation.error = failure
             if isinstance(operation.work, Reservation):
                 operation.refused = refused.get(operation.work.id)
-            elif isinstance(operation.work, Settlement):
+            elif isinstance(operation.work, Settlement | Closing):
                 self._finish(operation.work, failed=failure is not None)
             operation.done.set()
         await self._give_back([o for o in live if o.abandoned and not failure and not o.refused])
@@ -228,10 +238,11 @@ class Till:
                 failure = error
         return {}, failure
 
-    def _finish(self, settlement: Settlement, *, failed: bool) -> None:
+    def _finish(self, work: Settlement | Closing, *, failed: bool) -> None:
         if failed:
-            self._late.append(settlement)
-        else:
+            self._late.append(work)
+            return
+        for settlement in work.settlements if isinstance(work, Closing) else (work,):
             self._active.pop(settlement.reservation.id, None)
 
     async def _give_back(self, operations: list[_Operation]) -> None:
@@ -249,6 +260,7 @@ def _batch_of(operations: list[_Operation]) -> Batch:
     return Batch(
         reserve=[o.work for o in operations if isinstance(o.work, Reservation)],
         settle=[o.work for o in operations if isinstance(o.work, Settlement)],
+        close=[o.work for o in operations if isinstance(o.work, Closing)],
         progress=[step for o in operations if isinstance(o.work, tuple) for step in o.work],
     )
 

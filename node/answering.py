@@ -61,6 +61,7 @@ def request_of(args: Args, models: Sequence[str]) -> GenerationRequest:
             constraint=Constraint(**constraint) if constraint else None,
         ),
         route=args.get("route"),
+        privacy=args.get("privacy") or "",
     )
 
 
@@ -110,7 +111,9 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
 async def vectors(engine: Any, args: Args) -> Any:  # noqa: ANN401 - an Engine; JSON
     """The vectors of ``args["texts"]`` as numbers."""
     model = _model(args, [model.name for model in engine.models()])
-    wanted = EmbeddingRequest(model=model, inputs=tuple(args["texts"]), route=args.get("route"))
+    wanted = EmbeddingRequest(
+        model=model, inputs=tuple(args["texts"]), route=args.get("route"), privacy=args.get("privacy") or ""
+    )
     found = await engine.embed(await engine.prepare_embeddings(wanted))
     numbers = [list(struct.unpack(f"<{len(vector) // 4}f", vector)) for vector in found.vectors]
     return {

@@ -115,7 +115,9 @@ def chat_options(context: Context) -> dict[str, Any]:
     """The sampling flags of ``rios chat`` as JSON."""
     args = context.args
     names = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "frequency_penalty", "seed", "stop")
-    options = {name: getattr(args, name) for name in ("model", "route", *names, "presence_penalty", "logprobs")}
+    options = {
+        name: getattr(args, name) for name in ("model", "route", "privacy", *names, "presence_penalty", "logprobs")
+    }
     options["repetition_penalty"] = args.repetition_penalty
     options["logit_bias"] = [_bias(text) for text in args.logit_bias]
     options["constraint"] = _constraint(args)
@@ -151,7 +153,12 @@ def _file(flag: str, name: str) -> str:
 
 def embed(context: Context) -> Output:
     """``rios embed``"""
-    asked = {"texts": _texts(context), "model": context.args.model, "route": context.args.route}
+    asked = {
+        "texts": _texts(context),
+        "model": context.args.model,
+        "route": context.args.route,
+        "privacy": context.args.privacy,
+    }
     data = _vectors_here(context, asked) if context.args.local else _vectors(context, asked)
     return Output(data, "\n".join(" ".join(f"{value:.7g}" for value in vector) for vector in data["vectors"]))
 

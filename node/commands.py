@@ -140,6 +140,7 @@ def _node_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     plan.add_argument("--prompt-tokens", type=int, default=256, help="length of the prompt (default: 256)")
     plan.add_argument("--answer-tokens", type=int, default=128, help="length of the answer (default: 128)")
     plan.add_argument("--batch", type=int, default=1, help="answers at the same time (default: 1)")
+    flags.privacy(plan)
     config = command(top, "config", None, "Check, show and explain the settings.").add_subparsers(
         metavar="COMMAND", required=True, parser_class=_Parser
     )

@@ -41,6 +41,7 @@ from dmoe.cells.cells import Cells
 from dmoe.cells.link import Options as CellOptions
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.plan import KINDS
+from dmoe.core.privacy import Privacy, privacy_of
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
 from dmoe.judging import Judging
@@ -346,6 +347,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         limits=_stage_limits(settings, ram_bytes_max),
         paused=lambda: node.worker.paused,
     )
+    privacy = privacy_rule(settings.dmoe)
     node.hosting = Hosting(
         network,
         node.store,
@@ -358,16 +360,22 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         serve=settings.dmoe.serve,
         stages=node.stage_host,
         load_stage=node.cells.load_stage,
+        keeps=partial(_keeps, privacy),
     )
     models = StoredModels(
-        node.store, SwarmExperts(node.caller), node.options, identity.peer_id, chosen=_chosen(node.store, settings)
+        node.store,
+        SwarmExperts(node.caller),
+        node.options,
+        identity.peer_id,
+        chosen=_chosen(node.store, settings),
+        privacy=privacy,
     )
     route = chosen_route(settings.dmoe)
     node.planner = models.planner = Planner(
         network,
         node.caller,
         models.held,
-        wishes_of(route, settings.dmoe.stage_hosts, settings.dmoe.plan_pins, settings.dmoe.plan_price_weight),
+        wishes_of(route, settings.dmoe.stage_hosts, settings.dmoe.plan_pins, settings.dmoe.plan_price_weight, privacy),
         threads=node.options.thread_count,
         runs=KINDS,
         loaded=node.worker.indices,
@@ -418,6 +426,17 @@ def _auditor(node: Node, purse: Purse, replicas: Replicas) -> Auditor:
         fetch=fetch,
         blame=node.network.doors.blame,
     )
+
+
+def privacy_rule(dmoe: DmoeSettings) -> Privacy:
+    """Who may see hidden states, from the settings. Raises ConfigError."""
+    return privacy_of(dmoe.trusted_peers, dmoe.trusted_peers_only, dmoe.local_layers)
+
+
+def _keeps(privacy: Privacy, manifest: Manifest, shard: Shard) -> bool:
+    """Whether a shard has experts of layers that stay here."""
+    layers = manifest.architecture.layers
+    return shard.kind == "expert" and any(privacy.keeps(layer, layers) for layer in shard.layers)
 
 
 def pass_options(dmoe: DmoeSettings) -> PassOptions:

@@ -45,7 +45,17 @@ def embed(parser: ArgumentParser) -> None:
     _who(parser)
 
 
+def privacy(parser: ArgumentParser) -> None:
+    """Who may see the hidden states (docs/privacy.md)."""
+    parser.add_argument(
+        "--privacy",
+        choices=("trusted", "local"),
+        help="trusted: only this node and dmoe.trusted_peers compute; local: only this node",
+    )
+
+
 def _who(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="", help="model name or id (default: the only one)")
     parser.add_argument("--local", action="store_true", help="no daemon, no network: load the model into this process")
     parser.add_argument("--route", choices=ROUTES, help="who computes (default: dmoe.route)")
+    privacy(parser)

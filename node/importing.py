@@ -1,10 +1,15 @@
 """``rios model import``: from a source that somebody names to a model in the store."""
 
 import os
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from config.errors import ConfigError, LocalError
 from config.paths import cache_dir
@@ -50,6 +55,19 @@ def check_source(text: str) -> None:
         raise LocalError("not_found", f"there is no file or folder {text}", f"give {SOURCES}")
 
 
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """A stranger's file shall not take the memory that this machine's other work needs: seven eighths of it at most.
+    Files that are mapped do not count. Raises MemoryError where that is not enough."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = psutil.virtual_memory().total * 7 // 8
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 def model_import(context: Context) -> Output:
     """``rios model import``"""
     count = context.settings().settings.dmoe.threads
@@ -76,7 +94,8 @@ def model_import(context: Context) -> Output:
             quantisation=args.format,
             sizes=sizes,
         )
-        manifest = import_model(source.path, store, identity, wishes, progress=show, threads=count)
+        with _bounded_memory():
+            manifest = import_model(source.path, store, identity, wishes, progress=show, threads=count)
     data: dict[str, Any] = {
         "model_id": manifest.model_id,
         "name": manifest.name,

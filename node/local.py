@@ -93,9 +93,11 @@ def config_check(context: Context) -> Output:
 
 
 def _notes(dmoe: DmoeSettings) -> list[str]:
-    """What works but should be written otherwise. Raises ConfigError for pins that cannot be kept."""
+    """What works but should be written otherwise. Raises ConfigError for pins and privacy that cannot be kept."""
+    from dmoe.core.privacy import privacy_of  # noqa: PLC0415
     from dmoe.planning import wishes_of  # noqa: PLC0415
 
+    privacy_of(dmoe.trusted_peers, dmoe.trusted_peers_only, dmoe.local_layers)
     wishes_of(dmoe.route, dmoe.stage_hosts, dmoe.plan_pins, dmoe.plan_price_weight)
     notes = []
     if dmoe.fused:

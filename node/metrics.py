@@ -58,6 +58,12 @@ class NodeCollector(Collector):
         for limit, count in blobs.limited.items():
             limited.add_metric([limit], count)
         yield limited
+        models = CounterMetricFamily(
+            "rios_models_refused", "What of others' models was refused or stopped", labels=["kind"]
+        )
+        for kind, count in node.store.refused.by_kind.items():
+            models.add_metric([kind], count)
+        yield models
         engine = node.engine.statistics()
         yield _gauge("rios_generations_active", "Answers in progress", engine.active)
         yield _gauge("rios_generations_waiting", "Answers waiting for a slot", engine.waiting)

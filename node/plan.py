@@ -38,9 +38,15 @@ def ask_of(args: Mapping[str, Any]) -> Ask:
 async def answer(node: "Node", args: Mapping[str, Any], _send: Send) -> Any:  # noqa: ANN401 - JSON
     """The control command: a plan made now."""
     manifest = node.store.find(str(args.get("model", "")))
-    made = node.planner.plan(manifest, ask_of(args))
-    route = chosen_route(node.settings.dmoe)
-    return {"name": manifest.name, "peer_id": node.identity.peer_id, "route": route, **described(made)}
+    rule = node.planner.wishes.privacy.tightened(args.get("privacy") or "")
+    made = node.planner.plan(manifest, ask_of(args), rule)
+    return {
+        "name": manifest.name,
+        "peer_id": node.identity.peer_id,
+        "route": chosen_route(node.settings.dmoe),
+        "privacy": rule.described(),
+        **described(made),
+    }
 
 
 def described(made: Plan) -> dict[str, Any]:
@@ -89,8 +95,9 @@ def show(context: Context) -> Output:
     """``rios plan``"""
     args = context.args
     wanted = {"prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens, "batch": args.batch}
+    asked = {"model": args.model, "privacy": args.privacy, **wanted}
     ask_of(wanted)
-    data = control.ask(context.paths().control, "plan", {"model": args.model, **wanted})
+    data = control.ask(context.paths().control, "plan", asked)
     return Output(data, rendered(data))
 
 
@@ -105,7 +112,8 @@ def rendered(data: Mapping[str, Any]) -> str:
     routes += [_route_row(each, each["route"] == data["chosen"]) for each in data["candidates"]]
     spans = [["ROUTE", "LAYERS", "WHERE", "WHO", "ROUND TRIPS", "SERVICE", "QUEUE", "CALLS, LINK", "CREDITS/TFLOP"]]
     spans += [_span_row(each["route"], span, data["peer_id"]) for each in possible for span in each["spans"]]
-    lines = [head, "", table(routes)]
+    rule = [f"privacy: {data['privacy']}"] if data["privacy"] else []
+    lines = [head, *rule, "", table(routes)]
     if possible:
         lines += ["", "Where the time of one pass goes, as expected:", table(spans)]
     if data["chosen"] is None:

@@ -18,6 +18,7 @@ from config.vocabulary import MIB
 from dmoe.cells import lanes
 from dmoe.cells.link import Link
 from dmoe.core.manifest import Manifest, ModelFile, Shard
+from dmoe.plainfile import open_plain
 from dmoe.store import disk_errors
 
 LOAD_SECONDS_MAX = 30.0
@@ -88,7 +89,4 @@ class Content:
 
 
 def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise LocalError("local", f"cannot read {path}: {error.strerror}") from error
+    return os.fdopen(open_plain(path), "rb")

@@ -150,7 +150,10 @@ class _Received:
             os.close(descriptor)
 
     def open_shard(self, manifest: Manifest, shard: Shard) -> list[ShardFile]:
-        return [self._files[file.path] for file in shard.files]
+        files = [self._files[file.path] for file in shard.files]
+        for file in files:
+            file.check_numbers()
+        return files
 
 
 class Program:

@@ -17,6 +17,10 @@ from dmoe.core.variant import PLAIN, Variant, demand
 BLOCK = 32
 """Weights of one quantisation block share a scale."""
 INTERMEDIATE_MAX = 1 << 18
+ROPE_NUMBERS_MAX = 1 << 29
+"""Numbers of a rope table: four million positions of 128."""
+CACHE_BYTES_MAX = 64 << 20
+"""Of one position, all layers: six times what the largest models without shared heads need."""
 WIDE, WIDE_KEYS_MIN = 128, 65
 """Heads wider than this must see so many keys at least (``dmoe/attention`` says why)."""
 CHOSEN_MAX = 256
@@ -168,6 +172,11 @@ class Architecture(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         }
         for name, (value, most) in sizes.items():
             demand(1 <= value <= most, f"architecture.{name} = {value} is not within 1..{most}")
+        # what is built from these numbers alone, before any weight is seen
+        table = self.context * self.rope_width
+        demand(table <= ROPE_NUMBERS_MAX, f"a rope over {self.context} positions of {self.rope_width} is too large")
+        cache = 4 * self.layers * self.cache_numbers
+        demand(cache <= CACHE_BYTES_MAX, f"a position would need {cache >> 20} MiB of key/value cache")
         demand(self.heads % self.kv_heads == 0, f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
         demand(self.head_dim % 2 == 0, f"architecture.head_dim = {self.head_dim} is odd")
         demand(0 < self.norm_eps < 1, f"architecture.norm_eps = {self.norm_eps}")

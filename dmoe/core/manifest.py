@@ -14,6 +14,7 @@ Invariants:
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from functools import cached_property
 from hashlib import sha256
 from typing import Literal, Self
@@ -34,6 +35,10 @@ FORMAT = "rios-model/1"
 SIGNATURE_TAG = b"rios/model/1\x00"
 MANIFEST_BYTES_MAX = 16 * MIB
 CHUNK_BYTES = MIB
+TEMPLATE_CHARACTERS_MAX = 1 << 20
+TOKENIZER_BYTES_MAX = 256 * MIB
+WEIGHTS_PER_BYTE_MAX = 2
+"""Of 4-bit weights; their scales come on top."""
 
 _PATH = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -176,6 +181,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.architecture.router.experts
 
     @cached_property
+    def _sparse(self) -> tuple[int, ...]:
+        return self.architecture.sparse_layers
+
+    @cached_property
     def _expert_shards(self) -> dict[tuple[int, int], Shard]:
         found: dict[tuple[int, int], Shard] = {}
         for shard in self.shards:
@@ -215,7 +224,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def layers_of(self, shard: Shard) -> tuple[int, ...]:
         """The layers whose experts an expert shard holds: those of its span that have any."""
         first, last = shard.layers
-        return tuple(layer for layer in self.architecture.sparse_layers if first <= layer <= last)
+        return self._sparse[bisect_left(self._sparse, first) : bisect_right(self._sparse, last)]
 
     def groups_of(self, shard: Shard) -> tuple[int, ...]:
         """The sum groups a shard holds; none for the trunk and for a stage."""
@@ -236,7 +245,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _check(0 < len(self.name) <= 200, "the name is empty or longer than 200 characters")
         _check(_HEX64.fullmatch(self.source.sha256) is not None, "source.sha256 is malformed")
         self.architecture.check()
+        _check(
+            len(self.chat_template) <= TEMPLATE_CHARACTERS_MAX, "the chat template is longer than a million characters"
+        )
         self._check_shards()
+        _check(self.tokenizer.size_bytes <= TOKENIZER_BYTES_MAX, "the tokenizer is larger than 256 MiB")
         paths = [file.path for file in self.files()]
         for file in self.files():
             file.check()
@@ -270,20 +283,37 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 _check(shard.experts == self.sum_groups[shard.group], f"shard {shard.id[:80]} lists the wrong experts")
         trunks = [shard for shard in self.shards if shard.kind == "trunk"]
         _check(len(trunks) == 1 and trunks[0].layers == (0, layers - 1), "there is not exactly one trunk")
-        wanted = len(self.architecture.sparse_layers) * len(self.sum_groups)
+        wanted = len(self._sparse) * len(self.sum_groups)
         _check(len(self._expert_shards) == wanted, "a layer lacks a sum group")
+        for shard in self.parts:
+            self._check_size(shard)
+
+    def _check_size(self, shard: Shard) -> None:
+        """The weights that the architecture demands fit the shard's files, and those the memory it says it needs."""
+        arch, name, (first, last) = self.architecture, f"shard {shard.id[:80]}", shard.layers
+        weights = 3 * arch.hidden * arch.intermediate * len(shard.experts) * len(self.layers_of(shard))
+        if shard.kind == "trunk":
+            weights = arch.vocab * arch.hidden + sum(map(arch.trunk_weights, range(first, last + 1)))
+        fits = weights <= WEIGHTS_PER_BYTE_MAX * shard.size_bytes
+        _check(fits, f"{name} has {shard.size_bytes} bytes for {weights} weights that its architecture demands")
+        honest = shard.size_bytes <= 4 * shard.ram_bytes
+        _check(honest, f"{name} has {shard.size_bytes} bytes and says it needs {shard.ram_bytes} of memory")
 
     def _check_stages(self) -> None:
         """Every layer in exactly one stage, and every stage made of the others' files."""
         next_layer, everything = 0, tuple(range(self.experts_per_layer))
+        begun: dict[int, list[Shard]] = {}
+        for shard in self.expert_shards():
+            begun.setdefault(shard.layers[0], []).append(shard)
         trunk = {file.path: file for file in self.trunk.files}
         for stage in self.stages:
             name, (first, last) = f"stage {stage.id[:80]}", stage.layers
             _check(first == next_layer, f"{name} begins with layer {first}, not with {next_layer}")
             _check(stage.group == -1 and stage.experts == everything, f"{name} does not list every expert")
             next_layer = last + 1
-            inside = [s for s in self.expert_shards() if first <= s.layers[1] and s.layers[0] <= last]
-            whole = all(first <= s.layers[0] and s.layers[1] <= last for s in inside)
+            # one that began in an earlier stage and reaches into this one was found there
+            inside = [shard for layer in range(first, last + 1) for shard in begun.get(layer, ())]
+            whole = all(shard.layers[1] <= last for shard in inside)
             _check(whole, f"{name} ends within the layers of an expert shard")
             experts = {file.path: file for shard in inside for file in shard.files}
             listed = {file.path: file for file in stage.files}

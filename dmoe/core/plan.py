@@ -14,6 +14,7 @@ Invariants:
    a route in use is kept until another is better by a tenth).
 2. Pins are kept or the candidate is impossible; an impossible candidate says why.
 3. Deterministic: ties go to the smaller peer id.
+4. No candidate uses a peer that the privacy rule keeps from its layers; one that is impossible for it names the rule.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from typing import Literal
 from config.vocabulary import PeerId
 from dmoe.core import costs
 from dmoe.core.costs import Host, Shape, Stage, View
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.spans import REPLICAS_MAX, Amount, Ask, Span, Spans
 
 Kind = Literal["experts", "stages", "local", "fused", "mixed"]
@@ -46,12 +48,13 @@ class Pin:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
     """What the operator laid down. ``stage_hosts``: only these peers hold stages; empty: any.
-    ``price_weight``: microseconds of waiting that a microcredit is worth."""
+    ``price_weight``: microseconds of waiting that a microcredit is worth. ``privacy``: who may compute what."""
 
     route: Literal["auto", "experts", "stages", "local", "fused", "mixed"] = "auto"
     stage_hosts: tuple[PeerId, ...] = ()
     pins: tuple[Pin, ...] = ()
     price_weight: float = 0.0
+    privacy: Privacy = OPEN
 
     def spreads(self, first: int, last: int) -> bool:
         """Whether some of these layers are pinned to experts elsewhere."""
@@ -116,7 +119,7 @@ class _Planner:
         self._view = view
         self._ask = ask
         self._wishes = wishes
-        self._spans = Spans(shape, view, ask)
+        self._spans = Spans(shape, view, ask, wishes.privacy)
 
     def candidate(self, kind: Kind) -> Candidate:
         """One candidate, estimated or with the reason why it is impossible."""
@@ -224,7 +227,11 @@ class _Planner:
         holders = [peer for peer in self._spans.usable if stage.shard in peer.shards]
         wished = self._wishes.stage_hosts
         allowed = [
-            peer for peer in holders if (not wished or peer.peer_id in wished) and self._agrees(stage, peer.peer_id)
+            peer
+            for peer in holders
+            if (not wished or peer.peer_id in wished)
+            and self._agrees(stage, peer.peer_id)
+            and self._spans.allows(peer, stage.first, stage.last)
         ]
         found = [(peer, self._spans.stage(stage, peer)) for peer in allowed]
         found.sort(key=lambda each: each[1].amount.pass_us + each[0].round_trip_us)
@@ -239,7 +246,8 @@ class _Planner:
                 found.append((me, span))
         if found:
             return found, ""
-        why = "its holders are not the pinned ones" if holders else f"no replica{self._spans.barred(stage.shard)}"
+        barred = self._spans.barred(stage.shard, stage.first, stage.last)
+        why = "its holders are not the pinned ones" if holders and not barred else f"no replica{barred}"
         return [], f"layers {stage.first} to {stage.last} ({self._shape.shard_ids[stage.shard]}): {why}"
 
     def _agrees(self, stage: Stage, where: str) -> bool:
@@ -293,7 +301,8 @@ def _with_reason(candidate: Candidate, chosen: Candidate, best: Candidate, wishe
             reason = f'dmoe.route = "{wishes.route}"'
         else:
             reason = "the best of time and price" if wishes.price_weight else "the fastest"
-        return replace(candidate, reason=reason)
+        rules = wishes.privacy.described()
+        return replace(candidate, reason=f"{reason} that is allowed: {rules}" if rules else reason)
     slower = candidate.answer_us / max(1e-9, chosen.answer_us)
     is_dearer = candidate.microcredits_per_million > chosen.microcredits_per_million
     if slower >= 1:

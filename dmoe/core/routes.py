@@ -6,6 +6,7 @@ Invariants:
 1. A table never changes; a new view makes a new one.
 2. This node is a replica of exactly what is loaded in it, whatever its own advert says at the moment.
 3. A peer that its operator paused is no replica.
+4. A peer that the privacy rule keeps from a layer is no replica for it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from config.vocabulary import PeerId
 from dmoe.core.dispatch import Need, Replica
 from dmoe.core.manifest import Manifest
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.routing import NOBODY
 from dmoe.core.wire import Dtype
 from dmoe.ports import Quote
@@ -50,13 +52,15 @@ class ModelMap:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Layer -> needs with replicas; peer -> the price its advert names."""
+    """Layer -> needs with replicas; peer -> the price its advert names. ``offered``: shards with a replica for every
+    layer they serve; ``withheld``: those that have others, too, which the privacy rule does not allow."""
 
     needs: tuple[tuple[Need, ...], ...]
     quotes: Mapping[PeerId, Quote]
     offered: frozenset[int]
     every: Mapping[int, tuple[Replica, ...]]
     """All replicas by shard, also those that are not used."""
+    withheld: frozenset[int] = frozenset()
 
 
 def map_of(manifest: Manifest) -> ModelMap:
@@ -88,10 +92,11 @@ def table_of(
     me: PeerId,
     local: Collection[int],
     own_price: int,
+    privacy: Privacy = OPEN,
     choose: Callable[[int, Sequence[Replica]], Sequence[Replica]] = lambda shard, found: found,
 ) -> Table:
-    """Who offers what right now. ``local``: manifest indices of the shards loaded in this node; ``choose``: which of a
-    shard's replicas may be used."""
+    """Who offers what right now and may compute it. ``local``: manifest indices of the shards loaded in this node;
+    ``choose``: which of a shard's replicas may be used."""
     offers = {
         peer: offer
         for peer, advert in adverts.items()
@@ -110,10 +115,33 @@ def table_of(
         if shard in local:
             found.append(Replica(me, own_price))
         every[shard], replicas[shard] = tuple(found), tuple(choose(shard, found))
+    if privacy.is_open:
+        needs = tuple(
+            tuple(Need(place.group, place.shard, replicas[place.shard]) for place in places) for places in model.layers
+        )
+        return Table(needs, quotes, frozenset(shard for shard, found in replicas.items() if found), every)
     needs = tuple(
-        tuple(Need(place.group, place.shard, replicas[place.shard]) for place in places) for places in model.layers
+        tuple(
+            Need(place.group, place.shard, _allowed(replicas[place.shard], privacy, me, layer, len(model.layers)))
+            for place in places
+        )
+        for layer, places in enumerate(model.layers)
     )
-    return Table(needs, quotes, frozenset(shard for shard, found in replicas.items() if found), every)
+    bare = {need.shard for layer_needs in needs for need in layer_needs if not need.replicas}
+    fewer = {need.shard for own in needs for need in own if len(need.replicas) < len(replicas[need.shard])}
+    return Table(needs, _of_replicas(quotes, needs), frozenset(replicas) - bare, every, frozenset(fewer))
+
+
+def _allowed(
+    replicas: tuple[Replica, ...], privacy: Privacy, me: PeerId, layer: int, layers: int
+) -> tuple[Replica, ...]:
+    return tuple(each for each in replicas if each.peer_id == me or privacy.allows(each.peer_id, layer, layer, layers))
+
+
+def _of_replicas(quotes: Mapping[PeerId, Quote], needs: Sequence[Sequence[Need]]) -> Mapping[PeerId, Quote]:
+    """Only the prices of those that may be asked for something."""
+    asked = {replica.peer_id for layer in needs for need in layer for replica in need.replicas}
+    return {peer: quote for peer, quote in quotes.items() if peer in asked}
 
 
 def paused_with(model_id: str, shard: int, adverts: Mapping[PeerId, Advert]) -> int:

@@ -20,6 +20,7 @@ from config.vocabulary import PeerId
 from dmoe.core import costs
 from dmoe.core.costs import Group, Host, Shape, Stage, View
 from dmoe.core.dispatch import CALL_US, PRICE_RATIO_MAX, PRICE_WEIGHT
+from dmoe.core.privacy import OPEN, Privacy
 
 Where = Literal["here", "experts", "stage"]
 
@@ -102,11 +103,12 @@ class Span:
 class Spans:
     """Spans of one model for one class of requests, as one view shows the hosts."""
 
-    def __init__(self, shape: Shape, view: View, ask: Ask) -> None:
+    def __init__(self, shape: Shape, view: View, ask: Ask, privacy: Privacy = OPEN) -> None:
         self._shape = shape
         self._view = view
         self._ask = ask
-        self._layers: dict[tuple[int, ...], Span | str] = {}
+        self._privacy = privacy
+        self._layers: dict[tuple[bool, tuple[int, ...]], Span | str] = {}
         self.usable = tuple(peer for peer in sorted(view.peers, key=lambda peer: peer.peer_id) if not peer.barred)
 
     def here(self, first: int, last: int, *, whole: bool) -> Span:
@@ -166,7 +168,7 @@ class Spans:
         """Attention here, experts wherever they are; or which shard nobody has."""
         found: list[Span] = []
         for layer in range(first, last + 1):
-            span = self._layer(self._shape.layers[layer])
+            span = self._layer(layer)
             if isinstance(span, str):
                 return f"layer {layer}: {span}"
             found.append(span)
@@ -187,39 +189,51 @@ class Spans:
             amount=total,
         )
 
-    def barred(self, shard: int) -> str:
-        """Why those who hold a shard are not asked, for messages."""
-        causes = sorted({peer.barred for peer in self._view.peers if peer.barred and shard in peer.shards})
-        return f" (its holders: {', '.join(causes)})" if causes else ""
+    def barred(self, shard: int, first: int, last: int) -> str:
+        """Why those who hold a shard of these layers are not asked, for messages."""
+        causes = {peer.barred for peer in self._view.peers if peer.barred and shard in peer.shards}
+        if any(shard in peer.shards and not self.allows(peer, first, last) for peer in self._view.peers):
+            causes.add(self._privacy.why(first, last, len(self._shape.layers)))
+        return f" (its holders: {', '.join(sorted(causes))})" if causes else ""
 
     # --- one layer with its experts elsewhere
 
-    def _layer(self, groups: tuple[Group, ...]) -> Span | str:
-        """Layers of the same shards cost the same."""
-        key = tuple(group.shard for group in groups)
+    def _layer(self, layer: int) -> Span | str:
+        """Layers of the same shards cost the same, if they stay here alike."""
+        groups = self._shape.layers[layer]
+        key = (self._privacy.keeps(layer, len(self._shape.layers)), tuple(group.shard for group in groups))
         if key not in self._layers:
-            self._layers[key] = self._layer_afresh(groups)
+            self._layers[key] = self._layer_afresh(layer, groups)
         return self._layers[key]
 
-    def _layer_afresh(self, groups: Sequence[Group]) -> Span | str:
-        holders = [(group, self._holders(group)) for group in groups]
+    def _layer_afresh(self, layer: int, groups: Sequence[Group]) -> Span | str:
+        holders = [(group, self._holders(layer, group)) for group in groups]
         if self._view.may_miss and not self._shape.dense:
-            holders = [each for each in holders if each[1]] or holders
+            holders = [each for each in holders if each[1] or self._withheld(each[0])] or holders
         for group, hosts in holders:
             if not hosts:
-                return f"no replica of {self._shape.shard_ids[group.shard]}{self.barred(group.shard)}"
+                return f"no replica of {self._shape.shard_ids[group.shard]}{self.barred(group.shard, layer, layer)}"
         decode = self._called(holders, self._ask.decode_rows)
         prefill = self._ask.over_prompt(lambda rows: self._called(holders, rows).amount.pass_us)
         return replace(decode, amount=replace(decode.amount, prefill_us=prefill))
 
-    def _holders(self, group: Group) -> list[Host]:
+    def _withheld(self, group: Group) -> bool:
+        """Whether somebody has it, whom the privacy rule may be what excludes: nothing is done without then."""
+        return not self._privacy.is_open and any(group.shard in peer.shards for peer in self.usable)
+
+    def _holders(self, layer: int, group: Group) -> list[Host]:
         """Who can compute a group, nearest and fastest first. This node counts with what is loaded, as its caller
-        does."""
-        found = [peer for peer in self.usable if group.shard in peer.shards]
-        if group.shard in self._view.loaded:
+        does, and for a layer that stays here with what is on its disk."""
+        found = [peer for peer in self.usable if group.shard in peer.shards and self.allows(peer, layer, layer)]
+        is_kept = self._privacy.keeps(layer, len(self._shape.layers))
+        if group.shard in self._view.loaded or (is_kept and group.shard in self._view.me.shards):
             found.append(self._view.me)
         found.sort(key=lambda host: host.round_trip_us + costs.experts_us(self._shape, host, (group,), 1))
         return found[:REPLICAS_MAX]
+
+    def allows(self, peer: Host, first: int, last: int) -> bool:
+        """Whether the privacy rule lets another peer compute these layers."""
+        return self._privacy.allows(peer.peer_id, first, last, len(self._shape.layers))
 
     def _called(self, holders: Sequence[tuple[Group, Sequence[Host]]], rows: int) -> Span:
         """The calls of one layer as the dispatcher would make them: every group goes where the layer ends first."""

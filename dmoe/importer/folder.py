@@ -14,7 +14,9 @@ Fails with IntegrityError or LocalError naming the file and the tensor or key.
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,13 +27,15 @@ from numpy.typing import NDArray
 
 from config.errors import IntegrityError, LocalError
 from config.vocabulary import MIB
+from dmoe.core import tensorfile
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import BLOCK, Quantisation
 from dmoe.importer.blocks import mxfp4_layer
 from dmoe.importer.hashing import hash_file
 from dmoe.importer.quantise import convert, float_layer, to_float
 from dmoe.importer.tokenizer import ends_answer
-from dmoe.text import Tokenizer
+from dmoe.plainfile import open_plain
+from dmoe.textaside import AsideTokenizer
 
 Array = NDArray[Any]
 
@@ -47,6 +51,7 @@ _BITS: dict[str, tuple[str, np.dtype[Any]]] = {
 }
 """safetensors' name: ours, and an integer as wide, because numpy has no bfloat16."""
 _KINDS = {name: kind for name, (_, kind) in _BITS.items()} | {"U8": np.dtype("u1")}
+_ITEM_BYTES = {name: kind.itemsize for name, kind in _KINDS.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,10 +213,11 @@ def folder_text(path: Path, vocab: int) -> FolderText:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise IntegrityError("integrity", f"{path} has no tokenizer.json", _tokenizer_hint(path))
-    document, data = _json(file), file.read_bytes()
+    document, data = _json(file), _read(file)
     options = _json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
     template = _template(path, options)
-    count = Tokenizer(data, template).vocabulary
+    with closing(AsideTokenizer(data, template)) as tokenizer:
+        count = tokenizer.vocabulary
     if count > vocab:
         raise IntegrityError("integrity", f"{file} has {count} tokens, the model only {vocab}", _AGAIN)
     return FolderText(data, template, _stop_tokens(path, document, vocab))
@@ -230,7 +236,10 @@ def _tokenizer_hint(path: Path) -> str:
 def _template(path: Path, options: Mapping[str, Any]) -> str:
     found = options.get("chat_template")
     if (path / "chat_template.jinja").is_file():
-        found = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            found = _read(path / "chat_template.jinja").decode()
+        except UnicodeDecodeError as error:
+            raise IntegrityError("integrity", f"{path / 'chat_template.jinja'} is not UTF-8", _AGAIN) from error
     elif isinstance(found, list):  # several by name
         named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
@@ -283,11 +292,18 @@ def _weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
+def _read(path: Path) -> bytes:
+    """A small file. Raises IntegrityError for one that is not plain or not small, LocalError."""
+    with os.fdopen(_plain(path), "rb") as file:
+        data = file.read(JSON_BYTES_MAX + 1)
+    if len(data) > JSON_BYTES_MAX:
+        raise IntegrityError("integrity", f"{path} exceeds the limit of {JSON_BYTES_MAX} bytes")
+    return data
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > JSON_BYTES_MAX:
-            raise IntegrityError("integrity", f"{path} exceeds the limit of {JSON_BYTES_MAX} bytes")
-        value = json.loads(path.read_bytes())
+        value = json.loads(_read(path))
     except OSError as error:
         raise LocalError("local", f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -297,36 +313,40 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _plain(path: Path) -> int:
+    """A descriptor of a file of a folder. A hub's own cache links every file to its store of contents beside it; any
+    other link is refused."""
+    if path.is_symlink():
+        cache, target = path.parent.parent.parent, Path(os.path.realpath(path))
+        if path.parent.parent.name == "snapshots" and target.parent == Path(os.path.realpath(cache / "blobs")):
+            return open_plain(target, links=True)
+    return open_plain(path, links=True)
+
+
 def _map(path: Path) -> mmap.mmap:
+    descriptor = _plain(path)
     try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise LocalError("local", f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # an empty file cannot be mapped
         raise IntegrityError("integrity", f"{path} is not a whole safetensors file: {error}", _AGAIN) from error
+    finally:
+        os.close(descriptor)
 
 
 def _tensors(path: Path, data: mmap.mmap) -> dict[str, _Tensor]:
     try:
-        size = int.from_bytes(data[:8], "little")
-        if not 2 <= size <= min(HEADER_BYTES_MAX, len(data) - 8):
-            raise ValueError(f"a header of {size} bytes is impossible")
-        header = json.loads(data[8 : 8 + size])
-        return {name: _tensor(path, name, entry, data, 8 + size) for name, entry in header.items() if name[:2] != "__"}
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        size = tensorfile.header_size(data[:8], len(data), HEADER_BYTES_MAX)
+        entries = tensorfile.parse(data[8 : 8 + size], len(data) - 8 - size, _ITEM_BYTES)
+        return {name: _tensor(path, entry, data, 8 + size) for name, entry in entries.items()}
+    except ValueError as error:
         raise IntegrityError("integrity", f"{path} is not a whole safetensors file: {error}", _AGAIN) from error
 
 
-def _tensor(path: Path, name: str, entry: Mapping[str, Any], data: mmap.mmap, start: int) -> _Tensor:
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    numbers = (*shape, begin, end)
-    if not all(type(number) is int and 0 <= number <= 1 << 44 for number in numbers) or start + end > len(data):
-        raise ValueError(f"tensor {name[:80]} is outside the file")
-    dtype = str(entry["dtype"])
-    if dtype not in _KINDS:
-        return _Tensor(path, dtype, None, shape)
-    kind = _KINDS[dtype]
-    if end - begin != math.prod(shape) * kind.itemsize:
-        raise ValueError(f"tensor {name[:80]} does not fit its bytes")
-    return _Tensor(path, dtype, np.frombuffer(data, kind, math.prod(shape), start + begin).reshape(shape), shape)
+def _tensor(path: Path, entry: tensorfile.Entry, data: mmap.mmap, start: int) -> _Tensor:
+    if entry.dtype not in _KINDS:
+        return _Tensor(path, entry.dtype, None, entry.shape)
+    kind, count = _KINDS[entry.dtype], math.prod(entry.shape)
+    bits = np.frombuffer(data, kind, count, start + entry.begin) if count else np.zeros(0, kind)
+    return _Tensor(path, entry.dtype, bits.reshape(entry.shape), entry.shape)

@@ -6,6 +6,7 @@ Owns: opening, bounds and types of a GGUF's tensors. Does not own: what they mea
 
 import math
 import mmap
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 from config.errors import IntegrityError, LocalError
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import Quantisation
+from dmoe.importer import ggufscan
 from dmoe.importer.blocks import BLOCK_TYPES, FLOAT_TYPES, block_size, transcode
 from dmoe.importer.hashing import hash_file
 from dmoe.importer.quantise import convert, float_layer, to_float
+from dmoe.plainfile import open_plain
 
 Array = NDArray[Any]
 
@@ -62,17 +65,32 @@ class _File:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise LocalError("not_found", f"{path} is not a file", "give the path of a .gguf file")
+        _scan(path)
         try:
             reader = _Reader(path)
             own = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
             self.metadata: dict[str, Any] = {key: field.contents() for key, field in own.items()}
         except OSError as error:
             raise LocalError("local", f"cannot read {path}: {error.strerror or error}") from error
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
             raise IntegrityError("integrity", f"{path} is not a whole GGUF file: {error}", _AGAIN) from error
         self.path = path
         self.map = reader.map
         self.tensors: dict[str, gguf.ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _scan(path: Path) -> None:
+    """The bounds of a file, before anything is made of it."""
+    descriptor = open_plain(Path(os.path.realpath(path)), links=True)  # the operator named it
+    try:
+        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
+            ggufscan.scan(data)
+    except ValueError as error:
+        raise IntegrityError("integrity", f"{path} is not a whole GGUF file: {error}", _AGAIN) from error
+    except OSError as error:
+        raise LocalError("local", f"cannot read {path}: {error.strerror or error}") from error
+    finally:
+        os.close(descriptor)
 
 
 class GgufSource:

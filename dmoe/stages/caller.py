@@ -11,7 +11,8 @@ lacks through the stages up to that one, and nothing in the answer shows it.
 Invariants:
 1. A pass is all or nothing: if it raises or is cancelled, no sequence has changed.
 2. Which peers compute, in one try or several, does not change a bit of the outputs.
-3. Tries are bounded, in number and in time; when nobody is left for a stage, the error names stage and layers.
+3. No rows go to a peer that the privacy rule keeps from its stage, whoever chose it.
+4. Tries are bounded, in number and in time; when nobody is left for a stage, the error names stage and layers.
 """
 
 import logging
@@ -26,6 +27,7 @@ from config.errors import RequestError, RiosError
 from dmoe import runner as seam
 from dmoe.core.dispatch import Dispatcher
 from dmoe.core.manifest import Manifest
+from dmoe.core.privacy import Privacy
 from dmoe.core.wire import FloatRows
 from dmoe.ports import Buyer
 from dmoe.purse import Purse
@@ -78,26 +80,37 @@ class StageCaller:
         finally:
             self.shared.chains.nursery = None
 
-    def fault(self, manifest: Manifest) -> RiosError | None:
+    def fault(self, manifest: Manifest, privacy: Privacy | None = None) -> RiosError | None:
         """Why a model cannot be run by its stages now, or None."""
         try:
-            self.shared.directions.path(manifest, {}, {}, resting=True)
+            self.shared.directions.path(manifest, {}, {}, resting=True, privacy=privacy)
         except RiosError as error:
             return error
         return None
 
-    def runner(self, manifest: Manifest, ends: Ends, load: Callable[[int], LoadedStage]) -> "StageRunner":
-        """A model by its stages. ``load`` opens one in this process (called in a thread)."""
-        return StageRunner(self.shared, manifest, ends, load)
+    def runner(
+        self, manifest: Manifest, ends: Ends, load: Callable[[int], LoadedStage], privacy: Privacy | None = None
+    ) -> "StageRunner":
+        """A model by its stages. ``load`` opens one in this process (called in a thread). ``privacy``: the rule its
+        sequences keep; None: the operator's."""
+        return StageRunner(self.shared, manifest, ends, load, privacy)
 
 
 class StageRunner:
     """A model over stages (:class:`dmoe.runner.Runner`)."""
 
-    def __init__(self, shared: Shared, manifest: Manifest, ends: Ends, load: Callable[[int], LoadedStage]) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        manifest: Manifest,
+        ends: Ends,
+        load: Callable[[int], LoadedStage],
+        privacy: Privacy | None = None,
+    ) -> None:
         self._manifest = manifest
-        self._legs = Legs(shared, manifest, load)
-        self._passes = StagePasses(shared, manifest, ends)
+        rule = shared.directions.privacy if privacy is None else privacy
+        self._legs = Legs(shared, manifest, load, rule)
+        self._passes = StagePasses(shared, manifest, ends, rule)
 
     async def open(self, capacity: int, *, like: seam.Sequence | None = None, length: int = 0) -> StageSequence:
         """See :class:`dmoe.runner.Runner`."""

@@ -5,7 +5,8 @@ happens after a failure (``caller``).
 
 Invariants:
 1. Stages that a sequence has already stay where they are. One at this node may have its experts elsewhere.
-2. A peer that was refused for a stage is not chosen for it; a stage that nobody is left for is named with its layers.
+2. A peer that the privacy rule keeps from a stage never gets it, whatever stands already or failed.
+3. A peer that was refused for a stage is not chosen for it; a stage that nobody is left for is named with its layers.
 """
 
 from collections import Counter
@@ -17,6 +18,7 @@ from config.vocabulary import PeerId
 from dmoe.core.costs import Host, View, shape_of
 from dmoe.core.manifest import Manifest
 from dmoe.core.plan import Pin, plan
+from dmoe.core.privacy import Privacy
 from dmoe.core.spans import Ask
 from dmoe.planning import Planner
 from p2p.face import Network
@@ -38,10 +40,22 @@ class Directions:
         self._me = network.peer_id
         self._directory = network.directory
 
+    @property
+    def privacy(self) -> Privacy:
+        """The operator's rule."""
+        return self._planner.wishes.privacy
+
     def path(
-        self, manifest: Manifest, fixed: Mapping[int, PeerId], refused: Refused, *, resting: bool = False
+        self,
+        manifest: Manifest,
+        fixed: Mapping[int, PeerId],
+        refused: Refused,
+        *,
+        resting: bool = False,
+        privacy: Privacy | None = None,
     ) -> list[PeerId]:
-        """A peer for each of the model's stages, in order; ``resting``: also of those that rest after failures. Raises
+        """A peer for each of the model's stages, in order; ``resting``: also of those that rest after failures;
+        ``privacy``: the rule in force, the operator's unless a request tightens it. Raises
         RemoteError ``no_replica`` naming stage and layers, LocalError ``unavailable`` for a model without stages."""
         if not manifest.stages:
             raise without_stages(manifest)
@@ -52,7 +66,8 @@ class Directions:
             first, last = manifest.stages[stage].layers
             pins.append(Pin(first, last, self._way_here(manifest, first, last) if peer == self._me else peer))
         hosts = (*wishes.stage_hosts, *fixed.values()) if wishes.stage_hosts else ()
-        wanted = replace(wishes, route="stages", pins=tuple(pins), stage_hosts=hosts)
+        rule = wishes.privacy if privacy is None else privacy
+        wanted = replace(wishes, route="stages", pins=tuple(pins), stage_hosts=hosts, privacy=rule)
         runs = view.runs & {"stages", "mixed"}
         made = plan(shape_of(manifest), replace(view, runs=runs), ASK, wanted)
         if made.chosen is None:

@@ -12,6 +12,7 @@ Invariants:
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -20,6 +21,7 @@ from config.vocabulary import PeerId
 from dmoe.core import stagecalls
 from dmoe.core.dispatch import PEER_WIDE, Dispatcher
 from dmoe.core.manifest import Manifest
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.stagecalls import OpenCall
 from dmoe.ports import Quote
 from dmoe.purse import Purse
@@ -66,10 +68,13 @@ class Shared:
 class Legs:
     """The legs of a model's sequences. ``load`` opens a stage in this process (called in a thread)."""
 
-    def __init__(self, shared: Shared, manifest: Manifest, load: Callable[[int], LoadedStage]) -> None:
+    def __init__(
+        self, shared: Shared, manifest: Manifest, load: Callable[[int], LoadedStage], privacy: Privacy = OPEN
+    ) -> None:
         self._shared = shared
         self._manifest = manifest
         self._load = load
+        self._privacy = privacy
         self._me = shared.network.peer_id
         self._own: dict[int, LoadedStage] = {}
         self._loading = trio.Lock()
@@ -120,7 +125,7 @@ class Legs:
         refused, held = self._refused_now(), self._held_now()
         for stage, peer in fixed.items():
             refused[stage].discard(peer)  # what stands, stands: only its own failure drops it
-        path = self._shared.directions.path
+        path = partial(self._shared.directions.path, privacy=self._privacy)
         try:
             without = {stage: (peers | held) - {fixed.get(stage)} for stage, peers in refused.items()}
             return path(self._manifest, fixed, without)
@@ -191,7 +196,7 @@ class Legs:
             length=length if like is not None else 0,
         )
         header = stagecalls.open_header(asked)
-        hasty = not sequence.patient and has_spare(self._shared, self._manifest, link)
+        hasty = not sequence.patient and has_spare(self._shared, self._manifest, link, self._privacy)
         left_ms = OPEN_PATIENCE_MS if hasty else OPEN_TIMEOUT_MS
         reply = await self._shared.network.call(link.peer, stagecalls.OPEN, header, deadline_ms=left_ms)
         ticket = reply.header.get("ticket")
@@ -290,9 +295,16 @@ class Legs:
         return error
 
 
-def has_spare(shared: Shared, manifest: Manifest, link: Link) -> bool:
-    """Whether somebody other than the link's peer offers its stage; it may rest after a failure."""
+def has_spare(shared: Shared, manifest: Manifest, link: Link, privacy: Privacy = OPEN) -> bool:
+    """Whether somebody other than the link's peer offers its stage, and may compute it; it may rest after a failure."""
+    layers = manifest.architecture.layers
     index = manifest.shard_index(manifest.stages[link.stage].id)
     adverts = shared.network.directory.adverts()
     offering = shared.network.directory.providers(manifest.model_id, index)
-    return any(peer != link.peer and peer in adverts and not adverts[peer].paused for peer in offering)
+    return any(
+        peer != link.peer
+        and peer in adverts
+        and not adverts[peer].paused
+        and privacy.allows(peer, *link.layers, layers)
+        for peer in offering
+    )

@@ -20,6 +20,7 @@ import trio
 from config.errors import RemoteError, RiosError
 from dmoe.core import wire
 from dmoe.core.manifest import Manifest
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.wire import FloatRows
 from dmoe.replicas import now_us
 from dmoe.runner import Feed, Want
@@ -52,11 +53,12 @@ class Work:
 class StagePasses:
     """Ways through a model's stages."""
 
-    def __init__(self, shared: Shared, manifest: Manifest, ends: Ends) -> None:
+    def __init__(self, shared: Shared, manifest: Manifest, ends: Ends, privacy: Privacy = OPEN) -> None:
         self._shared = shared
         self._manifest = manifest
         self._ends = ends
-        self._patience = Patience(shared, manifest)
+        self._privacy = privacy
+        self._patience = Patience(shared, manifest, privacy)
 
     async def group(self, feeds: Items[Feed]) -> list[FloatRows]:
         """The outputs of feeds whose sequences are at the same peers."""
@@ -188,6 +190,7 @@ class StagePasses:
         *,
         is_last: bool,
     ) -> FloatRows:
+        self._check_allowed(work, stages)
         first = work[0].sequence
         way = Way(
             self._manifest.model_id,
@@ -218,6 +221,14 @@ class StagePasses:
             raise
         self._patience.took(way.links, ahead + len(x), trio.current_time() - started)
         return found
+
+    def _check_allowed(self, work: Sequence[Work], stages: Items[int]) -> None:
+        """The last gate before rows leave: hosts were chosen by the same rule."""
+        layers = self._manifest.architecture.layers
+        for link in (each.sequence.legs[stage].link for each in work for stage in stages):
+            assert self._privacy.allows(link.peer, *link.layers, layers), (
+                f"layers {link.layers} are not for {link.peer}"
+            )
 
     def _told(self, account: Account) -> None:
         """A host says what it did: it is there."""

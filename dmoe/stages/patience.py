@@ -17,6 +17,7 @@ import trio
 
 from dmoe.core.hedge import HedgeBudget, Tail
 from dmoe.core.manifest import Manifest
+from dmoe.core.privacy import OPEN, Privacy
 from dmoe.stages.chain import Link
 from dmoe.stages.legs import Shared, has_spare
 
@@ -30,7 +31,8 @@ UNKNOWN = 0.5
 class Patience:
     """The limits of one model's passes."""
 
-    def __init__(self, shared: Shared, manifest: Manifest) -> None:
+    def __init__(self, shared: Shared, manifest: Manifest, privacy: Privacy = OPEN) -> None:
+        self._privacy = privacy
         self.budget = HedgeBudget()
         self._shared = shared
         self._manifest = manifest
@@ -39,7 +41,9 @@ class Patience:
     def until(self, links: Sequence[Link], rows: int, latest: float) -> float:
         """The trio time until which these hosts are waited for; never after ``latest``."""
         self.budget.called()
-        if self.budget.saved < 1 or not all(has_spare(self._shared, self._manifest, link) for link in links):
+        if self.budget.saved < 1 or not all(
+            has_spare(self._shared, self._manifest, link, self._privacy) for link in links
+        ):
             return latest
         return min(latest, trio.current_time() + self._limit_seconds(len(links), rows))
 

@@ -103,6 +103,7 @@ reservations = sa.Table(
     sa.Column("microcredits", sa.BigInteger, nullable=False),
     sa.Column("created_at_ms", sa.BigInteger, nullable=False),
     sa.Column("updated_at_ms", sa.BigInteger, nullable=False, index=True),
+    sa.Column("idempotency_id", _Id, nullable=True, index=True),
     sa.CheckConstraint("microcredits >= 0", name="microcredits"),
 )
 
@@ -122,3 +123,23 @@ usages = sa.Table(
     sa.Column("created_at_ms", sa.BigInteger, nullable=False),
     sa.Index("ix_usages_user_id_created_at_ms", "user_id", "created_at_ms"),
 )
+
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("account_id", _Id, sa.ForeignKey("accounts.id"), nullable=False),
+    sa.Column("body_sha256", sa.LargeBinary(32), nullable=False),
+    sa.Column("holder", sa.String(96), nullable=False),
+    sa.Column("seed", sa.BigInteger, nullable=False),
+    sa.Column("route", sa.String(16), nullable=False),
+    sa.Column("status", sa.Integer, nullable=False),
+    sa.Column("content_type", sa.String(64), nullable=False),
+    sa.Column("answer", sa.LargeBinary, nullable=True),
+    sa.Column("answer_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_at_ms", sa.BigInteger, nullable=False, index=True),
+    sa.Column("updated_at_ms", sa.BigInteger, nullable=False),
+    sa.Index("ix_idempotency_account_id_answer_bytes", "account_id", "answer_bytes"),
+)
+"""Requests under a key. ``holder``: which gateway generates the answer now, empty for none. ``route``: empty until its
+generation was reserved for. ``status``: 0 until it is answered; ``answer`` is compressed."""

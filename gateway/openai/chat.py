@@ -12,11 +12,12 @@ from starlette.responses import Response
 from config.generation import Delta, Finished
 from gateway.openai.choices import Answer
 from gateway.openai.job import Order, Service
+from gateway.openai.keyed import key_of, keyed_answer
 from gateway.openai.logprobs import chat_logprobs
 from gateway.openai.requests import ChatBody, chat_request, read_body
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
 from gateway.openai.tools import call_deltas, whole_calls
-from gateway.request import identify
+from gateway.request import identify, privacy_of
 
 
 async def chat(request: Request) -> Response:
@@ -24,10 +25,13 @@ async def chat(request: Request) -> Response:
     service: Service = request.app.state.service
     principal = await identify(request)
     body = await read_body(request, ChatBody)
-    generation = chat_request(body, request.scope["state"]["request_id"])
+    generation = chat_request(body, request.scope["state"]["request_id"], privacy_of(request))
     order = Order(principal=principal, request=generation, endpoint="chat.completions", choices=body.n or 1)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     shape = ChatShape(body.model, include_usage=include_usage)
+    key = key_of(request)
+    if key:
+        return await keyed_answer(service, order, shape, key, body, streamed=bool(body.stream))
     if body.stream:
         return EventStream(service, order, shape)
     return await whole_answer(service, order, shape)

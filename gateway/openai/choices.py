@@ -45,15 +45,20 @@ class Answer:
 
 
 async def run_jobs(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:
-    """Run the jobs to their ends and settle them; ``take`` gets each piece with its choice, one call at a time. Raises
-    what the first failure raised."""
+    """:func:`generate`, and settle the jobs."""
+    await generate(jobs, take)
+    for job, prompt_tokens in zip(jobs, prompt_shares([job.finished for job in jobs]), strict=True):
+        await job.settle(prompt_tokens)
+
+
+async def generate(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:
+    """Run the jobs to their ends; ``take`` gets each piece with its choice, one call at a time. Raises what the first
+    failure raised."""
     if len(jobs) == 1:  # nearly every request: no task of its own
         async for delta in jobs[0]:
             await take(0, delta)
     else:
         await _side_by_side(jobs, take)
-    for job, prompt_tokens in zip(jobs, prompt_shares([job.finished for job in jobs]), strict=True):
-        await job.settle(prompt_tokens)
 
 
 async def _side_by_side(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:

@@ -11,10 +11,11 @@ from starlette.responses import Response
 from config.generation import Delta, Finished
 from gateway.openai.choices import Answer, best
 from gateway.openai.job import Order, Service
+from gateway.openai.keyed import key_of, keyed_answer
 from gateway.openai.logprobs import completion_logprobs, merged
 from gateway.openai.requests import CompletionBody, completion_request, read_body
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
-from gateway.request import identify
+from gateway.request import identify, privacy_of
 
 
 async def completions(request: Request) -> Response:
@@ -22,12 +23,15 @@ async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     principal = await identify(request)
     body = await read_body(request, CompletionBody)
-    generation = completion_request(body, request.scope["state"]["request_id"])
+    generation = completion_request(body, request.scope["state"]["request_id"], privacy_of(request))
     order = Order(principal=principal, request=generation, endpoint="completions", choices=body.best_of or body.n or 1)
     echo = generation.prompt if body.echo and isinstance(generation.prompt, str) else ""
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     shown = body.logprobs is not None and body.logprobs is not False
     shape = CompletionShape(body.model, echo=echo, include_usage=include_usage, count=body.n or 1, logprobs=shown)
+    key = key_of(request)
+    if key:
+        return await keyed_answer(service, order, shape, key, body, streamed=bool(body.stream))
     if body.stream:
         return EventStream(service, order, shape)
     return await whole_answer(service, order, shape)

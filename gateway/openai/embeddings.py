@@ -18,7 +18,7 @@ from gateway.errors import invalid, unsupported
 from gateway.money import EMBEDDED, Settlement
 from gateway.openai.job import Service, reserve
 from gateway.openai.requests import RiosOptions, check_text, read_body, token_ids
-from gateway.request import identify, json_response
+from gateway.request import identify, json_response, privacy_of
 
 _ENDPOINT = "embeddings"
 
@@ -48,6 +48,7 @@ async def embeddings(request: Request) -> Response:
         request_id=request.scope["state"]["request_id"],
         route=body.rios.route if body.rios is not None else None,
         user=principal.account_id,
+        privacy=privacy_of(request),
     )
     with service.limits.running(key):
         prepared = await service.engine.prepare_embeddings(wanted)

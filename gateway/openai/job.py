@@ -10,6 +10,7 @@ Invariants:
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -25,6 +26,9 @@ from gateway.money import Prices, Reservation, Settlement
 from gateway.ports import Engine
 from gateway.till import Ticket, Till
 
+if TYPE_CHECKING:
+    from gateway.openai.keyed import Runs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
@@ -37,6 +41,15 @@ class Service:
     prices: Prices
     local_prices: Prices
     metrics: Metrics
+    runs: "Runs"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An idempotency key in the database, and as whom this gateway holds it."""
+
+    id: str
+    holder: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +60,7 @@ class Order:
     request: GenerationRequest
     endpoint: str
     choices: int = 1
+    held: Held | None = None
 
     @property
     def limit_key(self) -> str:
@@ -92,8 +106,16 @@ class Job:
 
     async def settle(self, prompt_tokens: int) -> None:
         """Charge for the finished answer, durably: so many tokens of its prompt, and all of its own."""
+        await self._service.till.settle(self.conclude(prompt_tokens))
+
+    def conclude(self, prompt_tokens: int) -> Settlement:
+        """What settles the finished answer; the caller hands it to the till at once."""
         finished = self.finished
-        await self._settle(finished.completion_tokens, finished.reason, prompt_tokens)
+        return self._settlement(finished.completion_tokens, finished.reason, prompt_tokens)
+
+    def stop(self) -> Settlement:
+        """What settles an answer that is ended here, as far as it came; the caller hands it to the till at once."""
+        return self._settlement(self._produced, "cancelled")
 
     def mark_delivered(self) -> None:
         """All that was produced up to now has reached the client."""
@@ -103,13 +125,14 @@ class Job:
         """Settle what has not been: the client left, or something failed."""
         if self._settled:
             return
+        tokens = self._ticket.delivered_tokens if failed else self._produced
+        if self._ticket.reservation.idempotency_id:
+            tokens = 0  # who tries again under the same key gets the same answer, and pays for that
+        settlement = self._settlement(tokens, "failed" if failed else "cancelled")
         with trio.CancelScope(shield=True):  # Till.settle_after_cancel bounds it.
-            if failed:
-                await self._settle(self._ticket.delivered_tokens, "failed")
-            else:
-                await self._settle(self._produced, "cancelled")
+            await self._service.till.settle_after_cancel(settlement)
 
-    async def _settle(self, completion_tokens: int, outcome: str, prompt_tokens: int | None = None) -> None:
+    def _settlement(self, completion_tokens: int, outcome: str, prompt_tokens: int | None = None) -> Settlement:
         reservation = self._ticket.reservation
         settlement = Settlement(
             reservation=reservation,
@@ -117,17 +140,14 @@ class Job:
             completion_tokens=completion_tokens,
             outcome=outcome,
         )
-        # Handed over before anything can be cancelled: from here on the till sees to it.
+        # It is handed over before anything can be cancelled: from here on the till sees to it.
         self._settled = True
         unused = reservation.prompt_tokens + reservation.max_tokens - completion_tokens
         if completion_tokens:
             unused -= settlement.prompt_tokens
             self._service.metrics.observe_tokens(settlement.prompt_tokens, completion_tokens)
         self._service.limits.give_back_tokens(reservation.key_id or reservation.user_id, max(unused, 0))
-        if outcome in ("stop", "length", "tool_calls"):
-            await self._service.till.settle(settlement)
-        else:
-            await self._service.till.settle_after_cancel(settlement)
+        return settlement
 
 
 @asynccontextmanager
@@ -137,7 +157,14 @@ async def open_job(service: Service, order: Order) -> AsyncIterator[Job]:
         request = replace(order.request, user=order.principal.account_id)
         prepared = await service.engine.prepare(request)
         ticket = await reserve(
-            service, order.principal, order.request, order.endpoint, len(prepared.prompt_tokens), prepared.max_tokens
+            service,
+            order.principal,
+            order.request,
+            order.endpoint,
+            len(prepared.prompt_tokens),
+            prepared.max_tokens,
+            held=order.held,
+            route=prepared.route,
         )
         job = Job(service, ticket)
         failed = False
@@ -174,6 +201,9 @@ async def reserve(
     endpoint: str,
     prompt_tokens: int,
     max_tokens: int,
+    *,
+    held: Held | None = None,
+    route: str = "",
 ) -> Ticket:
     """Count a request's worst case and hold its price back. Raises ApiError ``rate_limited``, ``payment_required``."""
     reservation = Reservation(
@@ -188,6 +218,9 @@ async def reserve(
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         prices=service.prices if principal.key_id else service.local_prices,
+        idempotency_id=held.id if held else "",
+        holder=held.holder if held else "",
+        route=route,
     )
     key, worst_case = principal.key_id or principal.user_id, prompt_tokens + max_tokens
     service.limits.take_tokens(key, worst_case)

@@ -14,7 +14,7 @@ import trio
 from msgspec import Meta
 from starlette.requests import Request
 
-from config.generation import GenerationRequest, Message, RouteWish, Sampling
+from config.generation import GenerationRequest, Message, PrivacyWish, RouteWish, Sampling
 from gateway.errors import ApiError, invalid, unsupported
 from gateway.openai.constraints import StructuredOutputs, constraint_of
 from gateway.openai.tools import check_results, message_calls, tool_use
@@ -186,7 +186,7 @@ def _check_neutral(body: msgspec.Struct) -> None:
             raise unsupported(name)
 
 
-def chat_request(body: ChatBody, request_id: str) -> GenerationRequest:
+def chat_request(body: ChatBody, request_id: str, privacy: PrivacyWish = "") -> GenerationRequest:
     """A chat request for the engine."""
     limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
@@ -203,11 +203,12 @@ def chat_request(body: ChatBody, request_id: str) -> GenerationRequest:
         sampling=sampling,
         request_id=request_id,
         route=_route(body),
+        privacy=privacy,
         tool_use=tool_use(body.tools, body.tool_choice, body.parallel_tool_calls),
     )
 
 
-def completion_request(body: CompletionBody, request_id: str) -> GenerationRequest:
+def completion_request(body: CompletionBody, request_id: str, privacy: PrivacyWish = "") -> GenerationRequest:
     """A completion request for the engine."""
     prompt = _prompt(body.prompt)
     if body.echo and not isinstance(prompt, str):
@@ -224,7 +225,12 @@ def completion_request(body: CompletionBody, request_id: str) -> GenerationReque
     if body.echo and body.logprobs is not None and body.logprobs is not False:
         sampling = replace(sampling, prompt_logprobs=True)
     return GenerationRequest(
-        model=body.model, prompt=prompt, sampling=sampling, request_id=request_id, route=_route(body)
+        model=body.model,
+        prompt=prompt,
+        sampling=sampling,
+        request_id=request_id,
+        route=_route(body),
+        privacy=privacy,
     )
 
 

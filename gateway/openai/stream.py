@@ -22,8 +22,8 @@ from gateway.openai.job import Order, Service, open_jobs
 _logger = logging.getLogger("rios.gateway")
 
 KEEP_ALIVE_SECONDS = 10.0
-_DONE = b"data: [DONE]\n\n"
-_HEADERS = (
+DONE = b"data: [DONE]\n\n"
+_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -73,7 +73,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Raises RiosError if the generation fails before anything was sent."""
-        writer = _Writer(send)
+        writer = Writer(send)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.keep_alive)
             failure = await self._run(writer)
@@ -84,7 +84,7 @@ class EventStream(Response):
             raise failure
         await writer.end(b"data: " + error_body(failure) + b"\n\n")
 
-    async def _run(self, writer: "_Writer") -> RiosError | None:
+    async def _run(self, writer: "Writer") -> RiosError | None:
         """The stream up to its end, or what went wrong."""
         shape = self._shape
         try:
@@ -92,14 +92,14 @@ class EventStream(Response):
                 leads = [shape.opening(choice) for choice in range(len(jobs))]
 
                 async def show(choice: int, delta: Delta) -> None:
-                    if delta.text or delta.logprobs or delta.tool_calls or delta.reasoning or delta.prompt_logprobs:
+                    if shows(delta):
                         lead, leads[choice] = leads[choice], b""
                         await writer.write(lead + shape.piece(choice, delta))
                         jobs[choice].mark_delivered()
 
                 await run_jobs(jobs, show)
                 ends = [leads[choice] + shape.closing(choice, job.finished) for choice, job in enumerate(jobs)]
-                tail = b"".join(ends) + shape.usage(joined([job.finished for job in jobs])) + _DONE
+                tail = b"".join(ends) + shape.usage(joined([job.finished for job in jobs])) + DONE
             await writer.end(tail)
         except RiosError as error:
             return error
@@ -110,23 +110,31 @@ class EventStream(Response):
         return None
 
 
-class _Writer:
+def shows(delta: Delta) -> bool:
+    """Whether a piece has something that a client sees."""
+    return bool(delta.text or delta.logprobs or delta.tool_calls or delta.reasoning or delta.prompt_logprobs)
+
+
+class Writer:
     """Sends events; owns when the answer starts and when a comment is due."""
 
     def __init__(self, send: Send) -> None:
         self.started = False
+        self.headers = _HEADERS
         self._send = send
         self._last_time = trio.current_time()
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
+        """Send a piece now."""
         self._last_time = trio.current_time()
         if not self.started:
             self.started = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            await self._send({"type": "http.response.start", "status": 200, "headers": list(self.headers)})
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self._last_time = trio.current_time()
 
     async def end(self, data: bytes) -> None:
+        """Send the last piece."""
         await self.write(data, more=False)
 
     async def keep_alive(self) -> None:

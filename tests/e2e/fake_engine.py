@@ -6,6 +6,7 @@ Stands where the real engine cannot: to fail, wait or run for ever at a given to
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from random import Random
 
 import trio
 
@@ -17,6 +18,7 @@ from config.generation import (
     GenerationRequest,
     ModelInfo,
     PlaceLogprobs,
+    Route,
     TokenLogprob,
 )
 
@@ -30,17 +32,22 @@ class FakePrepared:
     prompt_tokens: tuple[int, ...]
     max_tokens: int
 
+    @property
+    def route(self) -> Route:
+        return self.request.route or "experts"
+
 
 @dataclass
 class FakeEngine:
     """``pause_seconds`` before each token; ``fail_at``/``hang_at``: at this token raise ``error`` / wait for ever;
-    ``endless``: the answer goes on to max_tokens."""
+    ``endless``: the answer goes on to max_tokens. ``seeded``: the words come in an order that the seed tells."""
 
     pause_seconds: float = 0.0
     fail_at: int | None = None
     hang_at: int | None = None
     error: Exception | None = None
     endless: bool = False
+    seeded: bool = False
     fail_choice: int = 0
     running: int = 0
     produced: int = 0
@@ -86,7 +93,9 @@ class FakeEngine:
                 raise self.error or RiosError("no_replica", "no replica of expert 3 answers")
             await trio.sleep(self.pause_seconds)
             self.produced += 1
-            text, sampling = ANSWER[index % len(ANSWER)], prepared.request.sampling
+            sampling = prepared.request.sampling
+            words = Random(sampling.seed).sample(ANSWER, len(ANSWER)) if self.seeded else ANSWER
+            text = words[index % len(words)]
             places = () if sampling.logprobs is None else (_place(index, text, sampling.logprobs),)
             yield Delta(text=text, tokens=(index,), logprobs=places)
         yield Finished(

@@ -191,6 +191,21 @@ async def test_bad_bodies(tmp_path: Path, body: bytes, text: str) -> None:
         assert (await http.post(CHAT, json=BODY)).status_code == 200
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+async def test_the_privacy_header_reaches_the_engine_or_is_refused(tmp_path: Path, path: str) -> None:
+    body = BODY if path == CHAT else {"model": "tiny", "prompt": "hi there"}
+    async with serving(tmp_path) as rig, rig.http() as http:
+        for said, meant in (("", ""), ("trusted", "trusted"), ("Local", "local")):
+            assert (await http.post(path, json=body, headers={"x-rios-privacy": said})).status_code == 200
+            assert rig.engine.requests[-1].privacy == meant
+        for wrong in ("none", "trusted, local", "anybody"):
+            refused = await http.post(path, json=body, headers={"x-rios-privacy": wrong})
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "x-rios-privacy"
+        twice = await http.post(path, json=body, headers=[("x-rios-privacy", "local"), ("x-rios-privacy", "trusted")])
+        assert twice.status_code == 400
+
+
 async def test_huge_body(tmp_path: Path) -> None:
     async with serving(tmp_path, body_bytes_max=10_000) as rig, rig.http() as http:
         huge = {**BODY, "user": "x" * 3_000_000}

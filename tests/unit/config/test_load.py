@@ -104,3 +104,23 @@ def test_a_required_file_must_exist_and_be_readable(tmp_path):
         load(missing, {}, required=True)
     with pytest.raises(ConfigError, match="cannot read"):
         load(tmp_path, {})
+
+
+def test_a_list_of_whole_numbers(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("[dmoe]\nlocal_layers = [2, 1]\n")
+    assert load(file, {}).settings.dmoe.local_layers == (2, 1)
+    assert load(None, {"RIOS_DMOE_LOCAL_LAYERS": "3, 0"}).settings.dmoe.local_layers == (3, 0)
+    assert load(None, {}, ["dmoe.local_layers=[0,4]"]).settings.dmoe.local_layers == (0, 4)
+    for wrong, why in (
+        ("[1]", "list of 2"),
+        ("2", "list of 2"),
+        ("[1, true]", "list of 2"),
+        ("[1, -1]", "each from 0"),
+    ):
+        file.write_text(f"[dmoe]\nlocal_layers = {wrong}\n")
+        with pytest.raises(ConfigError, match="local_layers") as refused:
+            load(file, {})
+        assert why in str(refused.value)
+    with pytest.raises(ConfigError, match="not a list of whole numbers"):
+        load(None, {"RIOS_DMOE_LOCAL_LAYERS": "two,one"})

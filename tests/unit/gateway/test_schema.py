@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -12,6 +13,8 @@ from alembic.script import ScriptDirectory
 
 import gateway.db.migrate as migrate_module
 from config.errors import ConfigError
+from gateway import books
+from gateway.books import Batch
 from gateway.db.migrate import HEAD, migrate
 from gateway.db.models import metadata
 from gateway.db.session import open_database
@@ -50,4 +53,32 @@ def test_an_older_database_is_copied_before_it_is_changed(tmp_path: Path) -> Non
     with copy.connect() as connection:
         assert connection.execute(sa.text("SELECT text FROM kept")).scalar() == "precious"
     copy.dispose()
+    database.close()
+
+
+def test_a_database_of_the_version_before_keeps_what_it_holds(tmp_path: Path) -> None:
+    database = open_database("", tmp_path)
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrate_module.__file__).parent / "migrations"))
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(sa.text("INSERT INTO users VALUES ('u', 'ada', FALSE, 1)"))
+        connection.execute(sa.text("INSERT INTO accounts VALUES ('user:u', 'u', 500, 7)"))
+        columns = "id, instance, account_id, user_id, request_id, endpoint, model, prompt_tokens, completion_tokens, "
+        columns += "input_price, output_price, microcredits, created_at_ms, updated_at_ms"
+        values = "'r', 'here', 'user:u', 'u', 'x', 'chat.completions', 'tiny', 5, 1, 1000000, 1000000, 7, 1, 1"
+        connection.execute(sa.text(f"INSERT INTO reservations ({columns}) VALUES ({values})"))
+    migrate(database)
+    with database.read() as connection:
+        assert migrate_module.current_revision(connection) == HEAD
+    (left,) = books.find_abandoned(database, "here")
+    assert (left.completion_tokens, left.microcredits) == (1, 6)
+    books.write_batch(database, Batch(settle=[left]))
+    with database.read() as connection:
+        assert connection.execute(sa.text("SELECT balance, reserved FROM accounts WHERE id = 'user:u'")).one() == (
+            494,
+            0,
+        )
+    assert (tmp_path / "gateway.db.before-0001").exists()
     database.close()

@@ -7,7 +7,9 @@ import pytest
 
 from config.errors import ConfigError
 from config.settings import Settings
+from dmoe.core.privacy import privacy_of
 from dmoe.core.spans import Ask
+from dmoe.planning import wishes_of
 from node import plan as command
 from node.commands import build_parser
 from tests.unit.dmoe.test_planning import forget_experts, node
@@ -50,6 +52,23 @@ async def test_where_nothing_is_possible_every_route_says_why(tmp_path):
     assert "No route is possible now." in text
     assert text.count("impossible: ") == 5
     assert f"{manifest.expert_shards()[0].id}, " in text
+
+
+async def test_the_rule_of_privacy_is_shown_and_why_it_leaves_a_route_out(tmp_path):
+    async with node(tmp_path) as (models, networks, manifest, _):
+        models.planner.wishes = wishes_of("auto", privacy=privacy_of([networks[1].peer_id], True, (1, 0)))
+        data = await asked(models, networks[0], manifest)
+        text = command.rendered(data)
+        assert (
+            "privacy: dmoe.trusted_peers_only allows this node and the 1 of dmoe.trusted_peers; "
+            "dmoe.local_layers = [1, 0] stay on this node" in text.splitlines()[1]
+        )
+        assert "that is allowed: " in text
+        tight = await asked(models, networks[0], manifest, privacy="local")
+        peers = {peer for each in tight["candidates"] if each["possible"] for s in each["spans"] for peer in s["peers"]}
+        assert peers == {networks[0].peer_id}
+        assert tight["privacy"] == "privacy local: nothing of this request may leave this node"
+    assert vars(build_parser().parse_args(["plan", "m", "--privacy", "local"]))["privacy"] == "local"
 
 
 def test_impossible_sizes_are_refused():

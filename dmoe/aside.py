@@ -1,0 +1,183 @@
+"""A process beside this one for work on a stranger's text: limited in memory and time, killed where it exceeds them.
+
+Owns: starting, asking, killing and restarting it; the frames between both. Does not own: what it does
+(``dmoe/asidework.py``).
+
+The process has no key, no file to write and no descriptor but the one it is asked through. It limits itself before it
+touches anything of a stranger, and an alarm of the kernel ends it even in the middle of a library's loop; beside that
+the asking side kills it at its own deadline.
+
+Invariants:
+1. An answer comes within the deadline, or the process is killed and an IntegrityError says so; the next question starts
+   another one.
+2. One question at a time; safe to ask from several threads. Blocking: ask in a thread.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from config.errors import IntegrityError, LocalError, RequestError
+from config.vocabulary import MIB
+
+FRAME_BYTES_MAX = 512 * MIB
+START_SECONDS = 30.0
+"""For the interpreter and its imports, on a busy machine."""
+_MORE_SECONDS = 2.0
+"""What the asking side waits longer than the process's own alarm."""
+
+
+class Aside:
+    """The process, started when first asked. ``about``: what it works on, for messages; ``setup``: the first question
+    to every process that is started, and how many seconds it may take; ``stopped`` is told when one was killed."""
+
+    def __init__(
+        self,
+        about: str,
+        setup: Sequence[Any],
+        setup_seconds: float,
+        *,
+        memory_bytes: int,
+        stopped: Callable[[IntegrityError], None] = lambda error: None,
+    ) -> None:
+        self.about = about
+        self._setup = setup
+        self._setup_seconds = setup_seconds
+        self._memory_bytes = memory_bytes
+        self._stopped = stopped
+        self._lock = threading.Lock()
+        self._process: _Process | None = None
+        self.ready: Any = None
+        """What the setup was answered with."""
+
+    def ask(self, question: Sequence[Any], seconds: float) -> Any:  # noqa: ANN401 - msgpack
+        """The answer to a question. Raises IntegrityError if the process exceeded its limits or died, and what the work
+        itself raises: RequestError, IntegrityError."""
+        with self._lock:
+            return self._told(self._started(), question, seconds)
+
+    def start(self) -> Any:  # noqa: ANN401 - msgpack
+        """Start it now, and what its setup was answered with. Raises as :meth:`ask`."""
+        with self._lock:
+            self._started()
+            return self.ready
+
+    def close(self) -> None:
+        """End the process; a later question starts another one."""
+        with self._lock:
+            if self._process is not None:
+                self._process.end()
+                self._process = None
+
+    def _told(self, process: "_Process", question: Sequence[Any], seconds: float) -> Any:  # noqa: ANN401 - msgpack
+        try:
+            return process.ask(question, seconds)
+        except IntegrityError as error:
+            if process.ended:
+                self._stopped(error)
+            raise
+
+    def _started(self) -> "_Process":
+        if self._process is None or self._process.ended:
+            process = _Process(self.about, self._memory_bytes)
+            try:
+                self.ready = self._told(process, self._setup, self._setup_seconds)
+            except BaseException:
+                process.end()
+                raise
+            self._process = process
+        return self._process
+
+
+class _Process:
+    def __init__(self, about: str, memory_bytes: int) -> None:
+        self._about = about
+        self.ended = False
+        self._socket, theirs = socket.socketpair()
+        # what the work needs to be imported, and nothing else: no key, no passphrase, no proxy
+        env = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"}
+        env |= {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        command = [sys.executable, "-m", "dmoe.asidework", str(memory_bytes)]
+        try:
+            self._popen = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, cwd="/"
+            )
+        except OSError as error:
+            self._socket.close()
+            raise LocalError("local", f"cannot start a process for {about}: {error.strerror}") from error
+        finally:
+            theirs.close()
+        self.end = weakref.finalize(self, _end, self._popen, self._socket)
+        try:
+            self._read(START_SECONDS)  # it says that it is limited
+        except (OSError, EOFError) as error:
+            self.end()
+            raise LocalError("local", f"the process for {about} did not start", "see that there is memory") from error
+        except BaseException:
+            self.end()
+            raise
+
+    def ask(self, question: Sequence[Any], seconds: float) -> Any:  # noqa: ANN401 - msgpack
+        data = msgspec.msgpack.encode((seconds, *question))
+        try:
+            self._socket.settimeout(seconds + _MORE_SECONDS)
+            self._socket.sendall(len(data).to_bytes(8, "little") + data)
+            kind, *answer = msgspec.msgpack.decode(self._read(seconds + _MORE_SECONDS))
+        except BaseException as error:
+            self.ended = True
+            self.end()
+            if isinstance(error, OSError | EOFError):
+                raise self._gone(error, seconds) from error
+            raise
+        if kind == "done":
+            return answer[0]
+        code, message, hint = answer
+        if kind == "memory":  # what is left of it may be in any state
+            self.ended = True
+            self.end()
+        raise (RequestError if kind == "request" else IntegrityError)(code, message, hint)
+
+    def _gone(self, error: Exception, seconds: float) -> IntegrityError:
+        late = isinstance(error, TimeoutError) or self._popen.returncode == -_SIGALRM
+        what = f"took longer than {seconds:.0f} s" if late else "ended its process (memory, or a fault in a library)"
+        return IntegrityError(
+            "integrity", f"{self._about} {what} and was stopped", "get the model from another publisher"
+        )
+
+    def _read(self, seconds: float) -> bytes:
+        until = monotonic() + seconds
+        size = int.from_bytes(self._exactly(8, until), "little")
+        if size > FRAME_BYTES_MAX:
+            raise EOFError
+        return self._exactly(size, until)
+
+    def _exactly(self, count: int, until: float) -> bytes:
+        parts, missing = [], count
+        while missing:
+            self._socket.settimeout(max(0.001, until - monotonic()))
+            part = self._socket.recv(min(missing, 1 << 20))
+            if not part:
+                raise EOFError
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+
+_SIGALRM = 14
+
+
+def _end(popen: "subprocess.Popen[bytes]", own: socket.socket) -> None:
+    """Whatever state it is in."""
+    with contextlib.suppress(ProcessLookupError):
+        popen.kill()
+    popen.wait()
+    own.close()
