@@ -16,8 +16,9 @@ Invariants:
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from time import perf_counter
 
 import numpy as np
@@ -110,18 +111,20 @@ class Batches:
             expected += loaded.row_seconds
         if expected * len(rows) > INLINE_SECONDS_MAX:
             return None
-        out = []
-        for loaded in shards:
+        out: list[FloatRows] = []
+        for some in _together(shards):
             try:
-                out.append(loaded.shard.partial(layer, rows, experts, weights))
+                out += _partials(some, layer, rows, experts, weights)
             except RiosError:
-                loaded.away.begin(perf_counter())
+                for loaded in some:
+                    loaded.away.begin(perf_counter())
                 return None
             self._last_end = perf_counter()
-            if self._last_end - start > LOOP_SECONDS_LOST:
-                loaded.away.begin(self._last_end)
-            loaded.ran(len(rows), self._last_end - start)
-            loaded.calls_at_once += 1
+            for loaded in some:
+                if self._last_end - start > LOOP_SECONDS_LOST:
+                    loaded.away.begin(self._last_end)
+                loaded.ran(len(rows), (self._last_end - start) / len(some))
+                loaded.calls_at_once += 1
             start = self._last_end
         return out
 
@@ -254,6 +257,24 @@ class Batches:
             self._ready.append(loaded)
         self.idle.set()
         self._start()
+
+
+def _together(shards: Sequence[LoadedShard]) -> Iterator[Sequence[LoadedShard]]:
+    """Those that are asked in one go."""
+    for place, some in groupby(shards, key=lambda loaded: loaded.together and loaded.together.place):
+        if place is None:
+            yield from ((loaded,) for loaded in some)
+        else:
+            yield tuple(some)
+
+
+def _partials(
+    shards: Sequence[LoadedShard], layer: int, rows: FloatRows, experts: Indices | None, weights: Weights | None
+) -> list[FloatRows]:
+    others = [loaded.together for loaded in shards if loaded.together is not None]
+    if len(others) > 1:
+        return others[0].partials(others, layer, rows, experts, weights)
+    return [loaded.shard.partial(layer, rows, experts, weights) for loaded in shards]
 
 
 def _shutting_down() -> RemoteError:

@@ -6,7 +6,7 @@ Owns: the figures of one loaded shard and its queue. Does not own: when it runs 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -56,6 +56,23 @@ class Shard(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+
+
+@runtime_checkable
+class Together(Shard, Protocol):
+    """A shard that may be asked together with others of its ``place``: one way there and back instead of several."""
+
+    place: object
+
+    def partials(
+        self,
+        shards: Sequence["Together"],
+        layer: int,
+        h: FloatRows,
+        experts: Indices | None,
+        weights: Weights | None,
+    ) -> list[FloatRows]:
+        """As :meth:`Shard.partial`, of each of these, all of the same place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +146,11 @@ class LoadedShard:
     batches: int = 0
     batch_rows_max: int = 0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
+    together: Together | None = field(init=False)
+    """The shard, if it may be asked together with others."""
+
+    def __post_init__(self) -> None:
+        self.together = self.shard if isinstance(self.shard, Together) else None
 
     @property
     def free(self) -> bool:

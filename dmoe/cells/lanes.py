@@ -225,9 +225,12 @@ class CellLane(_Side):
         self._bell.send(_BELL.pack(self._number))
         self._answer_rang[0] = self._number
 
-    def give(self, rows: FloatRows) -> None:
-        """Answer with rows."""
-        self._answer_rows[: rows.size] = rows.reshape(-1)
+    def give(self, *parts: FloatRows) -> None:
+        """Answer with rows, matrices one behind the other."""
+        end = 0
+        for rows in parts:
+            begin, end = end, end + rows.nbytes
+            np.frombuffer(self.answer, np.float32, rows.size, begin)[:] = rows.reshape(-1)
         self.reply(ANSWERED)
 
     def fail(self, text: str) -> None:

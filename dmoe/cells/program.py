@@ -41,8 +41,8 @@ MESSAGE_BYTES_MAX = 64 << 10
 class Inside(Protocol):
     """A shard in a cell."""
 
-    def answer(self, lane: CellLane, numbers: Sequence[int]) -> None:
-        """Answer the call whose numbers these are, behind its shard's."""
+    def answer(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, "Inside"]) -> None:
+        """Answer the call whose numbers these are, behind its shard's. ``shards``: all of the cell."""
 
     def close(self) -> None:
         """Free everything."""
@@ -58,14 +58,16 @@ Opener = Callable[[Manifest, Shard, Files, RuntimeOptions], Inside]
 
 
 class ExpertsInside:
-    """An expert shard's calls: numbers are layer, rows, width, choices per row (0: no choice)."""
+    """An expert shard's calls: numbers are layer, rows, width, choices per row (0: no choice), how many other shards
+    shall answer behind this one, and those."""
 
     def __init__(self, manifest: Manifest, shard: Shard, files: ShardFiles, options: RuntimeOptions) -> None:
         self._shard = ExpertShard(manifest, shard, files, options)
 
-    def answer(self, lane: CellLane, numbers: Sequence[int]) -> None:
+    def answer(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> None:
         """See :class:`Inside`."""
-        layer, rows, width, top_k = numbers[:4]
+        layer, rows, width, top_k, count = numbers[:5]
+        others = [shards[number] for number in numbers[5 : 5 + count]]
         h = np.frombuffer(lane.asked, np.float32, rows * width).reshape(rows, width)
         experts: IntRows | None = None
         weights: FloatRows | None = None
@@ -73,7 +75,8 @@ class ExpertsInside:
             experts = np.frombuffer(lane.asked, np.int32, rows * top_k, h.nbytes).reshape(rows, top_k)
             at = h.nbytes + experts.nbytes
             weights = np.frombuffer(lane.asked, np.float32, rows * top_k, at).reshape(rows, top_k)
-        lane.give(self._shard.partial(layer, h, experts, weights))
+        asked = [self._shard, *(other._shard for other in others if isinstance(other, ExpertsInside))]
+        lane.give(*(shard.partial(layer, h, experts, weights) for shard in asked))
 
     def close(self) -> None:
         """See :class:`Inside`."""
@@ -94,7 +97,7 @@ class StageInside:
         self._caches: dict[int, Cache] = {}
         self._lock = threading.Lock()
 
-    def answer(self, lane: CellLane, numbers: Sequence[int]) -> None:
+    def answer(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> None:
         """See :class:`Inside`."""
         with self._lock:
             if numbers[0] == OPEN:
@@ -212,7 +215,7 @@ class Program:
         """Answer the calls of a lane until the parent hangs up."""
         while (numbers := lane.wait()) is not None:
             try:
-                self._shards[numbers[0]].answer(lane, numbers[1:])
+                self._shards[numbers[0]].answer(lane, numbers[1:], self._shards)
             except Exception as error:  # noqa: BLE001 - said to the parent, which decides
                 lane.fail(f"{type(error).__name__}: {error}")
 

@@ -3,8 +3,8 @@
 Owns: how a call on experts is laid out in a lane, its deadline. Does not own: the cell (``cell``).
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,13 @@ from dmoe.cells.content import Store
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
+from dmoe.loaded import Together
 
 CALL_SECONDS_MIN = 2.0
 FLOPS_PER_SECOND_MIN = 1e9
 """A machine that computes more slowly than this on top of the minimum is stuck."""
+TOGETHER_MAX = 8
+"""Shards asked in one call: their numbers stand in a lane's head."""
 
 
 class CellShard:
@@ -41,29 +44,69 @@ class CellShard:
         self._rows_max = max(1, cell.options.asked_bytes // (4 * self._hidden + 8 * self._top_k))
         self._number = cell.load(manifest, shard, store)
 
+    @property
+    def place(self) -> object:
+        """See :class:`dmoe.loaded.Together`: what is in the same cell is asked together."""
+        return self._cell
+
     def partial(
         self, layer: int, h: FloatRows, experts: Indices | None = None, weights: Weights | None = None
     ) -> FloatRows:
         """See :meth:`dmoe.runtime.ExpertShard.partial`. Raises RemoteError ``unavailable`` if the cell is down, ends,
         or does not answer in time."""
-        if len(h) <= self._rows_max:
-            return self._some(layer, h, experts, weights)
-        answers = []
-        for start in range(0, len(h), self._rows_max):  # a row does not depend on those beside it
-            rows = slice(start, start + self._rows_max)
-            chosen = (None, None) if experts is None or weights is None else (experts[rows], weights[rows])
-            answers.append(self._some(layer, h[rows], *chosen))
-        return np.concatenate(answers)
+        (found,) = self._all((self,), layer, h, experts, weights)
+        return found
 
-    def _some(self, layer: int, h: FloatRows, experts: Indices | None, weights: Weights | None) -> FloatRows:
-        rows, top_k = len(h), 0 if experts is None else experts.shape[1]
-        numbers = (self._number, layer, rows, self._hidden, top_k)
+    def partials(
+        self,
+        shards: Sequence[Together],
+        layer: int,
+        h: FloatRows,
+        experts: Indices | None = None,
+        weights: Weights | None = None,
+    ) -> list[FloatRows]:
+        """See :class:`dmoe.loaded.Together`. Raises as :meth:`partial`."""
+        mine = cast("Sequence[CellShard]", shards)  # nothing else has a cell for its place
+        found: list[FloatRows] = []
+        for start in range(0, len(mine), TOGETHER_MAX):
+            found += self._all(mine[start : start + TOGETHER_MAX], layer, h, experts, weights)
+        return found
+
+    def _all(
+        self,
+        shards: Sequence["CellShard"],
+        layer: int,
+        h: FloatRows,
+        experts: Indices | None,
+        weights: Weights | None,
+    ) -> list[FloatRows]:
+        most = max(1, self._rows_max // len(shards))
+        if len(h) <= most:
+            return self._some(shards, layer, h, experts, weights)
+        answers = []
+        for start in range(0, len(h), most):  # a row does not depend on those beside it
+            rows = slice(start, start + most)
+            chosen = (None, None) if experts is None or weights is None else (experts[rows], weights[rows])
+            answers.append(self._some(shards, layer, h[rows], *chosen))
+        return [np.concatenate(parts) for parts in zip(*answers, strict=True)]
+
+    def _some(
+        self,
+        shards: Sequence["CellShard"],
+        layer: int,
+        h: FloatRows,
+        experts: Indices | None,
+        weights: Weights | None,
+    ) -> list[FloatRows]:
+        rows, top_k, count = len(h), 0 if experts is None else experts.shape[1], len(shards)
+        first, *others = (shard._number for shard in shards)
+        numbers = (first, layer, rows, self._hidden, top_k, len(others), *others)
         parts: list[NDArray[Any]] = [np.asarray(h, np.float32)]
         if experts is not None and weights is not None:
             parts += [np.asarray(experts, np.int32), np.asarray(weights, np.float32)]
-        seconds = CALL_SECONDS_MIN + rows * self.shard.flops_per_row / FLOPS_PER_SECOND_MIN
-        with self._cell.ask(numbers, parts, seconds) as lane:
-            return lane.rows(rows, self._hidden)
+        flops = rows * sum(shard.shard.flops_per_row for shard in shards)
+        with self._cell.ask(numbers, parts, CALL_SECONDS_MIN + flops / FLOPS_PER_SECOND_MIN) as lane:
+            return list(lane.rows(count * rows, self._hidden).reshape(count, rows, self._hidden))
 
     def close(self) -> None:
         """Free it."""

@@ -75,11 +75,11 @@ DEEDS = {
 class Hostile(program.ExpertsInside):
     """Experts, and worse."""
 
-    def answer(self, lane, numbers):
+    def answer(self, lane, numbers, shards):
         _, rows, width, _ = numbers[:4]
         deed = int(np.frombuffer(lane.asked, np.float32, 1)[0])
         if deed == HONEST:
-            super().answer(lane, numbers)
+            super().answer(lane, numbers, shards)
         elif deed == ATTEMPTS:
             lane.fail(json.dumps({name: _tried(do) for name, do in DEEDS.items()}))
         elif deed == LOOP:
@@ -103,10 +103,10 @@ class Hostile(program.ExpertsInside):
             ctypes.CDLL(None).ptrace(0, 0, 0, 0)
         elif deed == SCRIBBLE:
             threading.Thread(target=_scribble, args=[lane], daemon=True).start()
-            super().answer(lane, numbers)
+            super().answer(lane, numbers, shards)
         elif deed == MINE:
             threading.Thread(target=_mine, daemon=True).start()
-            super().answer(lane, numbers)
+            super().answer(lane, numbers, shards)
         elif deed == RING:
             for _ in range(200):
                 lane._bell.send(b"\0" * 8)

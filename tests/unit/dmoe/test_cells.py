@@ -16,11 +16,13 @@ import pytest
 import trio
 
 from config.errors import IntegrityError, LocalError, RemoteError
+from dmoe.batches import Batches
 from dmoe.cells import kernel, lanes, sandbox, trial
 from dmoe.cells.cell import Cell, Counters
 from dmoe.cells.cells import Cells
 from dmoe.cells.link import BOOT, Options
 from dmoe.cells.shard import CellShard
+from dmoe.loaded import LoadedShard, Together, plan_of
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.stages.loading import load_stage
 from tests.unit.dmoe import hostile_cell
@@ -115,6 +117,39 @@ def test_a_cell_answers_with_the_same_bits(tmp_path, kwargs):
                 assert (there.partial(layer, h, *routing) == local.partial(layer, h, *routing)).all()
         assert counters.calls == 6
         assert cell.shards == 2
+
+
+@pytest.mark.parametrize("room", [lanes.ASKED_BYTES, 16384])
+def test_groups_of_a_layer_are_asked_together_for_the_same_bits(model, room):
+    store, manifest = model
+    groups = [manifest.expert_shard(0, group) for group in range(len(manifest.sum_groups))]
+    assert len(groups) > 1
+    counters = Counters()
+    cell = Cell("somebody", Options(asked_bytes=room, answer_bytes=room), counters)
+    cell.start()
+    try:
+        cell.wait_up()
+        there = [CellShard(cell, manifest, shard, store) for shard in groups]
+        assert all(isinstance(shard, Together) for shard in there)
+        local = [ExpertShard(manifest, shard, store, OPTIONS) for shard in groups]
+        assert not any(isinstance(shard, Together) for shard in local)
+        for count in (1, 40):
+            h, calls = rows(count, seed=count), counters.calls
+            found = there[0].partials(there, 0, h)
+            for one, other in zip(found, local, strict=True):
+                assert (one == other.partial(0, h)).all()
+            if room == lanes.ASKED_BYTES or count == 1:
+                assert counters.calls - calls == 1
+        batches = Batches(threads=1, queue_rows_max=100, batch_rows_max=100)
+        loaded = [LoadedShard(plan_of(manifest, shard), each) for shard, each in zip(groups, there, strict=True)]
+        calls = counters.calls
+        found = batches.now(loaded, 0, rows(2), None, None)
+        assert found is not None
+        assert counters.calls == calls + 1
+        for one, other in zip(found, local, strict=True):
+            assert (one == other.partial(0, rows(2))).all()
+    finally:
+        cell.close()
 
 
 def test_rows_that_exceed_a_lane_go_in_pieces(model):
