@@ -46,8 +46,14 @@ class Replicas:
             self.refresh()
 
     def refresh(self) -> None:
-        """Tables are made anew."""
+        """Tables are made anew. Also from a thread that the event loop waits for."""
         self._version += 1
+        if trio.lowlevel.in_trio_run():
+            self._tell()
+        else:
+            trio.from_thread.run_sync(self._tell)
+
+    def _tell(self) -> None:
         self.changed.set()
         self.changed = trio.Event()
 

@@ -45,7 +45,7 @@ def test_what_the_doctor_finds_in_a_swarm(swarm):
     assert about(ill, f"proves to be {seed.peer_id}")["level"] == "ok"
     assert about(ill, "another peer answers")["level"] == "warn"
     assert about(ill, "127.0.0.1:1:")["level"] == "warn"
-    assert about(ill, "schema 0001")["level"] == "ok"
+    assert about(ill, "schema 0002")["level"] == "ok"
     named = about(ill, str(manifest))
     assert named["level"] == "fail"
     assert str(manifest.parent) in named["fix"]
