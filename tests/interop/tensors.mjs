@@ -43,10 +43,20 @@ function fromHalf (code) {
 
 const sha256 = (...parts) => parts.reduce((hash, part) => hash.update(part), createHash('sha256')).digest()
 
-export function leaf (model, layer, groups, request, answer) {
-  const what = Buffer.alloc(4 * (1 + groups.length))
-  ;[layer, ...groups].forEach((number, index) => what.writeUInt32LE(number, 4 * index))
-  return sha256(Buffer.from('rios/leaf/1\0'), Buffer.from(model, 'hex'), what, sha256(...request), sha256(answer))
+const digest = (buffers, bf16 = Buffer.alloc(0)) => {
+  const size = Buffer.alloc(4)
+  size.writeUInt32LE(bf16.length)
+  return sha256(size, bf16, ...buffers)
+}
+
+export function leaf (model, layer, groups, rows, device, request, answer) {
+  const kind = Buffer.from(device)
+  const what = Buffer.alloc(5 + kind.length + 4 * (2 + groups.length))
+  what.writeUInt8(kind.length, 0)
+  what.writeUInt32LE(groups.length, 1)
+  kind.copy(what, 5)
+  ;[layer, rows, ...groups].forEach((number, index) => what.writeUInt32LE(number, 5 + kind.length + 4 * index))
+  return sha256(Buffer.from('rios/leaf/2\0'), Buffer.from(model, 'hex'), what, digest(request), digest([answer]))
 }
 
 export function kflop (expertsOfGroups, flopsPerRow, rows, experts) {
