@@ -356,7 +356,7 @@ def _check_money(rig: Rig) -> None:
     sold = [each for worker in rig.workers for each in worker.ask("ledger.channels") if each["side"] == "sell"]
     assert {each["channel"] for each in sold} == set(bought)
     for each in sold:
-        assert 0 < each["paid"] <= each["promised"] <= bought[each["channel"]]["promised"] <= each["lock"]
+        assert 0 <= each["paid"] <= each["promised"] <= bought[each["channel"]]["promised"] <= each["lock"]
         assert not each["stopped"]
     balances = reports[0]["balances"]
     assert [balances[worker.peer_id] for worker in rig.workers] == [
@@ -504,7 +504,8 @@ def test_hostile_peers_change_no_answer_and_no_balance(rig: Rig, text: str, tmp_
             answer, details = rig.ask()
             assert answer == text
             assert set(details["serving"]) <= {worker.peer_id for worker in rig.workers}
-        assert any(hostile.asked.values()), "they had their chance"  # who fails a probe is not asked at all
+        # who fails a probe is not asked again: one of them at least had its chance
+        wait_for(lambda: rig.ask()[0] == text and any(hostile.asked.values()), "a hostile peer to be asked", 40)
         for node in rig.swarm.nodes:
             assert hostile.run(lambda node=node: _bother(hostile, node.peer_id)) == 40 * len(METHODS)
         assert rig.ask()[0] == text
