@@ -12,6 +12,7 @@ import trio
 
 from config.errors import IntegrityError, RemoteError
 from dmoe.core import evidence
+from dmoe.core.privacy import Privacy
 from dmoe.judging import Judging
 from dmoe.store import ModelStore
 from dmoe.trust import Trust
@@ -341,3 +342,18 @@ def test_reputations_survive_restarts_and_a_damaged_file_is_left_behind(tmp_path
     file.write_text('{"peers": {"bad": 1}}')
     assert Trust(file).trusted("bad")
     assert "cannot be read" in caplog.text
+
+
+async def test_an_audit_shows_private_rows_to_nobody_who_may_not_see_them(tmp_path):
+    store, manifest = await model(tmp_path, experts=4)
+    async with trust_swarm(tmp_path, store, manifest) as s:
+        await s.node(serves=False)
+        trusted, _ = await s.node(), await s.node()
+        caller = await s.caller(share=1.0)
+        rule = Privacy(trusted=frozenset((trusted,)), only_trusted=True)
+        await calls(caller, manifest, 20, rows=2, privacy=rule)
+        await until(lambda: sum(caller.audit.counts.values()) >= 10)
+        assert s.workers[1].statistics()["calls"] > 0
+        assert s.workers[2].statistics()["calls"] == 0
+        await calls(caller, manifest, 20, rows=2)  # others' rows may be shown
+        await until(lambda: s.workers[2].statistics()["calls"] > 0)

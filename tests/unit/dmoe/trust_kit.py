@@ -13,6 +13,7 @@ from dmoe.audit import Auditor, Rules
 from dmoe.caller import Caller
 from dmoe.core import verdict, wire
 from dmoe.core.linear import Linear
+from dmoe.core.privacy import OPEN
 from dmoe.core.variant import PLAIN
 from dmoe.graphs import expert_graph
 from dmoe.importer.quantise import quantise_int4, quantise_int8
@@ -275,10 +276,10 @@ def routing(manifest, count, random):
     return Routing(chosen, weights / weights.sum(axis=1, keepdims=True))
 
 
-async def calls(caller, manifest, count, *, rows=1, seed=0, until=lambda: False):
+async def calls(caller, manifest, count, *, rows=1, seed=0, until=lambda: False, privacy=OPEN):
     """So many passes over all layers with random rows; how many there were until ``until``."""
     random = np.random.default_rng(seed)
-    session = caller.session(manifest)
+    session = caller.session(manifest, privacy)
     for number in range(count):
         if until():
             return number
