@@ -182,6 +182,10 @@ class Planner:
             self._stage_layer_us.clear()
         self._stage_layer_us[key] = _moved(self._stage_layer_us.get(key), service_us / max(1, layers * rows))
 
+    def answered_at_us(self, peer: PeerId) -> int | None:
+        """When a peer last answered a call, by :func:`dmoe.replicas.now_us`; None if never."""
+        return self._caller.dispatcher.answered_at_us(peer)
+
     def spreads(self, manifest: Manifest, first: int, last: int) -> bool:
         """Whether these layers, where they run here, have their experts elsewhere: pinned so, or not on this disk."""
         groups = {group.shard for layer in self._shape(manifest).layers[first : last + 1] for group in layer}

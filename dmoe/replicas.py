@@ -14,12 +14,10 @@ from config.vocabulary import PeerId
 from dmoe.core.dispatch import Dispatcher, Replica
 from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.routes import ModelMap, Place, Table, paused_with, row_us_of, table_of
+from dmoe.sightings import KNOWN_MAX, Sightings, answered_ago
 from dmoe.trust import Trust
 from dmoe.worker import Worker
 from p2p.face import Network
-
-KNOWN_MAX = 8
-"""Of so many replicas of a shard it is remembered when they were last seen."""
 
 
 class Replicas:
@@ -34,7 +32,7 @@ class Replicas:
         self._worker = worker
         self._version = 0
         self._tables: dict[tuple[str, Privacy], tuple[tuple[int, int], Table]] = {}
-        self._last_seen: dict[tuple[str, int], dict[PeerId, float]] = {}
+        self._sightings = Sightings()
         self.trust: Trust | None = None
         """Whom this node trusts; None: everybody."""
 
@@ -92,12 +90,7 @@ class Replicas:
     def _remember(self, model: ModelMap, table: Table, now: float) -> None:
         """Who offers what at this moment."""
         for shard, peers in {need.shard: need.replicas for needs in table.needs for need in needs}.items():
-            seen = self._last_seen.setdefault((model.model_id, shard), {})
-            for replica in peers[:KNOWN_MAX]:
-                seen.pop(replica.peer_id, None)  # the latest come last
-                seen[replica.peer_id] = now
-            while len(seen) > KNOWN_MAX:
-                del seen[next(iter(seen))]
+            self._sightings.saw(model.model_id, shard, [replica.peer_id for replica in peers[:KNOWN_MAX]], now)
 
     def why_missing(self, model: ModelMap, layer: int, place: Place, privacy: Privacy = OPEN) -> str:
         """Where the replicas of a sum group have gone, for the error that says so: when each of those that are known
@@ -108,29 +101,20 @@ class Replicas:
         offered = place.shard in table.offered
         if offered:
             self._remember(model, table, now)
-        known = self._last_seen.get((model.model_id, place.shard), {})
-        each = ", ".join(
-            f"{peer} ({_ago(now - when)}, {self._answered(peer)})" for peer, when in reversed(known.items())
-        )
         if offered:
+            each = self._sightings.each(model.model_id, place.shard, now, self._answered)
             return f"it is offered, but every call to it failed; replicas: {each}"
         if self.trust is not None and self.every(model).get(place.shard):
             return "those who offer it gave wrong answers (rios audit ls)"
-        last = max(known.values(), default=None)
-        when = f"last seen {now - last:.0f} s ago; replicas: {each}" if last is not None else "it was never seen"
+        when = self._sightings.gone(model.model_id, place.shard, now, self._answered)
         if paused := paused_with(model.model_id, place.shard, self._network.directory.adverts()):
             when += f"; {paused} that hold it are paused by their operators"
         return when
 
     def _answered(self, peer: PeerId) -> str:
-        at_us = self.dispatcher.answered_at_us(peer)
-        return "never answered" if at_us is None else f"last answered {(now_us() - at_us) / 1e6:.0f} s ago"
+        return answered_ago(self.dispatcher.answered_at_us(peer), now_us())
 
 
 def now_us() -> int:
     """The dispatcher's clock."""
     return perf_counter_ns() // 1000
-
-
-def _ago(seconds: float) -> str:
-    return f"last seen {seconds:.0f} s ago" if seconds >= 1 else "seen now"

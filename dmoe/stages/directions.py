@@ -6,12 +6,15 @@ happens after a failure (``caller``).
 Invariants:
 1. Stages that a sequence has already stay where they are. One at this node may have its experts elsewhere.
 2. A peer that the privacy rule keeps from a stage never gets it, whatever stands already or failed.
-3. A peer that was refused for a stage is not chosen for it; a stage that nobody is left for is named with its layers.
+3. A peer that was refused for a stage is not chosen for it; a stage that nobody is left for is named with its layers
+   and with who had it, when each was last seen and when it last answered.
 """
 
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+
+import trio
 
 from config.errors import LocalError, RemoteError
 from config.vocabulary import PeerId
@@ -21,10 +24,14 @@ from dmoe.core.plan import Pin, plan
 from dmoe.core.privacy import Privacy
 from dmoe.core.spans import Ask
 from dmoe.planning import Planner
+from dmoe.replicas import now_us
+from dmoe.sightings import KNOWN_MAX, Sightings, answered_ago
 from p2p.face import Network
 
 ASK = Ask(prompt_tokens=256, answer_tokens=256)
 SHAPES_MAX = 64
+GONE_MAX = 4
+"""An error tells of so many stages where they have gone."""
 
 Refused = Mapping[int, Collection[PeerId]]
 """Stage -> the peers that shall not be asked for it."""
@@ -37,6 +44,7 @@ class Directions:
         self.legs: Counter[PeerId] = Counter()
         """Stages of this node's own sequences at each peer."""
         self._planner = planner
+        self._sightings = Sightings()
         self._me = network.peer_id
         self._directory = network.directory
 
@@ -73,8 +81,33 @@ class Directions:
         if made.chosen is None:
             why = next(each.why_not for each in made.candidates if each.kind == "stages")
             hint = "start a node that serves it, or raise its replica count"
-            raise RemoteError("no_replica", f"{manifest.name}: {why}", hint)
+            raise RemoteError("no_replica", f"{manifest.name}: {why}{self._gone(manifest)}", hint)
         return self._peers_of(manifest, made.chosen.spans)
+
+    def ran(self, manifest: Manifest, stage: int, peer: PeerId) -> None:
+        """A peer ran a stage just now: it is there, whatever the directory says of it next."""
+        shard = manifest.shard_index(manifest.stages[stage].id)
+        self._sightings.saw(manifest.model_id, shard, (peer,), trio.current_time())
+
+    def seen(self, manifest: Manifest, stage: int) -> str:
+        """Who had a stage, when each was last seen and when it last answered; the latest first."""
+        shard = manifest.shard_index(manifest.stages[stage].id)
+        return self._sightings.each(manifest.model_id, shard, trio.current_time(), self._answered)
+
+    def _answered(self, peer: PeerId) -> str:
+        return answered_ago(self._planner.answered_at_us(peer), now_us())
+
+    def _gone(self, manifest: Manifest) -> str:
+        """What became of the stages that nobody offers any more."""
+        found, now = [], trio.current_time()
+        for stage in manifest.stages:
+            shard = manifest.shard_index(stage.id)
+            if not self._directory.providers(manifest.model_id, shard):
+                first, last = stage.layers
+                when = self._sightings.gone(manifest.model_id, shard, now, self._answered)
+                found.append(f"{stage.id} (layers {first} to {last}): {when}")
+        more = f"; and {len(found) - GONE_MAX} more stages" if len(found) > GONE_MAX else ""
+        return "".join(f"; {each}" for each in found[:GONE_MAX]) + more
 
     def _way_here(self, manifest: Manifest, first: int, last: int) -> str:
         return "experts" if self._planner.spreads(manifest, first, last) else "here"
@@ -98,6 +131,7 @@ class Directions:
             for peer in peers:
                 without.setdefault(peer, set()).add(manifest.shard_index(manifest.stages[stage].id))
         view, adverts = self._planner.view(manifest), self._directory.adverts()
+        self._remember(manifest, view)
 
         def seen(host: Host) -> Host:
             shards = host.shards - without.get(host.peer_id, set())
@@ -106,6 +140,14 @@ class Directions:
             return replace(host, shards=shards, queue_rows=queue_rows, barred=barred)
 
         return replace(view, peers=tuple(seen(host) for host in view.peers))
+
+    def _remember(self, manifest: Manifest, view: View) -> None:
+        """Who offers which stage at this moment."""
+        now = trio.current_time()
+        for stage in manifest.stages:
+            shard = manifest.shard_index(stage.id)
+            holders = [host.peer_id for host in view.peers if shard in host.shards]
+            self._sightings.saw(manifest.model_id, shard, holders[:KNOWN_MAX], now)
 
 
 def without_stages(manifest: Manifest) -> LocalError:

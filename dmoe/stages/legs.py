@@ -6,7 +6,7 @@ tries (``caller``), the choice among hosts (``directions``).
 Invariants:
 1. Every leg that was opened is let go once.
 2. A peer that failed a stage is passed over for a while; where nobody else is left it is probed, but not by everybody.
-3. When nobody is left for a stage, the error names stage and layers.
+3. When nobody is left for a stage, the error names stage and layers, who had it and when each was last seen.
 """
 
 import logging
@@ -282,10 +282,13 @@ class Legs:
             self._refused.setdefault(stage, {})[link.peer] = trio.current_time() + pause
 
     def exhausted(self, failures: Sequence[StageError]) -> RiosError:
+        """The error that ends a pass whose tries are over; for a while it also ends those that find nobody."""
         failed = failures[-1]
         first, last = failed.link.layers
         shard = self._manifest.stages[failed.link.stage].id
         message = f"{self._manifest.name}, {shard} (layers {first} to {last}): {failed.error.message}"
+        if seen := self._shared.directions.seen(self._manifest, failed.link.stage):
+            message += f"; replicas: {seen}"
         error: RiosError = RemoteError(
             "no_replica", message, "start another node that serves it", peer_id=failed.link.peer
         )

@@ -233,6 +233,7 @@ class StagePasses:
     def _told(self, account: Account) -> None:
         """A host says what it did: it is there."""
         self._shared.dispatcher.seen(account.link.peer, now_us())
+        self._shared.directions.ran(self._manifest, account.link.stage, account.link.peer)
         self._shared.measured(self._manifest.model_id, account)
 
     def pass_seconds(self, stages: int) -> float:

@@ -1,5 +1,7 @@
 """Stages over a network in memory: whoever computes, and whatever fails, the same bits come out."""
 
+import re
+
 import msgspec
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from config.errors import BusyError, IntegrityError, RemoteError, RequestError
 from dmoe.core import stagecalls, wire
 from dmoe.core.hedge import SAVED_MAX, SHARE
 from dmoe.runner import Feed
+from dmoe.stages.legs import GIVEN_UP_SECONDS
 from tests.unit.dmoe.stages_kit import PRICED, staged, swarm
 from tests.unit.dmoe.swarm_kit import CountingBuyer, CountingSeller
 
@@ -282,6 +285,84 @@ async def test_a_stage_that_nobody_holds_is_named_with_its_layers(manifest):
         (after,) = await runner.forward([Feed(sequence=sequence, tokens=(1,))])
         assert np.array_equal(after, await single(manifest, (*TEXT, 1), steps=1))
         assert last.host.statistics()["sequences"] == 1
+
+
+async def test_the_error_says_where_a_stage_has_gone_and_when_it_was_last_seen(manifest, autojump_clock):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        with pytest.raises(RemoteError, match=r"stage-l01-01 \(layers 1 to 1\): it was never seen"):
+            await nodes[1].unload(1)
+            await runner.open(100)
+        nodes[1].load(1)
+        sequence = await runner.open(100)
+        await runner.forward([Feed(sequence=sequence, tokens=TEXT)])
+        await trio.sleep(60)
+        await runner.forward([Feed(sequence=sequence, tokens=(1,))])  # it answers: seen, though nobody looked for it
+        await trio.sleep(20)
+        net.hub.kill(nodes[1].peer_id)
+        await trio.sleep(20)
+        gone = re.escape(nodes[1].peer_id) + r" \(last seen (\d+) s ago, last answered \d+ s ago\)"
+        for ask in (
+            lambda: runner.forward([Feed(sequence=sequence, tokens=(1,))]),
+            lambda: runner.open(100),
+        ):
+            await trio.sleep(GIVEN_UP_SECONDS)
+            with pytest.raises(RemoteError) as error:
+                await ask()
+            assert error.value.code == "no_replica"
+            told = re.search(gone, error.value.message)
+            assert told, error.value.message
+            assert 35 < int(told[1]) < 75
+        assert f"stage-l01-01 (layers 1 to 1): last seen {told[1]} s ago; replicas: " in error.value.message
+        assert "stage-l00-00" not in error.value.message
+
+
+async def test_replicas_of_a_stage_that_are_there_and_fail_are_named(manifest):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        sequence = await runner.open(100)
+        nodes[1].segments[1].fault = ValueError("broken")
+        with pytest.raises(RemoteError, match=r"stage-l01-01 \(layers 1 to 1\): ") as error:
+            await runner.forward([Feed(sequence=sequence, tokens=TEXT)])
+        assert f"replicas: {nodes[1].peer_id} (seen now, " in error.value.message
+
+
+@pytest.mark.parametrize("last", [0, 1])
+async def test_who_failed_a_stage_last_is_probed_last(manifest, alone, last):
+    """All replicas rest after a failure: the one whose failure is older may be well again, the other failed just now."""
+    async with swarm(manifest) as net:
+        await net.node(0)
+        both = [await net.node(1), await net.node(1)]
+        await net.node(2)
+        latest, older = both[last], both[1 - last]
+        runner = await net.runner()
+        now = trio.current_time()
+        runner._legs._refused[1] = {latest.peer_id: now + 30, older.peer_id: now + 20}
+        sequence = await runner.open(200)
+        assert sequence.legs[1].link.peer == older.peer_id
+        assert np.array_equal(await answer(runner, sequence=sequence), alone)
+        net.hub.kill(older.peer_id)
+        sequence = await runner.open(200)
+        assert sequence.legs[1].link.peer == latest.peer_id, "at last even that one: better a probe than an error"
+
+
+@pytest.mark.parametrize("last", [0, 1])
+async def test_what_stands_is_kept_where_its_host_was_the_last_to_fail(manifest, last):
+    async with swarm(manifest) as net:
+        ends, middles = await net.node(0, 2), [await net.node(1), await net.node(1)]
+        latest, older = middles[last], middles[1 - last]
+        runner = await net.runner()
+        sequence = await runner.open(200)
+        await runner.forward([Feed(sequence=sequence, tokens=TEXT)])
+        sequence.drop(1)
+        now = trio.current_time()
+        refused = {0: {ends.peer_id: now + 30}, 1: {latest.peer_id: now + 30, older.peer_id: now + 20}}
+        runner._legs._refused.update(refused)
+        await runner.forward([Feed(sequence=sequence, tokens=(1,))])
+        assert [sequence.legs[stage].link.peer for stage in range(3)] == [ends.peer_id, older.peer_id, ends.peer_id]
+        assert ends.host.statistics()["sequences"] == 2, "its caches are those it had"
 
 
 async def test_hosts_that_do_not_reach_each_other_answer_here(manifest, alone):
