@@ -1,7 +1,7 @@
 """The daemon: starts every part of a node in the order in which they need each other, and ends them backwards.
 
 Owns: life cycle, wiring, health. Does not own: any behaviour of the parts; what operators may ask of a running node
-stands in ``operator``.
+stands in ``operator``, how the parts that compute are joined in ``work``.
 
 Invariants:
 1. One daemon per data folder (a lock that the operating system drops if the process dies).
@@ -18,55 +18,37 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import msgspec
-import psutil
 import trio
 from prometheus_client import CollectorRegistry
 
 from config.errors import EXIT_OK, LocalError, RiosError
 from config.files import naming, write_whole
 from config.paths import PAUSE_NOTE, Paths
-from config.settings import DmoeSettings, Settings, chosen_route
-from config.vocabulary import KFLOP_PER_TFLOP, MIB
+from config.settings import Settings
+from config.vocabulary import MIB
 from dmoe import hardware
-from dmoe.audit import Auditor, Rules
 from dmoe.caller import Caller
 from dmoe.cells.cells import Cells
-from dmoe.cells.link import Options as CellOptions
-from dmoe.core.manifest import Manifest, Shard
-from dmoe.core.plan import KINDS
-from dmoe.core.privacy import Privacy, privacy_of
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
-from dmoe.judging import Judging
-from dmoe.models import StoredModels, SwarmExperts
-from dmoe.passes import PassOptions
-from dmoe.planning import Planner, wishes_of
-from dmoe.ports import Quote
-from dmoe.purse import Purse
-from dmoe.replicas import Replicas
-from dmoe.runtime import ExpertShard, RuntimeOptions, check_version
+from dmoe.planning import Planner
+from dmoe.runtime import RuntimeOptions, check_version
 from dmoe.stages.caller import StageCaller
-from dmoe.stages.chain import Account
-from dmoe.stages.directions import Directions
-from dmoe.stages.host import Limits, StageHost
-from dmoe.stages.loading import load_stage
+from dmoe.stages.host import StageHost
 from dmoe.store import ModelStore
-from dmoe.trust import Trust
 from dmoe.worker import Worker
-from ledger.core.genesis import Genesis
 from ledger.ledger import Ledger, open_ledger
-from node import control, founding, membership, metrics, operator
+from node import control, founding, membership, metrics, operator, work
 from node.cli import VERSION, root_cause
 from p2p import keyfile, swarmfile
 from p2p.core.advert import Advert
-from p2p.core.identity import Identity, peer_id_of
+from p2p.core.identity import Identity
 from p2p.network import PeerNetwork, open_network
 
 log = logging.getLogger("rios.node")
@@ -74,7 +56,6 @@ log = logging.getLogger("rios.node")
 STOP_SECONDS_MAX = 4.5
 DRAIN_SECONDS_MAX = 1.5
 DISK_FREE_BYTES_MIN = 16 * MIB
-MEASURED_ROWS_MAX = 8
 
 
 class Node:
@@ -277,7 +258,7 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
     allow = (*settings.p2p.allow, *(swarm.allow if swarm else ()))
     p2p_settings = replace(settings.p2p, seeds=listed, seeds_file="", allow=allow)
     async with AsyncExitStack() as stack:
-        node.cells = _cells(node)
+        node.cells = work.cells_of(node)
         stack.callback(node.cells.close)
         node.network = await stack.enter_async_context(
             open_network(
@@ -297,7 +278,7 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
             stack.push_async_callback(node.ledger.aclose)
         else:
             log.warning("no genesis file %s: this node neither pays nor is paid", paths.genesis)
-        await _start_work(node, nursery, genesis)
+        await work.start_work(node, nursery, genesis)
         await _start_edges(node, stack, nursery)
         gc.collect()
         gc.freeze()  # what is loaded stays: collections need not walk it again in the middle of an answer
@@ -312,221 +293,6 @@ async def _background() -> AsyncIterator[trio.Nursery]:
             yield nursery
         finally:
             nursery.cancel_scope.cancel()
-
-
-async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None) -> None:
-    settings, network, identity = node.settings, node.network, node.identity
-    quote = Quote(
-        _quote_number(settings), settings.ledger.microcredits_per_tflop, settings.ledger.microcredits_per_kv_unit
-    )
-    node.worker = Worker(
-        network,
-        quote=quote,
-        seller=node.ledger.seller if node.ledger else None,
-        threads=node.options.thread_count,
-        queue_rows_max=settings.dmoe.queue_rows_max,
-        batch_rows_max=settings.dmoe.batch_rows_max,
-        device=hardware.device_class(node.options.providers()[0]),
-    )
-    node.worker.paused = node.paths.paused.exists()
-    if node.worker.paused:
-        log.warning("paused by its operator: this node takes no work; rios resume ends that")
-    node.caller = Caller(
-        network,
-        worker=node.worker,
-        buyer=node.ledger.buyer if node.ledger else None,
-        call_timeout_ms=settings.dmoe.call_timeout_ms,
-        renormalise=settings.dmoe.on_missing == "renormalise",
-        audits=partial(_auditor, node) if settings.dmoe.audit_share else None,
-    )
-    ram_bytes_max = _ram_bytes_max(settings)
-    node.stage_host = StageHost(
-        network,
-        quote=quote,
-        seller=node.ledger.seller if node.ledger else None,
-        limits=_stage_limits(settings, ram_bytes_max),
-        paused=lambda: node.worker.paused,
-    )
-    privacy = privacy_rule(settings.dmoe)
-    node.hosting = Hosting(
-        network,
-        node.store,
-        node.worker,
-        load=node.cells.load,
-        state_file=node.paths.hosting,
-        publishers=allowed_publishers(node, genesis),
-        disk_bytes_max=settings.dmoe.disk_bytes_max,
-        ram_bytes_max=ram_bytes_max,
-        serve=settings.dmoe.serve,
-        stages=node.stage_host,
-        load_stage=node.cells.load_stage,
-        keeps=partial(_keeps, privacy),
-    )
-    models = StoredModels(
-        node.store,
-        SwarmExperts(node.caller),
-        node.options,
-        identity.peer_id,
-        chosen=_chosen(node.store, settings),
-        privacy=privacy,
-    )
-    route = chosen_route(settings.dmoe)
-    node.planner = models.planner = Planner(
-        network,
-        node.caller,
-        models.held,
-        wishes_of(route, settings.dmoe.stage_hosts, settings.dmoe.plan_pins, settings.dmoe.plan_price_weight, privacy),
-        threads=node.options.thread_count,
-        runs=KINDS,
-        loaded=node.worker.indices,
-    )
-    node.stages = models.stages = StageCaller(
-        network,
-        node.stage_host,
-        Directions(node.planner, network),
-        node.caller.dispatcher,
-        buyer=node.ledger.buyer if node.ledger else None,
-        timeout_ms=settings.dmoe.call_timeout_ms,
-        measured=partial(_measured, node.planner),
-        may_forward=settings.dmoe.stage_forwarding,
-    )
-    node.engine = Engine(
-        models,
-        generations_max=settings.dmoe.generations_max,
-        waiting_max=settings.dmoe.waiting_max,
-        kv_tokens_max=settings.dmoe.kv_tokens_max,
-        passes=pass_options(settings.dmoe),
-        draft_model=settings.dmoe.draft_model,
-        default_route=route,
-    )
-    parts = (node.worker.run, node.caller.run, node.stage_host.run, node.stages.run, node.hosting.run, node.engine.run)
-    for part in parts:
-        await nursery.start(part)
-    bring = node.hosting.ensure_whole if route in ("fused", "local") else node.hosting.ensure_trunk
-    for name in settings.dmoe.orchestrate:
-        nursery.start_soon(_bring, bring, name)
-
-
-def _auditor(node: Node, purse: Purse, replicas: Replicas) -> Auditor:
-    """Who looks at the answers of peers."""
-    dmoe = node.settings.dmoe
-
-    async def fetch(manifest: Manifest, shard: Shard) -> None:
-        await node.hosting.bring(manifest, shard)
-
-    return Auditor(
-        node.network,
-        purse,
-        replicas,
-        node.worker,
-        Judging(node.store),
-        Trust(node.paths.trust),
-        Rules(dmoe.audit_share, node.paths.evidence, dmoe.call_timeout_ms),
-        notary=node.ledger.buyer if node.ledger else None,
-        fetch=fetch,
-        blame=node.network.doors.blame,
-    )
-
-
-def privacy_rule(dmoe: DmoeSettings) -> Privacy:
-    """Who may see hidden states, from the settings. Raises ConfigError."""
-    return privacy_of(dmoe.trusted_peers, dmoe.trusted_peers_only, dmoe.local_layers)
-
-
-def _keeps(privacy: Privacy, manifest: Manifest, shard: Shard) -> bool:
-    """Whether a shard has experts of layers that stay here."""
-    layers = manifest.architecture.layers
-    return shard.kind == "expert" and any(privacy.keeps(layer, layers) for layer in shard.layers)
-
-
-def pass_options(dmoe: DmoeSettings) -> PassOptions:
-    """The bounds of passes, from the settings."""
-    return PassOptions(
-        rows_max=dmoe.pass_rows_max,
-        drafts_max=dmoe.drafts_max,
-        prefix_positions_max=dmoe.prefix_cache_tokens,
-    )
-
-
-def _cells(node: Node) -> Cells:
-    """Where the shards served here run."""
-    dmoe = node.settings.dmoe
-    return Cells(
-        node.store,
-        lambda manifest, shard: ExpertShard(manifest, shard, node.store, node.options),
-        lambda manifest, shard: load_stage(manifest, shard, node.store, node.options),
-        own=node.identity.peer_id,
-        mode=dmoe.sandbox,  # type: ignore[arg-type]
-        allow_unsandboxed=dmoe.allow_unsandboxed,
-        device=dmoe.device,
-        options=CellOptions(
-            threads=node.options.thread_count,
-            call_seconds_max=dmoe.call_timeout_ms / 1000,
-            kv_bytes_max=_stage_limits(node.settings, _ram_bytes_max(node.settings)).kv_bytes_max,
-        ),
-    )
-
-
-def _ram_bytes_max(settings: Settings) -> int:
-    """Memory offered for shards."""
-    total: int = psutil.virtual_memory().total
-    return settings.dmoe.ram_bytes_max or total // 2
-
-
-def _stage_limits(settings: Settings, ram_bytes_max: int) -> Limits:
-    """What this node gives to stages."""
-    dmoe = settings.dmoe
-    return Limits(
-        sequences_max=dmoe.stage_sequences_max,
-        kv_bytes_max=dmoe.stage_kv_bytes_max or ram_bytes_max // 4,
-        ram_bytes_max=ram_bytes_max,
-        idle_seconds=dmoe.stage_idle_seconds,
-        queue_rows_max=dmoe.queue_rows_max,
-        batch_rows_max=dmoe.batch_rows_max,
-    )
-
-
-def _measured(planner: Planner, model_id: str, account: Account) -> None:
-    """The planner learns how fast a host is from runs of few rows, in which it did not wait."""
-    if account.rows <= MEASURED_ROWS_MAX:
-        first, last = account.link.layers
-        spent = account.service_us - account.waited_us
-        planner.measured_stage(model_id, account.link.peer, last - first + 1, account.rows, spent)
-
-
-async def _bring(bring: Callable[[str], Awaitable[object]], name: str) -> None:
-    """Fetch what answering with a model needs; a publisher that is not allowed is said once, not fatal."""
-    try:
-        await bring(name)
-    except RiosError as error:
-        log.error("dmoe.orchestrate: %s: %s", name, error)
-
-
-def _chosen(store: ModelStore, settings: Settings) -> Callable[[Manifest], bool]:
-    """Which models requests are answered with: those listed, else all whose trunk is here."""
-    listed = frozenset(settings.dmoe.orchestrate)
-    if listed and settings.dmoe.draft_model:
-        listed |= {settings.dmoe.draft_model}
-
-    def chosen(manifest: Manifest) -> bool:
-        if listed:
-            return manifest.name in listed or manifest.model_id in listed
-        return all(store.path(manifest.model_id, file).exists() for file in manifest.trunk.files)
-
-    return chosen
-
-
-def _quote_number(settings: Settings) -> int:
-    """Names a price: the same number for the same price, so that a restart does not make callers ask again."""
-    price = settings.ledger
-    return price.microcredits_per_tflop * KFLOP_PER_TFLOP + price.microcredits_per_kv_unit
-
-
-def allowed_publishers(node: Node, genesis: Genesis | None) -> frozenset[str]:
-    """Whose models this node takes: its own, those the operator lists, and (if none are listed) the issuer's."""
-    listed = node.settings.dmoe.publishers
-    issuer = [] if listed or genesis is None else [peer_id_of(genesis.issuer)]
-    return frozenset([node.identity.peer_id, *listed, *issuer])
 
 
 async def _start_edges(node: Node, stack: AsyncExitStack, nursery: trio.Nursery) -> None:

@@ -291,8 +291,8 @@ async def test_the_error_says_where_a_stage_has_gone_and_when_it_was_last_seen(m
     async with swarm(manifest) as net:
         nodes = [await net.node(index) for index in range(3)]
         runner = await net.runner()
+        await nodes[1].unload(1)
         with pytest.raises(RemoteError, match=r"stage-l01-01 \(layers 1 to 1\): it was never seen"):
-            await nodes[1].unload(1)
             await runner.open(100)
         nodes[1].load(1)
         sequence = await runner.open(100)
@@ -331,7 +331,7 @@ async def test_replicas_of_a_stage_that_are_there_and_fail_are_named(manifest):
 
 @pytest.mark.parametrize("last", [0, 1])
 async def test_who_failed_a_stage_last_is_probed_last(manifest, alone, last):
-    """All replicas rest after a failure: the one whose failure is older may be well again, the other failed just now."""
+    """All replicas rest after a failure: the one that failed earlier may be well again."""
     async with swarm(manifest) as net:
         await net.node(0)
         both = [await net.node(1), await net.node(1)]
