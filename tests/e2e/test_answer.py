@@ -1,37 +1,27 @@
-"""The bundled model answers a real question, by the routes of one process; the same answer every time.
-
-The model file comes from the package registry once and stays in pytest's cache folder.
-"""
+"""The bundled model answers a real question, by the routes of one process; the same answer every time."""
 
 import pytest
 import trio
 
 from config.generation import Delta, GenerationRequest, Message, Sampling
-from dmoe.importer.build import import_gguf
-from dmoe.importer.bundled import fetch_bundled
+from dmoe.importer.bundled import NAME
 from dmoe.models import StoredModels
 from dmoe.runtime import RuntimeOptions
-from dmoe.store import ModelStore
-from p2p.core.identity import Identity
 from tests.unit.dmoe.engine_kit import SelfRunningEngine
 
 QUESTION = "What is the capital of France? Answer, then describe the city in five sentences."
 
 
 @pytest.fixture(scope="module")
-def engine(pytestconfig, tmp_path_factory):
-    path = fetch_bundled(pytestconfig.cache.mkdir("bundled-model"))
-    store = ModelStore(tmp_path_factory.mktemp("models"))
-    import_gguf(path, store, Identity.from_seed(b"p" * 32), name="smollm2")
-    return SelfRunningEngine(StoredModels(store, None, RuntimeOptions(device="cpu"), "me"), default_route="local")
+def engine(smollm2_store):
+    models = StoredModels(smollm2_store, None, RuntimeOptions(device="cpu"), "me")
+    return SelfRunningEngine(models, default_route="local")
 
 
 async def ask(engine, route, question=QUESTION, **sampling):
     sampling = Sampling(**{"temperature": 0, "max_tokens": 10, **sampling})
     messages = (Message(role="user", content=question),)
-    prepared = await engine.prepare(
-        GenerationRequest(model="smollm2", messages=messages, sampling=sampling, route=route)
-    )
+    prepared = await engine.prepare(GenerationRequest(model=NAME, messages=messages, sampling=sampling, route=route))
     async with engine.stream(prepared) as stream:
         events = [event async for event in stream]
     deltas = [event for event in events if isinstance(event, Delta)]

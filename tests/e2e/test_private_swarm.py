@@ -1,12 +1,12 @@
 """A private swarm of real daemons: founded, invited to, joined; a stranger who knows the seed gets nowhere."""
 
 import json
-import socket
 import subprocess
 
 import pytest
 
 from node.rig import Swarm, _environ, rios, rios_command, wait_for
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -16,10 +16,7 @@ def swarm(tmp_path):
 
 
 def test_from_new_to_a_working_swarm(swarm):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    founder = swarm.add("founder", {"ledger.witness": True, "p2p.listen": (f"/ip4/127.0.0.1/tcp/{port}",)})
+    founder = swarm.add("founder", {"ledger.witness": True, "p2p.listen": (f"/ip4/127.0.0.1/tcp/{free_port()}",)})
     made = json.loads(rios(founder, "swarm", "new", "--name", "home", "--json"))
     swarm.start(founder)
     assert founder.status["network"]["swarm"] == {"name": "home", "id": made["swarm"]}

@@ -11,8 +11,8 @@ Invariants:
 
 import json
 import os
-import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ import pytest
 
 from config.errors import LocalError, RiosError
 from node.rig import NodeProcess, Swarm, rios, wait_for
+from tests.ports import free_port
 from tests.unit.dmoe.model_kit import write_gguf
 
 MODEL = "tiny"
@@ -39,6 +40,8 @@ FAST = {
     "dmoe.call_timeout_ms": 10_000,
 }
 """Settings of every node: what takes its time in the field happens within seconds here."""
+PLAIN = (sys.executable, str(Path(__file__).with_name("plain_node.py")))
+"""What starts a node that does not hedge."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,11 @@ class Rig:
         """Its gateway."""
         return str(node.ask("status")["gateway"]["url"])
 
-    def client(self, node: NodeProcess | None = None) -> openai.OpenAI:
-        """The real client library at a gateway."""
+    def client(self, node: NodeProcess | None = None, *, key: str = "") -> openai.OpenAI:
+        """The real client library at a gateway, with the user's key or another."""
         node = node or self.first
-        url = f"{self.url(node)}/v1"
-        return openai.OpenAI(base_url=url, api_key=self.keys[node.name], max_retries=0, timeout=SECONDS_MAX)
+        url, key = f"{self.url(node)}/v1", key or self.keys[node.name]
+        return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=SECONDS_MAX)
 
     def ask(
         self,
@@ -170,6 +173,20 @@ class Rig:
         """Rows it computed since its start."""
         return int(node.ask("status")["work"]["expert_rows"])
 
+    def held(self, node: NodeProcess) -> Any:
+        """The shards it holds."""
+        return node.ask("model.holdings", model=self.model)["shards"]
+
+    def fetched(self, node: NodeProcess) -> int:
+        """Bytes it fetched since its start."""
+        return int(node.ask("model.progress")["bytes_fetched"])
+
+    def shard_file(self, node: NodeProcess, number: int) -> Path:
+        """The file of one of its expert shards."""
+        manifest = json.loads((node.data / "models" / self.model / "manifest.json").read_text())
+        shard = [shard for shard in manifest["shards"] if shard["kind"] == "expert"][number]
+        return node.data / "models" / self.model / shard["files"][0]["path"]
+
     def answer(self, node: NodeProcess | None = None) -> str:
         """The answer, or nothing if there was an error."""
         with suppress(RiosError):
@@ -226,19 +243,26 @@ def swarm_of(
     routes: Sequence[str] = ("experts",),
     places: Sequence[Place] = (),
     settings: Mapping[str, Any] | None = None,
+    layers_per_shard: int = 1,
+    asks_with: tuple[str, ...] = (),
+    grant: bool = True,
 ) -> Iterator[Rig]:
     """A running swarm that holds the model: one orchestrator for each of ``routes``, then the workers. ``places`` are
-    those of the nodes in this order (default: loopback)."""
+    those of the nodes in this order (default: loopback). ``asks_with`` starts the orchestrators' commands; without
+    ``grant`` they have no money."""
     places = [*places, *[Place()] * (len(routes) + workers - len(places))]
     with Swarm(folder / "swarm") as swarm:
         rig = Rig(swarm, replicas=replicas, mode=mode)
         rig.add_orchestrator(routes[0], places[0], **(settings or {}))
         gguf = write_gguf(folder / "tiny.gguf")
-        imported = rios(rig.first, "model", "import", str(gguf), "--name", MODEL, "--layers-per-shard", "1", "--json")
-        rig.model = json.loads(imported)["model_id"]
+        cut = ("--layers-per-shard", str(layers_per_shard))
+        rig.model = json.loads(rios(rig.first, "model", "import", str(gguf), "--name", MODEL, *cut, "--json"))[
+            "model_id"
+        ]
+        rig.first.prefix += asks_with
         rig.start(rig.first)
         for route, place in zip(routes[1:], places[1:], strict=False):
-            rig.add_orchestrator(route, place, **(settings or {}))
+            rig.add_orchestrator(route, place, **(settings or {})).prefix += asks_with
         rig.start(*rig.orchestrators[1:])
         for number, place in enumerate(places[len(routes) :]):
             rig.add_worker(f"worker-{number}", place, **(settings or {}))
@@ -247,17 +271,11 @@ def swarm_of(
             created = rios(node, "gateway", "key", "create", "--user", "u", "--json")
             rig.keys[node.name] = json.loads(created)["secret"]
             rios(node, "gateway", "user", "credit", "u", "1000000")
-            rig.first.ask("ledger.grant", to=node.peer_id, microcredits=GRANT)
+            if grant:
+                rig.first.ask("ledger.grant", to=node.peer_id, microcredits=GRANT)
         rig.first.ask("model.deploy", model=rig.model, replicas=replicas, mode=mode)
         rig.wait_replicas(min(replicas, workers))
         yield rig
-
-
-def free_port() -> int:
-    """A port that is free on loopback now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

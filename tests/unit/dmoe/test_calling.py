@@ -228,6 +228,25 @@ async def test_no_replica_left_names_the_layer_the_experts_and_when_it_was_seen(
         assert re.search(rf"{s.nodes[1].peer_id} \(last seen \d+ s ago, last answered \d+ s ago\)", e.value.message)
 
 
+async def test_a_replica_was_seen_until_it_left_however_late_somebody_looks(autojump_clock):
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node((*FIRST,))
+        await s.node((*SECOND,))
+        caller = await s.caller()
+        await answer(caller.session(manifest), manifest, rows(1))
+        await trio.sleep(100)
+        s.hub.kill(s.nodes[1].peer_id)
+        await trio.sleep(50)  # nobody looks meanwhile
+        missing = caller.missing(manifest)
+        assert missing
+        told = caller.where_gone(manifest, missing)
+        each = rf"{s.nodes[1].peer_id} \(last seen (\d+) s ago, last answered \d+ s ago\)"
+        found = re.fullmatch(rf"last seen (\d+) s ago; replicas: {each}", told)
+        assert found, told
+        assert 20 < int(found[1]) == int(found[2]) < 60
+
+
 async def test_replicas_that_are_there_and_never_answer_are_named(autojump_clock):
     manifest = make_manifest()
     async with swarm(manifest) as s:
