@@ -1,11 +1,9 @@
 """Fixtures of the end-to-end tests."""
 
-import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
@@ -30,8 +28,6 @@ def database(request: pytest.FixtureRequest) -> str:
     """The ``gateway.database`` setting: SQLite in the data folder, then a fresh PostgreSQL database."""
     if request.param == "sqlite":
         return ""
-    dsn: str = request.getfixturevalue("postgresql")
-    name = f"test_{secrets.token_hex(6)}"
-    with psycopg.connect(dsn.format(name="postgres"), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return dsn.format(name=name)
+    from postgresql import new_database
+
+    return new_database(request.getfixturevalue("postgresql"))

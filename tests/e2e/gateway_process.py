@@ -1,7 +1,8 @@
-"""A gateway in a process of its own, to be killed: ``python gateway_process.py DATA_DIR DATABASE [STORE]``.
+"""A gateway in a process of its own, to be killed: arguments are DATA_DIR DATABASE [STORE [ABANDONED_MS]].
 
 Prints its port and a key; ends when its input does. Streams of the fake engine hang at their fourth token. With a
-STORE the real engine answers with the model in it, slowly enough to be killed in the middle.
+STORE the real engine answers with the model in it, slowly enough to be killed in the middle. What another gateway
+holds is abandoned after ABANDONED_MS of silence.
 """
 
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import trio
 from fake_engine import FakeEngine
 from gateway_rig import serving
+
+from gateway import books, idempotency
 
 TOKEN_SECONDS = 0.02
 
@@ -40,6 +43,8 @@ async def slowly(events):
 
 
 async def main() -> None:
+    if len(sys.argv) > 4:
+        books.ABANDONED_MS = idempotency.ABANDONED_MS = int(sys.argv[4])
     data_dir, database = Path(sys.argv[1]), sys.argv[2]
     async with trio.open_nursery() as nursery:
         engine = FakeEngine(hang_at=3)

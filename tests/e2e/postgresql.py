@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import subprocess
@@ -74,6 +75,14 @@ def _pgserver() -> Iterator[str]:
     finally:
         server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def new_database(dsn: str) -> str:
+    """A fresh database of a running cluster; its DSN."""
+    name = f"test_{secrets.token_hex(6)}"
+    with psycopg.connect(dsn.format(name="postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return dsn.format(name=name)
 
 
 def _unprivileged() -> dict[str, int]:

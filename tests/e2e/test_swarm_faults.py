@@ -62,7 +62,7 @@ def ask(rig: Rig, on_piece: Callable[[int], None] = lambda count: None) -> tuple
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     folder = tmp_path_factory.mktemp("faults")
     settings = {"dmoe.call_timeout_ms": 1000 * CALL_SECONDS}
-    with swarm_of(folder, settings=settings, layers_per_shard=10, asks_with=PLAIN, grant=False) as made:
+    with swarm_of(folder, settings=settings, layers_per_shard=3, asks_with=PLAIN, grant=False) as made:
         yield made
 
 

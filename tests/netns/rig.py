@@ -135,8 +135,12 @@ class Host:
         with contextlib.suppress(RuntimeError):
             self.run("nft", "delete", "table", "ip", "loss")
         if percent:
-            rule = f'iifname != "lo" numgen random mod 100 < {percent} drop'
+            rule = f'iifname != "lo" numgen random mod 100 < {percent} counter drop'
             self.run("nft", "-f", "-", stdin=TABLE.format(table="ip loss", hook="input priority -300", rules=rule))
+
+    def lost(self) -> int:
+        """Packets dropped since :meth:`lose`."""
+        return _counted(self.run("nft", "-j", "list", "table", "ip", "loss"))[0]
 
 
 class Rig:
@@ -215,10 +219,18 @@ class Rig:
 
     def mute(self, these: Sequence[Host], those: Sequence[Host]) -> None:
         """Nothing passes from one group to the other until :meth:`heal`; the other way everything does."""
-        self._drop([(a, b) for a in these for b in those])
+        self._drop([(a, b) for a in these for b in those], [(b, a) for a in these for b in those])
 
-    def _drop(self, pairs: Sequence[tuple[Host, Host]]) -> None:
-        rules = [f'iifname "{self._ports[a.namespace]}" oifname "{self._ports[b.namespace]}" drop' for a, b in pairs]
+    def counted(self) -> tuple[int, int]:
+        """Packets dropped since :meth:`part` or :meth:`mute`, and packets that passed the other way."""
+        table = run("ip", "netns", "exec", self._switch, "nft", "-j", "list", "table", "bridge", "part")
+        return _counted(table)
+
+    def _drop(self, pairs: Sequence[tuple[Host, Host]], passing: Sequence[tuple[Host, Host]] = ()) -> None:
+        def rule(a: Host, b: Host, what: str) -> str:
+            return f'iifname "{self._ports[a.namespace]}" oifname "{self._ports[b.namespace]}" counter {what}'
+
+        rules = [rule(a, b, "drop") for a, b in pairs] + [rule(a, b, "accept") for a, b in passing]
         table = TABLE.format(table="bridge part", hook="forward priority 0", rules="\n    ".join(rules))
         run("ip", "netns", "exec", self._switch, "nft", "-f", "-", stdin=table)
 
@@ -250,6 +262,16 @@ class Rig:
         for namespace in self._namespaces:
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _counted(listed: str) -> tuple[int, int]:
+    """Packets that the rules of a table dropped, and that they let through."""
+    found = {"drop": 0, "accept": 0}
+    for each in json.loads(listed)["nftables"]:
+        *_, counter, verdict = each.get("rule", {}).get("expr", [{}, {}])
+        for name in found:
+            found[name] += counter.get("counter", {}).get("packets", 0) if name in verdict else 0
+    return found["drop"], found["accept"]
 
 
 def _end(process: subprocess.Popen) -> None:
