@@ -17,8 +17,8 @@ run: setup  ## a swarm of three nodes answers a question (rios demo; ARGS="--onc
 tools:
 	@config/deploy/test_tools.sh
 
-test: setup tools  ## all tests (ARGS are pytest's)
-	@$(PY) -m pytest $(ARGS)
+test: setup tools  ## all tests, shared by WORKERS=2 processes; with ARGS (pytest's) by one
+	@$(PY) -m pytest $(or $(ARGS),-n $(or $(WORKERS),2))
 
 check: setup  ## format, lint, types, import contracts
 	@$(PY) -m ruff format --check .
@@ -26,8 +26,12 @@ check: setup  ## format, lint, types, import contracts
 	@$(PY) -m mypy
 	@.venv/bin/lint-imports
 
-bench: setup  ## benchmarks; NAME=rpc|generate|ledger|expert|... runs one
-	@for file in tests/bench/bench_$(or $(NAME),*).py; do echo "# $$file" >&2; $(PY) $$file || exit 1; done
+# bench_faults runs these three as well
+OF_FAULTS := $(patsubst %,tests/bench/bench_%.py,trust sandbox flood)
+BENCHES = $(if $(NAME),tests/bench/bench_$(NAME).py,$(filter-out $(OF_FAULTS),$(wildcard tests/bench/bench_*.py)))
+
+bench: setup  ## benchmarks; NAME=faults|rpc|generate|ledger|... runs one (ARGS="--parts kill,trust")
+	@for file in $(BENCHES); do echo "# $$file" >&2; $(PY) $$file $(ARGS) || exit 1; done
 
 netns: setup tools  ## the tests in network namespaces, with what they measured (NAT, partition, loss, delay)
 	@$(PY) -m pytest -q -s tests/netns $(ARGS)

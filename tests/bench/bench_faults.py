@@ -1,7 +1,9 @@
-"""What the death, the stall and the slowness of hosts cost an answer: its text never, its time little.
+"""What hosts that die, stall, lie, flood or serve bombs cost an answer: its text never, its time and memory little.
 
-Run it as a program; progress goes to stderr, the last line on stdout is one JSON object. The real engine answers with a
-tiny model over a network in memory; every expert and every stage has two hosts.
+Run it as a program; progress goes to stderr, the last line on stdout is one JSON object with the keys of the parts that
+were asked for (``--parts kill,stall,grey,trust,sandbox,flood``, default all; about a quarter of an hour on two quiet
+cores). In the first three the real engine answers with a tiny model over a network in memory; every expert and every
+stage has two hosts.
 
 - ``kill_failed_requests``, ``kill_changed_texts``: of ``--runs`` seeded runs, one host killed at a random token of
   each, routes experts and stages in turn, greedy and sampled, with drafts, and four answers in one batch.
@@ -9,6 +11,10 @@ tiny model over a network in memory; every expert and every stage has two hosts.
   tokens without faults + one call deadline). The median run without faults is what the time is added to.
 - ``calls_vs_needed``: calls sent, hedges and retries included, over calls needed, with one host of three slowed down
   20 times.
+- ``audit_cost``, ``liars_exposed_within_bound`` of ``liars_runs``, ``false_accusations`` in ``honest_calls``,
+  ``framed``: see ``bench_trust``.
+- ``sandbox_added_us_16KiB``, ``sandbox_added_us_512KiB``: see ``bench_sandbox``.
+- ``flood_memory_mb``, ``flood_p99_ratio``: see ``bench_flood``, with whole daemons.
 """
 
 import argparse
@@ -17,7 +23,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -29,6 +34,7 @@ import trio
 
 from dmoe.core.manifest import Manifest
 from dmoe.store import ModelStore
+from tests.bench import bench_flood, bench_sandbox, bench_trust
 from tests.bench.fault_swarm import CALL_TIMEOUT_MS, Case, FaultSwarm, Told, cases, fault_swarm, model, references
 
 STALL_SECONDS = 30.0
@@ -172,14 +178,14 @@ async def grey(made: Made, folder: Path, wanted: list[Case], expected: dict[str,
         }
 
 
-async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All keys."""
+async def in_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """The keys of killed, stalled and slow hosts."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = await trio.to_thread.run_sync(model, folder / "model")
         wanted = cases(options.tokens)
         expected = await references(made, wanted)
-        found: dict[str, Any] = {"benchmark": "faults", "seed": options.seed, "tokens": options.tokens}
+        found: dict[str, Any] = {}
         for number, part in enumerate((kill, stall, grey)):
             if part.__name__ in options.parts:
                 where = folder / part.__name__
@@ -188,15 +194,68 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         return found
 
 
+def trust() -> dict[str, Any]:
+    """The keys of liars, of the honest and of what audits cost."""
+    figures = bench_trust.measure()
+    liars = [figure for name, figure in figures.items() if name.startswith("liars_")]
+    return {
+        "audit_cost": figures["cost"]["audit_cost"],
+        "liars_runs": sum(each["of"] for each in liars),
+        "liars_exposed_within_bound": sum(each["within"] for each in liars),
+        "liars_bounds": {str(each["wrong_share"]): each["bound_99"] for each in liars},
+        "honest_calls": figures["honest"]["honest_calls"],
+        "false_accusations": figures["honest"]["false_accusations"],
+        "framed": figures["framing"]["framed"],
+        "trust": figures,
+    }
+
+
+def sandbox() -> dict[str, Any]:
+    """The keys of cells."""
+    found = bench_sandbox.measure()
+    added = {name: value for name, value in found.items() if name.startswith("sandbox_added_us_")}
+    return {**added, "sandbox": {name: value for name, value in found.items() if name not in added}}
+
+
+def flood() -> dict[str, Any]:
+    """The keys of floods and slow-lorises."""
+    found = bench_flood.measure()
+    return {**found.pop("ratios"), "flood": found}
+
+
+APART: dict[str, Callable[[], dict[str, Any]]] = {"trust": trust, "sandbox": sandbox, "flood": flood}
+IN_MEMORY = ("kill", "stall", "grey")
+PARTS = (*IN_MEMORY, *APART)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The keys of the parts that were asked for."""
+    found: dict[str, Any] = {"benchmark": "faults", "parts": options.parts, "seed": options.seed}
+    if set(IN_MEMORY) & set(options.parts):
+        found |= {"tokens": options.tokens} | trio.run(in_memory, options)
+    for name, part in APART.items():
+        if name in options.parts:
+            say(f"{name} ...")
+            found |= part()
+    return found
+
+
+def parts_of(text: str) -> list[str]:
+    """The parts named in ``a,b``, in their order. Raises ArgumentTypeError for an unknown one."""
+    wanted = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in wanted if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no part; there are {', '.join(PARTS)}")
+    return [name for name in PARTS if name in wanted]
+
+
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=200, help="runs per kind of fault")
-    parser.add_argument("--tokens", type=int, default=24, help="tokens of each answer")
-    parser.add_argument("--seed", type=int, default=1, help="of everything that is drawn")
-    parser.add_argument("--parts", nargs="+", default=["kill", "stall", "grey"], choices=["kill", "stall", "grey"])
-    options = parser.parse_args()
-    print(json.dumps(trio.run(partial(measure, options))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=200, help="runs per kind of fault in memory")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens of each of their answers")
+    parser.add_argument("--seed", type=int, default=1, help="of everything that is drawn there")
+    parser.add_argument("--parts", type=parts_of, default=list(PARTS), help=f"default: {','.join(PARTS)}")
+    print(json.dumps(measure(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -31,6 +32,7 @@ from tests.faults.rig import Rig, swarm_of
 TESTS = Path(__file__).resolve().parents[1]
 BOUNDS = {"flood_memory_mb": 256, "flood_p99_ratio": 2.0}
 HOSTILE_PEERS = 5
+STRETCHES, STRETCH_SECONDS = 6, 6.0
 P2P = (
     *("silent", "multistream", "libp2p_noise", "lane_noise", "lane_length", "garbage", "call_flood", "unknown_methods"),
     *("frame_partial", "bad_frames", "half_read", "identities", "header_bombs", "kad_streams", "rpc_streams"),
@@ -141,19 +143,14 @@ def stretches(count: int) -> Iterator[bool]:
     yield True
 
 
-def main() -> None:
-    """Run it and print the JSON line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--stretches", type=int, default=6, help="with an attack, and as many without")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each")
-    parser.add_argument("--keep", metavar="FOLDER", help="keep the nodes' folders with their logs here")
-    arguments = parser.parse_args()
+def measure(count: int = STRETCHES, seconds: float = STRETCH_SECONDS, keep: str = "") -> dict[str, Any]:
+    """The ratios, their bounds and the figures behind them, of ``count`` stretches under attack and as many without."""
     with (
-        nullcontext(arguments.keep) if arguments.keep else tempfile.TemporaryDirectory() as folder,
+        nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder,
         swarm_of(Path(folder), settings={"p2p.loopback_limits": True}) as rig,
     ):
-        besieged = Besieged(rig, arguments.seconds)
-        for is_quiet in stretches(arguments.stretches):
+        besieged = Besieged(rig, seconds)
+        for is_quiet in stretches(count):
             if is_quiet:
                 besieged.ask_for(besieged.quiet)
             else:
@@ -164,12 +161,19 @@ def main() -> None:
         "flood_memory_mb": round(besieged.growth_bytes / 1e6, 1),
         "flood_p99_ratio": round(p99(besieged.attacked) / p99(besieged.quiet), 2),
     }
+    return {"ratios": ratios, "bounds": BOUNDS, "figures": besieged.figures()}
+
+
+def main() -> None:
+    """Run it and print the JSON line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--stretches", type=int, default=STRETCHES, help="with an attack, and as many without")
+    parser.add_argument("--seconds", type=float, default=STRETCH_SECONDS, help="of each")
+    parser.add_argument("--keep", metavar="FOLDER", default="", help="keep the nodes' folders with their logs here")
+    arguments = parser.parse_args()
+    found = measure(arguments.stretches, arguments.seconds, arguments.keep)
     machine = {"cores": psutil.cpu_count(), "python": platform.python_version(), "load": psutil.getloadavg()[0]}
-    print(
-        json.dumps(
-            {"bench": "flood", "ratios": ratios, "bounds": BOUNDS, "figures": besieged.figures(), "machine": machine}
-        )
-    )
+    print(json.dumps({"bench": "flood", **found, "machine": machine}))
 
 
 if __name__ == "__main__":

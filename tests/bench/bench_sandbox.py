@@ -18,6 +18,7 @@ import statistics
 import tempfile
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,11 @@ from dmoe.runtime import ExpertShard, RuntimeOptions
 from tests.unit.dmoe.model_kit import tiny
 
 HIDDEN = 1024
+TURNS = 3000
 SIZES = {"16KiB": 4, "512KiB": 128}
 
 
-def measure(here: ExpertShard, there: CellShard, rows: int, turns: int) -> tuple[list[float], list[float]]:
+def compare(here: ExpertShard, there: CellShard, rows: int, turns: int) -> tuple[list[float], list[float]]:
     """Seconds of each call here and in the cell."""
     h = np.random.default_rng(rows).standard_normal((rows, HIDDEN)).astype(np.float32)
     spent: dict[bool, list[float]] = {False: [], True: []}
@@ -46,10 +48,8 @@ def measure(here: ExpertShard, there: CellShard, rows: int, turns: int) -> tuple
     return spent[False], spent[True]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=3000)
-    turns = parser.parse_args().turns
+def measure(turns: int = TURNS) -> dict[str, Any]:
+    """Medians of every size, and what stands between a cell and this machine."""
     with tempfile.TemporaryDirectory() as folder:
         store, manifest = tiny(Path(folder), hidden=HIDDEN, kind="F32")
         shard = manifest.expert_shard(0, 0)
@@ -59,17 +59,25 @@ def main() -> None:
         try:
             cell.wait_up()
             there = CellShard(cell, manifest, shard, store)
-            found: dict[str, float] = {}
+            found: dict[str, Any] = {}
             for name, rows in SIZES.items():
-                measure(here, there, rows, turns // 10)  # warm
-                inside, outside = measure(here, there, rows, turns)
+                compare(here, there, rows, turns // 10)  # warm
+                inside, outside = compare(here, there, rows, turns)
                 found[f"here_us_{name}"] = round(statistics.median(inside) * 1e6, 1)
                 found[f"cell_us_{name}"] = round(statistics.median(outside) * 1e6, 1)
                 found[f"sandbox_added_us_{name}"] = round(found[f"cell_us_{name}"] - found[f"here_us_{name}"], 1)
-            walls = [wall.name for wall in cell.walls if wall.in_force]
+            found["walls"] = [wall.name for wall in cell.walls if wall.in_force]
         finally:
             cell.close()
-    print(json.dumps({**found, "walls": walls, "cores": os.cpu_count(), "machine": platform.machine()}))
+    return found
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=TURNS)
+    found = measure(parser.parse_args().turns)
+    print(json.dumps({**found, "cores": os.cpu_count(), "machine": platform.machine()}))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import math
 import sys
 import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import trio
@@ -179,11 +181,13 @@ def _short(value: object) -> object:
     return float(f"{float(value):.3g}")  # type: ignore[arg-type]
 
 
-def main(parts: list[str]) -> None:
-    """Run the parts that were asked for."""
+PARTS = ("honest", "size", "framing", "cost", "liars")
+
+
+def measure(parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """The figures of each part, told on stderr as they come."""
     logging.disable(logging.CRITICAL)
-    wanted = parts or ["honest", "size", "framing", "cost", "liars"]
-    figures: dict[str, object] = {}
+    figures: dict[str, Any] = {}
 
     def found(name: str, value: dict[str, object]) -> None:
         figures[name] = value
@@ -191,18 +195,25 @@ def main(parts: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if "honest" in wanted:
+        if "honest" in parts:
             found("honest", honest())
-        if "size" in wanted:
+        if "size" in parts:
             found("size", real_size())
-        if "framing" in wanted:
+        if "framing" in parts:
             found("framing", framing())
-        if "cost" in wanted:
+        if "cost" in parts:
             found("cost", trio.run(cost, folder))
-        if "liars" in wanted:
+        if "liars" in parts:
             for wrong in (1.0, 0.05):
                 found(f"liars_{wrong:g}", trio.run(liars, folder, wrong))
-    ratios = {"audit_cost": spent["audit_cost"]} if isinstance(spent := figures.get("cost"), dict) else {}
+    logging.disable(logging.NOTSET)
+    return figures
+
+
+def main(parts: list[str]) -> None:
+    """Run the parts that were asked for."""
+    figures = measure(parts or PARTS)
+    ratios = {"audit_cost": figures["cost"]["audit_cost"]} if "cost" in figures else {}
     print(json.dumps({"figures": figures, "ratios": ratios}))
 
 

@@ -60,6 +60,8 @@ class Rig:
         self.replicas = replicas
         self.mode = mode
         self.model = ""
+        self.starts_with: tuple[str, ...] = ()
+        """What every node's command begins with."""
         self.orchestrators: list[NodeProcess] = []
         self.workers: list[NodeProcess] = []
         self.keys: dict[str, str] = {}
@@ -146,7 +148,7 @@ class Rig:
             },
             init,
         )
-        node.prefix = place.prefix
+        node.prefix = (*self.starts_with, *place.prefix)
         return node
 
     def start(self, *nodes: NodeProcess) -> None:
@@ -246,13 +248,15 @@ def swarm_of(
     layers_per_shard: int = 1,
     asks_with: tuple[str, ...] = (),
     grant: bool = True,
+    nice: int = 0,
 ) -> Iterator[Rig]:
     """A running swarm that holds the model: one orchestrator for each of ``routes``, then the workers. ``places`` are
     those of the nodes in this order (default: loopback). ``asks_with`` starts the orchestrators' commands; without
-    ``grant`` they have no money."""
+    ``grant`` they have no money; by ``nice`` all of them give way to other processes."""
     places = [*places, *[Place()] * (len(routes) + workers - len(places))]
     with Swarm(folder / "swarm") as swarm:
         rig = Rig(swarm, replicas=replicas, mode=mode)
+        rig.starts_with = ("nice", "-n", str(nice)) if nice else ()
         rig.add_orchestrator(routes[0], places[0], **(settings or {}))
         gguf = write_gguf(folder / "tiny.gguf")
         cut = ("--layers-per-shard", str(layers_per_shard))

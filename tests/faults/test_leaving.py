@@ -1,6 +1,6 @@
 """A host that is told to stop: what it has taken it answers, nothing more is taken, no call is lost.
 
-One orchestrator (route stages), one host, and a caller of this test's own. A node
+A publisher, an orchestrator (route stages), one host, and a caller of this test's own. A node
 that left without draining would cut these calls off; nobody else could answer them.
 """
 
@@ -34,7 +34,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     # the test's own caller has no money, and nobody else calls
     settings = {"ledger.microcredits_per_tflop": 0, "dmoe.audit_share": 0.0}
     with swarm_of(
-        folder, workers=1, replicas=1, mode="both", routes=("stages",), settings=settings, layers_per_shard=3
+        folder, workers=1, replicas=1, mode="both", routes=("experts", "stages"), settings=settings, layers_per_shard=3
     ) as made:
         yield made
 
@@ -57,7 +57,8 @@ def left(host: NodeProcess) -> bool:
 
 def test_a_stage_that_runs_is_answered_before_its_host_leaves(rig: Rig) -> None:
     host = leaving(rig, "stages")
-    text, details = rig.ask(tokens=1)
+    text, details = rig.ask(rig.orchestrators[1], tokens=1)
+    assert set(details["serving"]) == {host.peer_id}
     assert left(host)
     assert text == rig.reference(1, "stages")
     assert details["retries"] == 0
