@@ -1,10 +1,11 @@
-"""A whole daemon that is told to stop in the middle of its first call: SIGTERM comes before the answer is computed.
+"""A whole daemon that a signal hits in the middle of a call: taken, and not computed yet.
 
 Not a test, and no part of the product. Stands before the usual command, as ``NodeProcess.prefix`` does it: ``experts``
-or ``stages`` (whose call), the seconds that computing takes from then on, then ``python -P -m node`` and what ``rios``
-takes.
+or ``stages`` (whose call), which call it is (1: the first), the signal (``KILL``, ``TERM``), the seconds that
+computing takes from then on, then ``python -P -m node`` and what ``rios`` takes.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -15,20 +16,23 @@ from dmoe.stages.host import StageHost
 from dmoe.worker import Worker
 from node import cli
 
-KIND, SECONDS = sys.argv[1], float(sys.argv[2])
+KIND, NUMBER, SIGNAL, SECONDS = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 
 
 def main() -> int:
     owner, name = (Worker, "compute") if KIND == "experts" else (StageHost, "_turn")
     honest = getattr(owner, name)
 
+    calls = itertools.count(1)
+
     async def leaving(self, *args, **named):
-        os.kill(os.getpid(), signal.SIGTERM)
-        await trio.sleep(SECONDS)
+        if next(calls) >= NUMBER:
+            os.kill(os.getpid(), signal.Signals[f"SIG{SIGNAL}"])
+            await trio.sleep(SECONDS)
         return await honest(self, *args, **named)
 
     setattr(owner, name, leaving)
-    Worker._quick = lambda self, call: None  # nothing is answered before the signal can be heard
+    Worker._quick = lambda self, call: None  # every call is one that can be hit
     return cli.main(sys.argv[sys.argv.index("node") + 1 :])
 
 

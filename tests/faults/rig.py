@@ -42,6 +42,8 @@ FAST = {
 """Settings of every node: what takes its time in the field happens within seconds here."""
 PLAIN = (sys.executable, str(Path(__file__).with_name("plain_node.py")))
 """What starts a node that does not hedge."""
+LEAVING = (sys.executable, str(Path(__file__).with_name("leaving_node.py")))
+"""What starts a node that a signal hits in a call; arguments follow."""
 
 
 @dataclass(frozen=True)

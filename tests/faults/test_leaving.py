@@ -4,7 +4,6 @@ A publisher, an orchestrator (route stages), one host, and a caller of this test
 that left without draining would cut these calls off; nobody else could answer them.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +19,10 @@ from node.rig import NodeProcess
 from p2p.core.identity import Identity
 from p2p.face import Reply
 from p2p.network import open_network
-from tests.faults.rig import Rig, swarm_of, tell
+from tests.faults.rig import LEAVING, Rig, swarm_of, tell
 
 CALL_SECONDS = "0.8"
 """Less than a node that leaves waits for its calls."""
-LEAVING = (sys.executable, str(Path(__file__).with_name("leaving_node.py")))
 HIDDEN = 128
 
 
@@ -43,7 +41,7 @@ def leaving(rig: Rig, kind: str) -> NodeProcess:
     """The host, started so that it hears SIGTERM in the middle of its first call of a kind; everything is there."""
     (host,) = rig.workers
     host.stop()
-    host.prefix = (*LEAVING, kind, CALL_SECONDS)
+    host.prefix = (*LEAVING, kind, "1", "TERM", CALL_SECONDS)
     rig.start(host)
     rig.wait_replicas()
     return host
@@ -97,4 +95,5 @@ async def _call_while_it_leaves(rig: Rig, host: NodeProcess, folder: Path) -> tu
                 await call()
             except RiosError as error:
                 refused = error.message
+        await trio.to_thread.run_sync(left, host)  # before this network ends
     return answered[0], refused

@@ -1,9 +1,10 @@
 """A worker that computes wrong results, and receipts that are forged, replayed or doubled, against whole daemons."""
 
+import json
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from config.errors import RiosError
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
 from ledger.core.objects import Receipt, Voucher, sign
-from node.rig import NodeProcess
+from node.rig import NodeProcess, rios, wait_for
 from p2p import keyfile
 from p2p.core import codec
 from p2p.core.identity import Identity
@@ -26,7 +27,7 @@ LIAR = str(Path(__file__).with_name("lying_node.py"))
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    # without audits: a liar that was found out would never be asked again
+    # at first without audits: a liar that was found out would never be asked again
     with swarm_of(tmp_path_factory.mktemp("lies"), settings={"dmoe.audit_share": 0.0}) as made:
         yield made
 
@@ -38,8 +39,7 @@ def restart(rig: Rig, node: NodeProcess, *prefix: str) -> None:
 
 
 def test_21_a_worker_that_answers_zeros_or_almost_the_truth(rig: Rig) -> None:
-    """The liar is the only replica here, so that what it does can be seen; what the swarm does about it is tested with
-    the audits."""
+    """The liar is the only replica here, and nobody audits, so that what it does can be seen."""
     liar, other = rig.workers
     text = rig.reference()
     seen = []
@@ -73,6 +73,50 @@ def test_22_receipts_and_vouchers_forged_replayed_and_doubled(rig: Rig, tmp_path
         f"{refused + answered} vouchers, receipts and claims: forged, replayed, doubled, for other channels",
         f"the same text afterwards; {refused} were refused, {answered} old ones answered with what is held",
         "nothing; not a microcredit moved",
+    )
+
+
+def test_21_a_liar_among_the_honest_is_proved_wrong_and_asked_no_more(rig: Rig) -> None:
+    liar, other = rig.workers
+    node, text, wrong, asked = rig.first, rig.reference(), 0, 0
+    restart(rig, liar, sys.executable, LIAR, "one:0.3")
+    node.stop()
+    node.start({"RIOS_DMOE_AUDIT_SHARE": "0.5"})
+    node.wait_started()
+    rig.wait_replicas()
+
+    def records() -> dict[str, Any]:
+        return dict(json.loads(rios(node, "audit", "ls", "--json")))
+
+    def is_exposed() -> bool:
+        nonlocal wrong, asked
+        wrong, asked = wrong + (rig.answer() != text), asked + 1
+        return bool(records()["evidence"])
+
+    wait_for(is_exposed, "the liar to be proved wrong", 60)
+    listed = records()
+    assert listed["peers"][liar.peer_id]["guilty"] > 0
+    assert not listed["peers"].get(other.peer_id, {"guilty": 0})["guilty"]
+    assert "guilty" in rios(other, "audit", "verify", listed["evidence"][0]), "whoever has the shard sees it"
+    rig.ask()
+    before = rig.rows(liar)
+    assert [rig.ask()[0] for _ in range(3)] == [text] * 3
+    assert rig.rows(liar) == before, "it is asked no more"
+    node.stop()
+    node.start({"RIOS_DMOE_AUDIT_SHARE": "0.5"})
+    node.wait_started()
+    assert records()["peers"][liar.peer_id]["guilty"] > 0, "it is remembered"
+    rios(node, "audit", "forgive", liar.peer_id)
+    for each in (node, other):  # those who saw the proof may have shut it out as well
+        with suppress(RiosError):
+            rios(each, "peers", "unban", liar.peer_id)
+    restart(rig, liar)
+    restart(rig, node)
+    rig.wait_replicas()
+    assert rig.ask()[0] == text
+    tell(
+        f"one of two workers gets one element 1 % wrong in 30 % of its calls: {liar.name}",
+        f"{wrong} wrong of the {asked} answers until it was proved wrong; from then on the right ones, without it",
     )
 
 

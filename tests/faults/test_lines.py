@@ -68,12 +68,14 @@ def test_6_a_partition_in_the_middle_of_an_answer_and_its_end(lines: Lines) -> N
         assert text == lines.text
         assert seconds < SECONDS_MAX
         assert lines.ask()[0] == lines.text, "the rest of the swarm goes on"
+        dropped, _ = lines.internet.counted()
+        assert dropped >= PACKETS
     finally:
         lines.internet.heal()
     back_s = lines.used_again(0)
     money = lines.rig.check_money()
     tell(
-        "one of two workers parted from everybody in the middle of an answer",
+        f"one of two workers parted from everybody in the middle of an answer, {dropped} packets dropped",
         f"the same text after {seconds:.1f} s; the worker used again {back_s:.1f} s later; {money['paid']} paid",
     )
 
@@ -151,7 +153,7 @@ def test_9_two_hundred_milliseconds_to_everybody(tmp_path: Path) -> None:
                 seconds = time.monotonic() - began
                 assert rig.reference(80).startswith(text)
                 assert rig.rows(rig.workers[0]) > 0
-                assert seconds > 0.2, "the line is as slow as it should be"
+                assert seconds > 0.6, "the prompt alone takes three layers' round trips"
                 money = rig.check_money()
     tell(
         "200 ms round trip to the only worker, three layers of experts there",

@@ -21,7 +21,7 @@ import pytest
 
 from config.errors import RiosError
 from node.rig import NodeProcess, rios, rios_command, wait_for
-from tests.faults.rig import MODEL, Rig, small_disk, swarm_of, tell
+from tests.faults.rig import LEAVING, MODEL, Rig, small_disk, swarm_of, tell
 
 TOKENS = 300
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "6"))
@@ -73,6 +73,32 @@ def test_1_kill_every_role_again_and_again(rig: Rig, texts: dict[str, str]) -> N
         f"kill -9 of {', '.join(killed)}, each in the middle of an answer",
         f"the same text every time, at most {max(seconds):.1f} s; {lost} asked again where the asked node itself died",
         f"nothing; {money['paid']} microcredits earned and paid, to the last one",
+    )
+
+
+@pytest.mark.parametrize("kind", ["experts", "stages"])
+def test_10_a_host_dies_in_the_middle_of_a_call(rig: Rig, texts: dict[str, str], kind: str) -> None:
+    victim, asks = rig.workers[0], rig.orchestrators[("experts", "stages").index(kind)]
+    victim.stop()
+    victim.prefix = (*LEAVING, kind, "25", "KILL", "0")  # the 25th call it takes kills it
+    rig.start(victim)
+    rig.wait_replicas()
+    try:
+        seconds = []
+        while victim.alive:
+            seconds.append(ask(rig, asks, texts))
+            assert len(seconds) < 20, f"{victim.name} was not called often enough"
+        assert victim.process is not None
+        assert victim.process.wait() == -signal.SIGKILL
+    finally:
+        victim.kill()
+        victim.prefix = ()
+        rig.start(victim)
+    rig.wait_replicas()
+    money = rig.check_money()
+    tell(
+        f"kill -9 of one of two hosts in a call for {kind}: taken, not answered",
+        f"the same text in {seconds[-1]:.1f} s; {money['paid']} microcredits paid",
     )
 
 

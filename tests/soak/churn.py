@@ -162,7 +162,8 @@ class Churn:
 
 
 def run(folder: Path, minutes: float, seed: int, *, nice: int = 0) -> dict[str, Any]:
-    """The whole of it; the figures. The daemons give way to others by ``nice``. Raises AssertionError if an answer, a credit or a replica is missing."""
+    """The whole of it; the figures. The daemons give way to others by ``nice``. Raises AssertionError if an answer, a
+    credit or a replica is missing."""
     told = Told()
     with swarm_of(
         folder, workers=WORKERS, replicas=REPLICAS, mode="both", routes=("experts", "stages"), nice=nice
