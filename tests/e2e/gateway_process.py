@@ -1,10 +1,11 @@
 """A gateway in a process of its own, to be killed: arguments are DATA_DIR DATABASE [STORE [ABANDONED_MS]].
 
 Prints its port and a key; ends when its input does. Streams of the fake engine hang at their fourth token. With a
-STORE the real engine answers with the model in it, slowly enough to be killed in the middle. What another gateway
-holds is abandoned after ABANDONED_MS of silence.
+STORE the real engine answers with the model in it, slowly enough to be killed in the middle. From SIGUSR1 on
+what another gateway holds is abandoned after ABANDONED_MS of silence.
 """
 
+import signal
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,9 +43,12 @@ async def slowly(events):
         yield event
 
 
+def impatient(*_: object) -> None:
+    books.ABANDONED_MS = idempotency.ABANDONED_MS = int(sys.argv[4])
+
+
 async def main() -> None:
-    if len(sys.argv) > 4:
-        books.ABANDONED_MS = idempotency.ABANDONED_MS = int(sys.argv[4])
+    signal.signal(signal.SIGUSR1, impatient)
     data_dir, database = Path(sys.argv[1]), sys.argv[2]
     async with trio.open_nursery() as nursery:
         engine = FakeEngine(hang_at=3)

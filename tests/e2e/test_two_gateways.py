@@ -1,5 +1,6 @@
 """Two live gateways with one PostgreSQL: whichever a client's retry comes to, one key is one answer and one bill."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from tests.unit.dmoe.model_kit import write_gguf
 TOKENS = 80
 BODY = {"model": "tiny", "prompt": "hello there", "max_tokens": TOKENS, "min_tokens": TOKENS, "stream": True}
 SECONDS_MAX = 60.0
-ABANDONED_MS = "6000"
-"""Of silence, after which one gateway takes the other for dead."""
+ABANDONED_MS = "4000"
+"""Of silence, after which the second takes the first for dead once that is killed: sooner than usual."""
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,7 @@ class Pair:
     """Both gateways; ada's key at the first is good at the second."""
 
     def __init__(self, first: tuple, second: tuple) -> None:
-        (self.process, *_, key), *_ = first, second
-        self.urls = [first[1], second[1]]
+        self.processes, self.urls, (key, _) = zip(first, second, strict=True)
         self.headers = {"authorization": f"Bearer {key}"}
 
     def ask(self, gateway: int, key: str, refused: list[httpx.Response] | None = None) -> httpx.Response:
@@ -88,7 +88,7 @@ def bills(folder: Path, database: str) -> int:
     """How many answers ada paid for, each once and in full."""
     with open_accounts(GatewaySettings(database=database), folder) as accounts:
         paid = [row for row in accounts.usage("ada") if row.microcredits]
-        assert {row.completion_tokens for row in paid} == {TOKENS}
+        assert {row.completion_tokens for row in paid} <= {TOKENS}
         balance = accounts.balance("ada")
         assert balance.reserved == 0
         assert balance.balance == 1_000_000 - sum(row.microcredits for row in paid)
@@ -141,8 +141,9 @@ def test_the_other_takes_over_from_a_killed_one_with_the_same_text_and_one_bill(
 ) -> None:
     before = bills(tmp_path, database)
     with pair.begun(0, "order-67") as (_, heard):
-        pair.process.kill()
-        pair.process.wait()
+        pair.processes[0].kill()
+        pair.processes[0].wait()
+    pair.processes[1].send_signal(signal.SIGUSR1)
     refused: list[httpx.Response] = []
     whole = pair.ask(1, "order-67", refused)
     assert whole.status_code == 200

@@ -365,6 +365,38 @@ async def test_what_stands_is_kept_where_its_host_was_the_last_to_fail(manifest,
         assert ends.host.statistics()["sequences"] == 2, "its caches are those it had"
 
 
+async def test_a_host_that_drains_answers_what_it_has_taken_and_takes_nothing_more(manifest, alone):
+    async with swarm(manifest) as net:
+        nodes = [await net.node(index) for index in range(3)]
+        runner = await net.runner()
+        sequence = await runner.open(200)
+        head = await answer(runner, sequence=sequence, steps=3)
+        leaving, found, drained = nodes[1], [], trio.Event()
+        gate = leaving.segments[1].gate = trio.Event()
+
+        async def ask():
+            found.extend(await runner.forward([Feed(sequence=sequence, tokens=(int(head[-1].argmax()),))]))
+
+        async def drain():
+            await leaving.host.drain()
+            drained.set()
+            net.hub.kill(leaving.peer_id)  # as a process that ends
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            while not leaving.host.statistics()["active"]:  # noqa: ASYNC110 - it tells nobody when that changes
+                await trio.sleep(0.001)
+            nursery.start_soon(drain)
+            await trio.sleep(0.05)
+            assert not drained.is_set(), "it waits for the run that it has taken"
+            gate.set()
+        assert np.array_equal(found[0][0], alone[3])
+        assert sequence.retries == 0, "the call was not lost"
+        await net.node(1)
+        (after,) = await runner.forward([Feed(sequence=sequence, tokens=(int(found[0][0].argmax()),))])
+        assert np.array_equal(after[0], alone[4])
+
+
 async def test_hosts_that_do_not_reach_each_other_answer_here(manifest, alone):
     async with swarm(manifest) as net:
         nodes = [await net.node(index) for index in range(3)]

@@ -1,0 +1,42 @@
+"""How the test files are shared among processes: each once, the churn first, those with processes spread."""
+
+from itertools import pairwise
+
+from tests.ports import free_port
+from tests.shares import scope_of, spread
+
+FILES = [
+    *[f"tests/e2e/test_{n}.py" for n in range(4)],
+    *[f"tests/interop/test_{n}.py" for n in range(2)],
+    "tests/soak/test_churn.py",
+    *[f"tests/unit/p2p/test_{n}.py" for n in range(10)],
+]
+TESTS = [f"{file}::test_{n}" for file in FILES for n in range(3)]
+
+
+def test_each_runs_once_and_in_the_order_of_its_file():
+    ordered = [TESTS[index] for index in spread(TESTS)]
+    assert sorted(ordered) == sorted(TESTS)
+    for file in FILES:
+        mine = [test for test in TESTS if test.startswith(f"{file}::")]
+        assert [test for test in ordered if test in mine] == mine
+
+
+def test_the_churn_comes_first_and_processes_are_spread():
+    scopes = list(dict.fromkeys(scope_of(TESTS[index]) for index in spread(TESTS)))
+    assert scopes[0] == "tests/soak/test_churn.py"
+    assert scopes.count("tests/interop") == 1
+    busy = [place for place, scope in enumerate(scopes) if "/e2e/" in scope or "/interop" in scope]
+    assert busy[-1] < len(scopes) - 1, "none is the last"
+    assert all(later - earlier > 1 for earlier, later in pairwise(busy)), "none beside the other"
+
+
+def test_the_same_order_everywhere():
+    assert spread(TESTS) == spread(list(TESTS))
+    assert spread([]) == []
+
+
+def test_ports_are_new_each_time_and_none_that_the_kernel_hands_out():
+    ports = [free_port() for _ in range(20)]
+    assert len(set(ports)) == 20
+    assert all(10_000 <= port < 30_000 for port in ports)
