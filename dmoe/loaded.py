@@ -74,6 +74,9 @@ class Together(Shard, Protocol):
     ) -> list[FloatRows]:
         """As :meth:`Shard.partial`, of each of these, all of the same place."""
 
+    def tidy(self) -> None:
+        """Free what its place kept for it alone, after it was closed; blocking."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
@@ -184,17 +187,27 @@ class LoadedShard:
 
     def take(self, rows_max: int) -> list[Job]:
         """The first job and every other of its layer that fits the row budget, in order of arrival."""
-        first = self.waiting.popleft()
+        jobs, self.waiting = self._split(rows_max)
+        self.rows_waiting -= sum(len(job.rows) for job in jobs)
+        return jobs
+
+    def asks_like(self, jobs: Sequence[Job], rows_max: int) -> bool:
+        """Whether what it would take are the same calls' rows as those of ``jobs``, taken at another shard."""
+        if len(self.waiting) < len(jobs) or self.waiting[0].rows is not jobs[0].rows:
+            return False
+        mine, _ = self._split(rows_max)
+        return [id(job.rows) for job in mine] == [id(job.rows) for job in jobs]
+
+    def _split(self, rows_max: int) -> tuple[list[Job], deque[Job]]:
+        first, *others = self.waiting
         jobs, left, rows = [first], deque[Job](), len(first.rows)
-        for job in self.waiting:
+        for job in others:
             if job.layer == first.layer and rows + len(job.rows) <= rows_max:
                 jobs.append(job)
                 rows += len(job.rows)
             else:
                 left.append(job)
-        self.waiting = left
-        self.rows_waiting -= rows
-        return jobs
+        return jobs, left
 
     def statistics(self) -> dict[str, Any]:
         """Figures of this shard, JSON-able."""

@@ -129,6 +129,8 @@ class Worker:
         while not loaded.free:
             await self._calm()
         loaded.shard.close()
+        if loaded.together is not None:
+            await trio.to_thread.run_sync(loaded.together.tidy)
 
     def local(self, model_id: str, layer: int, group: int) -> LoadedShard | None:
         """The loaded shard that holds this sum group, if any."""

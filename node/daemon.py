@@ -44,6 +44,7 @@ from dmoe.core.plan import KINDS
 from dmoe.core.privacy import Privacy, privacy_of
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
+from dmoe.joint import Joints
 from dmoe.judging import Judging
 from dmoe.models import StoredModels, SwarmExperts
 from dmoe.passes import PassOptions
@@ -51,7 +52,7 @@ from dmoe.planning import Planner, wishes_of
 from dmoe.ports import Quote
 from dmoe.purse import Purse
 from dmoe.replicas import Replicas
-from dmoe.runtime import ExpertShard, RuntimeOptions, check_version
+from dmoe.runtime import RuntimeOptions, check_version
 from dmoe.stages.caller import StageCaller
 from dmoe.stages.chain import Account
 from dmoe.stages.directions import Directions
@@ -451,9 +452,10 @@ def pass_options(dmoe: DmoeSettings) -> PassOptions:
 def _cells(node: Node) -> Cells:
     """Where the shards served here run."""
     dmoe = node.settings.dmoe
+    joints = Joints(node.options)
     return Cells(
         node.store,
-        lambda manifest, shard: ExpertShard(manifest, shard, node.store, node.options),
+        lambda manifest, shard: joints.load(manifest, shard, node.store),
         lambda manifest, shard: load_stage(manifest, shard, node.store, node.options),
         own=node.identity.peer_id,
         mode=dmoe.sandbox,  # type: ignore[arg-type]

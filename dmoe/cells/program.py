@@ -16,8 +16,9 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from dmoe.cells import sandbox
 from dmoe.cells.lanes import ANSWERED, CellLane, lane_bytes
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
+from dmoe.joint import BlockShard, Joints
 from dmoe.kv import Cache
 from dmoe.runtime import ExpertShard, IntRows, RuntimeOptions, ShardFiles, smoke
 from dmoe.segment import Part
@@ -49,9 +51,10 @@ class Inside(Protocol):
 
 
 class Files(ShardFiles, Protocol):
-    """A shard's files, and a place for weights that are joined out of them."""
+    """A shard's files, a place for weights that are joined out of them, and the shards that it may run with."""
 
     spool: Spool | None
+    joints: Joints
 
 
 Opener = Callable[[Manifest, Shard, Files, RuntimeOptions], Inside]
@@ -61,8 +64,8 @@ class ExpertsInside:
     """An expert shard's calls: numbers are layer, rows, width, choices per row (0: no choice), how many other shards
     shall answer behind this one, and those."""
 
-    def __init__(self, manifest: Manifest, shard: Shard, files: ShardFiles, options: RuntimeOptions) -> None:
-        self._shard = ExpertShard(manifest, shard, files, options)
+    def __init__(self, manifest: Manifest, shard: Shard, files: Files, _options: RuntimeOptions) -> None:
+        self._shard = files.joints.load(manifest, shard, files)
 
     def answer(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> None:
         """See :class:`Inside`."""
@@ -76,11 +79,27 @@ class ExpertsInside:
             at = h.nbytes + experts.nbytes
             weights = np.frombuffer(lane.asked, np.float32, rows * top_k, at).reshape(rows, top_k)
         asked = [self._shard, *(other._shard for other in others if isinstance(other, ExpertsInside))]
-        lane.give(*(shard.partial(layer, h, experts, weights) for shard in asked))
+        lane.give(*self._ask(asked, layer, h, experts, weights))
+
+    def _ask(
+        self,
+        asked: Sequence[ExpertShard | BlockShard],
+        layer: int,
+        h: FloatRows,
+        experts: IntRows | None,
+        weights: FloatRows | None,
+    ) -> Iterator[FloatRows]:
+        for company, some in groupby(asked, key=lambda shard: getattr(shard, "company", None)):
+            if company is None:
+                yield from (shard.partial(layer, h, experts, weights) for shard in some)
+            else:
+                yield from company.run(layer, list(some), h)
 
     def close(self) -> None:
         """See :class:`Inside`."""
         self._shard.close()
+        if isinstance(self._shard, BlockShard):
+            self._shard.tidy()
 
 
 OPEN, RUN = 1, 2
@@ -136,8 +155,9 @@ class StageInside:
 class _Received:
     """Files that came as open descriptors (:class:`Files`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, joints: Joints) -> None:
         self.spool: Spool | None = None
+        self.joints = joints
         self._files: dict[str, ShardFile] = {}
 
     def add(self, path: str, descriptor: int, size: int) -> None:
@@ -167,7 +187,8 @@ class Program:
         self._openers = openers
         self._options = options
         self._shards: dict[int, Inside] = {}
-        self._received = _Received()
+        self._joints = Joints(options)
+        self._received = _Received(self._joints)
 
     def run(self) -> None:
         """Obey the parent until it is gone."""
@@ -199,7 +220,7 @@ class Program:
                 finally:
                     os.close(descriptors[0])
                 manifest = msgspec.json.decode(bytes(text), type=Manifest)
-                received, self._received = self._received, _Received()
+                received, self._received = self._received, _Received(self._joints)
                 shard = manifest.shards[message["shard"]]
                 opener = self._openers[shard.kind]
                 self._shards[message["number"]] = opener(manifest, shard, received, self._options)

@@ -108,6 +108,9 @@ class CellShard:
         with self._cell.ask(numbers, parts, CALL_SECONDS_MIN + flops / FLOPS_PER_SECOND_MIN) as lane:
             return list(lane.rows(count * rows, self._hidden).reshape(count, rows, self._hidden))
 
+    def tidy(self) -> None:
+        """See :class:`dmoe.loaded.Together`: the cell does it by itself."""
+
     def close(self) -> None:
         """Free it."""
         self._cell.drop(self._number)
