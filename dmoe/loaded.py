@@ -78,6 +78,20 @@ class Together(Shard, Protocol):
         """Free what its place kept for it alone, after it was closed; blocking."""
 
 
+@runtime_checkable
+class Withdrawable(Protocol):
+    """What may turn out not to be fit to be served."""
+
+    @property
+    def withdrawn(self) -> str:
+        """Why it is not served any more; empty if it is."""
+
+
+def why_withdrawn(shard: object) -> str:
+    """Why a shard or a stage is not served any more; empty if it is."""
+    return shard.withdrawn if isinstance(shard, Withdrawable) else ""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
     """What the manifest says about a loaded shard; ``index`` counts in the manifest's shard list."""

@@ -30,7 +30,7 @@ from dmoe.core import calls, wire
 from dmoe.core.calls import ExpertCall, Indices, Weights
 from dmoe.core.demand import Use
 from dmoe.core.wire import FloatRows
-from dmoe.loaded import LoadedShard, Shard, ShardPlan, plan_of
+from dmoe.loaded import LoadedShard, Shard, ShardPlan, plan_of, why_withdrawn
 from dmoe.ports import Quote, Seller
 from p2p.face import Call, Network, Reply
 
@@ -139,6 +139,11 @@ class Worker:
     def indices(self, model_id: str) -> frozenset[int]:
         """Manifest indices of the loaded shards of a model."""
         return frozenset(s.plan.index for (model, _), s in self._shards.items() if model == model_id)
+
+    def withdrawn(self) -> dict[tuple[str, int], str]:
+        """Loaded shards that are not fit to be served any more, by model id and manifest index, and why."""
+        every = {(model, loaded.plan.index): loaded.shard for (model, _), loaded in self._shards.items()}
+        return {key: why for key, shard in every.items() if (why := why_withdrawn(shard))}
 
     def uses(self) -> dict[tuple[str, int], Use]:
         """A sample of every loaded shard, by model id and manifest index."""

@@ -362,6 +362,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         stages=node.stage_host,
         load_stage=node.cells.load_stage,
         keeps=partial(_keeps, privacy),
+        cells=node.cells,
     )
     models = StoredModels(
         node.store,

@@ -106,6 +106,7 @@ class _Side:
     def __init__(self, memory: mmap.mmap, start: int, asked: int, answer: int, bell: socket.socket) -> None:
         self._memory = memory
         self._start = start
+        self.size_bytes = lane_bytes(asked, answer)
         whole = memoryview(memory)[start : start + lane_bytes(asked, answer)]
         self._asked_rang = whole[_RANG_AT : _RANG_AT + 8].cast("q")
         self._answer_rang = whole[_ANSWER_AT + _RANG_AT : _ANSWER_AT + _RANG_AT + 8].cast("q")
