@@ -32,6 +32,7 @@ from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
 from dmoe.joint import BlockShard, Joints
 from dmoe.kv import Cache
+from dmoe.pages import Ahead
 from dmoe.runtime import ExpertShard, IntRows, RuntimeOptions, ShardFiles, smoke
 from dmoe.segment import Part
 from dmoe.shardfile import FixedSpool, ShardFile, Spool
@@ -182,8 +183,11 @@ class _Received:
 class Program:
     """The shards of this cell. ``openers``: how each kind of shard is opened."""
 
-    def __init__(self, control: socket.socket, openers: Mapping[str, Opener], options: RuntimeOptions) -> None:
+    def __init__(
+        self, control: socket.socket, openers: Mapping[str, Opener], options: RuntimeOptions, pages: Ahead
+    ) -> None:
         self._control = control
+        self._pages = pages
         self._openers = openers
         self._options = options
         self._shards: dict[int, Inside] = {}
@@ -224,6 +228,7 @@ class Program:
                 shard = manifest.shards[message["shard"]]
                 opener = self._openers[shard.kind]
                 self._shards[message["number"]] = opener(manifest, shard, received, self._options)
+                self._pages.use_huge_pages()
             case "drop":
                 if (shard_inside := self._shards.pop(message["number"], None)) is not None:
                     shard_inside.close()
@@ -253,7 +258,9 @@ def main(arguments: Sequence[str], openers: Mapping[str, Opener] = OPENERS) -> N
     try:
         smoke(options)
         memory, bells = _lanes(control, count, lane_bytes(asked, answer) * count)
-        walls = sandbox.enter([number, *(bell.fileno() for bell in bells)])
+        pages = Ahead()
+        kept = [] if pages.descriptor is None else [pages.descriptor]
+        walls = sandbox.enter([number, *kept, *(bell.fileno() for bell in bells)])
         if os.getppid() != parent:
             return
         first = {"ok": True, "walls": [asdict(wall) for wall in walls]}
@@ -261,7 +268,7 @@ def main(arguments: Sequence[str], openers: Mapping[str, Opener] = OPENERS) -> N
         control.send(msgspec.json.encode({"error": str(error), "kind": type(error).__name__}))
         return
     control.send(msgspec.json.encode(first))
-    program = Program(control, openers, options)
+    program = Program(control, openers, options, pages)
     for index, bell in enumerate(bells):
         lane = CellLane(memory, index * lane_bytes(asked, answer), asked, answer, bell)
         threading.Thread(target=program.serve, args=[lane], daemon=True).start()
