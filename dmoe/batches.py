@@ -27,7 +27,7 @@ import trio
 from config.errors import BusyError, RemoteError, RiosError
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.wire import FloatRows
-from dmoe.loaded import LOOP_SECONDS_LOST, Job, LoadedShard, joined
+from dmoe.loaded import LOOP_SECONDS_LOST, Job, LoadedShard, Partials, joined
 from dmoe.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Batches:
         rows: FloatRows,
         experts: Indices | None,
         weights: Weights | None,
-    ) -> list[FloatRows] | None:
+    ) -> Partials | None:
         """The unrounded partial sums of one layer, a matrix per shard, at once; None if they should queue.
 
         A shard that failed here, or was far slower than expected, runs in threads for a while: there it may take its
@@ -113,19 +113,37 @@ class Batches:
             return None
         out: list[FloatRows] = []
         for some in _together(shards):
-            try:
-                out += _partials(some, layer, rows, experts, weights)
-            except RiosError:
-                for loaded in some:
-                    loaded.away.begin(perf_counter())
+            found = self._bunch_now(some, layer, rows, experts, weights)
+            if found is None:
                 return None
-            self._last_end = perf_counter()
-            for loaded in some:
-                if self._last_end - start > LOOP_SECONDS_LOST:
-                    loaded.away.begin(self._last_end)
-                loaded.ran(len(rows), (self._last_end - start) / len(some))
-                loaded.calls_at_once += 1
-            start = self._last_end
+            if len(some) == len(shards):
+                return found
+            out += found
+        return out
+
+    def _bunch_now(
+        self,
+        shards: Sequence[LoadedShard],
+        layer: int,
+        rows: FloatRows,
+        experts: Indices | None,
+        weights: Weights | None,
+    ) -> Partials | None:
+        """Shards that are asked in one go."""
+        start = perf_counter()
+        try:
+            out = _partials(shards, layer, rows, experts, weights)
+        except RiosError:
+            for loaded in shards:
+                loaded.away.begin(perf_counter())
+            return None
+        end = self._last_end = perf_counter()
+        spent = (end - start) / len(shards)
+        for loaded in shards:
+            if end - start > LOOP_SECONDS_LOST:
+                loaded.away.begin(end)
+            loaded.ran(len(rows), spent)
+            loaded.calls_at_once += 1
         return out
 
     def answered(self) -> None:
@@ -276,6 +294,12 @@ class Batches:
 
 def _together(shards: Sequence[LoadedShard]) -> Iterator[Sequence[LoadedShard]]:
     """Those that are asked in one go."""
+    together = shards[0].together
+    if together is not None:  # nearly always all of them: that is quickly seen
+        place = together.place
+        if all(loaded.together is not None and loaded.together.place is place for loaded in shards):
+            yield shards
+            return
     for place, some in groupby(shards, key=lambda loaded: loaded.together and loaded.together.place):
         if place is None:
             yield from ((loaded,) for loaded in some)
@@ -285,7 +309,7 @@ def _together(shards: Sequence[LoadedShard]) -> Iterator[Sequence[LoadedShard]]:
 
 def _partials(
     shards: Sequence[LoadedShard], layer: int, rows: FloatRows, experts: Indices | None, weights: Weights | None
-) -> list[FloatRows]:
+) -> Partials:
     others = [loaded.together for loaded in shards if loaded.together is not None]
     if len(others) > 1:
         return others[0].partials(others, layer, rows, experts, weights)
@@ -314,7 +338,7 @@ class _Batch:
         self._ended = ended
         self._rows, self._experts, self._weights = joined(self._jobs[0])
         self._left = 0
-        self._answers: list[list[FloatRows]] = []
+        self._answers: list[Partials] = []
         """Per part, a matrix per shard."""
         self._error: BaseException | None = None
         self._begun = 0.0

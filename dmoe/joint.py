@@ -27,7 +27,7 @@ from config.errors import RiosError
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.graphs import blocks_graph
-from dmoe.loaded import Together
+from dmoe.loaded import Partials, Together
 from dmoe.runtime import (
     Binding,
     ExpertShard,
@@ -69,14 +69,14 @@ class Joint:
         if len(h) != 1:
             h = np.ascontiguousarray(h, np.float32)
             out = np.empty((len(wanted), *h.shape), np.float32)
-            self._bind(wanted, h, out).run()
+            self.bind(wanted, h, out).run()
             return out
         kept = self._kept.get(wanted)
         try:
             row, y, binding = (kept or []).pop()
         except IndexError:  # first use, or another thread is using the one there is
             row, y = (np.empty(shape, np.float32) for shape in ((1, self._hidden), (len(wanted), 1, self._hidden)))
-            binding = self._bind(wanted, row, y)
+            binding = self.bind(wanted, row, y)
         row[:] = h
         binding.run()
         result = y.copy()
@@ -88,7 +88,8 @@ class Joint:
         """Run once."""
         self.run(self._experts, np.zeros((1, self._hidden), np.float32))
 
-    def _bind(self, wanted: Sequence[int], h: FloatRows, out: FloatRows) -> Binding:
+    def bind(self, wanted: Sequence[int], h: FloatRows, out: FloatRows) -> Binding:
+        """What reads ``h f32[N, H]`` and writes ``out f32[wanted, N, H]`` when it is run, by one thread at a time."""
         ours = dict(zip(wanted, out, strict=True))
         assert len(ours) == len(wanted), "a block is asked once"
         asked = {f"h.{each}": h if each in ours else self._none for each in self._experts}
@@ -132,12 +133,17 @@ class Company:
                 except RiosError as error:
                     log.warning("memory of shards that have gone is not free yet: %s", error)
 
-    def run(self, layer: int, shards: Sequence["BlockShard"], h: FloatRows) -> list[FloatRows]:
+    def bind(self, layer: int, shards: Sequence["BlockShard"], h: FloatRows, out: FloatRows) -> Binding | None:
+        """As :meth:`Joint.bind`, ``out f32[shards, N, H]`` their partial sums; None where blocks have to be added."""
+        wanted = tuple(expert for shard in shards for expert in shard.experts)
+        return self._layers[layer].bind(wanted, h, out) if len(wanted) == len(shards) else None
+
+    def run(self, layer: int, shards: Sequence["BlockShard"], h: FloatRows) -> Partials:
         """The partial sum of each, ``f32[N, H]``."""
         wanted = tuple(expert for shard in shards for expert in shard.experts)
         found = self._layers[layer].run(wanted, h)
         if len(wanted) == len(shards):
-            return list(found)
+            return found
         sums, first = [], 0
         for shard in shards:
             total, *others = found[first : first + len(shard.experts)]
@@ -177,7 +183,8 @@ class BlockShard:
     ) -> FloatRows:
         """See :meth:`dmoe.runtime.ExpertShard.partial`."""
         assert experts is None
-        return self.company.run(layer, (self,), h)[0]
+        found: FloatRows = self.company.run(layer, (self,), h)[0]
+        return found
 
     def partials(
         self,
@@ -186,7 +193,7 @@ class BlockShard:
         h: FloatRows,
         experts: Indices | None = None,
         weights: Weights | None = None,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         """See :class:`dmoe.loaded.Together`."""
         assert experts is None
         return self.company.run(layer, cast("Sequence[BlockShard]", shards), h)  # nothing else has it for its place

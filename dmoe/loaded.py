@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.manifest import Manifest
 from dmoe.core.manifest import Shard as ManifestShard
 from dmoe.core.wire import Dtype, FloatRows
+
+Partials = list[FloatRows] | NDArray[np.float32]
+"""A matrix ``f32[N, H]`` per shard: several arrays, or one ``f32[shards, N, H]``."""
 
 LATENCIES_KEPT = 512
 LOOP_SECONDS_LOST = 0.05
@@ -71,7 +75,7 @@ class Together(Shard, Protocol):
         h: FloatRows,
         experts: Indices | None,
         weights: Weights | None,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         """As :meth:`Shard.partial`, of each of these, all of the same place."""
 
     def tidy(self) -> None:
@@ -239,6 +243,14 @@ class LoadedShard:
             "row_us": round(self.row_seconds * 1e6, 1),
             "ram_bytes": self.shard.ram_bytes,
         }
+
+
+def stacked(partials: Partials) -> FloatRows:
+    """The matrices one below the other, ``f32[shards * N, H]``; without a copy where they are one array."""
+    if isinstance(partials, np.ndarray):
+        rows: FloatRows = partials.reshape(-1, partials.shape[-1])
+        return rows
+    return np.concatenate(partials) if len(partials) > 1 else partials[0]
 
 
 def joined(jobs: Sequence[Job]) -> tuple[FloatRows, Indices | None, Weights | None]:

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import trio
 
 from config.errors import RemoteError, RequestError, RiosError
@@ -30,7 +29,7 @@ from dmoe.core import calls, wire
 from dmoe.core.calls import ExpertCall, Indices, Weights
 from dmoe.core.demand import Use
 from dmoe.core.wire import FloatRows
-from dmoe.loaded import LoadedShard, Shard, ShardPlan, plan_of, why_withdrawn
+from dmoe.loaded import LoadedShard, Partials, Shard, ShardPlan, plan_of, stacked, why_withdrawn
 from dmoe.ports import Quote, Seller
 from p2p.face import Call, Network, Reply
 
@@ -221,12 +220,12 @@ class Worker:
         call: Call,
         asked: ExpertCall,
         shards: list[LoadedShard],
-        partials: Sequence[FloatRows],
+        partials: Partials,
         start: float,
         *,
         paid: bool,
     ) -> Reply:
-        answer = np.concatenate(partials) if len(partials) > 1 else partials[0]
+        answer = stacked(partials)
         header, buffer = wire.encode(answer, asked.dtype)
         if paid:
             self._uncounted.append((call, asked, shards, calls.Bytes((buffer,), calls.bf16_of(header))))
@@ -303,7 +302,7 @@ class Worker:
         experts: Indices | None,
         weights: Weights | None,
         deadline: float,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         """The unrounded partial sums of one layer, a matrix per shard, in order. ``deadline`` is a trio time.
 
         Raises BusyError if a queue is full or the work would not be done in time.

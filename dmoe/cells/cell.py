@@ -461,7 +461,7 @@ class Cell:
         del link.asked[lane]
         answer = Answer(lane, link.free)
         self._counters.calls += 1
-        status, size, *_ = lane.numbers()
+        status, size = lane.outcome()
         if status != ANSWERED:
             with answer:
                 raise RemoteError("unavailable", f"in the cell of {self.name}: {lane.error_text(size)}")

@@ -16,9 +16,9 @@ Invariants:
 """
 
 import fcntl
+import math
 import mmap
 import os
-import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -45,8 +45,15 @@ ANSWERER_SPIN_SECONDS = 50e-6
 ANSWERED, FAILED = 1, 2
 
 _NUMBERS = struct.Struct(f"<{NUMBERS}q")
+_REPLY = struct.Struct("<3q")
+"""The call's number, how it went, and the size of what is said if it went wrong."""
 _BELL = struct.Struct("<q")
 _PADDING = (0,) * NUMBERS
+_TICK_SECONDS = 0.02
+"""So often whoever waits in the kernel looks at its deadline: a wait is one system call, most of the time."""
+_TICK = struct.pack("@ll", 0, int(_TICK_SECONDS * 1e6))
+_FINITE_AT_ONCE_MAX = 8192
+"""Numbers whose sum of squares is taken in one go; longer ones may wake threads."""
 _ANSWER_AT = 2 * KIB
 """Where the cell's half of the head begins: in a cache line of its own."""
 _RANG_AT = KIB
@@ -121,21 +128,20 @@ class ParentLane(_Side):
 
     def __init__(self, memory: mmap.mmap, start: int, asked: int, answer: int, bell: socket.socket) -> None:
         super().__init__(memory, start, asked, answer, bell)
-        bell.setblocking(False)
-        self._poll = select.poll()
-        self._poll.register(bell, select.POLLIN)
+        bell.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TICK)
         self._number = 0
         self._spin = ASKER_SPIN_SECONDS[1]
         for place in (self.asked, self.answer):
             np.frombuffer(place, np.uint8)[: TOUCHED_BYTES : 4 * KIB] = 0
 
     def ask(self, numbers: Sequence[int], parts: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.generic]]]) -> None:
-        """Begin a call: numbers for the head, arrays one behind the other. They must fit. Raises LaneLost."""
+        """Begin a call: numbers for the head, contiguous arrays one behind the other. They must fit. Raises
+        LaneLost."""
         self._number += 1
         end = 0
         for part in parts:
             begin, end = end, end + part.nbytes
-            np.frombuffer(self.asked, part.dtype, part.size, begin)[:] = part.reshape(-1)
+            self.asked[begin:end] = part.data.cast("B")
         padding = _PADDING[len(numbers) + 1 :]
         _NUMBERS.pack_into(self._memory, self._start, self._number, *numbers, *padding)
         try:
@@ -153,22 +159,22 @@ class ParentLane(_Side):
             pass
         shortest, longest = ASKER_SPIN_SECONDS
         self._spin = max(shortest, self._spin / 2) if waits else min(longest, self._spin * 2)
-        for _ in range(_BELLS_MAX):
-            if self._heard() == number:
-                return
-            left = begun + seconds - perf_counter()
-            if left <= 0:
+        rings = 0
+        while (heard := self._heard()) != number:
+            rings += heard is not None
+            if rings > _BELLS_MAX:
+                raise LaneLost("it rings without being asked")
+            if perf_counter() - begun >= seconds:
                 raise LaneLost(f"it did not answer within {seconds:.3f} s", late=True)
-            self._poll.poll(left * 1000)
-        raise LaneLost("it rings without being asked")
 
     def is_answered(self) -> bool:
         """Whether a call that was given up is answered by now. Raises LaneLost."""
-        return self._heard() == self._number
+        return self._heard(socket.MSG_DONTWAIT) == self._number
 
-    def _heard(self) -> int | None:
+    def _heard(self, flags: int = 0) -> int | None:
+        """The next bell; None if there is none, for a tick or now."""
         try:
-            bell = self._bell.recv(2 * _BELL.size)
+            bell = self._bell.recv(2 * _BELL.size, flags)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -177,16 +183,17 @@ class ParentLane(_Side):
             raise LaneLost("it rings wrongly" if bell else "it ended", gone=not bell)
         return int(_BELL.unpack(bell)[0])
 
-    def numbers(self) -> tuple[int, ...]:
-        """The cell's half of the head, read once: what it says is to be checked."""
-        return tuple(_NUMBERS.unpack_from(self._memory, self._start + _ANSWER_AT)[1:])
+    def outcome(self) -> tuple[int, int]:
+        """How the call went and the size of what is said of it, read once: to be checked."""
+        _, status, size = _REPLY.unpack_from(self._memory, self._start + _ANSWER_AT)
+        return status, size
 
-    def rows(self, count: int, width: int) -> FloatRows:
-        """The answer as ``f32[count, width]``, copied out first. Raises RemoteError if a number in it is not finite."""
-        rows: FloatRows = self._answer_rows[: count * width].reshape(count, width).copy()
-        if not np.isfinite(rows).all():
+    def rows(self, *shape: int) -> FloatRows:
+        """The answer as ``f32[shape]``, copied out first. Raises RemoteError if a number in it is not finite."""
+        rows: FloatRows = self._answer_rows[: math.prod(shape)].copy()
+        if not (rows.size <= _FINITE_AT_ONCE_MAX and np.vdot(rows, rows) < np.inf) and not np.isfinite(rows).all():
             raise RemoteError("integrity", "a shard's answer is not finite", "ask another replica")
-        return rows
+        return rows.reshape(shape)
 
     def error_text(self, size: int) -> str:
         """What a cell says of a failure, copied out, printable."""
@@ -219,10 +226,9 @@ class CellLane(_Side):
         self._number = numbers[0]
         return tuple(numbers[1:])
 
-    def reply(self, status: int, *numbers: int) -> None:
+    def reply(self, status: int, size: int = 0) -> None:
         """What was asked is done, the answer in its place."""
-        padding = _PADDING[len(numbers) + 2 :]
-        _NUMBERS.pack_into(self._memory, self._start + _ANSWER_AT, self._number, status, *numbers, *padding)
+        _REPLY.pack_into(self._memory, self._start + _ANSWER_AT, self._number, status, size)
         self._bell.send(_BELL.pack(self._number))
         self._answer_rang[0] = self._number
 

@@ -39,6 +39,8 @@ from dmoe.shardfile import FixedSpool, ShardFile, Spool
 from dmoe.stages.loading import load_stage
 
 MESSAGE_BYTES_MAX = 64 << 10
+READY_ROWS_MAX, READY_MAX = 8, 512
+"""Calls of so few rows are kept ready, so many of them per lane."""
 
 
 class Inside(Protocol):
@@ -46,6 +48,11 @@ class Inside(Protocol):
 
     def answer(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, "Inside"]) -> None:
         """Answer the call whose numbers these are, behind its shard's. ``shards``: all of the cell."""
+
+    def ready(
+        self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, "Inside"]
+    ) -> Callable[[], None] | None:
+        """What answers every call with these numbers on this lane, in its place; None: :meth:`answer` does."""
 
     def close(self) -> None:
         """Free everything."""
@@ -58,6 +65,7 @@ class Files(ShardFiles, Protocol):
     joints: Joints
 
 
+_Ready = dict[tuple[int, ...], Callable[[], None]]
 Opener = Callable[[Manifest, Shard, Files, RuntimeOptions], Inside]
 
 
@@ -70,8 +78,7 @@ class ExpertsInside:
 
     def answer(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> None:
         """See :class:`Inside`."""
-        layer, rows, width, top_k, count = numbers[:5]
-        others = [shards[number] for number in numbers[5 : 5 + count]]
+        layer, rows, width, top_k, _ = numbers[:5]
         h = np.frombuffer(lane.asked, np.float32, rows * width).reshape(rows, width)
         experts: IntRows | None = None
         weights: FloatRows | None = None
@@ -79,10 +86,27 @@ class ExpertsInside:
             experts = np.frombuffer(lane.asked, np.int32, rows * top_k, h.nbytes).reshape(rows, top_k)
             at = h.nbytes + experts.nbytes
             weights = np.frombuffer(lane.asked, np.float32, rows * top_k, at).reshape(rows, top_k)
-        asked = [self._shard, *(other._shard for other in others if isinstance(other, ExpertsInside))]
-        lane.give(*self._ask(asked, layer, h, experts, weights))
+        lane.give(*self._run(self._asked(numbers, shards), layer, h, experts, weights))
 
-    def _ask(
+    def ready(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> Callable[[], None] | None:
+        """See :class:`Inside`: blocks of one company compute from one place of the lane into the other."""
+        layer, rows, width, top_k, _ = numbers[:5]
+        if top_k or rows > READY_ROWS_MAX or not isinstance(self._shard, BlockShard):
+            return None
+        company, asked = self._shard.company, self._asked(numbers, shards)
+        blocks = [shard for shard in asked if isinstance(shard, BlockShard) and shard.company is company]
+        if len(blocks) < len(asked):
+            return None
+        h = np.frombuffer(lane.asked, np.float32, rows * width).reshape(rows, width)
+        out = np.frombuffer(lane.answer, np.float32, len(asked) * h.size).reshape(len(asked), rows, width)
+        bound = company.bind(layer, blocks, h, out)
+        return bound.run if bound is not None else None
+
+    def _asked(self, numbers: Sequence[int], shards: Mapping[int, Inside]) -> list[ExpertShard | BlockShard]:
+        others = (shards[number] for number in numbers[5 : 5 + numbers[4]])
+        return [self._shard, *(other._shard for other in others if isinstance(other, ExpertsInside))]
+
+    def _run(
         self,
         asked: Sequence[ExpertShard | BlockShard],
         layer: int,
@@ -140,6 +164,10 @@ class StageInside:
             parts.append(Part(cache, length))
         return self._layers.opened.compute(x, parts)
 
+    def ready(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> Callable[[], None] | None:
+        """See :class:`Inside`: every run is another's."""
+        return None
+
     def forget(self, number: int) -> None:
         """Free a cache."""
         with self._lock:
@@ -191,6 +219,8 @@ class Program:
         self._openers = openers
         self._options = options
         self._shards: dict[int, Inside] = {}
+        self._ready: list[_Ready] = []
+        self._changes = 0
         self._joints = Joints(options)
         self._received = _Received(self._joints)
 
@@ -228,9 +258,11 @@ class Program:
                 shard = manifest.shards[message["shard"]]
                 opener = self._openers[shard.kind]
                 self._shards[message["number"]] = opener(manifest, shard, received, self._options)
+                self._forget_ready()
                 self._pages.use_huge_pages()
             case "drop":
                 if (shard_inside := self._shards.pop(message["number"], None)) is not None:
+                    self._forget_ready()
                     shard_inside.close()
             case "forget":
                 stage = self._shards.get(message["number"])
@@ -239,11 +271,33 @@ class Program:
 
     def serve(self, lane: CellLane) -> None:
         """Answer the calls of a lane until the parent hangs up."""
+        ready: _Ready = {}
+        self._ready.append(ready)
         while (numbers := lane.wait()) is not None:
             try:
-                self._shards[numbers[0]].answer(lane, numbers[1:], self._shards)
+                run = ready.get(numbers) or self._make_ready(lane, numbers, ready)
+                if run is None:
+                    self._shards[numbers[0]].answer(lane, numbers[1:], self._shards)
+                else:
+                    run()
+                    lane.reply(ANSWERED)
             except Exception as error:  # noqa: BLE001 - said to the parent, which decides
                 lane.fail(f"{type(error).__name__}: {error}")
+
+    def _make_ready(self, lane: CellLane, numbers: tuple[int, ...], ready: _Ready) -> Callable[[], None] | None:
+        changes = self._changes
+        run = self._shards[numbers[0]].ready(lane, numbers[1:], self._shards)
+        if run is not None and changes == self._changes:
+            if len(ready) >= READY_MAX:
+                ready.clear()
+            ready[numbers] = run
+        return run
+
+    def _forget_ready(self) -> None:
+        """Shards have come or gone: what was bound to them would keep their memory."""
+        self._changes += 1
+        for ready in self._ready:
+            ready.clear()
 
 
 OPENERS: Mapping[str, Opener] = {"expert": ExpertsInside, "stage": StageInside}

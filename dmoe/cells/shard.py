@@ -15,7 +15,7 @@ from dmoe.cells.held import HeldShard, seconds_for
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
-from dmoe.loaded import Together
+from dmoe.loaded import Partials, Together
 
 TOGETHER_MAX = 8
 """Shards asked in one call: their numbers stand in a lane's head."""
@@ -47,7 +47,7 @@ class CellShard(HeldShard):
     ) -> FloatRows:
         """See :meth:`dmoe.runtime.ExpertShard.partial`. Raises RemoteError ``unavailable`` if the cell is down, ends,
         or does not answer in time."""
-        (found,) = self._all((self,), layer, h, experts, weights)
+        found: FloatRows = self._all((self,), layer, h, experts, weights)[0]
         return found
 
     def partials(
@@ -57,9 +57,11 @@ class CellShard(HeldShard):
         h: FloatRows,
         experts: Indices | None = None,
         weights: Weights | None = None,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         """See :class:`dmoe.loaded.Together`. Raises as :meth:`partial`."""
         mine = cast("Sequence[CellShard]", shards)  # nothing else has a cell for its place
+        if len(mine) <= TOGETHER_MAX:
+            return self._all(mine, layer, h, experts, weights)
         found: list[FloatRows] = []
         for start in range(0, len(mine), TOGETHER_MAX):
             found += self._all(mine[start : start + TOGETHER_MAX], layer, h, experts, weights)
@@ -72,7 +74,7 @@ class CellShard(HeldShard):
         h: FloatRows,
         experts: Indices | None,
         weights: Weights | None,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         most = max(1, self._rows_max // len(shards))
         if len(h) <= most:
             return self._some(shards, layer, h, experts, weights)
@@ -90,16 +92,16 @@ class CellShard(HeldShard):
         h: FloatRows,
         experts: Indices | None,
         weights: Weights | None,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         rows, top_k, count = len(h), 0 if experts is None else experts.shape[1], len(shards)
         first, *others = (shard.number for shard in shards)
         numbers = (first, layer, rows, self._hidden, top_k, len(others), *others)
-        parts: list[NDArray[Any]] = [np.asarray(h, np.float32)]
+        parts: list[NDArray[Any]] = [np.ascontiguousarray(h, np.float32)]
         if experts is not None and weights is not None:
-            parts += [np.asarray(experts, np.int32), np.asarray(weights, np.float32)]
+            parts += [np.ascontiguousarray(experts, np.int32), np.ascontiguousarray(weights, np.float32)]
         seconds = seconds_for(rows, sum(shard.shard.flops_per_row for shard in shards))
         with self.cell.ask(numbers, parts, seconds, others) as lane:
-            return list(lane.rows(count * rows, self._hidden).reshape(count, rows, self._hidden))
+            return lane.rows(count, rows, self._hidden)
 
     def tidy(self) -> None:
         """See :class:`dmoe.loaded.Together`: the cell does it by itself."""

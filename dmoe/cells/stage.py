@@ -153,7 +153,7 @@ class CellStage(HeldShard):
         rows = len(x)
         numbers = (self.number, RUN, len(places), rows, self._hidden)
         seconds = seconds_for(rows, self.shard.flops_per_row)
-        with self.cell.ask(numbers, [np.array(places, np.int64), np.asarray(x, np.float32)], seconds) as lane:
+        with self.cell.ask(numbers, [np.array(places, np.int64), np.ascontiguousarray(x, np.float32)], seconds) as lane:
             return lane.rows(rows, self._hidden)
 
     def forget(self, number: int) -> None:
