@@ -18,7 +18,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
 from time import perf_counter
 
 import numpy as np
@@ -27,7 +26,7 @@ import trio
 from config.errors import BusyError, RemoteError, RiosError
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.wire import FloatRows
-from dmoe.loaded import LOOP_SECONDS_LOST, Job, LoadedShard, Partials, joined
+from dmoe.loaded import LOOP_SECONDS_LOST, Job, LoadedShard, Partials, Several, Together, joined
 from dmoe.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -111,12 +110,13 @@ class Batches:
             expected += loaded.row_seconds
         if expected * len(rows) > INLINE_SECONDS_MAX:
             return None
+        several = shards if isinstance(shards, Several) else Several(shards)
         out: list[FloatRows] = []
-        for some in _together(shards):
-            found = self._bunch_now(some, layer, rows, experts, weights)
+        for some, together in several.bunches:
+            found = self._bunch_now(some, together, layer, rows, experts, weights)
             if found is None:
                 return None
-            if len(some) == len(shards):
+            if len(some) == len(several):
                 return found
             out += found
         return out
@@ -124,6 +124,7 @@ class Batches:
     def _bunch_now(
         self,
         shards: Sequence[LoadedShard],
+        together: Sequence[Together],
         layer: int,
         rows: FloatRows,
         experts: Indices | None,
@@ -132,7 +133,7 @@ class Batches:
         """Shards that are asked in one go."""
         start = perf_counter()
         try:
-            out = _partials(shards, layer, rows, experts, weights)
+            out = _partials(shards, together, layer, rows, experts, weights)
         except RiosError:
             for loaded in shards:
                 loaded.away.begin(perf_counter())
@@ -292,28 +293,18 @@ class Batches:
         self._start()
 
 
-def _together(shards: Sequence[LoadedShard]) -> Iterator[Sequence[LoadedShard]]:
-    """Those that are asked in one go."""
-    together = shards[0].together
-    if together is not None:  # nearly always all of them: that is quickly seen
-        place = together.place
-        if all(loaded.together is not None and loaded.together.place is place for loaded in shards):
-            yield shards
-            return
-    for place, some in groupby(shards, key=lambda loaded: loaded.together and loaded.together.place):
-        if place is None:
-            yield from ((loaded,) for loaded in some)
-        else:
-            yield tuple(some)
-
-
 def _partials(
-    shards: Sequence[LoadedShard], layer: int, rows: FloatRows, experts: Indices | None, weights: Weights | None
+    shards: Sequence[LoadedShard],
+    together: Sequence[Together],
+    layer: int,
+    rows: FloatRows,
+    experts: Indices | None,
+    weights: Weights | None,
 ) -> Partials:
-    others = [loaded.together for loaded in shards if loaded.together is not None]
-    if len(others) > 1:
-        return others[0].partials(others, layer, rows, experts, weights)
-    return [loaded.shard.partial(layer, rows, experts, weights) for loaded in shards]
+    """Of one bunch (see :class:`dmoe.loaded.Several`)."""
+    if len(together) > 1:
+        return together[0].partials(together, layer, rows, experts, weights)
+    return [shards[0].shard.partial(layer, rows, experts, weights)]
 
 
 def _shutting_down() -> RemoteError:
@@ -380,7 +371,8 @@ class _Batch:
             experts = None if self._experts is None else self._experts[rows]
             weights = None if self._weights is None else self._weights[rows]
             layer = self._jobs[0][0].layer
-            self._answers[part] = _partials(self._shards, layer, self._rows[rows], experts, weights)
+            (bunch,) = Several(self._shards).bunches
+            self._answers[part] = _partials(*bunch, layer, self._rows[rows], experts, weights)
         except RiosError as error:  # a cell that ended: it has said so itself
             self._error = error
             for loaded in self._shards:

@@ -4,9 +4,10 @@ Owns: the figures of one loaded shard and its queue. Does not own: when it runs 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from itertools import groupby
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -243,6 +244,26 @@ class LoadedShard:
             "row_us": round(self.row_seconds * 1e6, 1),
             "ram_bytes": self.shard.ram_bytes,
         }
+
+
+class Several(tuple[LoadedShard, ...]):
+    """Shards that a call asks, and which of them in one go: made once for all calls that ask the same."""
+
+    bunches: tuple[tuple[tuple[LoadedShard, ...], tuple[Together, ...]], ...]
+    """Shards of one place, and the same to be asked; the second is empty where a shard is asked by itself."""
+
+    def __new__(cls, shards: Iterable[LoadedShard]) -> Self:
+        """In their order."""
+        made = super().__new__(cls, shards)
+        bunches: list[tuple[tuple[LoadedShard, ...], tuple[Together, ...]]] = []
+        for place, some in groupby(made, key=lambda loaded: loaded.together and loaded.together.place):
+            if place is None:
+                bunches += [((loaded,), ()) for loaded in some]
+            else:
+                mine = tuple(some)
+                bunches.append((mine, tuple(loaded.together for loaded in mine if loaded.together is not None)))
+        made.bunches = tuple(bunches)
+        return made
 
 
 def stacked(partials: Partials) -> FloatRows:

@@ -12,7 +12,8 @@ Invariants:
 2. A cell that ended is started again with the same shards, ever later if it keeps ending; meanwhile its calls fail at
    once, so that callers go elsewhere. Shards that keep ending it (``blame``) are withdrawn: its owner is told.
 3. A cell gets three kinds of descriptors: its sockets, sealed memory, and files of its own shards, open for reading
-   (and for a dense stage a nameless one to write to, of a fixed size).
+   (and for a dense stage a nameless one to write to, of a fixed size). One it opens itself before its walls are up:
+   the list of its own memory.
 """
 
 import logging
@@ -457,7 +458,7 @@ class Cell:
             link.free.append(lane)
             raise
         finally:
-            link.asked_seconds += monotonic() - begun + ANSWERER_SPIN_SECONDS
+            link.asked_seconds += monotonic() - begun + ANSWERER_SPIN_SECONDS[1]
         del link.asked[lane]
         answer = Answer(lane, link.free)
         self._counters.calls += 1

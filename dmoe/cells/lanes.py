@@ -38,10 +38,12 @@ NUMBERS = 16
 """Numbers in each half of the head."""
 ERROR_BYTES_MAX = 1024
 ASKER_SPIN_SECONDS = (10e-6, 300e-6)
-"""For how long the parent looks at memory before it sleeps, at least and at most: longer while that helps, shorter
-while it does not (long calls, a cell that waits for a core). Waking up costs 20 us, and again until caches are warm."""
-ANSWERER_SPIN_SECONDS = 50e-6
+"""For how long the parent looks at memory before it sleeps, at least and at most. Waking up costs 20 us, and again
+until caches are warm."""
+ANSWERER_SPIN_SECONDS = (10e-6, 50e-6)
 """The same in the cell, where it is a guess whether another call comes, and the core may be wanted elsewhere."""
+NO_SPIN_TURNS = 16
+"""Where the shortest look did not help, so many turns go without one."""
 ANSWERED, FAILED = 1, 2
 
 _NUMBERS = struct.Struct(f"<{NUMBERS}q")
@@ -53,7 +55,7 @@ _TICK_SECONDS = 0.02
 """So often whoever waits in the kernel looks at its deadline: a wait is one system call, most of the time."""
 _TICK = struct.pack("@ll", 0, int(_TICK_SECONDS * 1e6))
 _FINITE_AT_ONCE_MAX = 8192
-"""Numbers whose sum of squares is taken in one go; longer ones may wake threads."""
+"""Numbers whose sum of squares is taken in one go: for more, a pool of threads may wake."""
 _ANSWER_AT = 2 * KIB
 """Where the cell's half of the head begins: in a cache line of its own."""
 _RANG_AT = KIB
@@ -74,6 +76,13 @@ class LaneLost(Exception):
 def printable(text: str) -> str:
     """A stranger's words without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _is_finite(numbers: FloatRows) -> bool:
+    """Of a vector. Sums first: they are twice as quick, and only numbers beyond all reason make them overflow."""
+    step = _FINITE_AT_ONCE_MAX
+    parts = [numbers] if numbers.size <= step else [numbers[n : n + step] for n in range(0, numbers.size, step)]
+    return all(part.dot(part) < np.inf for part in parts) or bool(np.isfinite(numbers).all())
 
 
 def lane_bytes(asked: int, answer: int) -> int:
@@ -107,6 +116,36 @@ def sealed_copy(data: bytes, name: str) -> int:
     return descriptor
 
 
+class _Spin:
+    """Looking at a number in memory before sleeping: longer while that helps, shorter while it does not (long calls,
+    long pauses, a core that others want), then not at all for a while."""
+
+    __slots__ = ("_longest", "_place", "_seconds", "_shortest", "_turns_off")
+
+    def __init__(self, place: memoryview, bounds: tuple[float, float]) -> None:
+        self._place = place
+        self._shortest, self._longest = bounds
+        self._seconds = self._longest
+        self._turns_off = 0
+
+    def until(self, number: int) -> None:
+        """Look until the number is there, or this has taken long enough."""
+        if self._turns_off:
+            self._turns_off -= 1
+            return
+        place, end = self._place, perf_counter() + self._seconds
+        while place[0] != number:
+            if perf_counter() >= end:
+                break
+        else:
+            self._seconds = min(self._longest, 2 * self._seconds)
+            return
+        if self._seconds > self._shortest:
+            self._seconds = max(self._shortest, self._seconds / 2)
+        else:
+            self._turns_off = NO_SPIN_TURNS
+
+
 class _Side:
     """What both sides of a lane have."""
 
@@ -130,7 +169,7 @@ class ParentLane(_Side):
         super().__init__(memory, start, asked, answer, bell)
         bell.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TICK)
         self._number = 0
-        self._spin = ASKER_SPIN_SECONDS[1]
+        self._spin = _Spin(self._answer_rang, ASKER_SPIN_SECONDS)
         for place in (self.asked, self.answer):
             np.frombuffer(place, np.uint8)[: TOUCHED_BYTES : 4 * KIB] = 0
 
@@ -153,12 +192,8 @@ class ParentLane(_Side):
     def wait(self, seconds: float) -> None:
         """Until the answer is there. Raises LaneLost."""
         begun = perf_counter()
-        number, rang = self._number, self._answer_rang
-        spun = begun + min(seconds, self._spin)
-        while (waits := rang[0] != number) and perf_counter() < spun:
-            pass
-        shortest, longest = ASKER_SPIN_SECONDS
-        self._spin = max(shortest, self._spin / 2) if waits else min(longest, self._spin * 2)
+        number = self._number
+        self._spin.until(number)
         rings = 0
         while (heard := self._heard()) != number:
             rings += heard is not None
@@ -191,7 +226,7 @@ class ParentLane(_Side):
     def rows(self, *shape: int) -> FloatRows:
         """The answer as ``f32[shape]``, copied out first. Raises RemoteError if a number in it is not finite."""
         rows: FloatRows = self._answer_rows[: math.prod(shape)].copy()
-        if not (rows.size <= _FINITE_AT_ONCE_MAX and np.vdot(rows, rows) < np.inf) and not np.isfinite(rows).all():
+        if not _is_finite(rows):
             raise RemoteError("integrity", "a shard's answer is not finite", "ask another replica")
         return rows.reshape(shape)
 
@@ -210,15 +245,13 @@ class CellLane(_Side):
     def __init__(self, memory: mmap.mmap, start: int, asked: int, answer: int, bell: socket.socket) -> None:
         super().__init__(memory, start, asked, answer, bell)
         self._number = 0
+        self._spin = _Spin(self._asked_rang, ANSWERER_SPIN_SECONDS)
         for place in (self.asked, self.answer):  # map what the parent touched
             np.add.reduce(np.frombuffer(place, np.uint8)[: TOUCHED_BYTES : 4 * KIB])
 
     def wait(self) -> tuple[int, ...] | None:
         """The numbers of the next call; None: the parent is gone."""
-        last, rang = self._number, self._asked_rang
-        spun = perf_counter() + ANSWERER_SPIN_SECONDS
-        while rang[0] == last and perf_counter() < spun:
-            pass
+        self._spin.until(self._number + 1)
         bell = self._bell.recv(_BELL.size)
         if len(bell) != _BELL.size:
             return None

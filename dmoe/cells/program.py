@@ -41,6 +41,8 @@ from dmoe.stages.loading import load_stage
 MESSAGE_BYTES_MAX = 64 << 10
 READY_ROWS_MAX, READY_MAX = 8, 512
 """Calls of so few rows are kept ready, so many of them per lane."""
+ROWS_AT = 2
+"""Where a call's numbers say how many rows it has."""
 
 
 class Inside(Protocol):
@@ -91,7 +93,7 @@ class ExpertsInside:
     def ready(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> Callable[[], None] | None:
         """See :class:`Inside`: blocks of one company compute from one place of the lane into the other."""
         layer, rows, width, top_k, _ = numbers[:5]
-        if top_k or rows > READY_ROWS_MAX or not isinstance(self._shard, BlockShard):
+        if top_k or not isinstance(self._shard, BlockShard):
             return None
         company, asked = self._shard.company, self._asked(numbers, shards)
         blocks = [shard for shard in asked if isinstance(shard, BlockShard) and shard.company is company]
@@ -287,7 +289,7 @@ class Program:
     def _make_ready(self, lane: CellLane, numbers: tuple[int, ...], ready: _Ready) -> Callable[[], None] | None:
         changes = self._changes
         run = self._shards[numbers[0]].ready(lane, numbers[1:], self._shards)
-        if run is not None and changes == self._changes:
+        if run is not None and changes == self._changes and numbers[ROWS_AT] <= READY_ROWS_MAX:
             if len(ready) >= READY_MAX:
                 ready.clear()
             ready[numbers] = run

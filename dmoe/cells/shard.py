@@ -35,6 +35,7 @@ class CellShard(HeldShard):
         """Load it; blocking. Raises what :meth:`Cell.load` does."""
         top_k = 0 if manifest.architecture.router.kind == "all" else manifest.architecture.router.top_k
         self._rows_max = max(1, cell.options.asked_bytes // (4 * manifest.architecture.hidden + 8 * top_k))
+        self._company: tuple[Sequence[CellShard], tuple[int, ...], int] = ((), (), 0)
         super().__init__(cell, manifest, shard, store, on_close)
 
     @property
@@ -94,14 +95,21 @@ class CellShard(HeldShard):
         weights: Weights | None,
     ) -> Partials:
         rows, top_k, count = len(h), 0 if experts is None else experts.shape[1], len(shards)
-        first, *others = (shard.number for shard in shards)
-        numbers = (first, layer, rows, self._hidden, top_k, len(others), *others)
+        tail, flops = self._known(shards)
+        numbers = (shards[0].number, layer, rows, self._hidden, top_k, *tail)
         parts: list[NDArray[Any]] = [np.ascontiguousarray(h, np.float32)]
         if experts is not None and weights is not None:
             parts += [np.ascontiguousarray(experts, np.int32), np.ascontiguousarray(weights, np.float32)]
-        seconds = seconds_for(rows, sum(shard.shard.flops_per_row for shard in shards))
-        with self.cell.ask(numbers, parts, seconds, others) as lane:
+        with self.cell.ask(numbers, parts, seconds_for(rows, flops), tail[1:]) as lane:
             return lane.rows(count, rows, self._hidden)
+
+    def _known(self, shards: Sequence["CellShard"]) -> tuple[tuple[int, ...], int]:
+        """The end of a call's numbers, and what a row costs: worked out once for shards that are asked together."""
+        if self._company[0] is not shards:
+            others = [shard.number for shard in shards[1:]]
+            flops = sum(shard.shard.flops_per_row for shard in shards)
+            self._company = shards, (len(others), *others), flops
+        return self._company[1:]
 
     def tidy(self) -> None:
         """See :class:`dmoe.loaded.Together`: the cell does it by itself."""
