@@ -108,7 +108,7 @@ async def until(condition, seconds=60):
 
 @needs_cells
 async def test_a_shard_that_keeps_ending_its_cell_is_withdrawn_and_tried_again(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(taking, "WITHDRAWN_SECONDS_FIRST", 1.5)
+    monkeypatch.setattr(taking, "WITHDRAWN_SECONDS_FIRST", 5.0)
     monkeypatch.setattr("dmoe.cells.cell.PAUSE_SECONDS_MAX", 0.1)
     async with hosted(tmp_path) as host:
         await until(lambda: host.experts <= host.advertised)
@@ -121,7 +121,7 @@ async def test_a_shard_that_keeps_ending_its_cell_is_withdrawn_and_tried_again(t
             await host.crash_until_withdrawn(1)
             begun = trio.current_time()
             await until(lambda: host.hosting.status()["withdrawn"])
-        assert bad not in host.advertised
+        await until(lambda: bad not in host.advertised)
         assert host.experts - {bad} <= host.advertised
         assert host.cells.counters.died == ENDS_MAX
         assert host.worker.local(host.model_id, 0, 1) is None
@@ -143,13 +143,13 @@ async def test_a_shard_that_keeps_ending_its_cell_is_withdrawn_and_tried_again(t
         await until(answers)  # those beside it are served by the cell that was started again
 
         await until(lambda: bad in host.advertised)  # tried again, not before its time
-        assert trio.current_time() - begun >= 1.0
+        assert trio.current_time() - begun >= 4.0
         assert not host.hosting.status()["withdrawn"]
         await host.crash_until_withdrawn(1)
         await until(lambda: host.hosting.status()["withdrawn"])
         (row,) = host.hosting.status()["withdrawn"]
         assert row["times"] == 2
-        assert row["again_s"] > 1.5
+        assert row["again_s"] > 5
     assert not host.hosting.status()["ram_bytes_cells"]
 
 
