@@ -18,7 +18,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
 from time import perf_counter
 
 import numpy as np
@@ -27,7 +26,7 @@ import trio
 from config.errors import BusyError, RemoteError, RiosError
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.wire import FloatRows
-from dmoe.loaded import LOOP_SECONDS_LOST, Job, LoadedShard, joined
+from dmoe.loaded import LOOP_SECONDS_LOST, Job, LoadedShard, Partials, Several, Together, joined
 from dmoe.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ class Batches:
         rows: FloatRows,
         experts: Indices | None,
         weights: Weights | None,
-    ) -> list[FloatRows] | None:
+    ) -> Partials | None:
         """The unrounded partial sums of one layer, a matrix per shard, at once; None if they should queue.
 
         A shard that failed here, or was far slower than expected, runs in threads for a while: there it may take its
@@ -111,21 +110,41 @@ class Batches:
             expected += loaded.row_seconds
         if expected * len(rows) > INLINE_SECONDS_MAX:
             return None
+        several = shards if isinstance(shards, Several) else Several(shards)
         out: list[FloatRows] = []
-        for some in _together(shards):
-            try:
-                out += _partials(some, layer, rows, experts, weights)
-            except RiosError:
-                for loaded in some:
-                    loaded.away.begin(perf_counter())
+        for some, together in several.bunches:
+            found = self._bunch_now(some, together, layer, rows, experts, weights)
+            if found is None:
                 return None
-            self._last_end = perf_counter()
-            for loaded in some:
-                if self._last_end - start > LOOP_SECONDS_LOST:
-                    loaded.away.begin(self._last_end)
-                loaded.ran(len(rows), (self._last_end - start) / len(some))
-                loaded.calls_at_once += 1
-            start = self._last_end
+            if len(some) == len(several):
+                return found
+            out += found
+        return out
+
+    def _bunch_now(
+        self,
+        shards: Sequence[LoadedShard],
+        together: Sequence[Together],
+        layer: int,
+        rows: FloatRows,
+        experts: Indices | None,
+        weights: Weights | None,
+    ) -> Partials | None:
+        """Shards that are asked in one go."""
+        start = perf_counter()
+        try:
+            out = _partials(shards, together, layer, rows, experts, weights)
+        except RiosError:
+            for loaded in shards:
+                loaded.away.begin(perf_counter())
+            return None
+        end = self._last_end = perf_counter()
+        spent = (end - start) / len(shards)
+        for loaded in shards:
+            if end - start > LOOP_SECONDS_LOST:
+                loaded.away.begin(end)
+            loaded.ran(len(rows), spent)
+            loaded.calls_at_once += 1
         return out
 
     def answered(self) -> None:
@@ -209,8 +228,11 @@ class Batches:
             loaded = self._next()
             if not loaded.waiting or loaded.running:  # its callers may have gone
                 continue
-            batch = _Batch(loaded, loaded.take(self._batch_rows_max), self._ended)
-            if batch.seconds > HOP_SECONDS or not loaded.away.is_over(perf_counter()):
+            jobs = [(loaded, loaded.take(self._batch_rows_max))]
+            if self._threads.free - kept == 1:  # nobody else would run them meanwhile
+                jobs += self._mates(*jobs[0])
+            batch = _Batch(jobs, self._ended)
+            if not batch.may_run_here:
                 batch.start(self._threads, self._threads.free - kept)
                 continue
             self._starting = True
@@ -220,6 +242,19 @@ class Batches:
                 self._starting = False
             self._filled.set()  # the rest in the next turn: the loop receives between two batches
             return
+
+    def _mates(self, loaded: LoadedShard, jobs: Sequence[Job]) -> Iterator[tuple[LoadedShard, list[Job]]]:
+        """What waits at other shards of the same place, if it is the same calls' rows: it costs no run of its own."""
+        if loaded.together is None:
+            return
+        place, most = loaded.together.place, self._batch_rows_max
+        for other in list(self._ready):
+            if other.running or other.together is None or other.together.place is not place:
+                continue
+            if other.waiting and other.asks_like(jobs, most):
+                self._ready.remove(other)
+                other.passed_over = 0
+                yield other, other.take(most)
 
     def _refuse_waiting(self) -> None:
         """Nothing will run any more: whoever waits learns it."""
@@ -250,31 +285,26 @@ class Batches:
         loaded.passed_over = 0
         return loaded
 
-    def _ended(self, loaded: LoadedShard, calls: int) -> None:
+    def _ended(self, shards: Sequence[LoadedShard], calls: int) -> None:
         if calls > 1:
             self._crowd_until = perf_counter() + CROWD_MEMORY_SECONDS
-        if loaded.waiting:
-            self._ready.append(loaded)
+        self._ready.extend(loaded for loaded in shards if loaded.waiting)
         self.idle.set()
         self._start()
 
 
-def _together(shards: Sequence[LoadedShard]) -> Iterator[Sequence[LoadedShard]]:
-    """Those that are asked in one go."""
-    for place, some in groupby(shards, key=lambda loaded: loaded.together and loaded.together.place):
-        if place is None:
-            yield from ((loaded,) for loaded in some)
-        else:
-            yield tuple(some)
-
-
 def _partials(
-    shards: Sequence[LoadedShard], layer: int, rows: FloatRows, experts: Indices | None, weights: Weights | None
-) -> list[FloatRows]:
-    others = [loaded.together for loaded in shards if loaded.together is not None]
-    if len(others) > 1:
-        return others[0].partials(others, layer, rows, experts, weights)
-    return [loaded.shard.partial(layer, rows, experts, weights) for loaded in shards]
+    shards: Sequence[LoadedShard],
+    together: Sequence[Together],
+    layer: int,
+    rows: FloatRows,
+    experts: Indices | None,
+    weights: Weights | None,
+) -> Partials:
+    """Of one bunch (see :class:`dmoe.loaded.Several`)."""
+    if len(together) > 1:
+        return together[0].partials(together, layer, rows, experts, weights)
+    return [shards[0].shard.partial(layer, rows, experts, weights)]
 
 
 def _shutting_down() -> RemoteError:
@@ -286,22 +316,34 @@ def _rows_waiting(loaded: LoadedShard) -> int:
 
 
 class _Batch:
-    """Jobs of one shard and layer that run together, in one thread or in parts."""
+    """Jobs of one layer that run together, in one thread or in parts: of one shard, or the same calls' at several of
+    one place."""
 
-    def __init__(self, loaded: LoadedShard, jobs: Sequence[Job], ended: Callable[[LoadedShard, int], None]) -> None:
-        self._loaded = loaded
-        self._jobs = jobs
+    def __init__(
+        self,
+        jobs: Sequence[tuple[LoadedShard, Sequence[Job]]],
+        ended: Callable[[Sequence[LoadedShard], int], None],
+    ) -> None:
+        self._shards = [loaded for loaded, _ in jobs]
+        self._jobs = [mine for _, mine in jobs]
         self._ended = ended
-        self._rows, self._experts, self._weights = joined(jobs)
+        self._rows, self._experts, self._weights = joined(self._jobs[0])
         self._left = 0
-        self._answers: list[FloatRows | None] = []
+        self._answers: list[Partials] = []
+        """Per part, a matrix per shard."""
         self._error: BaseException | None = None
         self._begun = 0.0
 
     @property
     def seconds(self) -> float:
         """How long it is expected to take on one thread."""
-        return self._loaded.row_seconds * len(self._rows)
+        return sum(loaded.row_seconds for loaded in self._shards) * len(self._rows)
+
+    @property
+    def may_run_here(self) -> bool:
+        """Whether a thread would cost as much again as the work, and none of it is to be kept off the loop."""
+        now = perf_counter()
+        return self.seconds <= HOP_SECONDS and all(loaded.away.is_over(now) for loaded in self._shards)
 
     def run(self) -> None:
         """Run it here and now."""
@@ -319,40 +361,46 @@ class _Batch:
             threads.submit(partial(self._run, n, slice(bounds[n], bounds[n + 1])), self._part_done)
 
     def _begin(self, parts: int) -> None:
-        self._left, self._answers, self._begun = parts, [None] * parts, perf_counter()
-        self._loaded.running = 1
+        self._left, self._answers, self._begun = parts, [[] for _ in range(parts)], perf_counter()
+        for loaded in self._shards:
+            loaded.running = 1
 
     def _run(self, part: int, rows: slice) -> None:
         """One part; in a thread where there are several."""
         try:
             experts = None if self._experts is None else self._experts[rows]
             weights = None if self._weights is None else self._weights[rows]
-            layer = self._jobs[0].layer
-            self._answers[part] = self._loaded.shard.partial(layer, self._rows[rows], experts, weights)
+            layer = self._jobs[0][0].layer
+            (bunch,) = Several(self._shards).bunches
+            self._answers[part] = _partials(*bunch, layer, self._rows[rows], experts, weights)
         except RiosError as error:  # a cell that ended: it has said so itself
             self._error = error
-            self._loaded.away.begin(perf_counter())
+            for loaded in self._shards:
+                loaded.away.begin(perf_counter())
         except Exception as error:
-            log.exception("running %s failed", self._loaded.plan.shard_id)
+            log.exception("running %s failed", ", ".join(loaded.plan.shard_id for loaded in self._shards))
             self._error = error
 
     def _part_done(self) -> None:
         self._left -= 1
         if self._left:
             return
-        loaded = self._loaded
-        loaded.running = 0
-        if self._error is None:
-            loaded.ran(len(self._rows), perf_counter() - self._begun)
-        self._give()
-        self._ended(loaded, len(self._jobs))
+        spent = (perf_counter() - self._begun) / len(self._shards)
+        for index, loaded in enumerate(self._shards):
+            loaded.running = 0
+            if self._error is None:
+                loaded.ran(len(self._rows), spent)
+            self._give(index)
+        self._ended(self._shards, len(self._jobs[0]))
 
-    def _give(self) -> None:
-        """Every job its own rows."""
-        parts = [part for part in self._answers if part is not None]
-        whole = None if self._error is not None else parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def _give(self, shard: int) -> None:
+        """Every job of a shard its own rows."""
+        whole = None
+        if self._error is None:
+            parts = [part[shard] for part in self._answers]
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         start = 0
-        for job in self._jobs:
+        for job in self._jobs[shard]:
             job.error = self._error
             if whole is not None:
                 job.answer = whole[start : start + len(job.rows)]

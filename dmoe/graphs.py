@@ -6,7 +6,7 @@ Invariant: every operator treats each row alone, so a row's result does not depe
 (attention: on the rows of its own sequence only).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -51,6 +51,19 @@ def _expert_model(gate_up: Form, rows: int, hidden: int, down: Form, activation:
     _feed_forward(builder, "", "h", _blank(gate_up, rows, hidden), _blank(down, hidden, rows // 2), "y", activation)
     builder.output("y", ["N", hidden])
     return builder.graph().model
+
+
+def blocks_graph(blocks: Mapping[int, tuple[Linear, Linear]], traits: Variant = PLAIN) -> Graph:
+    """``h.B f32[N_B, H] -> y.B f32[N_B, H]`` for every ``B``: several experts (gate|up and down) side by side, each as
+    in :func:`expert_graph` on rows of its own, maybe none."""
+    activation = Activation(traits.activation, traits.activation_alpha, traits.activation_limit)
+    builder = Builder()
+    for block, (gate_up, down) in blocks.items():
+        h, y, rows = f"h.{block}", f"y.{block}", f"N.{block}"
+        builder.input(h, TensorProto.FLOAT, [rows, gate_up.columns])
+        _feed_forward(builder, f"{block}.", h, gate_up, down, y, activation)
+        builder.output(y, [rows, gate_up.columns])
+    return builder.graph()
 
 
 def attention_graph(arch: Architecture, index: int, layer: LayerWeights) -> Graph:

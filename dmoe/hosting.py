@@ -4,7 +4,8 @@ Owns: the loop from deployments and adverts to what is served, the own advert's 
 own: the choice (``core.placement``), a shard's way here (``taking``), how deployments spread (``deployments``).
 
 Invariants:
-1. A shard is advertised only while it can be called (the trunk: while it is on disk).
+1. A shard is advertised only while it can be called (the trunk: while it is on disk); one that keeps ending its cell
+   is withdrawn for a while.
 2. A surplus shard is dropped only after the hold time, and only when enough others proved that they have it; its files
    stay with its publisher and with pinned models.
 3. After a restart, what was served before is served again without asking anybody.
@@ -32,7 +33,7 @@ from dmoe.deployments import Deployments
 from dmoe.fetching import Fetcher, Models
 from dmoe.helping import Helping
 from dmoe.stages.host import StageHost
-from dmoe.taking import RETRY_FIRST_SECONDS, Loader, Progress, StageLoader, Taker
+from dmoe.taking import RETRY_FIRST_SECONDS, Cells, Loader, NoCells, Progress, StageLoader, Taker
 from dmoe.worker import Worker
 from p2p.core.advert import Advert, ModelOffer, bitmap
 from p2p.core.heartbeat import LOAD_STEP_MIN, is_worth_sending
@@ -92,11 +93,12 @@ class Hosting:
         stages: StageHost | None = None,
         load_stage: StageLoader | None = None,
         keeps: Callable[[Manifest, Shard], bool] = lambda manifest, shard: False,
+        cells: Cells | None = None,
     ) -> None:
         """``publishers``: peer ids whose models and deployments are taken ("*": anybody), this node's own always.
         ``load`` and ``load_stage`` open a shard (called in a thread); without ``stages`` none of those is taken.
         ``settle_seconds``: after the start, adverts are collected so long before anything is fetched. ``keeps``: shards
-        that this node needs beside the trunk to answer with a model."""
+        that this node needs beside the trunk to answer with a model. ``cells``: where ``load`` may put a shard."""
         self._network = network
         self._store = store
         self._worker = worker
@@ -128,7 +130,9 @@ class Hosting:
             on_change=self.wake,
             stages=stages,
             load_stage=load_stage,
+            cells=cells,
         )
+        self._cells = cells or NoCells()
         self._stages = stages
         self.helping = Helping(
             network,
@@ -146,6 +150,7 @@ class Hosting:
         try:
             async with trio.open_nursery() as self._nursery:
                 await self._nursery.start(self.deployments.run)
+                self._cells.on_withdrawn = partial(trio.lowlevel.current_trio_token().run_sync_soon, self.wake)
                 await self._taker.measure_disk()
                 self._resume()
                 self._advertise()
@@ -162,6 +167,7 @@ class Hosting:
                         await trio.sleep(0.05)  # changes come in bunches
         finally:
             self._nursery = None
+            self._cells.on_withdrawn = _nothing
 
     def wake(self) -> None:
         """Look again soon."""
@@ -218,12 +224,24 @@ class Hosting:
                 self._model_status(model_id, replicas, candidates)
                 for model_id, replicas in sorted(self.deployments.book.replicas().items())
             ],
-            "ram_bytes": self._worker.ram_bytes() + (self._stages.ram_bytes() if self._stages else 0),
+            "ram_bytes": self._taker.ram_used(),
+            "ram_bytes_cells": self._cells.ram_bytes(),
             "ram_bytes_max": self._ram_bytes_max,
             "disk_bytes": self._taker.disk_bytes,
             "disk_bytes_max": self._disk_bytes_max,
             "full": self._full,
+            "withdrawn": self._withdrawn(),
         }
+
+    def _withdrawn(self) -> list[dict[str, Any]]:
+        """Shards that are not served because they keep ending their cell."""
+        now, rows = trio.current_time(), []
+        for (model_id, index), found in sorted(self._taker.withdrawn.items()):
+            manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
+            if manifest is not None and self._taker.rests(model_id, index):
+                row = {"model_id": model_id, "name": manifest.name, "shard": manifest.shards[index].id}
+                rows.append({**row, "times": found.times, "again_s": round(found.until - now, 1), "why": found.why})
+        return rows
 
     def _model_status(self, model_id: str, replicas: int, adverts: dict[PeerId, Advert]) -> dict[str, Any]:
         manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
@@ -285,6 +303,7 @@ class Hosting:
 
     async def _reconcile(self) -> None:
         await self._taker.measure_disk()
+        await self._taker.withdraw(self._store.manifests())
         adverts = self._candidates_by_model()
         for model_id, replicas in sorted(self.deployments.book.replicas().items()):
             manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
@@ -371,7 +390,9 @@ class Hosting:
             return "counts enough replicas"
         if index in self._taker.ready(manifest):
             return "has it already"
-        if self._worker.paused or not self._taker.has_room(shard.ram_bytes) or self._nursery is None:
+        if self._taker.rests(model_id, index):
+            return "has withdrawn it for a while"
+        if self._worker.paused or not self._taker.has_room(self._taker.needs(manifest, shard)) or self._nursery is None:
             return "has no room"
         self._taker.start(self._nursery, manifest, index)
         return ""
@@ -494,7 +515,9 @@ class Hosting:
             manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
             if manifest is not None and replicas:
                 placed = [s for s in manifest.shards if s.kind != "trunk" and book.wanted(model_id, s.kind)]
-                largest = max([largest, *(shard.ram_bytes for shard in placed)])  # perhaps none: a model without stages
+                largest = max(
+                    [largest, *(self._taker.needs(manifest, shard) for shard in placed)]
+                )  # perhaps none: a model without stages
         self._full = not self._taker.has_room(largest)
 
     def _advertise(self, without: tuple[str, int] | None = None) -> None:
@@ -535,6 +558,10 @@ def _held(advert: Advert, manifest: Manifest) -> frozenset[int]:
     if offer is None:
         return frozenset()
     return frozenset(index for index in range(len(manifest.shards)) if offer.holds(index))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _loaded(advert: Advert, load: int) -> Advert:

@@ -4,16 +4,21 @@ Owns: the figures of one loaded shard and its queue. Does not own: when it runs 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from itertools import groupby
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.manifest import Manifest
 from dmoe.core.manifest import Shard as ManifestShard
 from dmoe.core.wire import Dtype, FloatRows
+
+Partials = list[FloatRows] | NDArray[np.float32]
+"""A matrix ``f32[N, H]`` per shard: several arrays, or one ``f32[shards, N, H]``."""
 
 LATENCIES_KEPT = 512
 LOOP_SECONDS_LOST = 0.05
@@ -71,8 +76,25 @@ class Together(Shard, Protocol):
         h: FloatRows,
         experts: Indices | None,
         weights: Weights | None,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         """As :meth:`Shard.partial`, of each of these, all of the same place."""
+
+    def tidy(self) -> None:
+        """Free what its place kept for it alone, after it was closed; blocking."""
+
+
+@runtime_checkable
+class Withdrawable(Protocol):
+    """What may turn out not to be fit to be served."""
+
+    @property
+    def withdrawn(self) -> str:
+        """Why it is not served any more; empty if it is."""
+
+
+def why_withdrawn(shard: object) -> str:
+    """Why a shard or a stage is not served any more; empty if it is."""
+    return shard.withdrawn if isinstance(shard, Withdrawable) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,17 +206,27 @@ class LoadedShard:
 
     def take(self, rows_max: int) -> list[Job]:
         """The first job and every other of its layer that fits the row budget, in order of arrival."""
-        first = self.waiting.popleft()
+        jobs, self.waiting = self._split(rows_max)
+        self.rows_waiting -= sum(len(job.rows) for job in jobs)
+        return jobs
+
+    def asks_like(self, jobs: Sequence[Job], rows_max: int) -> bool:
+        """Whether what it would take are the same calls' rows as those of ``jobs``, taken at another shard."""
+        if len(self.waiting) < len(jobs) or self.waiting[0].rows is not jobs[0].rows:
+            return False
+        mine, _ = self._split(rows_max)
+        return [id(job.rows) for job in mine] == [id(job.rows) for job in jobs]
+
+    def _split(self, rows_max: int) -> tuple[list[Job], deque[Job]]:
+        first, *others = self.waiting
         jobs, left, rows = [first], deque[Job](), len(first.rows)
-        for job in self.waiting:
+        for job in others:
             if job.layer == first.layer and rows + len(job.rows) <= rows_max:
                 jobs.append(job)
                 rows += len(job.rows)
             else:
                 left.append(job)
-        self.waiting = left
-        self.rows_waiting -= rows
-        return jobs
+        return jobs, left
 
     def statistics(self) -> dict[str, Any]:
         """Figures of this shard, JSON-able."""
@@ -212,6 +244,34 @@ class LoadedShard:
             "row_us": round(self.row_seconds * 1e6, 1),
             "ram_bytes": self.shard.ram_bytes,
         }
+
+
+class Several(tuple[LoadedShard, ...]):
+    """Shards that a call asks, and which of them in one go: made once for all calls that ask the same."""
+
+    bunches: tuple[tuple[tuple[LoadedShard, ...], tuple[Together, ...]], ...]
+    """Shards of one place, and the same to be asked; the second is empty where a shard is asked by itself."""
+
+    def __new__(cls, shards: Iterable[LoadedShard]) -> Self:
+        """In their order."""
+        made = super().__new__(cls, shards)
+        bunches: list[tuple[tuple[LoadedShard, ...], tuple[Together, ...]]] = []
+        for place, some in groupby(made, key=lambda loaded: loaded.together and loaded.together.place):
+            if place is None:
+                bunches += [((loaded,), ()) for loaded in some]
+            else:
+                mine = tuple(some)
+                bunches.append((mine, tuple(loaded.together for loaded in mine if loaded.together is not None)))
+        made.bunches = tuple(bunches)
+        return made
+
+
+def stacked(partials: Partials) -> FloatRows:
+    """The matrices one below the other, ``f32[shards * N, H]``; without a copy where they are one array."""
+    if isinstance(partials, np.ndarray):
+        rows: FloatRows = partials.reshape(-1, partials.shape[-1])
+        return rows
+    return np.concatenate(partials) if len(partials) > 1 else partials[0]
 
 
 def joined(jobs: Sequence[Job]) -> tuple[FloatRows, Indices | None, Weights | None]:

@@ -6,20 +6,21 @@ kept on disk for nodes that answer requests.
 
 Invariants:
 1. Never more than ``disk_bytes_max`` on disk nor ``ram_bytes_max`` in memory, what is on its way included.
-2. A failure is kept under the shard's name and tried again later, ever less often; it never ends the node.
+2. A failure is kept under the shard's name and tried again later, ever less often; it never ends the node. So is a
+   shard that was served and is not fit for it: one that keeps ending its cell.
 3. One task at a time works on a shard, and on a file: shards of two kinds may list the same.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import trio
 
 from config.errors import IntegrityError, LocalError, RiosError
-from config.vocabulary import PeerId
+from config.vocabulary import ModelId, PeerId
 from dmoe.core.manifest import Manifest, ModelFile, Shard
 from dmoe.fetching import Fetcher, Models
 from dmoe.pages import use_huge_pages
@@ -30,14 +31,67 @@ from dmoe.worker import Shard as LoadedShard
 from dmoe.worker import Worker, plan_of
 
 log = logging.getLogger(__name__)
+security = logging.getLogger("rios.security.cells")
 
-State = Literal["wanted", "fetching", "verifying", "loading", "serving", "stored", "no_room", "failed"]
+State = Literal["wanted", "fetching", "verifying", "loading", "serving", "stored", "no_room", "failed", "withdrawn"]
 Loader = Callable[[Manifest, Shard], LoadedShard]
 StageLoader = Callable[[Manifest, Shard], Segment]
 
 RETRY_FIRST_SECONDS = 2.0
 RETRY_MAX_SECONDS = 300.0
 FETCHES_AT_ONCE = 2
+WITHDRAWN_SECONDS_FIRST, WITHDRAWN_SECONDS_MAX = 60.0, 3600.0
+"""For so long a shard that was withdrawn is not tried again; doubled each time."""
+WITHDRAWN_FORGIVEN_AFTER = 10
+"""It was well for so many times as long: the next pause is the first one again."""
+
+
+class Cells(Protocol):
+    """What is to be known of cells: :class:`dmoe.cells.cells.Cells`."""
+
+    on_withdrawn: Callable[[], None]
+
+    def ram_bytes(self) -> int:
+        """Memory that they take beside their shards."""
+
+    def ram_bytes_for(self, publisher: str) -> int:
+        """Memory that one more shard of this publisher takes beside its own."""
+
+
+class NoCells:
+    """Every shard runs in this process."""
+
+    on_withdrawn: Callable[[], None] = staticmethod(lambda: None)
+
+    def ram_bytes(self) -> int:
+        """See :class:`Cells`."""
+        return 0
+
+    def ram_bytes_for(self, publisher: str) -> int:
+        """See :class:`Cells`."""
+        return 0
+
+
+@dataclass(slots=True)
+class Withdrawal:
+    """A shard that was served and is not for a while: how often, until when, and why."""
+
+    times: int = 0
+    until: float = 0.0
+    why: str = ""
+
+    def again(self, why: str, now: float) -> float:
+        """Once more: for how many seconds."""
+        if now - self.until > WITHDRAWN_FORGIVEN_AFTER * self._seconds:
+            self.times = 0
+        self.times, self.why = self.times + 1, why
+        self.until = now + self._seconds
+        return self._seconds
+
+    @property
+    def _seconds(self) -> float:
+        doubled = min(max(0, self.times - 1), 10)
+        return min(WITHDRAWN_SECONDS_MAX, WITHDRAWN_SECONDS_FIRST * (1 << doubled))
 
 
 @dataclass(slots=True)
@@ -81,10 +135,14 @@ class Taker:
         on_change: Callable[[], None],
         stages: StageHost | None = None,
         load_stage: StageLoader | None = None,
+        cells: Cells | None = None,
     ) -> None:
         self.progress: dict[tuple[str, int], Progress] = {}
         """(model id, shard index) -> how far it is; shards that were never wanted here are missing."""
+        self.withdrawn: dict[tuple[str, int], Withdrawal] = {}
+        """Shards that were withdrawn from being served, also those that are served again."""
         self.disk_bytes = 0
+        self._cells = cells or NoCells()
         self._store = store
         self._worker = worker
         self._fetcher = fetcher
@@ -102,13 +160,36 @@ class Taker:
         self._disk_reserved = 0
 
     def has_room(self, ram_bytes: int) -> bool:
-        """Whether a shard of this size still fits into memory."""
-        return self._ram_used() + ram_bytes <= self._ram_bytes_max
+        """Whether so much still fits into memory (see :meth:`needs`)."""
+        return self.ram_used() + self._ram_reserved + ram_bytes <= self._ram_bytes_max
 
-    def _ram_used(self) -> int:
-        """What is loaded, caches of stages included, and what is being loaded."""
+    def needs(self, manifest: Manifest, shard: Shard) -> int:
+        """Memory that a shard takes here, with a cell if it would be the first of its publisher's."""
+        return 0 if shard.kind == "trunk" else shard.ram_bytes + self._cells.ram_bytes_for(manifest.publisher)
+
+    def ram_used(self) -> int:
+        """What is loaded, caches of stages and cells included."""
         stages = self._stages.ram_bytes() if self._stages is not None else 0
-        return self._worker.ram_bytes() + stages + self._ram_reserved
+        return self._worker.ram_bytes() + stages + self._cells.ram_bytes()
+
+    def rests(self, model_id: str, index: int) -> bool:
+        """Whether a shard was withdrawn and is not to be tried again yet."""
+        found = self.withdrawn.get((model_id, index))
+        return found is not None and trio.current_time() < found.until
+
+    async def withdraw(self, manifests: Mapping[ModelId, Manifest]) -> None:
+        """Stop serving what is not fit for it, and try it again later, ever less often."""
+        failing = self._worker.withdrawn() | (self._stages.withdrawn() if self._stages is not None else {})
+        for (model_id, index), why in failing.items():
+            manifest = manifests.get(ModelId(model_id))
+            if manifest is None:
+                continue
+            shard = manifest.shards[index]
+            pause = self.withdrawn.setdefault((model_id, index), Withdrawal()).again(why, trio.current_time())
+            security.error("%s: %s is not served for %.0f s: %s", manifest.name, shard.id, pause, why)
+            if progress := self.progress.get((model_id, index)):
+                progress.state, progress.error = "withdrawn", why
+            await self.drop(manifest, shard)
 
     def ready(self, manifest: Manifest) -> frozenset[int]:
         """Shards ready here: loaded experts and stages, and a trunk on disk."""
@@ -126,6 +207,7 @@ class Taker:
             progress.ended is not None
             or trio.current_time() < progress.retry_at
             or progress.state in ("serving", "stored")
+            or self.rests(manifest.model_id, index)
         ):
             return
         progress.begin()
@@ -155,7 +237,7 @@ class Taker:
     async def _take(self, manifest: Manifest, index: int, progress: Progress) -> None:
         """One shard's way from wherever it is to being served (the trunk: to the disk)."""
         shard = manifest.shards[index]
-        ram = 0 if shard.kind == "trunk" else shard.ram_bytes
+        ram = self.needs(manifest, shard)
         self._check_ram(shard, ram, progress)
         self._ram_reserved += ram
         try:
@@ -249,7 +331,7 @@ class Taker:
 
     def _check_ram(self, shard: Shard, ram: int, progress: Progress) -> None:
         if ram and not self.has_room(ram):
-            used = self._ram_used()
+            used = self.ram_used() + self._ram_reserved
             progress.state = "no_room"
             message = f"shard {shard.id} needs {ram} bytes of memory; {used} of {self._ram_bytes_max} are taken"
             raise LocalError("local", message, "raise dmoe.ram_bytes_max")

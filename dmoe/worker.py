@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import trio
 
 from config.errors import RemoteError, RequestError, RiosError
@@ -30,11 +29,13 @@ from dmoe.core import calls, wire
 from dmoe.core.calls import ExpertCall, Indices, Weights
 from dmoe.core.demand import Use
 from dmoe.core.wire import FloatRows
-from dmoe.loaded import LoadedShard, Shard, ShardPlan, plan_of
+from dmoe.loaded import LoadedShard, Partials, Several, Shard, ShardPlan, plan_of, stacked, why_withdrawn
 from dmoe.ports import Quote, Seller
 from p2p.face import Call, Network, Reply
 
 ANSWER_BYTES_MAX = 32 << 20
+SEVERAL_MAX = 4096
+"""Choices of groups that are known; callers choose them."""
 QUICK_BYTES_MAX = 64 << 10
 """A request with more activations than this is not looked at in the reader: it would not run there anyway."""
 
@@ -65,13 +66,14 @@ class Worker:
         self._batches = Batches(threads=threads, queue_rows_max=queue_rows_max, batch_rows_max=batch_rows_max)
         self._shards: dict[tuple[str, str], LoadedShard] = {}
         self._places: dict[tuple[str, int, int], LoadedShard] = {}
+        self._several: dict[tuple[str, int, tuple[int, ...]], Several] = {}
         self._calls = 0
         self._quick_calls = 0
         self._active = 0
         self._running = False
         self._stopping = False
         self.device = device
-        self._uncounted: deque[tuple[Call, ExpertCall, list[LoadedShard], calls.Bytes]] = deque()
+        self._uncounted: deque[tuple[Call, ExpertCall, Several, calls.Bytes]] = deque()
         self._to_count = trio.Event()
         network.serve(calls.METHOD, self._serve, quick=self._quick)
 
@@ -91,6 +93,7 @@ class Worker:
                 loaded.shard.close()
             self._shards.clear()
             self._places.clear()
+            self._several.clear()
 
     async def drain(self) -> None:
         """Take no new calls and wait until those in flight are answered."""
@@ -125,10 +128,13 @@ class Worker:
         if loaded is None:
             return
         self._places = {place: other for place, other in self._places.items() if other is not loaded}
+        self._several.clear()
         self.changes += 1
         while not loaded.free:
             await self._calm()
         loaded.shard.close()
+        if loaded.together is not None:
+            await trio.to_thread.run_sync(loaded.together.tidy)
 
     def local(self, model_id: str, layer: int, group: int) -> LoadedShard | None:
         """The loaded shard that holds this sum group, if any."""
@@ -137,6 +143,11 @@ class Worker:
     def indices(self, model_id: str) -> frozenset[int]:
         """Manifest indices of the loaded shards of a model."""
         return frozenset(s.plan.index for (model, _), s in self._shards.items() if model == model_id)
+
+    def withdrawn(self) -> dict[tuple[str, int], str]:
+        """Loaded shards that are not fit to be served any more, by model id and manifest index, and why."""
+        every = {(model, loaded.plan.index): loaded.shard for (model, _), loaded in self._shards.items()}
+        return {key: why for key, shard in every.items() if (why := why_withdrawn(shard))}
 
     def uses(self) -> dict[tuple[str, int], Use]:
         """A sample of every loaded shard, by model id and manifest index."""
@@ -203,7 +214,7 @@ class Worker:
             self._active -= 1
             self._batches.answered()
 
-    def _open(self, call: Call) -> tuple[ExpertCall, list[LoadedShard], bool]:
+    def _open(self, call: Call) -> tuple[ExpertCall, Several, bool]:
         """What is asked, of which shards, and whether it is metered. Raises RiosError if it is refused."""
         asked = calls.parse(call.header, call.buffers)
         shards = self._places_of(asked)
@@ -213,13 +224,13 @@ class Worker:
         self,
         call: Call,
         asked: ExpertCall,
-        shards: list[LoadedShard],
-        partials: Sequence[FloatRows],
+        shards: Several,
+        partials: Partials,
         start: float,
         *,
         paid: bool,
     ) -> Reply:
-        answer = np.concatenate(partials) if len(partials) > 1 else partials[0]
+        answer = stacked(partials)
         header, buffer = wire.encode(answer, asked.dtype)
         if paid:
             self._uncounted.append((call, asked, shards, calls.Bytes((buffer,), calls.bf16_of(header))))
@@ -236,7 +247,11 @@ class Worker:
             header["device"] = self.device
         return Reply(header, (buffer,))
 
-    def _places_of(self, asked: ExpertCall) -> list[LoadedShard]:
+    def _served(self, asked: ExpertCall) -> Several:
+        """The shards that are asked. Raises RequestError for one that is not here."""
+        key = (asked.model_id, asked.layer, asked.groups)
+        if (known := self._several.get(key)) is not None:
+            return known
         shards = []
         for group in asked.groups:
             loaded = self._places.get((asked.model_id, asked.layer, group))
@@ -244,6 +259,13 @@ class Worker:
                 what = f"layer {asked.layer}, group {group} of model {asked.model_id[:12]}"
                 raise RequestError("not_found", f"{what} is not served here", "read this node's advert again")
             shards.append(loaded)
+        if len(self._several) >= SEVERAL_MAX:
+            self._several.clear()
+        found = self._several[key] = Several(shards)
+        return found
+
+    def _places_of(self, asked: ExpertCall) -> Several:
+        shards = self._served(asked)
         plan, rows = shards[0].plan, asked.rows
         if rows.shape[1] != plan.width:
             raise RequestError("invalid_request", f"rows are {rows.shape[1]} wide, the model needs {plan.width}")
@@ -296,7 +318,7 @@ class Worker:
         experts: Indices | None,
         weights: Weights | None,
         deadline: float,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         """The unrounded partial sums of one layer, a matrix per shard, in order. ``deadline`` is a trio time.
 
         Raises BusyError if a queue is full or the work would not be done in time.

@@ -120,6 +120,10 @@ def _cells(node: "Node") -> Iterator[Metric]:
     yield _counter("rios_cell_restarts", "Times that a cell was started again", figures["restarts"])
     yield _counter("rios_cell_kills", "Cells killed past a deadline or for breaking the rules", figures["killed"])
     yield _counter("rios_cell_deaths", "Cells that ended by themselves: a limit, a forbidden call", figures["died"])
+    yield _counter(
+        "rios_cell_withdrawals", "Shards withdrawn because they keep ending their cell", figures["withdrawn"]
+    )
+    yield _gauge("rios_cell_ram_bytes", "Memory that cells take beside their shards", figures["ram_bytes"])
     yield _counter("rios_cell_refusals", "Shards not loaded because no cell could be had", figures["refused"])
 
 

@@ -53,7 +53,9 @@ def status(context: Context) -> Output:
             if work["paused"]
             else []
         ),
+        ["", _memory_line(work["hosting"])],
         ["", _sandbox_line(work["sandbox"])],
+        *(["", _withdrawn_line(row)] for row in work["hosting"]["withdrawn"]),
         ["", f"answers with: {models}"],
         ["", _routes_line(work["planner"])],
         ["", f"{work['active']} answers in progress, {work['waiting']} waiting, {work['tokens']} tokens made"],
@@ -66,6 +68,17 @@ def status(context: Context) -> Output:
 def _routes_line(planner: Mapping[str, Any]) -> str:
     taken = ", ".join(f"{count} {route}" for route, count in sorted(planner["chosen"].items()))
     return f"route {planner['route']}" + (f"; the planner took {taken}" if taken else "")
+
+
+def _memory_line(hosting: Mapping[str, Any]) -> str:
+    """What models take of the memory that is offered for them."""
+    cells = hosting["ram_bytes_cells"]
+    apart = f", {_size(cells)} of that for cells beside their shards" if cells else ""
+    return f"{_size(hosting['ram_bytes'])} of {_size(hosting['ram_bytes_max'])} of memory taken by models{apart}"
+
+
+def _withdrawn_line(row: Mapping[str, Any]) -> str:
+    return f"withdrawn: {row['shard']} of {row['name']}, tried again in {_duration(row['again_s'])}: {row['why']}"
 
 
 def _sandbox_line(sandbox: Mapping[str, Any]) -> str:
@@ -295,7 +308,8 @@ def _model_shards(context: Context) -> Output:
 def _remarks(shard: Mapping[str, Any]) -> str:
     missing = shard["wanted"] - shard["there"]
     ill = [f"{each['peer_id'][-8:]} {each['state']}" for each in shard["replicas"] if each["state"]]
-    return "; ".join([f"{missing} missing"] * (missing > 0) + ill)
+    here = [f"withdrawn here: {shard['withdrawn']}"] if shard["withdrawn"] else []
+    return "; ".join([f"{missing} missing"] * (missing > 0) + ill + here)
 
 
 def model_deploy(context: Context) -> Output:

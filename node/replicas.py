@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 
 async def shards(node: "Node", args: Mapping[str, Any], _send: Send) -> Any:  # noqa: ANN401 - JSON
-    """One row per shard: ``wanted`` replicas (of its deployments and by demand), those ``there``, and each holder."""
+    """One row per shard: ``wanted`` replicas (of its deployments and by demand), those ``there``, each holder, and why
+    this node has ``withdrawn`` it, if it has."""
     manifest = node.store.find(str(args.get("model", "")))
     adverts = node.network.directory.adverts()
+    withdrawn = {(row["model_id"], row["shard"]): row["why"] for row in node.hosting.status()["withdrawn"]}
     rows = []
     for index, shard in enumerate(manifest.shards):
         holders = [
@@ -35,6 +37,7 @@ async def shards(node: "Node", args: Mapping[str, Any], _send: Send) -> Any:  # 
                 "there": len(holders),
                 "healthy": sum(not holder["state"] for holder in holders),
                 "replicas": holders,
+                "withdrawn": withdrawn.get((manifest.model_id, shard.id), ""),
             }
         )
     return {"model_id": manifest.model_id, "name": manifest.name, "shards": rows}

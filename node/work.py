@@ -25,6 +25,7 @@ from dmoe.core.plan import KINDS
 from dmoe.core.privacy import Privacy, privacy_of
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
+from dmoe.joint import Joints
 from dmoe.judging import Judging
 from dmoe.models import StoredModels, SwarmExperts
 from dmoe.passes import PassOptions
@@ -32,7 +33,6 @@ from dmoe.planning import Planner, wishes_of
 from dmoe.ports import Quote
 from dmoe.purse import Purse
 from dmoe.replicas import Replicas
-from dmoe.runtime import ExpertShard
 from dmoe.stages.caller import StageCaller
 from dmoe.stages.chain import Account
 from dmoe.stages.directions import Directions
@@ -121,15 +121,16 @@ def _hosting(node: "Node", genesis: Genesis | None, privacy: Privacy) -> Hosting
         stages=node.stage_host,
         load_stage=node.cells.load_stage,
         keeps=partial(_keeps, privacy),
+        cells=node.cells,
     )
 
 
 def cells_of(node: "Node") -> Cells:
     """Where the shards served here run."""
-    dmoe = node.settings.dmoe
+    dmoe, joints = node.settings.dmoe, Joints(node.options)
     return Cells(
         node.store,
-        lambda manifest, shard: ExpertShard(manifest, shard, node.store, node.options),
+        lambda manifest, shard: joints.load(manifest, shard, node.store),
         lambda manifest, shard: load_stage(manifest, shard, node.store, node.options),
         own=node.identity.peer_id,
         mode=dmoe.sandbox,  # type: ignore[arg-type]

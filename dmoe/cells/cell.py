@@ -10,9 +10,10 @@ Invariants:
 1. A call ends by its deadline: with an answer, or with RemoteError ``unavailable`` and the cell killed. On the event
    loop it ends after :data:`LOOP_SECONDS` at the latest; the cell may have the rest of its time.
 2. A cell that ended is started again with the same shards, ever later if it keeps ending; meanwhile its calls fail at
-   once, so that callers go elsewhere.
+   once, so that callers go elsewhere. Shards that keep ending it (``blame``) are withdrawn: its owner is told.
 3. A cell gets three kinds of descriptors: its sockets, sealed memory, and files of its own shards, open for reading
-   (and for a dense stage a nameless one to write to, of a fixed size).
+   (and for a dense stage a nameless one to write to, of a fixed size). One it opens itself before its walls are up:
+   the list of its own memory.
 """
 
 import logging
@@ -21,7 +22,7 @@ import socket
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 
 from config.errors import LocalError, RemoteError, RiosError
 from dmoe.cells import sandbox
+from dmoe.cells.blame import ENDS_MAX, WINDOW_SECONDS, Blame
 from dmoe.cells.content import Content, Store
 from dmoe.cells.lanes import ANSWERED, ANSWERER_SPIN_SECONDS, LaneLost, ParentLane
 from dmoe.cells.link import START_SECONDS_MAX, Link, Options, Starting
@@ -65,6 +67,10 @@ class Counters:
     calls: int = 0
     refused: int = 0
     """Shards that were not loaded for want of a sandbox."""
+    withdrawn: int = 0
+    """Shards that were withdrawn because they keep ending their cell."""
+    ram_bytes: int = 0
+    """What a cell takes without a shard: the most that was measured."""
 
 
 class Answer:
@@ -113,7 +119,10 @@ class _Idleness:
 class Cell:
     """The cell of a publisher. Every method may be called from any thread."""
 
-    def __init__(self, name: str, options: Options, counters: Counters) -> None:
+    def __init__(
+        self, name: str, options: Options, counters: Counters, on_withdrawn: Callable[[], None] = lambda: None
+    ) -> None:
+        """``on_withdrawn`` is called in the cell's thread when there is something new in :attr:`withdrawn`."""
         self.name = name
         self.expected = 0
         """Shards that are in it, or on their way (kept by its owner)."""
@@ -123,6 +132,10 @@ class Cell:
         self.options = options
         self._counters = counters
         self._contents: dict[int, Content] = {}
+        self.withdrawn: dict[int, str] = {}
+        """Shards that are not served any more, by number, and why."""
+        self._on_withdrawn = on_withdrawn
+        self._blame = Blame()
         self.generation = 0
         """Counts its processes: what one of them kept is gone in the next."""
         self._said: deque[dict[str, Any]] = deque()
@@ -177,6 +190,12 @@ class Cell:
         return link.process.pid if link else 0
 
     @property
+    def ram_bytes(self) -> int:
+        """What it takes without its shards, as measured, or as the others take."""
+        link = self._link
+        return link.ram_bytes if link else self._counters.ram_bytes or self.options.ram_bytes_guess
+
+    @property
     def shards(self) -> int:
         """How many it holds."""
         return len(self._contents)
@@ -212,9 +231,14 @@ class Cell:
 
     def _begin(self) -> Link:
         """A process with everything loaded that it should hold. Raises RiosError or OSError."""
-        starting = Starting(self.options)
-        self._process = starting.process
-        link = starting.link()
+        try:
+            starting = Starting(self.options)
+            self._process = starting.process
+            link = starting.link()
+        except (RiosError, OSError) as error:
+            self._count_end(list(self._contents), f"it does not start: {error}")
+            raise
+        self._counters.ram_bytes = max(self._counters.ram_bytes, link.ram_bytes)
         try:
             with self._control:
                 self._said.clear()  # what it was about is gone
@@ -238,8 +262,9 @@ class Cell:
             content.give(link)
         except RiosError as error:
             if link.is_lost:
+                self._count_end([content.number], "it ended while it loaded")
                 raise
-            log.error("%s is not served any more by the cell of %s: %s", content.shard.id, self.name, error)
+            self._withdraw(content.number, f"it cannot be loaded again: {error}")
 
     def _watch(self, link: Link) -> None:
         """Until the process has ended, should end, or is late. A closed control socket is an end, too."""
@@ -268,6 +293,7 @@ class Cell:
             try:
                 if lane.is_answered():
                     del link.late[lane]
+                    link.asked.pop(lane, None)
                     link.free.append(lane)
                 elif monotonic() >= due:
                     self._kill(link, "it did not answer a call in time")
@@ -294,6 +320,25 @@ class Cell:
             failures,
             min(PAUSE_SECONDS_MAX, PAUSE_FIRST_SECONDS * 2 ** min(failures - 1, 20)),
         )
+        if not link.loading:  # else whoever loads is told
+            asked = {number for numbers in list(link.asked.values()) for number in numbers}
+            self._count_end(asked or list(self._contents), self.last_end)
+
+    def _count_end(self, numbers: Iterable[int], how: str) -> None:
+        """An end of the process, or a start that failed, counts against shards."""
+        for number in self._blame.ended(numbers, monotonic()):
+            within = f"{WINDOW_SECONDS / 60:.0f} minutes"
+            self._withdraw(number, f"its cell ended {ENDS_MAX} times within {within}, at last because: {how}")
+
+    def _withdraw(self, number: int, why: str) -> None:
+        """Serve a shard no longer; its owner closes it."""
+        content = self._contents.pop(number, None)
+        if content is None:
+            return
+        self.withdrawn[number] = why
+        self._counters.withdrawn += 1
+        log.error("%s of %s is withdrawn: %s", content.shard.id, self.name, why)
+        self._on_withdrawn()
 
     def _kill(self, link: Link, reason: str) -> None:
         """End this process; the cell's thread sees to the rest. Done once."""
@@ -333,17 +378,22 @@ class Cell:
             self._numbers += 1
             content = Content(self._numbers, manifest, shard, store)
             self._contents[content.number] = content
+            link.loading = True
             try:
                 self._allow_memory(link)
                 content.give(link)
+                link.loading = False
             except BaseException:
                 del self._contents[content.number]
+                link.loading = link.is_lost
                 self._wake()  # it may be lost
                 raise
         return content.number
 
     def drop(self, number: int) -> None:
         """Free a shard, soon; does not block."""
+        self.withdrawn.pop(number, None)
+        self._blame.forget(number)
         if self._contents.pop(number, None) is not None:
             self.say({"do": "drop", "number": number})
 
@@ -375,10 +425,16 @@ class Cell:
             raise RemoteError("unavailable", f"the cell of {self.name} is being restarted", "ask another replica")
         return link
 
-    def ask(self, numbers: Sequence[int], parts: Sequence[NDArray[Any]], seconds: float) -> "Answer":
-        """Ask and wait: a lane with the answer, to be given back. Raises RemoteError ``unavailable`` if the cell ends,
-        is late or is down, or what it says of its failure."""
+    def ask(
+        self, numbers: Sequence[int], parts: Sequence[NDArray[Any]], seconds: float, also: Sequence[int] = ()
+    ) -> "Answer":
+        """Ask the shard with the first of ``numbers`` (and those of ``also``) and wait: a lane with the answer, to be
+        given back. Raises RemoteError ``unavailable`` if the cell ends, is late or is down, or what it says of its
+        failure."""
         link = self._running()
+        shards = (numbers[0], *also)
+        if self.withdrawn and not self.withdrawn.keys().isdisjoint(shards):
+            raise self._unavailable("a shard that keeps ending it was withdrawn")
         on_loop = trio.lowlevel.in_trio_run()
         if on_loop and link.late:
             raise self._unavailable("it is late with another call")
@@ -386,6 +442,7 @@ class Cell:
         begun = monotonic()
         due = begun + seconds
         lane = self._free_lane(link, 0 if on_loop else due)
+        link.asked[lane] = shards
         try:
             lane.ask(numbers, parts)
             lane.wait(min(LOOP_SECONDS, seconds) if on_loop else seconds)
@@ -397,13 +454,15 @@ class Cell:
                 self._lost(link, lost)
             raise self._unavailable(str(lost)) from lost
         except BaseException:
+            del link.asked[lane]
             link.free.append(lane)
             raise
         finally:
-            link.asked_seconds += monotonic() - begun + ANSWERER_SPIN_SECONDS
+            link.asked_seconds += monotonic() - begun + ANSWERER_SPIN_SECONDS[1]
+        del link.asked[lane]
         answer = Answer(lane, link.free)
         self._counters.calls += 1
-        status, size, *_ = lane.numbers()
+        status, size = lane.outcome()
         if status != ANSWERED:
             with answer:
                 raise RemoteError("unavailable", f"in the cell of {self.name}: {lane.error_text(size)}")
@@ -431,6 +490,7 @@ class Cell:
             "running": link is not None,
             "pid": self.pid,
             "shards": self.shards,
+            "ram_bytes": self.ram_bytes,
             "restarts": self.restarts,
             "last_end": self.last_end,
             "walls": [f"{wall.name}: {wall.why}" for wall in self.walls if wall.in_force],

@@ -61,6 +61,8 @@ class Cells:
         self._cells: dict[str, Cell] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self.on_withdrawn: Callable[[], None] = lambda: None
+        """Called, in some thread, when a shard was withdrawn."""
 
     def needs_cell(self, publisher: str) -> bool:
         """Whether shards of this publisher must not run in this process."""
@@ -119,7 +121,9 @@ class Cells:
                 raise LocalError("local", "this node is shutting down")
             cell = self._cells.get(publisher)
             if cell is None:
-                cell = self._cells[publisher] = Cell(publisher, self._options, self.counters)
+                cell = self._cells[publisher] = Cell(
+                    publisher, self._options, self.counters, lambda: self.on_withdrawn()
+                )
                 cell.start()
             cell.expected += 1
             return cell
@@ -131,6 +135,16 @@ class Cells:
             if not cell.expected and self._cells.get(cell.name) is cell:
                 del self._cells[cell.name]
                 cell.stop()
+
+    def ram_bytes(self) -> int:
+        """Memory that cells take beside their shards."""
+        return sum(cell.ram_bytes for cell in list(self._cells.values()))
+
+    def ram_bytes_for(self, publisher: str) -> int:
+        """Memory that one more shard of this publisher takes beside its own: that of a cell, or none."""
+        if publisher in self._cells or not self.needs_cell(publisher) or self.refusal():
+            return 0
+        return self.counters.ram_bytes or self._options.ram_bytes_guess
 
     def close(self) -> None:
         """End every cell; waits for that."""
@@ -159,6 +173,8 @@ class Cells:
             "died": count.died,
             "calls": count.calls,
             "refused": count.refused,
+            "withdrawn": count.withdrawn,
+            "ram_bytes": self.ram_bytes(),
             "cells": cells,
         }
 

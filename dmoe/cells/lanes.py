@@ -16,9 +16,9 @@ Invariants:
 """
 
 import fcntl
+import math
 import mmap
 import os
-import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -38,15 +38,24 @@ NUMBERS = 16
 """Numbers in each half of the head."""
 ERROR_BYTES_MAX = 1024
 ASKER_SPIN_SECONDS = (10e-6, 300e-6)
-"""For how long the parent looks at memory before it sleeps, at least and at most: longer while that helps, shorter
-while it does not (long calls, a cell that waits for a core). Waking up costs 20 us, and again until caches are warm."""
-ANSWERER_SPIN_SECONDS = 50e-6
+"""For how long the parent looks at memory before it sleeps, at least and at most. Waking up costs 20 us, and again
+until caches are warm."""
+ANSWERER_SPIN_SECONDS = (10e-6, 50e-6)
 """The same in the cell, where it is a guess whether another call comes, and the core may be wanted elsewhere."""
+NO_SPIN_TURNS = 16
+"""Where the shortest look did not help, so many turns go without one."""
 ANSWERED, FAILED = 1, 2
 
 _NUMBERS = struct.Struct(f"<{NUMBERS}q")
+_REPLY = struct.Struct("<3q")
+"""The call's number, how it went, and the size of what is said if it went wrong."""
 _BELL = struct.Struct("<q")
 _PADDING = (0,) * NUMBERS
+_TICK_SECONDS = 0.02
+"""So often whoever waits in the kernel looks at its deadline: a wait is one system call, most of the time."""
+_TICK = struct.pack("@ll", 0, int(_TICK_SECONDS * 1e6))
+_FINITE_AT_ONCE_MAX = 8192
+"""Numbers whose sum of squares is taken in one go: for more, a pool of threads may wake."""
 _ANSWER_AT = 2 * KIB
 """Where the cell's half of the head begins: in a cache line of its own."""
 _RANG_AT = KIB
@@ -67,6 +76,13 @@ class LaneLost(Exception):
 def printable(text: str) -> str:
     """A stranger's words without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _is_finite(numbers: FloatRows) -> bool:
+    """Of a vector. Sums first: they are twice as quick, and only numbers beyond all reason make them overflow."""
+    step = _FINITE_AT_ONCE_MAX
+    parts = [numbers] if numbers.size <= step else [numbers[n : n + step] for n in range(0, numbers.size, step)]
+    return all(part.dot(part) < np.inf for part in parts) or bool(np.isfinite(numbers).all())
 
 
 def lane_bytes(asked: int, answer: int) -> int:
@@ -100,12 +116,43 @@ def sealed_copy(data: bytes, name: str) -> int:
     return descriptor
 
 
+class _Spin:
+    """Looking at a number in memory before sleeping: longer while that helps, shorter while it does not (long calls,
+    long pauses, a core that others want), then not at all for a while."""
+
+    __slots__ = ("_longest", "_place", "_seconds", "_shortest", "_turns_off")
+
+    def __init__(self, place: memoryview, bounds: tuple[float, float]) -> None:
+        self._place = place
+        self._shortest, self._longest = bounds
+        self._seconds = self._longest
+        self._turns_off = 0
+
+    def until(self, number: int) -> None:
+        """Look until the number is there, or this has taken long enough."""
+        if self._turns_off:
+            self._turns_off -= 1
+            return
+        place, end = self._place, perf_counter() + self._seconds
+        while place[0] != number:
+            if perf_counter() >= end:
+                break
+        else:
+            self._seconds = min(self._longest, 2 * self._seconds)
+            return
+        if self._seconds > self._shortest:
+            self._seconds = max(self._shortest, self._seconds / 2)
+        else:
+            self._turns_off = NO_SPIN_TURNS
+
+
 class _Side:
     """What both sides of a lane have."""
 
     def __init__(self, memory: mmap.mmap, start: int, asked: int, answer: int, bell: socket.socket) -> None:
         self._memory = memory
         self._start = start
+        self.size_bytes = lane_bytes(asked, answer)
         whole = memoryview(memory)[start : start + lane_bytes(asked, answer)]
         self._asked_rang = whole[_RANG_AT : _RANG_AT + 8].cast("q")
         self._answer_rang = whole[_ANSWER_AT + _RANG_AT : _ANSWER_AT + _RANG_AT + 8].cast("q")
@@ -120,21 +167,20 @@ class ParentLane(_Side):
 
     def __init__(self, memory: mmap.mmap, start: int, asked: int, answer: int, bell: socket.socket) -> None:
         super().__init__(memory, start, asked, answer, bell)
-        bell.setblocking(False)
-        self._poll = select.poll()
-        self._poll.register(bell, select.POLLIN)
+        bell.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TICK)
         self._number = 0
-        self._spin = ASKER_SPIN_SECONDS[1]
+        self._spin = _Spin(self._answer_rang, ASKER_SPIN_SECONDS)
         for place in (self.asked, self.answer):
             np.frombuffer(place, np.uint8)[: TOUCHED_BYTES : 4 * KIB] = 0
 
     def ask(self, numbers: Sequence[int], parts: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.generic]]]) -> None:
-        """Begin a call: numbers for the head, arrays one behind the other. They must fit. Raises LaneLost."""
+        """Begin a call: numbers for the head, contiguous arrays one behind the other. They must fit. Raises
+        LaneLost."""
         self._number += 1
         end = 0
         for part in parts:
             begin, end = end, end + part.nbytes
-            np.frombuffer(self.asked, part.dtype, part.size, begin)[:] = part.reshape(-1)
+            self.asked[begin:end] = part.data.cast("B")
         padding = _PADDING[len(numbers) + 1 :]
         _NUMBERS.pack_into(self._memory, self._start, self._number, *numbers, *padding)
         try:
@@ -146,28 +192,24 @@ class ParentLane(_Side):
     def wait(self, seconds: float) -> None:
         """Until the answer is there. Raises LaneLost."""
         begun = perf_counter()
-        number, rang = self._number, self._answer_rang
-        spun = begun + min(seconds, self._spin)
-        while (waits := rang[0] != number) and perf_counter() < spun:
-            pass
-        shortest, longest = ASKER_SPIN_SECONDS
-        self._spin = max(shortest, self._spin / 2) if waits else min(longest, self._spin * 2)
-        for _ in range(_BELLS_MAX):
-            if self._heard() == number:
-                return
-            left = begun + seconds - perf_counter()
-            if left <= 0:
+        number = self._number
+        self._spin.until(number)
+        rings = 0
+        while (heard := self._heard()) != number:
+            rings += heard is not None
+            if rings > _BELLS_MAX:
+                raise LaneLost("it rings without being asked")
+            if perf_counter() - begun >= seconds:
                 raise LaneLost(f"it did not answer within {seconds:.3f} s", late=True)
-            self._poll.poll(left * 1000)
-        raise LaneLost("it rings without being asked")
 
     def is_answered(self) -> bool:
         """Whether a call that was given up is answered by now. Raises LaneLost."""
-        return self._heard() == self._number
+        return self._heard(socket.MSG_DONTWAIT) == self._number
 
-    def _heard(self) -> int | None:
+    def _heard(self, flags: int = 0) -> int | None:
+        """The next bell; None if there is none, for a tick or now."""
         try:
-            bell = self._bell.recv(2 * _BELL.size)
+            bell = self._bell.recv(2 * _BELL.size, flags)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -176,16 +218,17 @@ class ParentLane(_Side):
             raise LaneLost("it rings wrongly" if bell else "it ended", gone=not bell)
         return int(_BELL.unpack(bell)[0])
 
-    def numbers(self) -> tuple[int, ...]:
-        """The cell's half of the head, read once: what it says is to be checked."""
-        return tuple(_NUMBERS.unpack_from(self._memory, self._start + _ANSWER_AT)[1:])
+    def outcome(self) -> tuple[int, int]:
+        """How the call went and the size of what is said of it, read once: to be checked."""
+        _, status, size = _REPLY.unpack_from(self._memory, self._start + _ANSWER_AT)
+        return status, size
 
-    def rows(self, count: int, width: int) -> FloatRows:
-        """The answer as ``f32[count, width]``, copied out first. Raises RemoteError if a number in it is not finite."""
-        rows: FloatRows = self._answer_rows[: count * width].reshape(count, width).copy()
-        if not np.isfinite(rows).all():
+    def rows(self, *shape: int) -> FloatRows:
+        """The answer as ``f32[shape]``, copied out first. Raises RemoteError if a number in it is not finite."""
+        rows: FloatRows = self._answer_rows[: math.prod(shape)].copy()
+        if not _is_finite(rows):
             raise RemoteError("integrity", "a shard's answer is not finite", "ask another replica")
-        return rows
+        return rows.reshape(shape)
 
     def error_text(self, size: int) -> str:
         """What a cell says of a failure, copied out, printable."""
@@ -202,15 +245,13 @@ class CellLane(_Side):
     def __init__(self, memory: mmap.mmap, start: int, asked: int, answer: int, bell: socket.socket) -> None:
         super().__init__(memory, start, asked, answer, bell)
         self._number = 0
+        self._spin = _Spin(self._asked_rang, ANSWERER_SPIN_SECONDS)
         for place in (self.asked, self.answer):  # map what the parent touched
             np.add.reduce(np.frombuffer(place, np.uint8)[: TOUCHED_BYTES : 4 * KIB])
 
     def wait(self) -> tuple[int, ...] | None:
         """The numbers of the next call; None: the parent is gone."""
-        last, rang = self._number, self._asked_rang
-        spun = perf_counter() + ANSWERER_SPIN_SECONDS
-        while rang[0] == last and perf_counter() < spun:
-            pass
+        self._spin.until(self._number + 1)
         bell = self._bell.recv(_BELL.size)
         if len(bell) != _BELL.size:
             return None
@@ -218,10 +259,9 @@ class CellLane(_Side):
         self._number = numbers[0]
         return tuple(numbers[1:])
 
-    def reply(self, status: int, *numbers: int) -> None:
+    def reply(self, status: int, size: int = 0) -> None:
         """What was asked is done, the answer in its place."""
-        padding = _PADDING[len(numbers) + 2 :]
-        _NUMBERS.pack_into(self._memory, self._start + _ANSWER_AT, self._number, status, *numbers, *padding)
+        _REPLY.pack_into(self._memory, self._start + _ANSWER_AT, self._number, status, size)
         self._bell.send(_BELL.pack(self._number))
         self._answer_rang[0] = self._number
 

@@ -11,6 +11,7 @@ Invariants:
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from typing import Any
 import msgspec
 
 from config.errors import IntegrityError, LocalError, RemoteError
+from config.vocabulary import KIB, MIB
 from dmoe.cells import lanes, sandbox
 from dmoe.cells.lanes import ParentLane, lane_bytes
 
@@ -35,6 +37,8 @@ TOLD_SECONDS_MAX = 30.0
 MESSAGE_BYTES_MAX = 64 << 10
 SPARE_LANES = 2
 """More than there are threads: for the event loop, and for one whose call was given up."""
+PRIVATE_BYTES_GUESS = 48 * MIB
+"""Of a process that nobody has looked at: the interpreter, numpy and ONNX Runtime."""
 
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dmoe.cells.program import main; main(sys.argv[2:])"
@@ -64,6 +68,16 @@ class Options:
     answer_bytes: int = lanes.ANSWER_BYTES
     boot: str = BOOT
 
+    @property
+    def lane_count(self) -> int:
+        """Calls at the same time, at most."""
+        return self.threads + SPARE_LANES
+
+    @property
+    def ram_bytes_guess(self) -> int:
+        """What a cell takes without a shard, before one was measured."""
+        return PRIVATE_BYTES_GUESS + self.lane_count * lane_bytes(self.asked_bytes, self.answer_bytes)
+
 
 class Link:
     """A process that is up, with its walls."""
@@ -83,6 +97,10 @@ class Link:
         self.begun = monotonic()
         self.late: dict[ParentLane, float] = {}
         """Calls that were given up on the event loop, and until when they may still be answered."""
+        self.asked: dict[ParentLane, Sequence[int]] = {}
+        """The shards that calls under way are for."""
+        self.loading = False
+        """A new shard is on its way into it."""
         self.reason = ""
         """Why it is to be killed."""
         self.gone = False
@@ -90,6 +108,8 @@ class Link:
         self.asked_seconds = 0.0
         """For how long it was waited for: what it may have computed in."""
         self._base_bytes = sandbox.memory_allowed(process.pid)
+        self.ram_bytes = _private_bytes(process.pid) + sum(lane.size_bytes for lane in made)
+        """Memory that it takes without a shard, its lanes included."""
 
     @property
     def is_lost(self) -> bool:
@@ -151,7 +171,7 @@ class Starting:
     def __init__(self, options: Options) -> None:
         """Raises OSError if there is no process to be had."""
         self._options = options
-        self._count = options.threads + SPARE_LANES
+        self._count = options.lane_count
         self._control, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         numbers = (far.fileno(), os.getpid(), options.threads, self._count, options.asked_bytes, options.answer_bytes)
         paths = json.dumps([os.path.abspath(path) for path in sys.path])
@@ -221,6 +241,16 @@ def _answer(control: socket.socket) -> dict[str, Any]:
         raise RemoteError("unavailable", "it says nonsense") from error
     family = _ERRORS.get(kind, LocalError)
     raise family("integrity" if family is IntegrityError else "local", lanes.printable(text[:1000]))
+
+
+def _private_bytes(pid: int) -> int:
+    """Memory that a process shares with nobody."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return PRIVATE_BYTES_GUESS
+    found = re.search(r"^RssAnon:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * KIB if found else PRIVATE_BYTES_GUESS
 
 
 def _reap(process: subprocess.Popen[bytes]) -> None:

@@ -16,8 +16,9 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,13 +30,19 @@ from dmoe.cells import sandbox
 from dmoe.cells.lanes import ANSWERED, CellLane, lane_bytes
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
+from dmoe.joint import BlockShard, Joints
 from dmoe.kv import Cache
+from dmoe.pages import Ahead
 from dmoe.runtime import ExpertShard, IntRows, RuntimeOptions, ShardFiles, smoke
 from dmoe.segment import Part
 from dmoe.shardfile import FixedSpool, ShardFile, Spool
 from dmoe.stages.loading import load_stage
 
 MESSAGE_BYTES_MAX = 64 << 10
+READY_ROWS_MAX, READY_MAX = 8, 512
+"""Calls of so few rows are kept ready, so many of them per lane."""
+ROWS_AT = 2
+"""Where a call's numbers say how many rows it has."""
 
 
 class Inside(Protocol):
@@ -44,16 +51,23 @@ class Inside(Protocol):
     def answer(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, "Inside"]) -> None:
         """Answer the call whose numbers these are, behind its shard's. ``shards``: all of the cell."""
 
+    def ready(
+        self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, "Inside"]
+    ) -> Callable[[], None] | None:
+        """What answers every call with these numbers on this lane, in its place; None: :meth:`answer` does."""
+
     def close(self) -> None:
         """Free everything."""
 
 
 class Files(ShardFiles, Protocol):
-    """A shard's files, and a place for weights that are joined out of them."""
+    """A shard's files, a place for weights that are joined out of them, and the shards that it may run with."""
 
     spool: Spool | None
+    joints: Joints
 
 
+_Ready = dict[tuple[int, ...], Callable[[], None]]
 Opener = Callable[[Manifest, Shard, Files, RuntimeOptions], Inside]
 
 
@@ -61,13 +75,12 @@ class ExpertsInside:
     """An expert shard's calls: numbers are layer, rows, width, choices per row (0: no choice), how many other shards
     shall answer behind this one, and those."""
 
-    def __init__(self, manifest: Manifest, shard: Shard, files: ShardFiles, options: RuntimeOptions) -> None:
-        self._shard = ExpertShard(manifest, shard, files, options)
+    def __init__(self, manifest: Manifest, shard: Shard, files: Files, _options: RuntimeOptions) -> None:
+        self._shard = files.joints.load(manifest, shard, files)
 
     def answer(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> None:
         """See :class:`Inside`."""
-        layer, rows, width, top_k, count = numbers[:5]
-        others = [shards[number] for number in numbers[5 : 5 + count]]
+        layer, rows, width, top_k, _ = numbers[:5]
         h = np.frombuffer(lane.asked, np.float32, rows * width).reshape(rows, width)
         experts: IntRows | None = None
         weights: FloatRows | None = None
@@ -75,12 +88,45 @@ class ExpertsInside:
             experts = np.frombuffer(lane.asked, np.int32, rows * top_k, h.nbytes).reshape(rows, top_k)
             at = h.nbytes + experts.nbytes
             weights = np.frombuffer(lane.asked, np.float32, rows * top_k, at).reshape(rows, top_k)
-        asked = [self._shard, *(other._shard for other in others if isinstance(other, ExpertsInside))]
-        lane.give(*(shard.partial(layer, h, experts, weights) for shard in asked))
+        lane.give(*self._run(self._asked(numbers, shards), layer, h, experts, weights))
+
+    def ready(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> Callable[[], None] | None:
+        """See :class:`Inside`: blocks of one company compute from one place of the lane into the other."""
+        layer, rows, width, top_k, _ = numbers[:5]
+        if top_k or not isinstance(self._shard, BlockShard):
+            return None
+        company, asked = self._shard.company, self._asked(numbers, shards)
+        blocks = [shard for shard in asked if isinstance(shard, BlockShard) and shard.company is company]
+        if len(blocks) < len(asked):
+            return None
+        h = np.frombuffer(lane.asked, np.float32, rows * width).reshape(rows, width)
+        out = np.frombuffer(lane.answer, np.float32, len(asked) * h.size).reshape(len(asked), rows, width)
+        bound = company.bind(layer, blocks, h, out)
+        return bound.run if bound is not None else None
+
+    def _asked(self, numbers: Sequence[int], shards: Mapping[int, Inside]) -> list[ExpertShard | BlockShard]:
+        others = (shards[number] for number in numbers[5 : 5 + numbers[4]])
+        return [self._shard, *(other._shard for other in others if isinstance(other, ExpertsInside))]
+
+    def _run(
+        self,
+        asked: Sequence[ExpertShard | BlockShard],
+        layer: int,
+        h: FloatRows,
+        experts: IntRows | None,
+        weights: FloatRows | None,
+    ) -> Iterator[FloatRows]:
+        for company, some in groupby(asked, key=lambda shard: getattr(shard, "company", None)):
+            if company is None:
+                yield from (shard.partial(layer, h, experts, weights) for shard in some)
+            else:
+                yield from company.run(layer, list(some), h)
 
     def close(self) -> None:
         """See :class:`Inside`."""
         self._shard.close()
+        if isinstance(self._shard, BlockShard):
+            self._shard.tidy()
 
 
 OPEN, RUN = 1, 2
@@ -120,6 +166,10 @@ class StageInside:
             parts.append(Part(cache, length))
         return self._layers.opened.compute(x, parts)
 
+    def ready(self, lane: CellLane, numbers: Sequence[int], shards: Mapping[int, Inside]) -> Callable[[], None] | None:
+        """See :class:`Inside`: every run is another's."""
+        return None
+
     def forget(self, number: int) -> None:
         """Free a cache."""
         with self._lock:
@@ -136,8 +186,9 @@ class StageInside:
 class _Received:
     """Files that came as open descriptors (:class:`Files`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, joints: Joints) -> None:
         self.spool: Spool | None = None
+        self.joints = joints
         self._files: dict[str, ShardFile] = {}
 
     def add(self, path: str, descriptor: int, size: int) -> None:
@@ -162,12 +213,18 @@ class _Received:
 class Program:
     """The shards of this cell. ``openers``: how each kind of shard is opened."""
 
-    def __init__(self, control: socket.socket, openers: Mapping[str, Opener], options: RuntimeOptions) -> None:
+    def __init__(
+        self, control: socket.socket, openers: Mapping[str, Opener], options: RuntimeOptions, pages: Ahead
+    ) -> None:
         self._control = control
+        self._pages = pages
         self._openers = openers
         self._options = options
         self._shards: dict[int, Inside] = {}
-        self._received = _Received()
+        self._ready: list[_Ready] = []
+        self._changes = 0
+        self._joints = Joints(options)
+        self._received = _Received(self._joints)
 
     def run(self) -> None:
         """Obey the parent until it is gone."""
@@ -199,12 +256,15 @@ class Program:
                 finally:
                     os.close(descriptors[0])
                 manifest = msgspec.json.decode(bytes(text), type=Manifest)
-                received, self._received = self._received, _Received()
+                received, self._received = self._received, _Received(self._joints)
                 shard = manifest.shards[message["shard"]]
                 opener = self._openers[shard.kind]
                 self._shards[message["number"]] = opener(manifest, shard, received, self._options)
+                self._forget_ready()
+                self._pages.use_huge_pages()
             case "drop":
                 if (shard_inside := self._shards.pop(message["number"], None)) is not None:
+                    self._forget_ready()
                     shard_inside.close()
             case "forget":
                 stage = self._shards.get(message["number"])
@@ -213,11 +273,33 @@ class Program:
 
     def serve(self, lane: CellLane) -> None:
         """Answer the calls of a lane until the parent hangs up."""
+        ready: _Ready = {}
+        self._ready.append(ready)
         while (numbers := lane.wait()) is not None:
             try:
-                self._shards[numbers[0]].answer(lane, numbers[1:], self._shards)
+                run = ready.get(numbers) or self._make_ready(lane, numbers, ready)
+                if run is None:
+                    self._shards[numbers[0]].answer(lane, numbers[1:], self._shards)
+                else:
+                    run()
+                    lane.reply(ANSWERED)
             except Exception as error:  # noqa: BLE001 - said to the parent, which decides
                 lane.fail(f"{type(error).__name__}: {error}")
+
+    def _make_ready(self, lane: CellLane, numbers: tuple[int, ...], ready: _Ready) -> Callable[[], None] | None:
+        changes = self._changes
+        run = self._shards[numbers[0]].ready(lane, numbers[1:], self._shards)
+        if run is not None and changes == self._changes and numbers[ROWS_AT] <= READY_ROWS_MAX:
+            if len(ready) >= READY_MAX:
+                ready.clear()
+            ready[numbers] = run
+        return run
+
+    def _forget_ready(self) -> None:
+        """Shards have come or gone: what was bound to them would keep their memory."""
+        self._changes += 1
+        for ready in self._ready:
+            ready.clear()
 
 
 OPENERS: Mapping[str, Opener] = {"expert": ExpertsInside, "stage": StageInside}
@@ -232,7 +314,9 @@ def main(arguments: Sequence[str], openers: Mapping[str, Opener] = OPENERS) -> N
     try:
         smoke(options)
         memory, bells = _lanes(control, count, lane_bytes(asked, answer) * count)
-        walls = sandbox.enter([number, *(bell.fileno() for bell in bells)])
+        pages = Ahead()
+        kept = [] if pages.descriptor is None else [pages.descriptor]
+        walls = sandbox.enter([number, *kept, *(bell.fileno() for bell in bells)])
         if os.getppid() != parent:
             return
         first = {"ok": True, "walls": [asdict(wall) for wall in walls]}
@@ -240,7 +324,7 @@ def main(arguments: Sequence[str], openers: Mapping[str, Opener] = OPENERS) -> N
         control.send(msgspec.json.encode({"error": str(error), "kind": type(error).__name__}))
         return
     control.send(msgspec.json.encode(first))
-    program = Program(control, openers, options)
+    program = Program(control, openers, options, pages)
     for index, bell in enumerate(bells):
         lane = CellLane(memory, index * lane_bytes(asked, answer), asked, answer, bell)
         threading.Thread(target=program.serve, args=[lane], daemon=True).start()

@@ -11,19 +11,17 @@ from numpy.typing import NDArray
 
 from dmoe.cells.cell import Cell
 from dmoe.cells.content import Store
+from dmoe.cells.held import HeldShard, seconds_for
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
-from dmoe.loaded import Together
+from dmoe.loaded import Partials, Together
 
-CALL_SECONDS_MIN = 2.0
-FLOPS_PER_SECOND_MIN = 1e9
-"""A machine that computes more slowly than this on top of the minimum is stuck."""
 TOGETHER_MAX = 8
 """Shards asked in one call: their numbers stand in a lane's head."""
 
 
-class CellShard:
+class CellShard(HeldShard):
     """A shard in a cell (:class:`dmoe.loaded.Shard`); thread-safe."""
 
     def __init__(
@@ -35,26 +33,22 @@ class CellShard:
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """Load it; blocking. Raises what :meth:`Cell.load` does."""
-        self.manifest, self.shard = manifest, shard
-        self.ram_bytes = shard.ram_bytes
-        self._cell = cell
-        self._on_close = on_close
-        self._hidden = manifest.architecture.hidden
-        self._top_k = 0 if manifest.architecture.router.kind == "all" else manifest.architecture.router.top_k
-        self._rows_max = max(1, cell.options.asked_bytes // (4 * self._hidden + 8 * self._top_k))
-        self._number = cell.load(manifest, shard, store)
+        top_k = 0 if manifest.architecture.router.kind == "all" else manifest.architecture.router.top_k
+        self._rows_max = max(1, cell.options.asked_bytes // (4 * manifest.architecture.hidden + 8 * top_k))
+        self._company: tuple[Sequence[CellShard], tuple[int, ...], int] = ((), (), 0)
+        super().__init__(cell, manifest, shard, store, on_close)
 
     @property
     def place(self) -> object:
         """See :class:`dmoe.loaded.Together`: what is in the same cell is asked together."""
-        return self._cell
+        return self.cell
 
     def partial(
         self, layer: int, h: FloatRows, experts: Indices | None = None, weights: Weights | None = None
     ) -> FloatRows:
         """See :meth:`dmoe.runtime.ExpertShard.partial`. Raises RemoteError ``unavailable`` if the cell is down, ends,
         or does not answer in time."""
-        (found,) = self._all((self,), layer, h, experts, weights)
+        found: FloatRows = self._all((self,), layer, h, experts, weights)[0]
         return found
 
     def partials(
@@ -64,9 +58,11 @@ class CellShard:
         h: FloatRows,
         experts: Indices | None = None,
         weights: Weights | None = None,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         """See :class:`dmoe.loaded.Together`. Raises as :meth:`partial`."""
         mine = cast("Sequence[CellShard]", shards)  # nothing else has a cell for its place
+        if len(mine) <= TOGETHER_MAX:
+            return self._all(mine, layer, h, experts, weights)
         found: list[FloatRows] = []
         for start in range(0, len(mine), TOGETHER_MAX):
             found += self._all(mine[start : start + TOGETHER_MAX], layer, h, experts, weights)
@@ -79,7 +75,7 @@ class CellShard:
         h: FloatRows,
         experts: Indices | None,
         weights: Weights | None,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         most = max(1, self._rows_max // len(shards))
         if len(h) <= most:
             return self._some(shards, layer, h, experts, weights)
@@ -97,18 +93,23 @@ class CellShard:
         h: FloatRows,
         experts: Indices | None,
         weights: Weights | None,
-    ) -> list[FloatRows]:
+    ) -> Partials:
         rows, top_k, count = len(h), 0 if experts is None else experts.shape[1], len(shards)
-        first, *others = (shard._number for shard in shards)
-        numbers = (first, layer, rows, self._hidden, top_k, len(others), *others)
-        parts: list[NDArray[Any]] = [np.asarray(h, np.float32)]
+        tail, flops = self._known(shards)
+        numbers = (shards[0].number, layer, rows, self._hidden, top_k, *tail)
+        parts: list[NDArray[Any]] = [np.ascontiguousarray(h, np.float32)]
         if experts is not None and weights is not None:
-            parts += [np.asarray(experts, np.int32), np.asarray(weights, np.float32)]
-        flops = rows * sum(shard.shard.flops_per_row for shard in shards)
-        with self._cell.ask(numbers, parts, CALL_SECONDS_MIN + flops / FLOPS_PER_SECOND_MIN) as lane:
-            return list(lane.rows(count * rows, self._hidden).reshape(count, rows, self._hidden))
+            parts += [np.ascontiguousarray(experts, np.int32), np.ascontiguousarray(weights, np.float32)]
+        with self.cell.ask(numbers, parts, seconds_for(rows, flops), tail[1:]) as lane:
+            return lane.rows(count, rows, self._hidden)
 
-    def close(self) -> None:
-        """Free it."""
-        self._cell.drop(self._number)
-        self._on_close()
+    def _known(self, shards: Sequence["CellShard"]) -> tuple[tuple[int, ...], int]:
+        """The end of a call's numbers, and what a row costs: worked out once for shards that are asked together."""
+        if self._company[0] is not shards:
+            others = [shard.number for shard in shards[1:]]
+            flops = sum(shard.shard.flops_per_row for shard in shards)
+            self._company = shards, (len(others), *others), flops
+        return self._company[1:]
+
+    def tidy(self) -> None:
+        """See :class:`dmoe.loaded.Together`: the cell does it by itself."""

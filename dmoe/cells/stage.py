@@ -17,8 +17,8 @@ import trio
 from config.errors import RequestError
 from dmoe.cells.cell import Cell
 from dmoe.cells.content import Store
+from dmoe.cells.held import CALL_SECONDS_MIN, HeldShard, seconds_for
 from dmoe.cells.program import OPEN, RUN
-from dmoe.cells.shard import CALL_SECONDS_MIN, FLOPS_PER_SECOND_MIN
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
 from dmoe.kv import Cache
@@ -69,7 +69,7 @@ class CellCache(Cache):
             stage.forget(self.number)
 
 
-class CellStage:
+class CellStage(HeldShard):
     """A stage in a cell (:class:`dmoe.stages.segment.Segment`)."""
 
     def __init__(
@@ -81,18 +81,13 @@ class CellStage:
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """Load it; blocking. Raises what :meth:`Cell.load` does."""
-        self.manifest, self.shard = manifest, shard
-        self.ram_bytes = shard.ram_bytes
-        self._cell = cell
-        self._on_close = on_close
-        self._hidden = manifest.architecture.hidden
         self._numbers = count(1)
-        self._number = cell.load(manifest, shard, store)
+        super().__init__(cell, manifest, shard, store, on_close)
 
     @property
     def generation(self) -> int:
         """Of the cell's processes."""
-        return self._cell.generation
+        return self.cell.generation
 
     async def open(self, capacity: int, like: Cache | None = None, length: int = 0) -> Cache:
         """See :class:`dmoe.segment.Segment`. Raises RemoteError ``unavailable`` if the cell is down."""
@@ -107,8 +102,8 @@ class CellStage:
         if like is not None and like.length < length:
             raise RequestError("conflict", f"the cache holds {like.length} positions, not {length}")
         cache = CellCache(self, next(self._numbers), capacity, length)
-        numbers = (self._number, OPEN, cache.number, capacity, 0 if like is None else like.number, length)
-        with self._cell.ask(numbers, (), CALL_SECONDS_MIN):
+        numbers = (self.number, OPEN, cache.number, capacity, 0 if like is None else like.number, length)
+        with self.cell.ask(numbers, (), CALL_SECONDS_MIN):
             return cache
 
     async def run(self, x: FloatRows, parts: Sequence[Part]) -> FloatRows:
@@ -131,12 +126,12 @@ class CellStage:
         if cache.is_there:
             return
         number, generation = next(self._numbers), self.generation
-        with self._cell.ask((self._number, OPEN, number, cache.capacity, 0, 0), (), CALL_SECONDS_MIN):
+        with self.cell.ask((self.number, OPEN, number, cache.capacity, 0, 0), (), CALL_SECONDS_MIN):
             cache.made_again(number, generation)
 
     def _pieces(self, parts: Sequence[Part]) -> Iterator[tuple[slice, list[tuple[int, int, int]]]]:
         """Rows that fit a lane, and for each part in them its cache, position and rows."""
-        room = self._cell.options.asked_bytes
+        room = self.cell.options.asked_bytes
         first = size = start = 0
         places: list[tuple[int, int, int]] = []
         for part in parts:
@@ -156,16 +151,11 @@ class CellStage:
 
     def _some(self, x: FloatRows, places: list[tuple[int, int, int]]) -> FloatRows:
         rows = len(x)
-        numbers = (self._number, RUN, len(places), rows, self._hidden)
-        seconds = CALL_SECONDS_MIN + rows * self.shard.flops_per_row / FLOPS_PER_SECOND_MIN
-        with self._cell.ask(numbers, [np.array(places, np.int64), np.asarray(x, np.float32)], seconds) as lane:
+        numbers = (self.number, RUN, len(places), rows, self._hidden)
+        seconds = seconds_for(rows, self.shard.flops_per_row)
+        with self.cell.ask(numbers, [np.array(places, np.int64), np.ascontiguousarray(x, np.float32)], seconds) as lane:
             return lane.rows(rows, self._hidden)
 
     def forget(self, number: int) -> None:
         """Free a cache, soon; does not block."""
-        self._cell.say({"do": "forget", "number": self._number, "cache": number})
-
-    def close(self) -> None:
-        """Free everything."""
-        self._cell.drop(self._number)
-        self._on_close()
+        self.cell.say({"do": "forget", "number": self.number, "cache": number})

@@ -32,6 +32,7 @@ from dmoe.core.demand import Use
 from dmoe.core.stagecalls import Failure, Hop, Part, RunCall, Step
 from dmoe.core.wire import FloatRows
 from dmoe.kv import Cache
+from dmoe.loaded import why_withdrawn
 from dmoe.ports import Quote, Seller
 from dmoe.stages.loaded import Job, LoadedStage, Place, StagePlan
 from dmoe.stages.segment import Segment
@@ -150,6 +151,11 @@ class StageHost:
     def indices(self, model_id: str) -> frozenset[int]:
         """Manifest indices of the loaded stages of a model."""
         return frozenset(s.plan.index for (model, _), s in self._stages.items() if model == model_id)
+
+    def withdrawn(self) -> dict[tuple[str, int], str]:
+        """Loaded stages that are not fit to be served any more, by model id and manifest index, and why."""
+        every = {(stage.plan.model_id, stage.plan.index): stage.segment for stage in self._stages.values()}
+        return {key: why for key, segment in every.items() if (why := why_withdrawn(segment))}
 
     def uses(self) -> dict[tuple[str, int], Use]:
         """A sample of every loaded stage, by model id and manifest index."""

@@ -152,6 +152,34 @@ def test_groups_of_a_layer_are_asked_together_for_the_same_bits(model, room):
         cell.close()
 
 
+def test_calls_that_come_again_follow_shards_that_come_and_go(model):
+    """What is kept ready for a call must not outlive its shards, nor mix up rows, layers or choices of shards."""
+    store, manifest = model
+    groups = [manifest.expert_shard(0, group) for group in range(len(manifest.sum_groups))]
+    local = [ExpertShard(manifest, shard, store, OPTIONS) for shard in groups]
+    with running(threads=2) as (cell, _):
+        there = [CellShard(cell, manifest, shard, store) for shard in groups]
+
+        def agree(chosen):
+            asked = tuple(there[n] for n in chosen)
+            for seed, count in enumerate((1, 1, 2, 8, 9, 1)):
+                for layer in manifest.layers_of(groups[0]):
+                    h = rows(count, seed=seed)
+                    found = asked[0].partials(asked, layer, h)
+                    assert all((one == local[n].partial(layer, h)).all() for n, one in zip(chosen, found, strict=True))
+
+        for _ in range(2):
+            agree([0, 1])
+            agree([1, 0])
+            agree(range(len(groups)))
+            there[1].close()
+            there[0].partial(0, rows(1))
+            there[1] = CellShard(cell, manifest, groups[1], store)
+        os.kill(cell.pid, signal.SIGKILL)
+        again(there[0], rows())
+        agree([1, 0])
+
+
 def test_rows_that_exceed_a_lane_go_in_pieces(model):
     store, manifest = model
     cell = Cell("somebody", Options(asked_bytes=16384, answer_bytes=16384), Counters())
@@ -204,7 +232,7 @@ def test_a_cell_holds_no_descriptor_but_its_own(model):
         strange = [each for each in held if not each.startswith("socket:") and each != "/dev/null"]
         store, manifest = model
         files = {str(store.path(manifest.model_id, file)) for file in manifest.expert_shard(0, 0).files}
-        assert set(strange) <= files
+        assert set(strange) <= {*files, f"/proc/{cell.pid}/smaps"}
         assert not Path(f"/proc/{cell.pid}/environ").read_bytes().strip(b"\0").count(b"PATH=")
         status = Path(f"/proc/{cell.pid}/status").read_text()
         assert "NoNewPrivs:\t1" in status
