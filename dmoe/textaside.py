@@ -49,6 +49,7 @@ class AsideTokenizer(Tokenizer):
     ) -> None:
         # it answers one question at a time: those who wait for a slow template hold no thread meanwhile
         self.limiter = trio.CapacityLimiter(1)
+        self.source = tokenizer_json
         about = "the model's tokenizer or chat template"
         setup = ("open", tokenizer_json, chat_template, bos)
         self._aside = Aside(about, setup, OPEN_SECONDS, memory_bytes=MEMORY_BYTES, stopped=stopped)

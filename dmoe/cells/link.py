@@ -9,12 +9,10 @@ Invariants:
 3. What a process says is data: bounded, decoded into plain types, and believed only about itself.
 """
 
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from typing import Any
 import msgspec
 
 from config.errors import IntegrityError, LocalError, RemoteError
-from dmoe.cells import lanes, sandbox
+from dmoe.cells import lanes, launch, sandbox
 from dmoe.cells.lanes import ParentLane, lane_bytes
 
 START_SECONDS_MAX = 30.0
@@ -36,18 +34,7 @@ MESSAGE_BYTES_MAX = 64 << 10
 SPARE_LANES = 2
 """More than there are threads: for the event loop, and for one whose call was given up."""
 
-BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dmoe.cells.program import main; main(sys.argv[2:])"
-)
-"""What the interpreter runs, isolated: no user's folder, no site, the parent's import path."""
-ENVIRONMENT = {
-    "ORT_DISABLE_TELEMETRY": "1",
-    "ORT_GQA_DISABLE_FLASH_ATTENTION": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",
-}
-"""Nothing of the parent's. The second one decides about bits, as in ``dmoe/runtime``. One thread until the walls are
-up; few arenas, each of which takes address space."""
+BOOT = launch.boot("dmoe.cells.program")
 
 _ERRORS = {"IntegrityError": IntegrityError, "LocalError": LocalError}
 
@@ -154,17 +141,8 @@ class Starting:
         self._count = options.threads + SPARE_LANES
         self._control, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         numbers = (far.fileno(), os.getpid(), options.threads, self._count, options.asked_bytes, options.answer_bytes)
-        paths = json.dumps([os.path.abspath(path) for path in sys.path])
         with far:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", options.boot, paths, *map(str, numbers)],
-                env=_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[far.fileno()],
-                cwd="/",
-            )
+            self.process = launch.start(options.boot, numbers, [far.fileno()])
 
     def link(self) -> Link:
         """Give it its lanes and wait until its walls are up. Raises RiosError or OSError, the process ended, if they
@@ -196,12 +174,6 @@ class Starting:
             for _, far in pairs:
                 far.close()
         return made
-
-
-def _environment() -> dict[str, str]:
-    """An interpreter that was built beside its libraries needs to be told where they are."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return {**ENVIRONMENT, **kept}
 
 
 def _answer(control: socket.socket) -> dict[str, Any]:

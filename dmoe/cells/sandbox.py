@@ -2,9 +2,10 @@
 
 Owns: their order, what is demanded, what is told about each. Does not own: the process (``program``, ``cell``).
 
-A cell imports everything it needs first, then calls :func:`enter`, then looks at what a stranger made. seccomp is
+A process imports everything it needs first, then calls :func:`enter`, then looks at what a stranger made. All kinds do
+it here: cells, and the processes for text, grammars and imports, which differ by their :class:`Profile`. seccomp is
 demanded: alone it keeps a process from files, network and other processes. The others are second walls; one that this
-system lacks is named.
+system lacks is named. A process that may do without says so: it has limits then, and nothing else.
 
 Invariants:
 1. :func:`enter` either puts up every demanded wall or raises; nothing in here takes one down.
@@ -41,6 +42,25 @@ class Wall:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a kind of process needs. ``calls``: system calls beside those that computing needs
+    (:data:`dmoe.cells.seccomp.MORE`); ``memory_bytes``: address space beyond that of its imports, for good where it is
+    ``fixed``, else until its parent allows more; 0: not bounded so, ``data_bytes`` is then, in which mapped files do
+    not count; ``file_bytes``: how long a file may get that it writes by a descriptor; ``demanded``: nothing runs
+    without seccomp."""
+
+    calls: tuple[str, ...] = ()
+    memory_bytes: int = START_BYTES
+    fixed: bool = False
+    data_bytes: int = 0
+    file_bytes: int = 0
+    demanded: bool = True
+
+
+CELL = Profile()
+
+
 def available() -> tuple[Wall, ...]:
     """What this system offers, without doing any of it."""
     if not kernel.is_known():
@@ -60,22 +80,25 @@ def missing() -> str:
     )
 
 
-def enter(keep: Collection[int]) -> list[Wall]:
+def enter(keep: Collection[int], profile: Profile = CELL) -> list[Wall]:
     """Put up all walls around this process; of its descriptors only ``keep`` stay (0 to 2 become /dev/null).
 
     Raises LocalError if a demanded wall cannot be put up: the process must end then.
     """
     if lacks := missing():
-        raise LocalError("local", f"this system has no sandbox for cells ({lacks})", "see: rios doctor")
+        if profile.demanded:
+            raise LocalError("local", f"this system has no sandbox for cells ({lacks})", "see: rios doctor")
+        _limit(profile, count_threads=False)
+        return [Wall("seccomp", False, lacks), Wall("limits", True, "memory, files, no core dump")]
     if len(os.listdir("/proc/self/task")) != 1:
         raise LocalError("local", "a cell had several threads before its sandbox was up")
     try:
-        return _enter(keep)
+        return _enter(keep, profile)
     except OSError as error:
         raise LocalError("local", f"the sandbox of a cell could not be put up: {error}", "see: rios doctor") from error
 
 
-def _enter(keep: Collection[int]) -> list[Wall]:
+def _enter(keep: Collection[int], profile: Profile) -> list[Wall]:
     _close_descriptors(keep)
     os.chdir("/")
     os.umask(0o077)
@@ -83,14 +106,14 @@ def _enter(keep: Collection[int]) -> list[Wall]:
     user = os.geteuid()
     walls = [_leave_namespaces(user), _become_nobody(user)]
     own_count = walls[0].in_force or walls[1].in_force
-    _limit(count_threads=own_count)
+    _limit(profile, count_threads=own_count)
     walls.append(Wall("limits", True, "memory, files, no core dump" + (", threads" if own_count else "")))
     kernel.drop_capabilities()
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     walls.append(_asked("landlock", landlock.restrict))
-    seccomp.load()
+    seccomp.load(profile.calls)
     walls.append(Wall("seccomp", True, seccomp.MEANING))
     return walls
 
@@ -138,24 +161,55 @@ def _become_nobody(user: int) -> Wall:
     return Wall("user", True, f"runs as user {NOBODY}")
 
 
-def _limit(*, count_threads: bool) -> None:
-    """Hard limits, except for memory: the parent raises that one as shards come (the filter forbids it in here)."""
-    hard = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_MEMLOCK: 0, resource.RLIMIT_MSGQUEUE: 0}
+def _limit(profile: Profile, *, count_threads: bool) -> None:
+    """Hard limits, except for a cell's memory: the parent raises that one as shards come (the filter forbids it in
+    here)."""
+    hard = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: profile.file_bytes, resource.RLIMIT_NOFILE: FILES_MAX}
     if count_threads:  # else those of the whole user would be counted
         hard[resource.RLIMIT_NPROC] = THREADS_MAX
-    hard[resource.RLIMIT_NOFILE] = FILES_MAX
+    for name in ("RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE"):
+        if hasattr(resource, name):  # not everywhere
+            hard[getattr(resource, name)] = 0
+    if profile.data_bytes:
+        hard[resource.RLIMIT_DATA] = profile.data_bytes
     for what, value in hard.items():
-        allowed = resource.getrlimit(what)[1]
-        value = value if allowed == resource.RLIM_INFINITY else min(value, allowed)
-        resource.setrlimit(what, (value, value))
-    _, top = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = address_space_bytes() + START_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if top == resource.RLIM_INFINITY else min(wanted, top), top))
+        _set_limit(what, value)
+    if profile.memory_bytes and kernel.IS_LINUX:
+        _set_limit(resource.RLIMIT_AS, address_space_bytes() + profile.memory_bytes, soft=not profile.fixed)
+
+
+def _set_limit(what: int, value: int, *, soft: bool = False) -> None:
+    """For good, or ``soft``: until somebody with the right to it raises it."""
+    top = resource.getrlimit(what)[1]
+    value = value if top == resource.RLIM_INFINITY else min(value, top)
+    resource.setrlimit(what, (value, top if soft else value))
+
+
+def is_linux() -> bool:
+    """Whether processes' memory is known here."""
+    return kernel.IS_LINUX
 
 
 def address_space_bytes() -> int:
     """Of this process."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+class Size:
+    """This process's address space, also behind its walls: where it stands is opened before."""
+
+    def __init__(self) -> None:
+        self.descriptors = [os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)] if kernel.IS_LINUX else []
+
+    def bytes(self) -> int:
+        """It now; 0 where it is not known. Asked once."""
+        texts = [os.read(descriptor, 256) for descriptor in self.descriptors]
+        return sum(int(text.split()[0]) * resource.getpagesize() for text in texts)
+
+    def close(self) -> None:
+        """It is not asked any more."""
+        while self.descriptors:
+            os.close(self.descriptors.pop())
 
 
 def memory_allowed(pid: int) -> int:
