@@ -31,6 +31,7 @@ from config import generation
 from config.errors import BusyError, LocalError, RequestError
 from dmoe.aside import NO_WALLS_HINT
 from dmoe.cells import launch
+from dmoe.cells.frames import exactly, frame, receive
 from dmoe.cells.sandbox import Wall
 from dmoe.core.constraint import FloatRow, masked
 from dmoe.grammarwork import (
@@ -42,9 +43,6 @@ from dmoe.grammarwork import (
     NO_MEMORY,
     SECONDS_MAX,
     STEP,
-    exactly,
-    frame,
-    receive,
 )
 from dmoe.text import Tokenizer
 

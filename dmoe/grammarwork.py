@@ -31,6 +31,7 @@ from config.errors import LocalError, RiosError
 from config.vocabulary import MIB
 from dmoe import asidework
 from dmoe.cells import sandbox, seccomp
+from dmoe.cells.frames import frame, receive
 from dmoe.grammar import Grammars, Refused, State
 from dmoe.text import Tokenizer
 
@@ -42,42 +43,11 @@ SECONDS_MAX: Final = 10.0
 """For reading a constraint."""
 STEP_SECONDS_MAX: Final = 1.0
 """For a step: the library's own bounds keep the worst one near 30 ms."""
-FRAME_BYTES_MAX: Final = 64 * MIB
 STEP: Final = struct.Struct("<BIq")
 """What to do, with which state, and a token."""
 BEGIN, ACCEPT, DROP = range(3)
 DONE, NOT_KEPT, NO_MEMORY = range(3)
-_HEAD = struct.Struct("<I")
 _CALLS = (seccomp.FORK, "wait4", "kill", "seccomp", "setitimer", "prlimit64")
-
-
-def frame(data: bytes) -> bytes:
-    """``data`` with its length in front."""
-    return _HEAD.pack(len(data)) + data
-
-
-def receive(line: socket.socket) -> tuple[bytes, list[int]]:
-    """The next frame and the descriptors that came with it. Raises EOFError at the end, OSError."""
-    head, descriptors, _, _ = socket.recv_fds(line, _HEAD.size, 1)
-    if not head:
-        raise EOFError
-    head += exactly(line, _HEAD.size - len(head))
-    (size,) = _HEAD.unpack(head)
-    if size > FRAME_BYTES_MAX:
-        raise EOFError
-    return exactly(line, size), descriptors
-
-
-def exactly(line: socket.socket, count: int) -> bytes:
-    """So many bytes. Raises EOFError, OSError."""
-    parts = []
-    while count:
-        part = line.recv(min(count, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
 
 
 def main(arguments: Sequence[str]) -> None:
