@@ -38,6 +38,7 @@ from dmoe import hardware
 from dmoe.audit import Auditor, Rules
 from dmoe.caller import Caller
 from dmoe.cells.cells import Cells
+from dmoe.cells.home import Homes
 from dmoe.cells.link import Options as CellOptions
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.plan import KINDS
@@ -95,6 +96,7 @@ class Node:
         self.worker: Worker
         self.caller: Caller
         self.cells: Cells
+        self.homes: Homes
         self.stage_host: StageHost
         self.stages: StageCaller
         self.hosting: Hosting
@@ -279,6 +281,8 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
     async with AsyncExitStack() as stack:
         node.cells = _cells(node)
         stack.callback(node.cells.close)
+        node.homes = Homes(node.cells, node.store, _cell_options(node))
+        stack.callback(node.homes.close)
         node.network = await stack.enter_async_context(
             open_network(
                 identity,
@@ -369,6 +373,8 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         identity.peer_id,
         chosen=_chosen(node.store, settings),
         privacy=privacy,
+        homes=node.homes,
+        text_walls_demanded=settings.dmoe.sandbox == "required",
     )
     route = chosen_route(settings.dmoe)
     node.planner = models.planner = Planner(
@@ -398,6 +404,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         passes=pass_options(settings.dmoe),
         draft_model=settings.dmoe.draft_model,
         default_route=route,
+        walls_demanded=settings.dmoe.sandbox == "required",
     )
     parts = (node.worker.run, node.caller.run, node.stage_host.run, node.stages.run, node.hosting.run, node.engine.run)
     for part in parts:
@@ -459,11 +466,16 @@ def _cells(node: Node) -> Cells:
         mode=dmoe.sandbox,  # type: ignore[arg-type]
         allow_unsandboxed=dmoe.allow_unsandboxed,
         device=dmoe.device,
-        options=CellOptions(
-            threads=node.options.thread_count,
-            call_seconds_max=dmoe.call_timeout_ms / 1000,
-            kv_bytes_max=_stage_limits(node.settings, _ram_bytes_max(node.settings)).kv_bytes_max,
-        ),
+        options=_cell_options(node),
+    )
+
+
+def _cell_options(node: Node) -> CellOptions:
+    """How its cells are made."""
+    return CellOptions(
+        threads=node.options.thread_count,
+        call_seconds_max=node.settings.dmoe.call_timeout_ms / 1000,
+        kv_bytes_max=_stage_limits(node.settings, _ram_bytes_max(node.settings)).kv_bytes_max,
     )
 
 

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any
@@ -50,6 +50,10 @@ IDLE_CHECK_SECONDS, IDLE_SHARE_MAX = 10.0, 0.2
 CACHE_SPACE = 8
 """Address space for caches, times the memory that they may take: slots and positions grow by doubling, and while they
 move both places are there. Pages exist once they are written."""
+
+
+Making = Callable[[int, Manifest, Shard, Store], Content]
+"""How a shard with a number is brought into a cell."""
 
 
 @dataclass(slots=True)
@@ -175,6 +179,12 @@ class Cell:
         """Of the process that runs; 0 if none does."""
         link = self._link
         return link.process.pid if link else 0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a process runs that may be asked."""
+        link = self._link
+        return link is not None and not link.is_lost
 
     @property
     def shards(self) -> int:
@@ -325,13 +335,13 @@ class Cell:
 
     # --- shards
 
-    def load(self, manifest: Manifest, shard: Shard, store: Store) -> int:
+    def load(self, manifest: Manifest, shard: Shard, store: Store, made: Making = Content) -> int:
         """Bring a shard into it: the shard's number for calls. Blocking. Raises IntegrityError for files that are not
         what they should be, LocalError if it cannot be loaded or the cell is down."""
         with self._control:
             link = self._running()
             self._numbers += 1
-            content = Content(self._numbers, manifest, shard, store)
+            content = made(self._numbers, manifest, shard, store)
             self._contents[content.number] = content
             try:
                 self._allow_memory(link)
@@ -364,7 +374,7 @@ class Cell:
 
     def _allow_memory(self, link: Link) -> None:
         contents = list(self._contents.values())
-        caches = self.options.kv_bytes_max if any(each.shard.kind == "stage" for each in contents) else 0
+        caches = self.options.kv_bytes_max if any(each.has_caches for each in contents) else 0
         link.allow_memory(sum(each.memory_bytes for each in contents) + CACHE_SPACE * caches)
 
     # --- calls

@@ -101,6 +101,18 @@ class Cells:
             self._tidy(cell)
             raise
 
+    def fault(self, manifest: Manifest) -> LocalError | None:
+        """Why this node may not answer with a model: it needs a cell, and none can be had."""
+        if not self.needs_cell(manifest.publisher) or not (why := self.refusal()) or self._may_run_here():
+            return None
+        return LocalError("local", f"{manifest.name} of {manifest.publisher} needs a cell: {why}", _HINT)
+
+    def holds(self, manifest: Manifest) -> bool:
+        """Whether a model that this node answers with runs in a cell here. Raises LocalError if it may not run."""
+        if (fault := self.fault(manifest)) is not None:
+            raise fault
+        return self.needs_cell(manifest.publisher) and not self.refusal()
+
     def _check_allowed(self, manifest: Manifest, shard: Shard, why: str) -> None:
         """Raise LocalError unless the operator wants it to run in this process, without a cell."""
         if not self._may_run_here():

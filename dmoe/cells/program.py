@@ -19,10 +19,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from config.errors import LocalError, RiosError
 from dmoe.cells import sandbox
@@ -46,6 +47,14 @@ class Inside(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A shard with caches."""
+
+    def forget(self, number: int) -> None:
+        """Free a cache."""
 
 
 class Files(ShardFiles, Protocol):
@@ -200,15 +209,15 @@ class Program:
                     os.close(descriptors[0])
                 manifest = msgspec.json.decode(bytes(text), type=Manifest)
                 received, self._received = self._received, _Received()
-                shard = manifest.shards[message["shard"]]
-                opener = self._openers[shard.kind]
+                shard = replace(manifest.shards[message["shard"]], layers=tuple(message["layers"]))
+                opener = self._openers[message["form"]]
                 self._shards[message["number"]] = opener(manifest, shard, received, self._options)
             case "drop":
                 if (shard_inside := self._shards.pop(message["number"], None)) is not None:
                     shard_inside.close()
             case "forget":
                 stage = self._shards.get(message["number"])
-                if isinstance(stage, StageInside):
+                if isinstance(stage, Keeping):
                     stage.forget(message["cache"])
 
     def serve(self, lane: CellLane) -> None:

@@ -91,7 +91,9 @@ class FolderSource:
             self._maps.append(data)
             for name, tensor in _tensors(path / file, data).items():
                 if name in self._tensors:
-                    raise IntegrityError("integrity", f"{path / file}: tensor {name[:80]} is in another file too", _AGAIN)
+                    raise IntegrityError(
+                        "integrity", f"{path / file}: tensor {name[:80]} is in another file too", _AGAIN
+                    )
                 self._tensors[name] = tensor
 
     @property
@@ -283,7 +285,9 @@ def _stop_tokens(files: SourceFiles, document: Mapping[str, Any], vocab: int) ->
             if token is None:
                 continue
             if type(token) is not int or not 0 <= token < vocab:
-                raise IntegrityError("integrity", f"{files.folder / name}: eos_token_id {token!r} is outside the vocabulary")
+                raise IntegrityError(
+                    "integrity", f"{files.folder / name}: eos_token_id {token!r} is outside the vocabulary"
+                )
             ids.append(token)
     added = document.get("added_tokens") or []
     special = {str(token["content"]): token["id"] for token in added if token.get("special")}

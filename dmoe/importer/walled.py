@@ -242,7 +242,7 @@ class _Parent:
 
 def _said(family: type[RiosError], code: str, text: str, hint: str) -> RiosError:
     shown = "".join(letter if letter.isprintable() else "?" for letter in text[:1000])
-    return family(code, shown, hint[:500])  # type: ignore[arg-type]
+    return family(code, shown, hint[:500])
 
 
 def _nonsense(why: str) -> IntegrityError:
