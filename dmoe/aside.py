@@ -17,7 +17,6 @@ Invariants:
 
 import contextlib
 import socket
-import subprocess
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -36,6 +35,8 @@ BOOT = launch.boot("dmoe.asidework")
 NO_WALLS_HINT = 'rios doctor says what is missing; sandbox = "auto" or "off" does without'
 START_SECONDS = 30.0
 """For the interpreter and its imports, on a busy machine."""
+INTERPRETER_BYTES = 256 * MIB
+"""For the interpreter and what it imports, where all of a process's memory is counted."""
 _MORE_SECONDS = 2.0
 """What the asking side waits longer than the process's own alarm."""
 
@@ -113,7 +114,13 @@ class _Process:
         self.ended = False
         self._socket, theirs = socket.socketpair()
         try:
-            self._popen = launch.start(BOOT, [theirs.fileno(), memory_bytes, int(demanded)], [theirs.fileno()])
+            self._popen = launch.start(
+                BOOT,
+                [theirs.fileno(), memory_bytes, int(demanded)],
+                [theirs.fileno()],
+                memory_bytes=memory_bytes + INTERPRETER_BYTES,
+                cpus=1,
+            )
         except OSError as error:
             self._socket.close()
             raise LocalError("local", f"cannot start a process for {about}: {error.strerror}") from error
@@ -135,7 +142,7 @@ class _Process:
             raise LocalError("local", message, "see that there is memory") from error
         if "error" in said:
             raise LocalError("local", f"{self._about} is not read: {said['error']}", NO_WALLS_HINT)
-        return tuple(Wall(**wall) for wall in said["walls"])
+        return (*self._popen.outer_walls, *(Wall(**wall) for wall in said["walls"]))
 
     def ask(self, question: Sequence[Any], seconds: float) -> Any:  # noqa: ANN401 - msgpack
         data = msgspec.msgpack.encode((seconds, *question))
@@ -186,7 +193,7 @@ class _Process:
 _SIGALRM = 14
 
 
-def _end(popen: "subprocess.Popen[bytes]", own: socket.socket) -> None:
+def _end(popen: launch.Process, own: socket.socket) -> None:
     """Whatever state it is in."""
     with contextlib.suppress(ProcessLookupError):
         popen.kill()

@@ -15,7 +15,6 @@ Fails with RequestError ``invalid_request`` that quotes what the library says; B
 """
 
 import socket
-import subprocess
 import threading
 import weakref
 from collections import deque
@@ -40,6 +39,7 @@ from dmoe.grammarwork import (
     COPY_BYTES,
     DONE,
     DROP,
+    MEMORY_BYTES,
     NO_MEMORY,
     SECONDS_MAX,
     STEP,
@@ -52,6 +52,8 @@ COMPILES_MAX: Final = 4
 STEP_SECONDS: Final = 1.0
 START_SECONDS: Final = 30.0
 VOCABULARY_SECONDS: Final = 60.0
+GROUP_BYTES: Final = MEMORY_BYTES + 8 * COPY_BYTES
+"""Of the process and its copies together, where control groups are to be had: few of them need much."""
 _MORE_SECONDS = 2.0
 """What is waited for a constraint longer than its process's own alarm."""
 _ANSWER_BYTES_MAX = 1 << 20
@@ -157,7 +159,9 @@ class _Host:
         self.is_lost = False
         self._line, theirs = socket.socketpair()
         try:
-            self._process = launch.start(_BOOT, [theirs.fileno(), int(demanded)], [theirs.fileno()])
+            self._process = launch.start(
+                _BOOT, [theirs.fileno(), int(demanded)], [theirs.fileno()], memory_bytes=GROUP_BYTES, cpus=2
+            )
         except OSError as error:
             self._line.close()
             raise LocalError("local", f"cannot start a process for grammars: {error.strerror}") from error
@@ -166,7 +170,7 @@ class _Host:
         self.end = weakref.finalize(self, _end, self._process, self._line)
         try:
             said = self._answer(START_SECONDS)
-            self.walls = tuple(Wall(**wall) for wall in said["walls"])
+            self.walls = (*self._process.outer_walls, *(Wall(**wall) for wall in said["walls"]))
             self._line.settimeout(VOCABULARY_SECONDS)
             self._line.sendall(frame(setup))
             self.mask_bytes = int(self._answer(VOCABULARY_SECONDS)["mask_bytes"])
@@ -346,7 +350,7 @@ def _refused(wanted: generation.Constraint, why: str) -> RequestError:
     return RequestError("invalid_request", message, f"change the {name}", param=wanted.where or None)
 
 
-def _end(process: "subprocess.Popen[bytes]", line: socket.socket) -> None:
+def _end(process: launch.Process, line: socket.socket) -> None:
     process.kill()
     process.wait()
     line.close()

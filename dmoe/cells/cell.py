@@ -18,7 +18,6 @@ Invariants:
 import logging
 import select
 import socket
-import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from config.errors import LocalError, RemoteError, RiosError
 from dmoe.cells import sandbox
 from dmoe.cells.content import Content, Store
 from dmoe.cells.lanes import ANSWERED, ANSWERER_SPIN_SECONDS, LaneLost, ParentLane
+from dmoe.cells.launch import Process
 from dmoe.cells.link import START_SECONDS_MAX, Link, Options, Starting
 from dmoe.core.manifest import Manifest, Shard
 
@@ -132,7 +132,7 @@ class Cell:
         self._said: deque[dict[str, Any]] = deque()
         self._numbers = 0
         self._link: Link | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._control = threading.RLock()
         self._up = threading.Condition()
         self._start_error: RiosError | None = None
@@ -178,7 +178,7 @@ class Cell:
     def pid(self) -> int:
         """Of the process that runs; 0 if none does."""
         link = self._link
-        return link.process.pid if link else 0
+        return link.process.walled_pid if link else 0
 
     @property
     def is_up(self) -> bool:

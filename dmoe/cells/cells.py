@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from config.errors import LocalError
-from dmoe.cells import sandbox
+from dmoe.cells import gvisor, sandbox
 from dmoe.cells.cell import Cell, Counters
 from dmoe.cells.content import Store
 from dmoe.cells.link import Options
@@ -70,6 +70,8 @@ class Cells:
         """Why no shard can have a cell here; empty if it can."""
         if lacks := sandbox.missing():
             return lacks
+        if self._options.gvisor and not gvisor.binary():
+            return f"dmoe.gvisor is on, and there is no {gvisor.BINARY} in PATH"
         return "cells run on the CPU, and dmoe.device is cuda" if self._device == "cuda" else ""
 
     def load(self, manifest: Manifest, shard: Shard) -> Loaded:

@@ -12,7 +12,6 @@ Invariants:
 import os
 import signal
 import socket
-import subprocess
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +49,8 @@ class Options:
     asked_bytes: int = lanes.ASKED_BYTES
     answer_bytes: int = lanes.ANSWER_BYTES
     boot: str = BOOT
+    gvisor: bool = False
+    """In gVisor's sandbox (:mod:`dmoe.cells.gvisor`)."""
 
 
 class Link:
@@ -57,7 +58,7 @@ class Link:
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: launch.Process,
         control: socket.socket,
         made: list[ParentLane],
         walls: tuple[sandbox.Wall, ...],
@@ -76,7 +77,7 @@ class Link:
         """It hung up."""
         self.asked_seconds = 0.0
         """For how long it was waited for: what it may have computed in."""
-        self._base_bytes = sandbox.memory_allowed(process.pid)
+        self._base_bytes = process.memory_allowed()
 
     @property
     def is_lost(self) -> bool:
@@ -85,13 +86,13 @@ class Link:
 
     def cpu_seconds(self) -> float:
         """Processor time that it has used. Raises OSError if it has ended."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.process.walled_pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def allow_memory(self, size: int) -> None:
         """Let it have so much address space beyond what it started with. Raises LocalError."""
         try:
-            sandbox.allow_memory(self.process.pid, self._base_bytes + size)
+            self.process.allow_memory(self._base_bytes + size)
         except OSError as error:
             raise LocalError("local", f"a cell's memory limit cannot be set: {error.strerror}") from error
 
@@ -142,7 +143,14 @@ class Starting:
         self._control, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         numbers = (far.fileno(), os.getpid(), options.threads, self._count, options.asked_bytes, options.answer_bytes)
         with far:
-            self.process = launch.start(options.boot, numbers, [far.fileno()])
+            self.process = launch.start(
+                options.boot,
+                numbers,
+                [far.fileno()],
+                memory_bytes=sandbox.START_BYTES + lane_bytes(options.asked_bytes, options.answer_bytes) * self._count,
+                cpus=options.threads + 1,
+                wrapped=options.gvisor,
+            )
 
     def link(self) -> Link:
         """Give it its lanes and wait until its walls are up. Raises RiosError or OSError, the process ended, if they
@@ -151,7 +159,7 @@ class Starting:
             self._control.settimeout(START_SECONDS_MAX)
             made = self._send_lanes()
             walls = tuple(sandbox.Wall(**wall) for wall in _answer(self._control)["walls"])
-            return Link(self.process, self._control, made, walls)
+            return Link(self.process, self._control, made, (*self.process.outer_walls, *walls))
         except BaseException:
             self._control.close()
             _reap(self.process)
@@ -195,6 +203,6 @@ def _answer(control: socket.socket) -> dict[str, Any]:
     raise family("integrity" if family is IntegrityError else "local", lanes.printable(text[:1000]))
 
 
-def _reap(process: subprocess.Popen[bytes]) -> None:
+def _reap(process: launch.Process) -> None:
     process.kill()
     process.wait()

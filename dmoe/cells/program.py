@@ -242,7 +242,7 @@ def main(arguments: Sequence[str], openers: Mapping[str, Opener] = OPENERS) -> N
         smoke(options)
         memory, bells = _lanes(control, count, lane_bytes(asked, answer) * count)
         walls = sandbox.enter([number, *(bell.fileno() for bell in bells)])
-        if os.getppid() != parent:
+        if os.getppid() not in (parent, 0):  # 0: it is outside, in other numbers
             return
         first = {"ok": True, "walls": [asdict(wall) for wall in walls]}
     except RiosError as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from config.errors import LocalError
 from config.vocabulary import MIB
-from dmoe.cells import kernel, landlock, seccomp
+from dmoe.cells import apart, gvisor, kernel, landlock, seccomp
 
 NOBODY = 65534
 THREADS_MAX = 256
@@ -86,10 +86,10 @@ def enter(keep: Collection[int], profile: Profile = CELL) -> list[Wall]:
     Raises LocalError if a demanded wall cannot be put up: the process must end then.
     """
     if lacks := missing():
-        if profile.demanded:
+        if profile.demanded and not gvisor.is_inside():
             raise LocalError("local", f"this system has no sandbox for cells ({lacks})", "see: rios doctor")
-        _limit(profile, count_threads=False)
-        return [Wall("seccomp", False, lacks), Wall("limits", True, "memory, files, no core dump")]
+        _limit(profile, address_space_bytes(), count_threads=False)
+        return [*_other_kernel(), Wall("seccomp", False, lacks), Wall("limits", True, "memory, files, no core dump")]
     if len(os.listdir("/proc/self/task")) != 1:
         raise LocalError("local", "a cell had several threads before its sandbox was up")
     try:
@@ -104,9 +104,11 @@ def _enter(keep: Collection[int], profile: Profile) -> list[Wall]:
     os.umask(0o077)
     _prefer_to_be_killed()
     user = os.geteuid()
-    walls = [_leave_namespaces(user), _become_nobody(user)]
-    own_count = walls[0].in_force or walls[1].in_force
-    _limit(profile, count_threads=own_count)
+    size = address_space_bytes()
+    namespaces, root, nobody = _leave_namespaces(user), _see_no_files(), _become_nobody(user)
+    own_count = namespaces.in_force or nobody.in_force
+    _limit(profile, size, count_threads=own_count)
+    walls = [*_other_kernel(), namespaces, root, nobody]
     walls.append(Wall("limits", True, "memory, files, no core dump" + (", threads" if own_count else "")))
     kernel.drop_capabilities()
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -140,12 +142,24 @@ def _prefer_to_be_killed() -> None:
 
 
 def _leave_namespaces(user: int) -> Wall:
-    """No network device, not even loopback; no System V memory. Root needs no user namespace for that, and could not
-    become nobody in one."""
-    flags = kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWCGROUP
-    if user:
-        flags |= kernel.CLONE_NEWUSER
+    """No network device, not even loopback; no System V memory; no other process's number. Root needs no user namespace
+    for that, and could not become nobody in one."""
+    if apart.is_inside():
+        return Wall("namespaces", True, "own network, IPC and process numbers")
+    flags = apart.OWN | (kernel.CLONE_NEWUSER if user else 0)
     return _asked("namespaces", lambda: "own network and IPC" if not kernel.call("unshare", flags) else "")
+
+
+def _see_no_files() -> Wall:
+    """An empty file system; later than the rest, as imports read files."""
+    if not apart.is_inside():
+        return Wall("empty root", False, "no mount namespace of its own")
+
+    def empty() -> str:
+        kernel.empty_root()
+        return "no file exists"
+
+    return _asked("empty root", empty)
 
 
 def _become_nobody(user: int) -> Wall:
@@ -161,7 +175,11 @@ def _become_nobody(user: int) -> Wall:
     return Wall("user", True, f"runs as user {NOBODY}")
 
 
-def _limit(profile: Profile, *, count_threads: bool) -> None:
+def _other_kernel() -> list[Wall]:
+    return [Wall("gvisor", True, "a kernel of its own")] if gvisor.is_inside() else []
+
+
+def _limit(profile: Profile, size: int, *, count_threads: bool) -> None:
     """Hard limits, except for a cell's memory: the parent raises that one as shards come (the filter forbids it in
     here)."""
     hard = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: profile.file_bytes, resource.RLIMIT_NOFILE: FILES_MAX}
@@ -174,8 +192,8 @@ def _limit(profile: Profile, *, count_threads: bool) -> None:
         hard[resource.RLIMIT_DATA] = profile.data_bytes
     for what, value in hard.items():
         _set_limit(what, value)
-    if profile.memory_bytes and kernel.IS_LINUX:
-        _set_limit(resource.RLIMIT_AS, address_space_bytes() + profile.memory_bytes, soft=not profile.fixed)
+    if profile.memory_bytes and size and not (gvisor.is_inside() and not profile.fixed):  # nobody could raise it there
+        _set_limit(resource.RLIMIT_AS, size + profile.memory_bytes, soft=not profile.fixed)
 
 
 def _set_limit(what: int, value: int, *, soft: bool = False) -> None:
@@ -191,7 +209,9 @@ def is_linux() -> bool:
 
 
 def address_space_bytes() -> int:
-    """Of this process."""
+    """Of this process; 0 where that is not known."""
+    if not kernel.IS_LINUX:
+        return 0
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 

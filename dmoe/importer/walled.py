@@ -19,6 +19,7 @@ import resource
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from dmoe.importer.build import Progress, Wishes, check_wishes
 from dmoe.importer.files import DiskFiles, SourceFiles, size_of
 from dmoe.importer.scratch import scratch
 from dmoe.importer.sources import part_names
-from dmoe.importer.walledwork import FAMILIES, Setup
+from dmoe.importer.walledwork import FAMILIES, TEXT_SECONDS, Setup
 from dmoe.importer.write import FolderTarget
 from dmoe.store import ModelStore, disk_errors
 from p2p.core.identity import Identity
@@ -87,9 +88,10 @@ def import_walled(
             file_bytes=FILE_BYTES_MIN + FILE_TIMES_MAX * source_bytes,
             demanded=demanded,
         )
-        with _process(path) as line:
+        with _process(path) as (line, process):
             _send(line, setup, opened)
-            return _Parent(line, store, identity, progress, walls).run()
+            told = partial(_tell, walls, process)
+            return _Parent(line, store, identity, progress, told).run()
     finally:
         for descriptor in opened:
             os.close(descriptor)
@@ -117,14 +119,14 @@ def _memory_bytes() -> int:
 
 
 @contextmanager
-def _process(path: Path) -> Iterator[socket.socket]:
-    """The process, for as long as the block; its socket."""
+def _process(path: Path) -> Iterator[tuple[socket.socket, launch.Process]]:
+    """The process, for as long as the block, and its socket."""
     line, theirs = socket.socketpair()
     with line:
         with theirs:
-            process = launch.start(_BOOT, [theirs.fileno()], [theirs.fileno()])
+            process = launch.start(_BOOT, [theirs.fileno()], [theirs.fileno()], memory_bytes=_memory_bytes())
         try:
-            yield line
+            yield line, process
         except TimeoutError as error:
             what = f"reading {path} made no step for {line.gettimeout():.0f} s and was stopped"
             raise IntegrityError("integrity", what, "get the model from another publisher") from error
@@ -134,6 +136,10 @@ def _process(path: Path) -> Iterator[socket.socket]:
         finally:
             process.kill()
             process.wait()
+
+
+def _tell(walls: Walls, process: launch.Process, inner: tuple[Wall, ...]) -> None:
+    walls((*process.outer_walls, *inner))
 
 
 def _send(line: socket.socket, setup: Setup, descriptors: list[int]) -> None:
@@ -173,7 +179,9 @@ class _Parent:
         while True:
             kind, value = self._heard()
             self._line.settimeout(SILENT_SECONDS_MAX)
-            if kind == "walls":
+            if kind == "text":  # a tokenizer is being read, or was
+                self._line.settimeout(TEXT_SECONDS if value else SILENT_SECONDS_MAX)
+            elif kind == "walls":
                 self._walls(tuple(Wall(**wall) for wall in value))
             elif kind == "need":
                 return int(value)

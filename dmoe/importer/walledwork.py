@@ -5,15 +5,15 @@ and holds no key: the manifest goes back unsigned.
 
 Invariants:
 1. The walls (``dmoe/cells/sandbox``) go up after the imports and before the first byte of a file is looked at.
-2. A tokenizer has :data:`TEXT_SECONDS`, kept by an alarm of the kernel; memory has its limit, so has each file written.
+2. A tokenizer has :data:`TEXT_SECONDS`, which the parent keeps; memory has its limit, so has each file written.
 3. Whatever fails is said to the parent, by the family of its error; what cannot be said ends the process.
 """
 
 import os
-import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     setup = msgspec.msgpack.decode(receive(line)[0], type=Setup)  # the parent's own words
     given = _given(line, setup.names)
     profile = sandbox.Profile(
-        calls=("setitimer", "pread64", "pwrite64"),
+        calls=("pread64", "pwrite64"),
         memory_bytes=0,
         data_bytes=setup.data_bytes,
         file_bytes=setup.file_bytes,
@@ -99,7 +99,7 @@ def _given(line: socket.socket, names: Sequence[str]) -> dict[str, int]:
 
 
 def _run(line: socket.socket, setup: Setup, given: Mapping[str, int]) -> bytes:
-    making = Import(_model(setup, given), setup.wishes, _Progress(line).show)
+    making = Import(_model(line, setup, given), setup.wishes, _Progress(line).show)
     _asked(line, {"need": making.bytes_needed})
     try:
         return making.run(_Target(line), PeerId(setup.publisher), setup.threads).to_json()
@@ -107,20 +107,19 @@ def _run(line: socket.socket, setup: Setup, given: Mapping[str, int]) -> bytes:
         raise LocalError("local", f"cannot write the model: {error.strerror}", "see that there is room") from error
 
 
-def _model(setup: Setup, given: Mapping[str, int]) -> Model:
+def _model(line: socket.socket, setup: Setup, given: Mapping[str, int]) -> Model:
     path = Path(setup.path)
     if setup.is_folder:
         files = GivenFiles(path, given)
-        return read_folder(FolderSource(path, files, name=setup.name, count_tokens=_count_tokens))
+        return read_folder(FolderSource(path, files, name=setup.name, count_tokens=partial(_count_tokens, line)))
     return read_gguf(GgufSource(path, GivenFiles(path.parent, given)))
 
 
-def _count_tokens(tokenizer_json: bytes, template: str) -> int:
-    signal.setitimer(signal.ITIMER_REAL, TEXT_SECONDS)
-    try:
-        return Tokenizer(tokenizer_json, template).vocabulary
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def _count_tokens(line: socket.socket, tokenizer_json: bytes, template: str) -> int:
+    _say(line, {"text": True})
+    count = Tokenizer(tokenizer_json, template).vocabulary
+    _say(line, {"text": False})
+    return count
 
 
 class _Progress:

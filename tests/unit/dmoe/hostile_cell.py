@@ -16,13 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dmoe.cells import program
+from dmoe.cells import launch, program
 
 HONEST, ATTEMPTS, LOOP, BOMB, LEAVE, CRASH, EXEC, TRACE, SCRIBBLE, RING, NAN, LIE, SHARED_BOMB, MINE = range(14)
-BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from tests.unit.dmoe.hostile_cell import main; main(sys.argv[2:])"
-)
+BOOT = launch.boot("tests.unit.dmoe.hostile_cell")
 
 
 def _fork():
