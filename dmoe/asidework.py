@@ -63,9 +63,14 @@ _REHEARSED_TEMPLATES = (
 )
 
 
+def rehearsed_json() -> bytes:
+    """A small tokenizer file, our own."""
+    return json.dumps(_REHEARSED).encode()
+
+
 def rehearsed_tokenizer(template: str = "") -> Tokenizer:
-    """A small one, our own."""
-    return Tokenizer(json.dumps(_REHEARSED).encode(), template)
+    """The tokenizer of that file."""
+    return Tokenizer(rehearsed_json(), template)
 
 
 def rehearse() -> None:

@@ -141,9 +141,9 @@ class Compilers:
             found = self._known[model]
         return await found.compile(wanted)
 
-    def walls(self) -> tuple[Wall, ...]:
-        """What is in force around the processes; none if none runs."""
-        return next((made.walls for made in self._known.values()), ())
+    def walls(self) -> list[tuple[Wall, ...]]:
+        """What is in force around each model's process."""
+        return [made.walls for made in self._known.values()]
 
     def close(self) -> None:
         """End all processes."""

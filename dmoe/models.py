@@ -24,6 +24,7 @@ from config.vocabulary import ModelId, PeerId
 from dmoe import layers
 from dmoe.caller import Caller, CallerSession
 from dmoe.cells.home import Home, Homes
+from dmoe.cells.sandbox import Wall
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.plan import Candidate, Kind
 from dmoe.core.privacy import OPEN, Privacy
@@ -139,6 +140,10 @@ class StoredModels:
                     text_walls_demanded=self._walls_demanded,
                 )
         return sorted(self._models.values(), key=lambda model: (model.name, model.id))
+
+    def text_walls(self) -> list[tuple[Wall, ...]]:
+        """What is in force around each process for a tokenizer and its chat template."""
+        return [walls for model in self._models.values() if (walls := model.text_walls)]
 
     def held(self, manifest: Manifest) -> Held:
         """What of a model is here, for the planner."""
@@ -276,6 +281,12 @@ class StoredModel:
             return frozenset(range(len(self.manifest.shards)))
         return frozenset({self.manifest.shard_index(self.manifest.trunk.id)} if self._trunk.is_loaded else ())
 
+    @property
+    def text_walls(self) -> tuple[Wall, ...]:
+        """What is in force around the tokenizer's process; empty if none was started."""
+        made = self._tokenizer.part
+        return made.walls if isinstance(made, AsideTokenizer) else ()
+
     async def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded once."""
         return await self._tokenizer.get()
@@ -387,6 +398,11 @@ class _Once(Generic[_Part]):
         self._load = load
         self._lock = trio.Lock()
         self._part: _Part | None = None
+
+    @property
+    def part(self) -> _Part | None:
+        """It, if it is in memory."""
+        return self._part
 
     @property
     def is_loaded(self) -> bool:

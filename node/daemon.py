@@ -97,6 +97,7 @@ class Node:
         self.caller: Caller
         self.cells: Cells
         self.homes: Homes
+        self.models: StoredModels
         self.stage_host: StageHost
         self.stages: StageCaller
         self.hosting: Hosting
@@ -366,7 +367,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         load_stage=node.cells.load_stage,
         keeps=partial(_keeps, privacy),
     )
-    models = StoredModels(
+    models = node.models = StoredModels(
         node.store,
         SwarmExperts(node.caller),
         node.options,
@@ -476,6 +477,7 @@ def _cell_options(node: Node) -> CellOptions:
         threads=node.options.thread_count,
         call_seconds_max=node.settings.dmoe.call_timeout_ms / 1000,
         kv_bytes_max=_stage_limits(node.settings, _ram_bytes_max(node.settings)).kv_bytes_max,
+        gvisor=node.settings.dmoe.gvisor,
     )
 
 

@@ -146,6 +146,10 @@ class Cells:
                 del self._cells[cell.name]
                 cell.stop()
 
+    def running(self) -> list[Cell]:
+        """The cells that may be asked now."""
+        return [cell for cell in list(self._cells.values()) if cell.is_up]
+
     def close(self) -> None:
         """End every cell; waits for that."""
         with self._lock:

@@ -91,6 +91,7 @@ class Home:
                 asked_bytes=LANE_BYTES,
                 answer_bytes=LANE_BYTES,
                 boot=BOOT,
+                gvisor=options.gvisor,
             ),
             counters,
         )

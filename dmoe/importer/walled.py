@@ -97,6 +97,28 @@ def import_walled(
             os.close(descriptor)
 
 
+def trial() -> tuple[Wall, ...]:
+    """The walls of a process that gets nothing to read. Raises RiosError if it does not start."""
+    setup = Setup(
+        path="",
+        name="",
+        is_folder=False,
+        names=[],
+        wishes=Wishes(),
+        publisher="",
+        threads=1,
+        data_bytes=_memory_bytes(),
+        file_bytes=0,
+        demanded=False,
+    )
+    with _process(Path("a trial")) as (line, process):
+        _send(line, setup, [])
+        kind, value = heard(line)
+        if kind != "walls":
+            raise _nonsense(f"it says {kind[:80]!r}")
+        return (*process.outer_walls, *(Wall(**wall) for wall in value))
+
+
 def _names(path: Path, files: SourceFiles) -> list[str]:
     """What an import may want to read."""
     if not path.is_dir():
@@ -177,7 +199,7 @@ class _Parent:
         """How many bytes it will write."""
         self._line.settimeout(START_SECONDS)
         while True:
-            kind, value = self._heard()
+            kind, value = heard(self._line)
             self._line.settimeout(SILENT_SECONDS_MAX)
             if kind == "text":  # a tokenizer is being read, or was
                 self._line.settimeout(TEXT_SECONDS if value else SILENT_SECONDS_MAX)
@@ -191,7 +213,7 @@ class _Parent:
     def _made(self, folder: Path) -> Manifest:
         target, made = FolderTarget(folder), set[str]()
         while True:
-            kind, value = self._heard()
+            kind, value = heard(self._line)
             if kind == "create":
                 name, size = str(value[0]), int(value[1])
                 self._check(name, size, made)
@@ -232,20 +254,21 @@ class _Parent:
         done, total, what = value
         self._progress(int(done), int(total), str(what)[:200])
 
-    def _heard(self) -> tuple[str, Any]:
-        """Its next message. Raises the error that it tells of."""
-        try:
-            message = msgspec.msgpack.decode(receive(self._line, _MESSAGE_BYTES_MAX)[0], type=dict[str, Any])
-            ((kind, value),) = message.items()
-        except (msgspec.DecodeError, ValueError) as error:
-            raise _nonsense("it says nonsense") from error
-        if kind != "error":
-            return kind, value
-        family, code, text, hint = value
-        raise _said(FAMILIES.get(str(family), IntegrityError), str(code), str(text), str(hint))
-
     def _answer(self, *descriptors: int) -> None:
         socket.send_fds(self._line, [frame(msgspec.msgpack.encode([]))], list(descriptors))
+
+
+def heard(line: socket.socket) -> tuple[str, Any]:
+    """The process's next message. Raises the error that it tells of."""
+    try:
+        message = msgspec.msgpack.decode(receive(line, _MESSAGE_BYTES_MAX)[0], type=dict[str, Any])
+        ((kind, value),) = message.items()
+    except (msgspec.DecodeError, ValueError) as error:
+        raise _nonsense("it says nonsense") from error
+    if kind != "error":
+        return kind, value
+    family, code, text, hint = value
+    raise _said(FAMILIES.get(str(family), IntegrityError), str(code), str(text), str(hint))
 
 
 def _said(family: type[RiosError], code: str, text: str, hint: str) -> RiosError:
