@@ -7,8 +7,14 @@ Owns: the kinds, in the operator's words. Does not own: the walls (``dmoe/cells`
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 if TYPE_CHECKING:
+    from config.settings import DmoeSettings
+    from dmoe.cells.home import Homes
     from dmoe.cells.sandbox import Wall
+    from dmoe.runtime import RuntimeOptions
+    from dmoe.store import ModelStore
     from node.daemon import Node
 
 
@@ -43,6 +49,32 @@ def line(found: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{name} {kind['running']}" for name, kind in running.items())
     text = f"walled processes: {counts}; all with {', '.join(sorted(everywhere)) or 'no wall'}"
     return text + (f"; without {', '.join(sorted(missing))} (rios doctor says why)" if missing else "")
+
+
+def homes_here(settings: "DmoeSettings", store: "ModelStore", options: "RuntimeOptions", own: str) -> "Homes":
+    """Cells for models of others that a command answers with by itself, without a daemon."""
+    from dmoe.cells.cells import Cells  # noqa: PLC0415 - loads ONNX Runtime
+    from dmoe.cells.home import Homes  # noqa: PLC0415
+    from dmoe.cells.link import Options  # noqa: PLC0415
+    from dmoe.runtime import ExpertShard  # noqa: PLC0415
+    from dmoe.stages.loading import load_stage  # noqa: PLC0415
+
+    made = Options(
+        threads=options.thread_count,
+        kv_bytes_max=psutil.virtual_memory().total // 8,
+        gvisor=settings.gvisor,
+    )
+    rule = Cells(
+        store,
+        lambda manifest, shard: ExpertShard(manifest, shard, store, options),
+        lambda manifest, shard: load_stage(manifest, shard, store, options),
+        own=own,
+        mode=settings.sandbox,  # type: ignore[arg-type]
+        allow_unsandboxed=settings.allow_unsandboxed,
+        device=settings.device,
+        options=made,
+    )
+    return Homes(rule, store, made)
 
 
 def trials() -> dict[str, "Callable[[], tuple[Wall, ...]]"]:

@@ -78,7 +78,7 @@ class Hostile(program.ExpertsInside):
         if deed == HONEST:
             super().answer(lane, numbers, shards)
         elif deed == ATTEMPTS:
-            lane.fail(json.dumps({name: _tried(do) for name, do in DEEDS.items()}))
+            lane.fail(json.dumps({name: tried(do) for name, do in DEEDS.items()}))
         elif deed == LOOP:
             while True:
                 pass
@@ -135,7 +135,7 @@ def _mine():
         pass
 
 
-def _tried(do):
+def tried(do):
     try:
         do()
     except Exception as error:  # noqa: BLE001 - its name is the result
