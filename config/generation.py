@@ -58,11 +58,14 @@ class ToolUse:
     parallel: bool = True
 
 
+ConstraintKind = Literal["json", "regex", "choice", "grammar"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:
     """What an answer must look like, whatever the model would rather say."""
 
-    kind: Literal["json", "regex", "choice", "grammar"]
+    kind: ConstraintKind
     text: str
     """A JSON schema; a regular expression; a JSON list of texts, one of which is the answer; a grammar (Lark)."""
     where: str = ""

@@ -216,13 +216,18 @@ class DmoeSettings:
     )
     sandbox: str = _setting(
         "auto",
-        "Where shards that this node serves run. auto: those of other publishers in cells (processes without network "
-        "and files), this node's own here. required: all of them in cells. off: none. Where no cell can be had, what "
-        "belongs in one is refused (rios doctor says why).",
+        "Where shards that this node serves, and models that it answers with, run. auto: those of other publishers in "
+        "cells (processes without network and files), this node's own here. required: all of them in cells, and no "
+        "tokenizer, grammar or import without walls either. off: no cells. Where no cell can be had, what belongs in "
+        "one is refused (rios doctor says why).",
         choices=("auto", "required", "off"),
     )
     allow_unsandboxed: bool = _setting(
-        False, 'With sandbox = "auto": serve shards of other publishers without a cell where none can be had.'
+        False, 'With sandbox = "auto": run shards of other publishers without a cell where none can be had.'
+    )
+    gvisor: bool = _setting(
+        False,
+        "Run cells in gVisor's sandbox, too (runsc must be installed): another kernel around each, slower calls.",
     )
     on_missing: str = _setting(
         "fail",

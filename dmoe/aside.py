@@ -1,23 +1,22 @@
-"""A process beside this one for work on a stranger's text: limited in memory and time, killed where it exceeds them.
+"""A process beside this one for work on a stranger's text: walled in, limited in memory and time, killed where it
+exceeds them.
 
 Owns: starting, asking, killing and restarting it; the frames between both. Does not own: what it does
-(``dmoe/asidework.py``).
+(``dmoe/asidework.py``), its walls (``dmoe/cells/sandbox``: those of the cells).
 
-The process has no key, no file to write and no descriptor but the one it is asked through. It limits itself before it
-touches anything of a stranger, and an alarm of the kernel ends it even in the middle of a library's loop; beside that
+The process has no key, no file, no network and no descriptor but the one it is asked through. It walls itself in before
+it touches anything of a stranger. An alarm of the kernel ends it even in the middle of a library's loop; beside that
 the asking side kills it at its own deadline.
 
 Invariants:
 1. An answer comes within the deadline, or the process is killed and an IntegrityError says so; the next question starts
    another one.
 2. One question at a time; safe to ask from several threads. Blocking: ask in a thread.
+3. Where it is ``demanded``, nothing is asked of a process without walls: LocalError says what is missing.
 """
 
 import contextlib
-import os
 import socket
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,10 +27,16 @@ import msgspec
 
 from config.errors import IntegrityError, LocalError, RequestError
 from config.vocabulary import MIB
+from dmoe.cells import launch
+from dmoe.cells.sandbox import Wall
 
 FRAME_BYTES_MAX = 512 * MIB
+BOOT = launch.boot("dmoe.asidework")
+NO_WALLS_HINT = 'rios doctor says what is missing; sandbox = "auto" or "off" does without'
 START_SECONDS = 30.0
 """For the interpreter and its imports, on a busy machine."""
+INTERPRETER_BYTES = 256 * MIB
+"""For the interpreter and what it imports, where all of a process's memory is counted."""
 _MORE_SECONDS = 2.0
 """What the asking side waits longer than the process's own alarm."""
 
@@ -47,17 +52,21 @@ class Aside:
         setup_seconds: float,
         *,
         memory_bytes: int,
+        demanded: bool = False,
         stopped: Callable[[IntegrityError], None] = lambda error: None,
     ) -> None:
         self.about = about
         self._setup = setup
         self._setup_seconds = setup_seconds
         self._memory_bytes = memory_bytes
+        self._demanded = demanded
         self._stopped = stopped
         self._lock = threading.Lock()
         self._process: _Process | None = None
         self.ready: Any = None
         """What the setup was answered with."""
+        self.walls: tuple[Wall, ...] = ()
+        """What is in force around the process that was started last."""
 
     def ask(self, question: Sequence[Any], seconds: float) -> Any:  # noqa: ANN401 - msgpack
         """The answer to a question. Raises IntegrityError if the process exceeded its limits or died, and what the work
@@ -88,7 +97,8 @@ class Aside:
 
     def _started(self) -> "_Process":
         if self._process is None or self._process.ended:
-            process = _Process(self.about, self._memory_bytes)
+            process = _Process(self.about, self._memory_bytes, demanded=self._demanded)
+            self.walls = process.walls
             try:
                 self.ready = self._told(process, self._setup, self._setup_seconds)
             except BaseException:
@@ -99,17 +109,17 @@ class Aside:
 
 
 class _Process:
-    def __init__(self, about: str, memory_bytes: int) -> None:
+    def __init__(self, about: str, memory_bytes: int, *, demanded: bool) -> None:
         self._about = about
         self.ended = False
         self._socket, theirs = socket.socketpair()
-        # what the work needs to be imported, and nothing else: no key, no passphrase, no proxy
-        env = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"}
-        env |= {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        command = [sys.executable, "-m", "dmoe.asidework", str(memory_bytes)]
         try:
-            self._popen = subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, cwd="/"
+            self._popen = launch.start(
+                BOOT,
+                [theirs.fileno(), memory_bytes, int(demanded)],
+                [theirs.fileno()],
+                memory_bytes=memory_bytes + INTERPRETER_BYTES,
+                cpus=1,
             )
         except OSError as error:
             self._socket.close()
@@ -118,13 +128,21 @@ class _Process:
             theirs.close()
         self.end = weakref.finalize(self, _end, self._popen, self._socket)
         try:
-            self._read(START_SECONDS)  # it says that it is limited
-        except (OSError, EOFError) as error:
-            self.end()
-            raise LocalError("local", f"the process for {about} did not start", "see that there is memory") from error
+            self.walls = self._hello()
         except BaseException:
             self.end()
             raise
+
+    def _hello(self) -> tuple[Wall, ...]:
+        """Its first word: which walls are up. Raises LocalError."""
+        try:
+            said = msgspec.msgpack.decode(self._read(START_SECONDS), type=dict[str, Any])
+        except (OSError, EOFError) as error:
+            message = f"the process for {self._about} did not start"
+            raise LocalError("local", message, "see that there is memory") from error
+        if "error" in said:
+            raise LocalError("local", f"{self._about} is not read: {said['error']}", NO_WALLS_HINT)
+        return (*self._popen.outer_walls, *(Wall(**wall) for wall in said["walls"]))
 
     def ask(self, question: Sequence[Any], seconds: float) -> Any:  # noqa: ANN401 - msgpack
         data = msgspec.msgpack.encode((seconds, *question))
@@ -175,7 +193,7 @@ class _Process:
 _SIGALRM = 14
 
 
-def _end(popen: "subprocess.Popen[bytes]", own: socket.socket) -> None:
+def _end(popen: launch.Process, own: socket.socket) -> None:
     """Whatever state it is in."""
     with contextlib.suppress(ProcessLookupError):
         popen.kill()

@@ -1,54 +1,87 @@
 """What the process beside a node does: read a stranger's tokenizer, render its chat template, encode text with it.
 
-Started by ``dmoe/aside.py`` as ``python -m dmoe.asidework MEMORY_BYTES`` with a socket as its input; ends with it.
+Started by ``dmoe/aside.py``: the arguments are its socket's descriptor, how much memory it may take (bytes, beside the
+interpreter) and whether it must not run without walls. It ends with that socket.
 
 Invariants:
-1. Limits are set after the imports and before the first question: memory, no core, no file to write, few descriptors.
+1. The walls (``dmoe/cells/sandbox``) go up after the imports and before the first question: no file, no network, no
+   other process, so much memory. What libraries load late was loaded by a rehearsal before.
 2. Every question has an alarm whose default action ends the process, whatever library it is in.
 """
 
-import resource
+import json
 import signal
 import socket
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
 
-from config.errors import IntegrityError, RequestError
+from config.errors import IntegrityError, LocalError, RequestError
+from dmoe.cells import sandbox
 from dmoe.text import Tokenizer
 
-_DESCRIPTORS_MAX = 16
 
-
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Answer questions until the other side is gone."""
-    line = socket.socket(fileno=0)
-    limit(int(sys.argv[1]))
-    _send(line, b"")
+    descriptor, memory_bytes, demanded = map(int, arguments)
+    line = socket.socket(fileno=descriptor)
+    rehearse()
+    profile = sandbox.Profile(calls=("setitimer",), memory_bytes=memory_bytes, fixed=True, demanded=bool(demanded))
+    try:
+        walls = sandbox.enter([descriptor], profile)
+    except LocalError as error:
+        _send(line, msgspec.msgpack.encode({"error": error.message}))
+        return
+    _send(line, msgspec.msgpack.encode({"walls": [asdict(wall) for wall in walls]}))
     work = Work()
     while (question := _receive(line)) is not None:
-        seconds, name, *arguments = msgspec.msgpack.decode(question)
+        seconds, name, *values = msgspec.msgpack.decode(question)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        answer = _answer(work.questions[name], arguments)
+        answer = _answer(work.questions[name], values)
         data = msgspec.msgpack.encode(answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(line, data)
 
 
-def limit(memory_bytes: int) -> None:
-    """So much memory more than now, and nothing that is not needed."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = {
-        resource.RLIMIT_AS: now + memory_bytes,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: _DESCRIPTORS_MAX,
-    }
-    for kind, most in limits.items():
-        resource.setrlimit(kind, (most, most))
+_VOCABULARY = {"a": 0, "b": 1, "ab": 2}
+_REHEARSED = {
+    "model": {"type": "BPE", "vocab": _VOCABULARY, "merges": ["a b"]},
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "added_tokens": [],
+}
+_REHEARSED_TEMPLATES = (
+    "{{ strftime_now('%d %B %Y') }}{{ messages | tojson }}{% for m in messages %}{{ m['content'] | trim }}{% endfor %}",
+    "{{ raise_exception('no') }}",
+    "{{ messages[0].nothing.at.all }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ 1 // 0 }}",
+    "{% for %}",
+)
+
+
+def rehearsed_json() -> bytes:
+    """A small tokenizer file, our own."""
+    return json.dumps(_REHEARSED).encode()
+
+
+def rehearsed_tokenizer(template: str = "") -> Tokenizer:
+    """The tokenizer of that file."""
+    return Tokenizer(rehearsed_json(), template)
+
+
+def rehearse() -> None:
+    """Use everything once, failures too: libraries import, and the C library reads the time zone, when they are first
+    used, and behind the walls they cannot."""
+    for template in _REHEARSED_TEMPLATES:
+        with suppress(IntegrityError, RequestError):
+            tokenizer = rehearsed_tokenizer(template)
+            tokenizer.chat_of([{"role": "user", "content": "ab"}], [])
+    with suppress(IntegrityError):
+        Tokenizer(b"{")
 
 
 class Work:
@@ -110,7 +143,3 @@ def _exactly(line: socket.socket, count: int) -> bytes | None:
         parts.append(part)
         missing -= len(part)
     return b"".join(parts)
-
-
-if __name__ == "__main__":
-    main()

@@ -158,7 +158,9 @@ class Engine:
         default_route: RouteWish = "experts",
         draft_model: str = "",
         events_max: int = _EVENTS_MAX,
+        walls_demanded: bool = False,
     ) -> None:
+        """``walls_demanded``: no user's grammar is read where there are no walls for that."""
         self._models = models
         self._admission: Admission[Slot] = Admission(
             slots_max=generations_max, positions_max=kv_tokens_max, waiting_max=waiting_max
@@ -168,7 +170,7 @@ class Engine:
         self._default_route = default_route
         self._draft_model = draft_model
         self._events_max = events_max
-        self._compilers = Compilers()
+        self.compilers = Compilers(demanded=walls_demanded)
         self._outcomes = {"finished": 0, "failed": 0, "cancelled": 0}
         self._answer_seconds = 1.0  # moving average, for retry hints
         self._totals = Totals()
@@ -186,6 +188,7 @@ class Engine:
                 await trio.sleep_forever()
         finally:
             self._nursery = None
+            self.compilers.close()
             for passes in self._passes.values():
                 passes.close()
             self._passes.clear()
@@ -230,7 +233,7 @@ class Engine:
         wanted = request.sampling.constraint
         constraint = None
         if wanted is not None:
-            constraint = await self._compilers.compile(wanted, model.id, tokenizer, model.stop_tokens)
+            constraint = await self.compilers.compile(wanted, model.id, tokenizer, model.stop_tokens)
         return Prepared(
             request=request,
             prompt_tokens=prompt,

@@ -11,7 +11,7 @@ import numpy as np
 
 from config.errors import IntegrityError
 from dmoe.core.manifest import Golden, Manifest
-from dmoe.layerwise import last_logits
+from dmoe.layerwise import last_logits, last_logits_here
 from dmoe.runtime import RuntimeOptions, ShardFiles
 
 TOKENS = 12
@@ -29,11 +29,11 @@ def _silent(count: int) -> None:
     """Nobody watches."""
 
 
-async def compute_golden(manifest: Manifest, store: ShardFiles, options: RuntimeOptions, ran: Ran = _silent) -> Golden:
-    """The top logits behind a fixed prompt, computed here."""
+def compute_golden(manifest: Manifest, store: ShardFiles, options: RuntimeOptions, ran: Ran = _silent) -> Golden:
+    """The top logits behind a fixed prompt, computed here and now."""
     vocab = manifest.architecture.vocab
     prompt = tuple((7919 * index + 13) % vocab for index in range(min(TOKENS, manifest.architecture.context)))
-    logits = await last_logits(manifest, store, options, prompt, ran)
+    logits = last_logits_here(manifest, store, options, prompt, ran)
     top = np.argsort(-logits, kind="stable")[:TOP]
     return Golden(
         prompt=prompt,

@@ -4,15 +4,15 @@ Owns: which layers of a model are computed from the files here because the priva
 have done so. Does not own: the rule (``core.privacy``), the calls of the other layers (``session``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from config.vocabulary import PeerId
-from dmoe.core.manifest import Manifest
+from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.privacy import Privacy
 from dmoe.core.routing import Routing
 from dmoe.core.wire import FloatRows
-from dmoe.layers import LocalExperts
+from dmoe.layers import LocalExperts, LocalShard
 from dmoe.runtime import ExpertShard, RuntimeOptions, ShardFiles
 from dmoe.stages.loading import MeteredExperts
 from dmoe.tally import Share
@@ -65,11 +65,14 @@ def kept_experts(
     peer_id: PeerId,
     privacy: Privacy,
     elsewhere: MeteredExperts,
+    load: Callable[[Manifest, Shard], LocalShard] | None = None,
 ) -> KeptExperts:
-    """Load what stays here; blocking. Raises LocalError, IntegrityError as :class:`ExpertShard` does."""
+    """Load what stays here; blocking. ``load``: how, if not in this process. Raises LocalError,
+    IntegrityError as :class:`ExpertShard` does."""
     layers = kept_layers(manifest, privacy)
     groups = range(len(manifest.sum_groups))
     wanted = [manifest.expert_shard(layer, group) for layer in layers for group in groups]
-    shards = [ExpertShard(manifest, shard, store, options) for shard in {each.id: each for each in wanted}.values()]
+    here = load or (lambda manifest, shard: ExpertShard(manifest, shard, store, options))
+    shards = [here(manifest, shard) for shard in {each.id: each for each in wanted}.values()]
     local = LocalExperts(manifest, shards, threads=options.thread_count, layers=layers)
     return KeptExperts(manifest, peer_id, layers, local, elsewhere)

@@ -61,6 +61,14 @@ class Cache:
         """Whether it still has its slot."""
         return self.slot >= 0
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether what was in it is gone, because the process that kept it ended."""
+        return False
+
+    def begin_again(self) -> None:
+        """A lost one is empty, where it can be used again. Blocking."""
+
     def truncate(self, length: int) -> None:
         """Forget every position from ``length`` on."""
         assert 0 <= length <= self.length

@@ -14,15 +14,16 @@ Exactness, held by tests for fp32, int8 and the source's int4, on 1 and 2 thread
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from config.errors import LocalError, RequestError
+from config.errors import LocalError, RemoteError, RequestError
 from config.vocabulary import ShardId
 from dmoe.core import linear, wire
-from dmoe.core.manifest import Manifest
+from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.routing import ALL_EXPERTS as ALL_EXPERTS
 from dmoe.core.routing import Routing
 from dmoe.graphs import head_graph
@@ -32,6 +33,7 @@ from dmoe.runner import Sequence as AnySequence
 from dmoe.runtime import (
     Binding,
     ExpertShard,
+    IntRows,
     RuntimeOptions,
     ShardFiles,
     head_weights,
@@ -40,8 +42,9 @@ from dmoe.runtime import (
     open_session,
     release,
 )
-from dmoe.segment import INLINE_FLOPS_MAX, SHORT_ROWS_MAX, FusedSegment, Part, Pieces, PieceSegment, Segment
+from dmoe.segment import INLINE_FLOPS_MAX, SHORT_ROWS_MAX, FusedSegment, Part, Pieces, PieceSegment
 from dmoe.shardfile import ShardFile
+from dmoe.stages.segment import Ends as StageEnds
 from dmoe.tally import Meter, OwnMeter, Tally
 
 CHUNK_ROWS = 256
@@ -72,6 +75,22 @@ class Ends:
     def is_quick(self, rows: int) -> bool:
         """Whether so many rows may go through the head on the event loop."""
         return rows * self._flops_per_row <= INLINE_FLOPS_MAX
+
+
+class AnyEnds(StageEnds, Protocol):
+    """:class:`Ends`, here or in a cell."""
+
+    widths: dict[Want, int]
+
+
+class AnySegment(Protocol):
+    """:class:`dmoe.segment.Segment`, here or in a cell."""
+
+    is_here: bool
+
+    async def open(self, capacity: int, like: Cache | None = None, length: int = 0) -> Cache: ...
+    async def run(self, x: FloatRows, parts: Items[Part]) -> FloatRows: ...
+    def compute(self, x: FloatRows, parts: Items[Part]) -> FloatRows: ...
 
 
 class _Pass:
@@ -114,7 +133,7 @@ class _Wanted:
             if rows.start < rows.stop:
                 self._rows[index].append(stream[rows].copy())
 
-    def through(self, ends: Ends) -> list[FloatRows]:
+    def through(self, ends: AnyEnds) -> list[FloatRows]:
         """The outputs, per feed."""
         found: dict[int, FloatRows] = {}
         for want, width in ends.widths.items():
@@ -139,17 +158,35 @@ class ModelSequence:
         self._manifest = manifest
         self.caches = caches
         self.capacity = caches[0].capacity
+        self.tokens: list[int] = []
+        """What is in the caches, to fill them again where they were lost."""
         self.tally = Tally()
 
     @property
     def length(self) -> int:
-        """Positions in the cache."""
-        return self.caches[0].length
+        """Positions in the cache; where a cell ended, what will be in it once it is filled again."""
+        return len(self.tokens)
 
     def truncate(self, length: int) -> None:
         """See :class:`dmoe.runner.Sequence`."""
+        assert 0 <= length <= self.length
+        del self.tokens[length:]
         for cache in self.caches:
-            cache.truncate(length)
+            if not cache.is_lost:
+                cache.truncate(min(length, cache.length))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the caches lack what they should hold: a cell ended, maybe while they were filled again."""
+        return any(cache.is_lost or cache.length != len(self.tokens) for cache in self.caches)
+
+    def begin_again(self) -> None:
+        """Empty, where it can be used again. Blocking."""
+        self.tokens.clear()
+        for cache in self.caches:
+            if cache.is_lost:
+                cache.begin_again()
+            cache.truncate(0)
 
     def report(self) -> Report:
         """See :class:`dmoe.runner.Sequence`."""
@@ -168,8 +205,8 @@ class ModelRunner:
     def __init__(
         self,
         manifest: Manifest,
-        ends: Ends,
-        segments: Items[Segment],
+        ends: AnyEnds,
+        segments: Items[AnySegment],
         meter: Meter,
         boundary: wire.Dtype | None = None,
     ) -> None:
@@ -187,6 +224,8 @@ class ModelRunner:
         await self._meter.open()
         caches: list[Cache] = []
         async with self._lock:
+            if like is not None:
+                await self._restore(like)
             try:
                 for index, segment in enumerate(self._segments):
                     caches.append(await segment.open(capacity, like.caches[index] if like else None, length))
@@ -194,20 +233,48 @@ class ModelRunner:
                 for cache in caches:
                     cache.close()
                 raise
-        return ModelSequence(self.manifest, caches)
+        sequence = ModelSequence(self.manifest, caches)
+        sequence.tokens = like.tokens[:length] if like else []
+        return sequence
 
     async def forward(self, feeds: Items[Feed]) -> list[FloatRows]:
         """See :class:`dmoe.runner.Runner`."""
         async with self._lock:
-            before = [(_own(feed), feed.sequence.length) for feed in feeds]
-            for feed in feeds:
-                self._check(feed)
             try:
-                return await self._forward(feeds)
-            except BaseException:
-                for sequence, length in before:
-                    sequence.truncate(min(length, sequence.length))
-                raise
+                return await self._fed(feeds)
+            except RemoteError:
+                if not any(_own(feed).is_lost for feed in feeds):
+                    raise
+            return await self._fed(feeds)  # a cell ended in the middle of it: once more, in the next one
+
+    async def _fed(self, feeds: Items[Feed]) -> list[FloatRows]:
+        """A pass, all or nothing."""
+        for feed in feeds:
+            await self._restore(_own(feed))
+        before = [(_own(feed), feed.sequence.length) for feed in feeds]
+        for feed in feeds:
+            self._check(feed)
+        try:
+            found = await self._forward(feeds)
+        except BaseException:
+            for sequence, length in before:
+                sequence.truncate(length)
+            raise
+        for feed in feeds:
+            _own(feed).tokens += feed.tokens
+        return found
+
+    async def _restore(self, sequence: ModelSequence) -> None:
+        """Feed again what a sequence held whose cell has ended: its caches get the same bits."""
+        if not sequence.is_lost:
+            return
+        tokens = tuple(sequence.tokens)
+        await trio.to_thread.run_sync(sequence.begin_again)
+        try:
+            if tokens:
+                await self._forward([Feed(sequence=sequence, tokens=tokens, outputs=0)])
+        finally:
+            sequence.tokens = list(tokens)  # also if this failed: the next who comes tries again
 
     def _check(self, feed: Feed) -> None:
         vocab, sequence = self.manifest.architecture.vocab, feed.sequence
@@ -261,11 +328,21 @@ def _own(feed: Feed) -> ModelSequence:
     return feed.sequence
 
 
+class LocalShard(Protocol):
+    """:class:`dmoe.runtime.ExpertShard`, or one in a cell of this node."""
+
+    shard: Shard
+
+    def partial(
+        self, layer: int, h: FloatRows, experts: IntRows | None = None, weights: FloatRows | None = None
+    ) -> FloatRows: ...
+
+
 class LocalExperts:
     """All experts of some layers in this process, with the roundings of the wire (route ``local``)."""
 
     def __init__(
-        self, manifest: Manifest, shards: Items[ExpertShard], threads: int = 1, layers: Collection[int] | None = None
+        self, manifest: Manifest, shards: Items[LocalShard], threads: int = 1, layers: Collection[int] | None = None
     ) -> None:
         """``shards`` must hold every sum group of every layer (of ``layers``), or LocalError is raised. ``threads``:
         sum groups of a large batch run so many at a time."""
@@ -292,7 +369,7 @@ class LocalExperts:
         """See :class:`dmoe.segment.HereExperts`."""
         seen = wire.rounded(h, self._dtype)
 
-        def partial(shard: ExpertShard) -> FloatRows:
+        def partial(shard: LocalShard) -> FloatRows:
             return shard.partial(layer, seen, routing.experts, routing.weights)
 
         if len(h) * self._flops_per_row > INLINE_FLOPS_MAX:
@@ -308,7 +385,7 @@ class LocalExperts:
         self._threads.shutdown()
 
 
-def _held(manifest: Manifest, by_id: Mapping[ShardId, ExpertShard], layer: int) -> Iterator[ExpertShard]:
+def _held(manifest: Manifest, by_id: Mapping[ShardId, LocalShard], layer: int) -> Iterator[LocalShard]:
     for group in range(len(manifest.sum_groups)):
         shard = manifest.expert_shard(layer, group)
         if shard.id not in by_id:

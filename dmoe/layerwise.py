@@ -54,18 +54,56 @@ async def last_logits(
 
     Computes on the caller's thread, with a checkpoint before each layer. Raises what opening shards raises.
     """
-    arch = manifest.architecture
-    trunk = store.open_shard(manifest, manifest.trunk)
-    tensors = merged(trunk)
-    experts = _PassingExperts(manifest, store, ran)
-    x = linear.find(tensors, "embed", arch.vocab, arch.hidden).gather(np.asarray(prompt, np.int64))
-    for layer in range(arch.layers):
+    run = _Run(manifest, store, options, prompt, ran)
+    for layer in range(manifest.architecture.layers):
         await trio.lowlevel.checkpoint()
-        segment = PieceSegment(manifest, Pieces(manifest, trunk, options, layer, layer), experts)
-        cache = await segment.open(len(x))
-        x = segment.compute(x, [Part(cache, len(x))]).copy()
-        ran(_size(tensors, f"layer.{layer}."))
-    return _head(manifest, tensors, trunk, options, x[-1:], ran)
+        run.layer(layer)
+    return run.logits()
+
+
+def last_logits_here(
+    manifest: Manifest,
+    store: ShardFiles,
+    options: RuntimeOptions,
+    prompt: Sequence[int],
+    ran: Callable[[int], None] = lambda count: None,
+) -> FloatRows:
+    """The same without an event loop."""
+    run = _Run(manifest, store, options, prompt, ran)
+    for layer in range(manifest.architecture.layers):
+        run.layer(layer)
+    return run.logits()
+
+
+class _Run:
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: ShardFiles,
+        options: RuntimeOptions,
+        prompt: Sequence[int],
+        ran: Callable[[int], None],
+    ) -> None:
+        arch = manifest.architecture
+        self._manifest, self._options, self._ran = manifest, options, ran
+        self._trunk = store.open_shard(manifest, manifest.trunk)
+        self._tensors = merged(self._trunk)
+        self._experts = _PassingExperts(manifest, store, ran)
+        embedding = linear.find(self._tensors, "embed", arch.vocab, arch.hidden)
+        self._x = embedding.gather(np.asarray(prompt, np.int64))
+
+    def layer(self, layer: int) -> None:
+        """The stream through a layer."""
+        x = self._x
+        pieces = Pieces(self._manifest, self._trunk, self._options, layer, layer)
+        segment = PieceSegment(self._manifest, pieces, self._experts)
+        cache = segment.pool.open(len(x), None, 0)
+        self._x = segment.compute(x, [Part(cache, len(x))]).copy()
+        self._ran(_size(self._tensors, f"layer.{layer}."))
+
+    def logits(self) -> FloatRows:
+        """Of the stream's last row."""
+        return _head(self._manifest, self._tensors, self._trunk, self._options, self._x[-1:], self._ran)
 
 
 class _PassingExperts:

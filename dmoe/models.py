@@ -23,6 +23,8 @@ from config.generation import PrivacyWish, Route, RouteWish
 from config.vocabulary import ModelId, PeerId
 from dmoe import layers
 from dmoe.caller import Caller, CallerSession
+from dmoe.cells.home import Home, Homes
+from dmoe.cells.sandbox import Wall
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.plan import Candidate, Kind
 from dmoe.core.privacy import OPEN, Privacy
@@ -36,7 +38,7 @@ from dmoe.segment import FusedSegment, Pieces, PieceSegment, Segment
 from dmoe.stages.caller import StageCaller
 from dmoe.stages.directions import without_stages
 from dmoe.stages.loaded import LoadedStage, stage_plan_of
-from dmoe.stages.loading import MeteredExperts, load_spread, load_stage
+from dmoe.stages.loading import MeteredExperts, SpreadLayers, load_spread, load_stage
 from dmoe.store import ModelStore
 from dmoe.tally import OwnMeter
 from dmoe.text import Tokenizer
@@ -106,10 +108,13 @@ class StoredModels:
         *,
         chosen: Callable[[Manifest], bool] = lambda manifest: True,
         privacy: Privacy = OPEN,
+        homes: Homes | None = None,
+        text_walls_demanded: bool = False,
     ) -> None:
-        """Set ``planner`` before the first answer by route ``auto``: without one, the first possible of
-        :data:`PREFERRED` is taken. Set ``stages`` before the first one by route ``stages``: without, they all run
-        here. ``privacy``: the operator's rule."""
+        """``homes``: cells for models of others; None: they run in this process. ``text_walls_demanded``: no tokenizer
+        is read where there are no walls for that. Set ``planner`` before the first answer by route ``auto``: without
+        one, the first possible of :data:`PREFERRED` is taken. Set ``stages`` before the first one by route ``stages``:
+        without, they all run here. ``privacy``: the operator's rule."""
         self.planner: Chooser | None = None
         self.stages: StageCaller | None = None
         self._store = store
@@ -118,6 +123,8 @@ class StoredModels:
         self._peer_id = peer_id
         self._chosen = chosen
         self._privacy = privacy
+        self._homes = homes
+        self._walls_demanded = text_walls_demanded
         self._models: dict[ModelId, StoredModel] = {}
 
     def models(self) -> Sequence["StoredModel"]:
@@ -136,8 +143,14 @@ class StoredModels:
                     planner=lambda: self.planner,
                     stages=lambda: self.stages,
                     privacy=self._privacy,
+                    homes=self._homes,
+                    text_walls_demanded=self._walls_demanded,
                 )
         return sorted(self._models.values(), key=lambda model: (model.name, model.id))
+
+    def text_walls(self) -> list[tuple[Wall, ...]]:
+        """What is in force around each process for a tokenizer and its chat template."""
+        return [walls for model in self._models.values() if (walls := model.text_walls)]
 
     def held(self, manifest: Manifest) -> Held:
         """What of a model is here, for the planner."""
@@ -160,6 +173,8 @@ class StoredModel:
         planner: Callable[[], Chooser | None] = lambda: None,
         stages: Callable[[], StageCaller | None] = lambda: None,
         privacy: Privacy = OPEN,
+        homes: Homes | None = None,
+        text_walls_demanded: bool = False,
     ) -> None:
         self.manifest = manifest
         self.id = str(manifest.model_id)
@@ -174,8 +189,12 @@ class StoredModel:
         self._planner = planner
         self._stages = stages
         self._privacy = privacy
+        self._homes = homes
+        self._walls_demanded = text_walls_demanded
         self._tokenizer = _Once(self._load_tokenizer)
-        self._ends = _Once(lambda: layers.Ends(manifest, open_files(manifest, store, [manifest.trunk]), options))
+        self._ends = _Once(self._load_ends)
+        self._home_local = _Once(lambda: self._at_home().layers(manifest, "local"))
+        self._home_fused = _Once(lambda: self._at_home().layers(manifest, "fused"))
         self._trunk = _Once(lambda: Pieces(manifest, open_files(manifest, store, [manifest.trunk]), options))
         self._local = _Once(lambda: layers.local_experts(manifest, store, options))
         self._fused = _Once(lambda: FusedSegment(manifest, open_files(manifest, store, manifest.parts), options))
@@ -199,6 +218,8 @@ class StoredModel:
         if route == "auto":
             faults = {each: self.fault(each) for each in PREFERRED}
             return None if None in faults.values() else faults["experts"]
+        if self._homes is not None and (refused := self._homes.fault(self.manifest)) is not None:
+            return refused
         spread = route == "experts" or (route == "stages" and self._stages() is not None)
         needed = [self.manifest.trunk, *self._kept(route)] if spread else list(self.manifest.parts)
         absent = [shard for shard in needed if not is_here(self._store, self.manifest, shard)]
@@ -264,9 +285,16 @@ class StoredModel:
 
     def resident(self) -> frozenset[int]:
         """Shards that are in memory for answers made here."""
-        if self._fused.is_loaded or self._local.is_loaded:
+        whole = (self._fused, self._local, self._home_fused, self._home_local)
+        if any(part.is_loaded for part in whole):
             return frozenset(range(len(self.manifest.shards)))
         return frozenset({self.manifest.shard_index(self.manifest.trunk.id)} if self._trunk.is_loaded else ())
+
+    @property
+    def text_walls(self) -> tuple[Wall, ...]:
+        """What is in force around the tokenizer's process; empty if none was started."""
+        made = self._tokenizer.part
+        return made.walls if isinstance(made, AsideTokenizer) else ()
 
     async def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded once."""
@@ -291,14 +319,40 @@ class StoredModel:
         ends = await self._ends.get()
         if route == "stages":
             return await self._by_stages(ends, own)
-        if route == "fused":
-            return layers.ModelRunner(self.manifest, ends, [await self._fused.get()], own)
-        pieces = await self._trunk.get()
-        if route == "local":
-            segment = PieceSegment(self.manifest, pieces, await self._local.get())
-            return layers.ModelRunner(self.manifest, ends, [segment], own)
+        if route in ("fused", "local"):
+            return layers.ModelRunner(self.manifest, ends, [await self._whole(route)], own)
         experts = await trio.to_thread.run_sync(self._spread_experts)
-        return layers.ModelRunner(self.manifest, ends, [PieceSegment(self.manifest, pieces, experts)], experts)
+        return layers.ModelRunner(self.manifest, ends, [await self._attention(experts)], experts)
+
+    def _home(self) -> Home | None:
+        """The cell in which the model runs; None: this process. Raises LocalError if it may not run."""
+        return None if self._homes is None else self._homes.home(self.manifest)
+
+    def _at_home(self) -> Home:
+        home = self._home()
+        assert home is not None, "asked only where there is one"
+        return home
+
+    def _load_ends(self) -> layers.AnyEnds:
+        home = self._home()
+        if home is not None:
+            return home.ends(self.manifest)
+        return layers.Ends(self.manifest, open_files(self.manifest, self._store, [self.manifest.trunk]), self._options)
+
+    async def _whole(self, route: Route) -> layers.AnySegment:
+        """All layers, with their experts."""
+        if self._home() is not None:
+            return await (self._home_fused if route == "fused" else self._home_local).get()
+        if route == "fused":
+            return await self._fused.get()
+        return PieceSegment(self.manifest, await self._trunk.get(), await self._local.get())
+
+    async def _attention(self, experts: MeteredExperts) -> layers.AnySegment:
+        """All layers, without."""
+        home = self._home()
+        if home is not None:
+            return await trio.to_thread.run_sync(home.attention, self.manifest, experts)
+        return PieceSegment(self.manifest, await self._trunk.get(), experts)
 
     def _spread_experts(self) -> MeteredExperts:
         """Experts wherever they are, but for those of layers that stay here; blocking if there are such."""
@@ -306,9 +360,11 @@ class StoredModel:
         experts = self._experts.experts(self.manifest, self._privacy)
         if not kept_layers(self.manifest, self._privacy):
             return experts
-        return kept_experts(self.manifest, self._store, self._options, self._peer_id, self._privacy, experts)
+        home = self._home()
+        load = None if home is None else home.experts
+        return kept_experts(self.manifest, self._store, self._options, self._peer_id, self._privacy, experts, load)
 
-    async def _by_stages(self, ends: layers.Ends, own: OwnMeter) -> Runner:
+    async def _by_stages(self, ends: layers.AnyEnds, own: OwnMeter) -> Runner:
         """Stages wherever they are; without a caller, all of them here: the reference of this route."""
         if not self.manifest.stages:
             raise without_stages(self.manifest)
@@ -320,11 +376,18 @@ class StoredModel:
 
     def _stage_here(self, index: int) -> LoadedStage:
         """A stage in this process; its experts elsewhere if they are not here, or shall be."""
-        shard, planner = self.manifest.stages[index], self._planner()
+        shard, planner, home = self.manifest.stages[index], self._planner(), self._home()
         plan = stage_plan_of(self.manifest, shard)
         if planner is not None and self._experts is not None and planner.spreads(self.manifest, *shard.layers):
             experts = self._spread_experts()
+            if home is not None:
+                return LoadedStage(
+                    plan,
+                    SpreadLayers(self.manifest, shard, home.attention(self.manifest, experts, *shard.layers), experts),
+                )
             return LoadedStage(plan, load_spread(self.manifest, shard, self._store, self._options, experts))
+        if home is not None:
+            return LoadedStage(plan, home.stage(self.manifest, shard))
         return LoadedStage(plan, load_stage(self.manifest, shard, self._store, self._options))
 
     def _load_stage(self, shard: Shard) -> Segment:
@@ -332,7 +395,9 @@ class StoredModel:
 
     def _load_tokenizer(self) -> Tokenizer:
         data, refused = self._store.read(self.manifest, self.manifest.tokenizer), self._store.refused
-        return AsideTokenizer(data, self.manifest.chat_template, stopped=partial(refused.count, "text"))
+        return AsideTokenizer(
+            data, self.manifest.chat_template, demanded=self._walls_demanded, stopped=partial(refused.count, "text")
+        )
 
 
 class _Once(Generic[_Part]):
@@ -342,6 +407,11 @@ class _Once(Generic[_Part]):
         self._load = load
         self._lock = trio.Lock()
         self._part: _Part | None = None
+
+    @property
+    def part(self) -> _Part | None:
+        """It, if it is in memory."""
+        return self._part
 
     @property
     def is_loaded(self) -> bool:

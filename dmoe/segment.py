@@ -14,7 +14,7 @@ Invariants:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -357,6 +357,20 @@ class PieceSegment(_Layers):
             _attend(bindings, step)
             y[:] = experts.compute(layer, h, self._routing(step, count)) if self.pieces.sparse[step] else 0
         return self._end(count)
+
+    def steps(
+        self, x: FloatRows, parts: Items[Part]
+    ) -> Generator[tuple[int, FloatRows, Routing], FloatRows, FloatRows]:
+        """:meth:`run` for somebody who has the experts: yields each sparse layer with its input and the router's
+        choice, and takes the experts' sum. One that is closed in between has changed nothing."""
+        with self._pass(x, parts) as groups:
+            count = len(x)
+            bindings = self._begin(x, groups)
+            h, y = self._h[:count], self._y[:count]
+            for step, layer in enumerate(range(self.first, self.last + 1)):
+                _attend(bindings, step)
+                y[:] = (yield layer, h, self._routing(step, count)) if self.pieces.sparse[step] else 0
+            return self._end(count)
 
     def _begin(self, x: FloatRows, groups: list[_Group]) -> list[list[Binding]]:
         self._streams[0][: len(x)] = x

@@ -47,6 +47,8 @@ class Tokenizer:
     is_quick = True
     limiter: "trio.CapacityLimiter | None" = None
     """For the threads that texts are encoded in; None: the usual one."""
+    source: bytes
+    """The tokenizer file."""
 
     def __init__(self, tokenizer_json: bytes, chat_template: str = "", *, bos: int | None = None) -> None:
         try:
@@ -56,6 +58,7 @@ class Tokenizer:
             raise IntegrityError(
                 "integrity", f"the tokenizer file cannot be read: {error}", "fetch it again"
             ) from error
+        self.source = tokenizer_json
         self._plain.encode_special_tokens = True  # "<|im_end|>" in text is ten characters, not the control token
         self._plain.no_truncation()
         added = {number: token for number, token in self._plain.get_added_tokens_decoder().items()}

@@ -15,6 +15,7 @@ from config.errors import IntegrityError
 from config.generation import Message, Tool
 from config.vocabulary import MIB
 from dmoe.aside import Aside
+from dmoe.cells.sandbox import Wall
 from dmoe.text import Tokenizer, check_unicode, plain_messages, plain_tools
 
 MEMORY_BYTES = 1536 * MIB
@@ -45,15 +46,22 @@ class AsideTokenizer(Tokenizer):
         chat_template: str = "",
         *,
         bos: int | None = None,
+        demanded: bool = False,
         stopped: Callable[[IntegrityError], None] = lambda error: None,
     ) -> None:
         # it answers one question at a time: those who wait for a slow template hold no thread meanwhile
         self.limiter = trio.CapacityLimiter(1)
+        self.source = tokenizer_json
         about = "the model's tokenizer or chat template"
         setup = ("open", tokenizer_json, chat_template, bos)
-        self._aside = Aside(about, setup, OPEN_SECONDS, memory_bytes=MEMORY_BYTES, stopped=stopped)
+        self._aside = Aside(about, setup, OPEN_SECONDS, memory_bytes=MEMORY_BYTES, demanded=demanded, stopped=stopped)
         tables = self._aside.start()
         self._use(tables, _Known(chat_template, tables["knows_tools"]) if chat_template else None)
+
+    @property
+    def walls(self) -> tuple[Wall, ...]:
+        """What is in force around the process."""
+        return self._aside.walls
 
     def encode(self, text: str, *, control: bool = True, begin: bool = True) -> tuple[int, ...]:
         """See :class:`dmoe.text.Tokenizer`."""

@@ -6,7 +6,7 @@ Owns flags to JSON, and how answers are shown. What that JSON asks for stands in
 import json
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -221,14 +221,18 @@ async def _engine(context: Context, route: Any) -> AsyncIterator[Any]:  # noqa: 
     from dmoe.runtime import RuntimeOptions  # noqa: PLC0415
     from dmoe.store import ModelStore  # noqa: PLC0415
     from node.local import own_identity  # noqa: PLC0415
+    from node.walls import homes_here  # noqa: PLC0415
 
     settings = context.settings().settings.dmoe
     options = RuntimeOptions(device=settings.device, threads=settings.threads)  # type: ignore[arg-type]
     identity, paths = own_identity(context)
-    engine = Engine(
-        StoredModels(ModelStore(paths.models), None, options, identity.peer_id),
-        passes=PassOptions(drafts_max=settings.drafts_max),
-        default_route=route,
-    )
-    async with engine.running():
-        yield engine
+    store, demanded = ModelStore(paths.models), settings.sandbox == "required"
+    with closing(homes_here(settings, store, options, identity.peer_id)) as homes:
+        engine = Engine(
+            StoredModels(store, None, options, identity.peer_id, homes=homes, text_walls_demanded=demanded),
+            passes=PassOptions(drafts_max=settings.drafts_max),
+            default_route=route,
+            walls_demanded=demanded,
+        )
+        async with engine.running():
+            yield engine

@@ -35,8 +35,10 @@ from config.vocabulary import MIB
 from dmoe import hardware
 from dmoe.caller import Caller
 from dmoe.cells.cells import Cells
+from dmoe.cells.home import Homes
 from dmoe.engine import Engine
 from dmoe.hosting import Hosting
+from dmoe.models import StoredModels
 from dmoe.planning import Planner
 from dmoe.runtime import RuntimeOptions, check_version
 from dmoe.stages.caller import StageCaller
@@ -76,6 +78,8 @@ class Node:
         self.worker: Worker
         self.caller: Caller
         self.cells: Cells
+        self.homes: Homes
+        self.models: StoredModels
         self.stage_host: StageHost
         self.stages: StageCaller
         self.hosting: Hosting
@@ -260,6 +264,8 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
     async with AsyncExitStack() as stack:
         node.cells = work.cells_of(node)
         stack.callback(node.cells.close)
+        node.homes = Homes(node.cells, node.store, work.cell_options(node))
+        stack.callback(node.homes.close)
         node.network = await stack.enter_async_context(
             open_network(
                 identity,

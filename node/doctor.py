@@ -8,12 +8,12 @@ import shutil
 import socket
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
@@ -22,12 +22,15 @@ from config.errors import EXIT_FAILED, EXIT_OK, RiosError
 from config.load import Loaded
 from config.paths import Paths
 from config.vocabulary import GIB, MIB, PeerId
-from node import control, founding, local, membership
+from node import control, founding, local, membership, walls
 from node.cli import Context, Output
 from p2p import swarmfile
 from p2p.core.advert import CLOCK_SKEW_MS_MAX
 from p2p.core.identity import Identity
 from p2p.core.invite import Swarm
+
+if TYPE_CHECKING:
+    from dmoe.cells.sandbox import Wall
 
 DISK_COMFORTABLE_BYTES = 2 * GIB
 DISK_FREE_BYTES_MIN = 16 * MIB
@@ -306,31 +309,48 @@ def _runtime(patient: Patient) -> Iterator[Finding]:
 
 
 def _sandbox(patient: Patient) -> Iterator[Finding]:
-    """a stranger's shard must reach neither files nor network nor keys"""
-    from dmoe.cells import sandbox, trial  # noqa: PLC0415 - loads ONNX Runtime
+    """what strangers made must reach neither files nor network nor keys"""
+    from dmoe.cells import gvisor, sandbox  # noqa: PLC0415
 
     dmoe = patient.loaded.settings.dmoe
     if dmoe.sandbox == "off":
         why = "a fault in ONNX Runtime would open this node's keys to a stranger's shard"
         yield Finding("warn", "dmoe.sandbox is off: every shard runs in the node's process", why, 'sandbox = "auto"')
-        return
     lacks = sandbox.missing() or ("cells run on the CPU, dmoe.device is cuda" if dmoe.device == "cuda" else "")
-    if lacks:
+    if lacks and dmoe.sandbox != "off":
         allowed = dmoe.allow_unsandboxed and dmoe.sandbox == "auto"
         why = "other publishers' shards run in the node's process" if allowed else "shards that need a cell are refused"
         yield Finding("warn", f"no cells: {lacks}", why, "run RiOS on Linux 5.13 or later, and let it use seccomp")
+    if dmoe.gvisor and not gvisor.binary():
+        why = "shards that need a cell are refused"
+        yield Finding("warn", f"dmoe.gvisor is on, and there is no {gvisor.BINARY} in PATH", why, _GVISOR_FIX)
+    if sandbox.missing():
         return
-    for wall in trial.walls():
-        why = "" if wall.in_force else "one wall less around a stranger's shard"
-        level: Level = "ok" if wall.in_force or wall.name == "user" else "warn"
-        text = f"cells: {wall.name}: {wall.why}" if wall.in_force else f"cells: no {wall.name}: {wall.why}"
-        yield Finding(level, text, why if level == "warn" else "", _WALL_FIXES.get(wall.name, "") if why else "")
+    for kind, trial in walls.trials().items():
+        if not (kind.startswith("cells") and (lacks or dmoe.sandbox == "off")):
+            yield from _walls_of(kind, trial())
 
 
+def _walls_of(kind: str, found: "Sequence[Wall]") -> Iterator[Finding]:
+    """One finding for the walls that are up, one for each that is missing."""
+    up = ", ".join(wall.name for wall in found if wall.in_force)
+    yield Finding("ok", f"{kind}: {up}")
+    for wall in found:
+        if not wall.in_force:
+            level: Level = "ok" if wall.name in _EXTRA_WALLS else "warn"
+            why = "one wall less around what strangers made"
+            fix = _WALL_FIXES.get(wall.name, "")
+            text = f"{kind}: no {wall.name}: {wall.why}"
+            yield Finding(level, text, why if level == "warn" else "", fix if level == "warn" else "")
+
+
+_EXTRA_WALLS = ("user", "cgroup", "empty root")
+"""Good to have: what they bound is bounded by others too."""
 _WALL_FIXES = {
     "landlock": "a kernel from 5.13 on, with landlock in the lsm= boot parameter",
     "namespaces": "allow user namespaces: sysctl user.max_user_namespaces, or the container's settings",
 }
+_GVISOR_FIX = "install gVisor (gvisor.dev/docs/user_guide/install), or set dmoe.gvisor = false"
 
 
 def _models(patient: Patient) -> Iterator[Finding]:

@@ -1,15 +1,10 @@
 """``rios model import``: from a source that somebody names to a model in the store."""
 
 import os
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from config.errors import ConfigError, LocalError
 from config.paths import cache_dir
@@ -55,25 +50,14 @@ def check_source(text: str) -> None:
         raise LocalError("not_found", f"there is no file or folder {text}", f"give {SOURCES}")
 
 
-@contextmanager
-def _bounded_memory() -> Iterator[None]:
-    """A stranger's file shall not take the memory that this machine's other work needs: seven eighths of it at most.
-    Files that are mapped do not count. Raises MemoryError where that is not enough."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = psutil.virtual_memory().total * 7 // 8
-    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
 def model_import(context: Context) -> Output:
     """``rios model import``"""
-    count = context.settings().settings.dmoe.threads
+    dmoe = context.settings().settings.dmoe
+    count = dmoe.threads
     threads.bound(count)
-    from dmoe.importer.build import Wishes, import_model  # noqa: PLC0415
+    from dmoe.importer.build import Wishes  # noqa: PLC0415
     from dmoe.importer.cut import Sizes  # noqa: PLC0415
+    from dmoe.importer.walled import import_walled  # noqa: PLC0415
     from dmoe.store import ModelStore  # noqa: PLC0415
 
     args = context.args
@@ -94,8 +78,9 @@ def model_import(context: Context) -> Output:
             quantisation=args.format,
             sizes=sizes,
         )
-        with _bounded_memory():
-            manifest = import_model(source.path, store, identity, wishes, progress=show, threads=count)
+        manifest = import_walled(
+            source.path, store, identity, wishes, progress=show, threads=count, demanded=dmoe.sandbox == "required"
+        )
     data: dict[str, Any] = {
         "model_id": manifest.model_id,
         "name": manifest.name,

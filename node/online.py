@@ -8,7 +8,7 @@ from config.errors import EXIT_FAILED, EXIT_OK, RiosError
 from config.files import write_whole
 from config.paths import PAUSE_NOTE
 from config.vocabulary import GIB, MIB, format_credits
-from node import control, progress
+from node import control, progress, walls
 from node.cli import Context, Output, parse_credits
 from node.table import table as _table
 
@@ -56,6 +56,7 @@ def status(context: Context) -> Output:
         ["", _memory_line(work["hosting"])],
         ["", _sandbox_line(work["sandbox"])],
         *(["", _withdrawn_line(row)] for row in work["hosting"]["withdrawn"]),
+        *([["", walled]] if (walled := walls.line(work["sandbox"]["kinds"])) else []),
         ["", f"answers with: {models}"],
         ["", _routes_line(work["planner"])],
         ["", f"{work['active']} answers in progress, {work['waiting']} waiting, {work['tokens']} tokens made"],

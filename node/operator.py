@@ -15,7 +15,7 @@ from config.errors import ConfigError, IntegrityError, LocalError, RequestError,
 from dmoe.core.manifest import Manifest
 from dmoe.hosting import Bringing
 from ledger.ledger import Ledger
-from node import answering, membership, plan, replicas
+from node import answering, membership, plan, replicas, walls
 from node.cli import VERSION
 from node.control import Command, Send
 from p2p import allow, clock
@@ -134,7 +134,7 @@ async def _status(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN40
             "hosting": node.hosting.status(),
             "worker": node.worker.statistics(),
             "stages": node.stage_host.statistics(),
-            "sandbox": node.cells.statistics(),
+            "sandbox": {**node.cells.statistics(), "kinds": walls.kinds(node)},
             "caller": node.caller.statistics(),
             "planner": node.planner.statistics(),
         },

@@ -60,7 +60,7 @@ async def start_work(node: "Node", nursery: trio.Nursery, genesis: Genesis | Non
     node.caller = _caller(node)
     node.stage_host = _stage_host(node, quote)
     node.hosting = _hosting(node, genesis, privacy)
-    models = _models(node, privacy)
+    models = node.models = _models(node, privacy)
     node.planner = models.planner = _planner(node, models, privacy)
     node.stages = models.stages = _stage_caller(node)
     node.engine = _engine(node, models)
@@ -136,11 +136,17 @@ def cells_of(node: "Node") -> Cells:
         mode=dmoe.sandbox,  # type: ignore[arg-type]
         allow_unsandboxed=dmoe.allow_unsandboxed,
         device=dmoe.device,
-        options=CellOptions(
-            threads=node.options.thread_count,
-            call_seconds_max=dmoe.call_timeout_ms / 1000,
-            kv_bytes_max=_stage_limits(node.settings).kv_bytes_max,
-        ),
+        options=cell_options(node),
+    )
+
+
+def cell_options(node: "Node") -> CellOptions:
+    """How its cells are made."""
+    return CellOptions(
+        threads=node.options.thread_count,
+        call_seconds_max=node.settings.dmoe.call_timeout_ms / 1000,
+        kv_bytes_max=_stage_limits(node.settings).kv_bytes_max,
+        gvisor=node.settings.dmoe.gvisor,
     )
 
 
@@ -234,6 +240,8 @@ def _models(node: "Node", privacy: Privacy) -> StoredModels:
         node.identity.peer_id,
         chosen=_chosen(node.store, node.settings),
         privacy=privacy,
+        homes=node.homes,
+        text_walls_demanded=node.settings.dmoe.sandbox == "required",
     )
 
 
@@ -277,6 +285,7 @@ def _engine(node: "Node", models: StoredModels) -> Engine:
         passes=pass_options(dmoe),
         draft_model=dmoe.draft_model,
         default_route=chosen_route(dmoe),
+        walls_demanded=dmoe.sandbox == "required",
     )
 
 

@@ -19,7 +19,6 @@ Invariants:
 import logging
 import select
 import socket
-import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +34,7 @@ from dmoe.cells import sandbox
 from dmoe.cells.blame import ENDS_MAX, WINDOW_SECONDS, Blame
 from dmoe.cells.content import Content, Store
 from dmoe.cells.lanes import ANSWERED, ANSWERER_SPIN_SECONDS, LaneLost, ParentLane
+from dmoe.cells.launch import Process
 from dmoe.cells.link import START_SECONDS_MAX, Link, Options, Starting
 from dmoe.core.manifest import Manifest, Shard
 
@@ -52,6 +52,10 @@ IDLE_CHECK_SECONDS, IDLE_SHARE_MAX = 10.0, 0.2
 CACHE_SPACE = 8
 """Address space for caches, times the memory that they may take: slots and positions grow by doubling, and while they
 move both places are there. Pages exist once they are written."""
+
+
+Making = Callable[[int, Manifest, Shard, Store], Content]
+"""How a shard with a number is brought into a cell."""
 
 
 @dataclass(slots=True)
@@ -141,7 +145,7 @@ class Cell:
         self._said: deque[dict[str, Any]] = deque()
         self._numbers = 0
         self._link: Link | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._control = threading.RLock()
         self._up = threading.Condition()
         self._start_error: RiosError | None = None
@@ -187,7 +191,13 @@ class Cell:
     def pid(self) -> int:
         """Of the process that runs; 0 if none does."""
         link = self._link
-        return link.process.pid if link else 0
+        return link.process.walled_pid if link else 0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a process runs that may be asked."""
+        link = self._link
+        return link is not None and not link.is_lost
 
     @property
     def ram_bytes(self) -> int:
@@ -370,13 +380,13 @@ class Cell:
 
     # --- shards
 
-    def load(self, manifest: Manifest, shard: Shard, store: Store) -> int:
+    def load(self, manifest: Manifest, shard: Shard, store: Store, made: Making = Content) -> int:
         """Bring a shard into it: the shard's number for calls. Blocking. Raises IntegrityError for files that are not
         what they should be, LocalError if it cannot be loaded or the cell is down."""
         with self._control:
             link = self._running()
             self._numbers += 1
-            content = Content(self._numbers, manifest, shard, store)
+            content = made(self._numbers, manifest, shard, store)
             self._contents[content.number] = content
             link.loading = True
             try:
@@ -414,7 +424,7 @@ class Cell:
 
     def _allow_memory(self, link: Link) -> None:
         contents = list(self._contents.values())
-        caches = self.options.kv_bytes_max if any(each.shard.kind == "stage" for each in contents) else 0
+        caches = self.options.kv_bytes_max if any(each.has_caches for each in contents) else 0
         link.allow_memory(sum(each.memory_bytes for each in contents) + CACHE_SPACE * caches)
 
     # --- calls

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from config.errors import LocalError
-from dmoe.cells import sandbox
+from dmoe.cells import gvisor, sandbox
 from dmoe.cells.cell import Cell, Counters
 from dmoe.cells.content import Store
 from dmoe.cells.link import Options
@@ -72,6 +72,8 @@ class Cells:
         """Why no shard can have a cell here; empty if it can."""
         if lacks := sandbox.missing():
             return lacks
+        if self._options.gvisor and not gvisor.binary():
+            return f"dmoe.gvisor is on, and there is no {gvisor.BINARY} in PATH"
         return "cells run on the CPU, and dmoe.device is cuda" if self._device == "cuda" else ""
 
     def load(self, manifest: Manifest, shard: Shard) -> Loaded:
@@ -102,6 +104,18 @@ class Cells:
         except BaseException:
             self._tidy(cell)
             raise
+
+    def fault(self, manifest: Manifest) -> LocalError | None:
+        """Why this node may not answer with a model: it needs a cell, and none can be had."""
+        if not self.needs_cell(manifest.publisher) or not (why := self.refusal()) or self._may_run_here():
+            return None
+        return LocalError("local", f"{manifest.name} of {manifest.publisher} needs a cell: {why}", _HINT)
+
+    def holds(self, manifest: Manifest) -> bool:
+        """Whether a model that this node answers with runs in a cell here. Raises LocalError if it may not run."""
+        if (fault := self.fault(manifest)) is not None:
+            raise fault
+        return self.needs_cell(manifest.publisher) and not self.refusal()
 
     def _check_allowed(self, manifest: Manifest, shard: Shard, why: str) -> None:
         """Raise LocalError unless the operator wants it to run in this process, without a cell."""
@@ -145,6 +159,10 @@ class Cells:
         if publisher in self._cells or not self.needs_cell(publisher) or self.refusal():
             return 0
         return self.counters.ram_bytes or self._options.ram_bytes_guess
+
+    def running(self) -> list[Cell]:
+        """The cells that may be asked now."""
+        return [cell for cell in list(self._cells.values()) if cell.is_up]
 
     def close(self) -> None:
         """End every cell; waits for that."""

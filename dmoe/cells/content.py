@@ -53,16 +53,37 @@ class Content:
         """Address space it may take: its files, maybe joined once more, and twice its memory."""
         return 2 * self.shard.size_bytes + 2 * self.shard.ram_bytes + SLACK_BYTES
 
+    @property
+    def has_caches(self) -> bool:
+        """Whether it keeps sequences' keys and values."""
+        return self.shard.kind == "stage"
+
+    @property
+    def needs_spool(self) -> bool:
+        """Whether weights are joined for it."""
+        return self.shard.kind == "stage" and self.manifest.architecture.router.kind == "all"
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Those whose files it consists of."""
+        return (self.shard,)
+
+    @property
+    def form(self) -> str:
+        """How it is opened."""
+        return self.shard.kind
+
     def give(self, link: Link) -> None:
         """Load it into a process; blocking. Raises IntegrityError for files that are not what they should be,
         LocalError if it cannot be loaded, also because the process ended."""
         manifest, shard = self.manifest, self.shard
-        self.store.verify_shard(manifest.model_id, shard.id)
+        for each in self.shards:
+            self.store.verify_shard(manifest.model_id, each.id)
         try:
-            for file in shard.files:
+            for file in {file.path: file for each in self.shards for file in each.files}.values():
                 with _opened(self.store.path(manifest.model_id, file)) as opened:
                     link.tell({"do": "file", "path": file.path, "size": file.size_bytes}, [opened.fileno()])
-            if shard.kind == "stage" and manifest.architecture.router.kind == "all":
+            if self.needs_spool:
                 self._give_spool(link)
             self._load(link)
         except RemoteError as error:
@@ -72,18 +93,20 @@ class Content:
     def _give_spool(self, link: Link) -> None:
         """A nameless file for weights that are joined: their pages can be given back, unlike a process's own."""
         folder = self.store.path(self.manifest.model_id, self.shard.files[0]).parent
-        size = self.shard.size_bytes + SPOOL_SLACK_BYTES
+        size = sum(shard.size_bytes for shard in self.shards) + SPOOL_SLACK_BYTES
         with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is met here, not by a signal in the cell
             link.tell({"do": "spool", "size": size}, [file.fileno()])
 
     def _load(self, link: Link) -> None:
         text = self.manifest.to_json()
-        seconds = LOAD_SECONDS_MAX + (self.shard.size_bytes + self.shard.ram_bytes) / LOAD_BYTES_PER_SECOND
+        sizes = sum(shard.size_bytes + shard.ram_bytes for shard in self.shards)
+        seconds = LOAD_SECONDS_MAX + sizes / LOAD_BYTES_PER_SECOND
         index = self.manifest.shard_index(self.shard.id)
         descriptor = lanes.sealed_copy(text, "rios-manifest")
         try:
-            link.tell({"do": "load", "number": self.number, "shard": index, "size": len(text)}, [descriptor], seconds)
+            message = {"do": "load", "number": self.number, "shard": index, "size": len(text), "form": self.form}
+            link.tell({**message, "layers": self.shard.layers}, [descriptor], seconds)
         finally:
             os.close(descriptor)
 

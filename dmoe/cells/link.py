@@ -9,13 +9,10 @@ Invariants:
 3. What a process says is data: bounded, decoded into plain types, and believed only about itself.
 """
 
-import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +25,7 @@ import msgspec
 
 from config.errors import IntegrityError, LocalError, RemoteError
 from config.vocabulary import KIB, MIB
-from dmoe.cells import lanes, sandbox
+from dmoe.cells import lanes, launch, sandbox
 from dmoe.cells.lanes import ParentLane, lane_bytes
 
 START_SECONDS_MAX = 30.0
@@ -40,18 +37,7 @@ SPARE_LANES = 2
 PRIVATE_BYTES_GUESS = 48 * MIB
 """Of a process that nobody has looked at: the interpreter, numpy and ONNX Runtime."""
 
-BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dmoe.cells.program import main; main(sys.argv[2:])"
-)
-"""What the interpreter runs, isolated: no user's folder, no site, the parent's import path."""
-ENVIRONMENT = {
-    "ORT_DISABLE_TELEMETRY": "1",
-    "ORT_GQA_DISABLE_FLASH_ATTENTION": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",
-}
-"""Nothing of the parent's. The second one decides about bits, as in ``dmoe/runtime``. One thread until the walls are
-up; few arenas, each of which takes address space."""
+BOOT = launch.boot("dmoe.cells.program")
 
 _ERRORS = {"IntegrityError": IntegrityError, "LocalError": LocalError}
 
@@ -67,6 +53,8 @@ class Options:
     asked_bytes: int = lanes.ASKED_BYTES
     answer_bytes: int = lanes.ANSWER_BYTES
     boot: str = BOOT
+    gvisor: bool = False
+    """In gVisor's sandbox (:mod:`dmoe.cells.gvisor`)."""
 
     @property
     def lane_count(self) -> int:
@@ -84,7 +72,7 @@ class Link:
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: launch.Process,
         control: socket.socket,
         made: list[ParentLane],
         walls: tuple[sandbox.Wall, ...],
@@ -107,8 +95,8 @@ class Link:
         """It hung up."""
         self.asked_seconds = 0.0
         """For how long it was waited for: what it may have computed in."""
-        self._base_bytes = sandbox.memory_allowed(process.pid)
-        self.ram_bytes = _private_bytes(process.pid) + sum(lane.size_bytes for lane in made)
+        self._base_bytes = process.memory_allowed()
+        self.ram_bytes = _private_bytes(process.walled_pid) + sum(lane.size_bytes for lane in made)
         """Memory that it takes without a shard, its lanes included."""
 
     @property
@@ -118,13 +106,13 @@ class Link:
 
     def cpu_seconds(self) -> float:
         """Processor time that it has used. Raises OSError if it has ended."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.process.walled_pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def allow_memory(self, size: int) -> None:
         """Let it have so much address space beyond what it started with. Raises LocalError."""
         try:
-            sandbox.allow_memory(self.process.pid, self._base_bytes + size)
+            self.process.allow_memory(self._base_bytes + size)
         except OSError as error:
             raise LocalError("local", f"a cell's memory limit cannot be set: {error.strerror}") from error
 
@@ -174,16 +162,14 @@ class Starting:
         self._count = options.lane_count
         self._control, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         numbers = (far.fileno(), os.getpid(), options.threads, self._count, options.asked_bytes, options.answer_bytes)
-        paths = json.dumps([os.path.abspath(path) for path in sys.path])
         with far:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", options.boot, paths, *map(str, numbers)],
-                env=_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[far.fileno()],
-                cwd="/",
+            self.process = launch.start(
+                options.boot,
+                numbers,
+                [far.fileno()],
+                memory_bytes=sandbox.START_BYTES + lane_bytes(options.asked_bytes, options.answer_bytes) * self._count,
+                cpus=options.threads + 1,
+                wrapped=options.gvisor,
             )
 
     def link(self) -> Link:
@@ -193,7 +179,7 @@ class Starting:
             self._control.settimeout(START_SECONDS_MAX)
             made = self._send_lanes()
             walls = tuple(sandbox.Wall(**wall) for wall in _answer(self._control)["walls"])
-            return Link(self.process, self._control, made, walls)
+            return Link(self.process, self._control, made, (*self.process.outer_walls, *walls))
         except BaseException:
             self._control.close()
             _reap(self.process)
@@ -216,12 +202,6 @@ class Starting:
             for _, far in pairs:
                 far.close()
         return made
-
-
-def _environment() -> dict[str, str]:
-    """An interpreter that was built beside its libraries needs to be told where they are."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return {**ENVIRONMENT, **kept}
 
 
 def _answer(control: socket.socket) -> dict[str, Any]:
@@ -253,6 +233,6 @@ def _private_bytes(pid: int) -> int:
     return int(found[1]) * KIB if found else PRIVATE_BYTES_GUESS
 
 
-def _reap(process: subprocess.Popen[bytes]) -> None:
+def _reap(process: launch.Process) -> None:
     process.kill()
     process.wait()

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from config.errors import LocalError, RiosError
 from dmoe.cells import sandbox
@@ -58,6 +59,14 @@ class Inside(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A shard with caches."""
+
+    def forget(self, number: int) -> None:
+        """Free a cache."""
 
 
 class Files(ShardFiles, Protocol):
@@ -257,8 +266,8 @@ class Program:
                     os.close(descriptors[0])
                 manifest = msgspec.json.decode(bytes(text), type=Manifest)
                 received, self._received = self._received, _Received(self._joints)
-                shard = manifest.shards[message["shard"]]
-                opener = self._openers[shard.kind]
+                shard = replace(manifest.shards[message["shard"]], layers=tuple(message["layers"]))
+                opener = self._openers[message["form"]]
                 self._shards[message["number"]] = opener(manifest, shard, received, self._options)
                 self._forget_ready()
                 self._pages.use_huge_pages()
@@ -268,7 +277,7 @@ class Program:
                     shard_inside.close()
             case "forget":
                 stage = self._shards.get(message["number"])
-                if isinstance(stage, StageInside):
+                if isinstance(stage, Keeping):
                     stage.forget(message["cache"])
 
     def serve(self, lane: CellLane) -> None:
@@ -317,7 +326,7 @@ def main(arguments: Sequence[str], openers: Mapping[str, Opener] = OPENERS) -> N
         pages = Ahead()
         kept = [] if pages.descriptor is None else [pages.descriptor]
         walls = sandbox.enter([number, *kept, *(bell.fileno() for bell in bells)])
-        if os.getppid() != parent:
+        if os.getppid() not in (parent, 0):  # 0: it is outside, in other numbers
             return
         first = {"ok": True, "walls": [asdict(wall) for wall in walls]}
     except RiosError as error:

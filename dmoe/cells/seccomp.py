@@ -10,11 +10,14 @@ Invariants:
 1. No call on the list names a path, makes a socket, or reaches another process.
 2. Memory never becomes executable. Shared memory comes from the parent, already sealed.
 3. New threads, yes; new processes and namespaces, no.
+
+Some kinds of processes need a few calls more (:data:`MORE`, by name): a timer of their own, files by descriptors that
+they were given, or copies of themselves, which then load the plain list on top.
 """
 
 import ctypes
 import errno
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from dmoe.cells import kernel
@@ -49,7 +52,23 @@ _AARCH64: Mapping[str, int] = {
 }  # fmt: skip
 NUMBERS: Mapping[str, Mapping[str, int]] = {"x86_64": _X86_64, "aarch64": _AARCH64}
 
-CONDITIONAL = ("mmap", "mprotect", "clone", "fcntl", "prctl", "clone3")
+MORE: Mapping[str, Mapping[str, int]] = {
+    "x86_64": {
+        "setitimer": 38, "kill": 62, "wait4": 61, "seccomp": 317, "pread64": 17, "pwrite64": 18, "epoll_create1": 291,
+        "epoll_ctl": 233, "epoll_wait": 232, "epoll_pwait": 281, "eventfd2": 290, "socketpair": 53,
+        "prlimit64": 302,
+    },
+    "aarch64": {
+        "setitimer": 103, "kill": 129, "wait4": 260, "seccomp": 277, "pread64": 67, "pwrite64": 68, "epoll_create1": 20,
+        "epoll_ctl": 21, "epoll_pwait": 22, "eventfd2": 19, "socketpair": 199,
+        "prlimit64": 261,
+    },
+}  # fmt: skip
+"""What :func:`program` can allow on top, all of it beside :data:`FORK`."""
+FORK = "fork"
+"""New processes, without namespaces of their own."""
+
+CONDITIONAL = ("mmap", "mprotect", "clone", "fcntl", "prctl", "clone3", "prlimit64")
 DEADLY = (
     "execve", "execveat", "ptrace", "process_vm_readv", "process_vm_writev", "bpf", "unshare", "setns", "mount",
     "pivot_root", "chroot", "reboot", "kexec_load", "init_module", "finit_module", "keyctl", "add_key", "request_key",
@@ -71,6 +90,9 @@ _FCNTL = (0, 1, 2, 3, 1030)
 _PRCTL = (15, 16, 0x53564D41)
 """PR_SET_NAME, PR_GET_NAME, PR_SET_VMA: names of threads and of memory."""
 
+_OWN = (0,)
+"""A process's own limits, not another's."""
+
 _GET_ACTION_AVAILABLE, _SET_FILTER, _SYNCHRONISE = 2, 1, 1
 
 
@@ -91,9 +113,10 @@ def check_available() -> str:
     return MEANING
 
 
-def program(machine: str) -> list[Instruction]:
-    """The filter for an architecture."""
-    numbers = NUMBERS[machine]
+def program(machine: str, more: Collection[str] = ()) -> list[Instruction]:
+    """The filter for an architecture. ``more``: names of :data:`MORE`, or :data:`FORK`."""
+    also = MORE[machine]
+    numbers = {**NUMBERS[machine], **{name: also[name] for name in more if name in also}}
     out = [
         _load(_ARCH_AT),
         Instruction(_EQUAL, 1, 0, kernel.AUDIT_ARCH[machine]),
@@ -103,12 +126,14 @@ def program(machine: str) -> list[Instruction]:
     if machine == "x86_64":
         out += [Instruction(_AT_LEAST, 0, 1, _X32_BIT), _give(_KILL)]
     for name, number in numbers.items():
-        body = _condition(name) if name in CONDITIONAL else [_give(_KILL if name in DEADLY else _ALLOW)]
+        body = [_give(_KILL if name in DEADLY else _ALLOW)]
+        if name in CONDITIONAL:
+            body = _condition(name, may_fork=FORK in more)
         out += [Instruction(_EQUAL, 0, len(body), number), *body]
     return [*out, _give(_EPERM)]
 
 
-def _condition(name: str) -> list[Instruction]:
+def _condition(name: str, *, may_fork: bool = False) -> list[Instruction]:
     """What decides about a call; each ends with a return."""
     if name == "clone3":  # its flags are behind a pointer: the C library falls back to clone
         return [_give(_ENOSYS)]
@@ -120,18 +145,20 @@ def _condition(name: str) -> list[Instruction]:
         return [_argument(2), Instruction(_ANY_BIT, 0, 1, _PROT_EXEC), _give(_EPERM), *anonymous, *shared]
     if name == "clone":
         namespaces = [Instruction(_ANY_BIT, 0, 1, _CLONE_NAMESPACES), _give(_EPERM)]
+        if may_fork:
+            return [_argument(0), *namespaces, _give(_ALLOW)]
         return [_argument(0), *namespaces, Instruction(_ANY_BIT, 0, 1, _CLONE_THREAD), _give(_ALLOW), _give(_EPERM)]
-    index, values = (1, _FCNTL) if name == "fcntl" else (0, _PRCTL)
+    index, values = {"fcntl": (1, _FCNTL), "prctl": (0, _PRCTL), "prlimit64": (0, _OWN)}[name]
     tests = [Instruction(_EQUAL, len(values) - at, 0, value) for at, value in enumerate(values)]
     return [_argument(index), *tests, _give(_EPERM), _give(_ALLOW)]
 
 
-def load() -> None:
+def load(more: Collection[str] = ()) -> None:
     """Put the filter over every thread of this process, for good; ``PR_SET_NO_NEW_PRIVS`` must be set. Raises
     OSError."""
     code = b"".join(
         each.code.to_bytes(2, "little") + bytes([each.if_true, each.if_false]) + each.value.to_bytes(4, "little")
-        for each in program(kernel.MACHINE)
+        for each in program(kernel.MACHINE, more)
     )
     memory = ctypes.create_string_buffer(code, len(code))
     head = (ctypes.c_uint64 * 2)(len(code) // 8, ctypes.addressof(memory))  # struct sock_fprog

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
 from msgspec.structs import replace
 
 from config.errors import ConfigError
+from config.vocabulary import PeerId
 from dmoe.core.manifest import Golden, Manifest, ModelFile, Quantisation, Shard, Source
 from dmoe.golden import compute_golden
 from dmoe.importer.cut import AS_USUAL, Cut, Part, Sizes
@@ -21,7 +21,7 @@ from dmoe.importer.folder import FolderSource
 from dmoe.importer.model import Model, read_folder, read_gguf
 from dmoe.importer.scratch import scratch
 from dmoe.importer.sources import GgufSource
-from dmoe.importer.write import shapes_of, size_of, widened_in, write_file, write_shard
+from dmoe.importer.write import FolderTarget, Target, shapes_of, size_of, widened_in, write_file, write_shard
 from dmoe.runtime import RuntimeOptions
 from dmoe.shardfile import ShardFile
 from dmoe.store import ModelStore, disk_errors
@@ -97,18 +97,25 @@ def import_model(
 def _import(
     model: Model, store: ModelStore, identity: Identity, wishes: Wishes, progress: Progress, threads: int
 ) -> Manifest:
-    for what, text in (("name", wishes.name), ("licence", wishes.licence)):
-        if not text.isprintable():
-            raise ConfigError("usage", f"--{what} {text[:80]!r} has characters that cannot be shown", "use plain text")
-    making = _Import(model, wishes, progress)
+    check_wishes(wishes)
+    making = Import(model, wishes, progress)
     with scratch(store.root, making.bytes_needed) as folder:
         with disk_errors(folder):
-            manifest = making.run(folder, identity, threads)
+            manifest = making.run(FolderTarget(folder), identity.peer_id, threads).sign(identity)
         store.adopt(folder, manifest)
     return manifest
 
 
-class _Import:
+def check_wishes(wishes: Wishes) -> None:
+    """Raise ConfigError for what a terminal would obey."""
+    for what, text in (("name", wishes.name), ("licence", wishes.licence)):
+        if not text.isprintable():
+            raise ConfigError("usage", f"--{what} {text[:80]!r} has characters that cannot be shown", "use plain text")
+
+
+class Import:
+    """An import of a model whose source is open: every tensor was found. ``bytes_needed``: on disk."""
+
     def __init__(self, model: Model, wishes: Wishes, progress: Progress) -> None:
         self.model = model
         self.source = model.source
@@ -122,33 +129,34 @@ class _Import:
         self.bytes_needed = sum(sizes) + len(model.text.tokenizer) + _MANIFEST_BYTES
         self.progress = _Bytes(progress, self.source.size_bytes + 2 * sum(sizes))
 
-    def run(self, folder: Path, identity: Identity, threads: int) -> Manifest:
-        made = {part.path: self._make(folder, part) for part in self.cut.parts}
+    def run(self, target: Target, publisher: PeerId, threads: int) -> Manifest:
+        """Write everything; the manifest, not yet signed. Raises as :func:`import_model`, and OSError."""
+        made = {part.path: self._make(target, part) for part in self.cut.parts}
         files = {path: file for path, (file, _) in made.items()}
         params = {path: count for path, (_, count) in made.items()}
-        tokenizer = write_file(folder, "tokenizer.json", self.model.text.tokenizer)
+        tokenizer = write_file(target, "tokenizer.json", self.model.text.tokenizer)
         trunk = self.cut.trunk_shard(
             [files[part.path] for part in self.cut.trunk], sum(params[p.path] for p in self.cut.trunk)
         )
         experts = [self.cut.expert_shard(part, files[part.path], params[part.path]) for part in self.cut.experts]
         stages = self.cut.stage_shards(files, params)
-        manifest = self._manifest(identity, (*experts, trunk, *stages), tokenizer)
+        manifest = self._manifest(publisher, (*experts, trunk, *stages), tokenizer)
         options = RuntimeOptions(device="cpu", threads=threads)
         self.progress.what = "golden logits"
-        golden = trio.run(compute_golden, manifest, _Folder(folder), options, self.progress.add)
+        golden = compute_golden(manifest, _Written(target), options, self.progress.add)
         self.progress.end()
-        return replace(manifest, golden=golden).sign(identity)
+        return replace(manifest, golden=golden)
 
-    def _make(self, folder: Path, part: Part) -> tuple[ModelFile, int]:
+    def _make(self, target: Target, part: Part) -> tuple[ModelFile, int]:
         self.progress.what = part.path
 
         def wrote(count: int) -> None:
             self.source.release_pages()
             self.progress.add(count)
 
-        return write_shard(folder, part.path, self.cut.entries(part), wrote)
+        return write_shard(target, part.path, self.cut.entries(part), wrote)
 
-    def _manifest(self, identity: Identity, shards: tuple[Shard, ...], tokenizer: ModelFile) -> Manifest:
+    def _manifest(self, publisher: PeerId, shards: tuple[Shard, ...], tokenizer: ModelFile) -> Manifest:
         return Manifest(
             name=self.wishes.name[:200] or _shown(self.model.name),
             licence=self.wishes.licence[:200] or _shown(self.model.licence),
@@ -161,7 +169,7 @@ class _Import:
             chat_template=self.model.text.chat_template,
             stop_tokens=self.model.text.stop_tokens,
             golden=Golden(prompt=(0,), tokens=(), logits=(), tolerance=0.0),
-            publisher=identity.peer_id,
+            publisher=publisher,
         )
 
     def _source_hash(self) -> str:
@@ -190,10 +198,10 @@ class _Bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Folder:
+class _Written:
     """An import's files, before they belong to a store."""
 
-    root: Path
+    target: Target
 
     def open_shard(self, manifest: Manifest, shard: Shard) -> list[ShardFile]:
-        return [ShardFile(self.root / file.path) for file in shard.files]
+        return [self.target.written(file.path) for file in shard.files]

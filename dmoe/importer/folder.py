@@ -14,7 +14,6 @@ Fails with IntegrityError or LocalError naming the file and the tensor or key.
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,16 +30,17 @@ from dmoe.core import tensorfile
 from dmoe.core.linear import Linear
 from dmoe.core.manifest import BLOCK, Quantisation
 from dmoe.importer.blocks import mxfp4_layer
-from dmoe.importer.hashing import hash_file
+from dmoe.importer.files import DiskFiles, SourceFiles, hash_of, mapped, opened, size_of
 from dmoe.importer.quantise import convert, float_layer, to_float
 from dmoe.importer.tokenizer import ends_answer
-from dmoe.plainfile import open_plain
 from dmoe.textaside import AsideTokenizer
 
 Array = NDArray[Any]
 
 HEADER_BYTES_MAX = 100 * MIB
 JSON_BYTES_MAX = 256 * MIB
+Counter = Callable[[bytes, str], int]
+"""A tokenizer file and a chat template: how many tokens there are."""
 _ALL = slice(None)
 _AGAIN = "the file is truncated, altered or of another kind; download it again"
 _INDEX = "model.safetensors.index.json"
@@ -66,37 +66,51 @@ class _Tensor:
 class FolderSource:
     """An open folder. ``config``: the content of ``config.json``. A tensor name may hold ``{e}``: one per expert."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: SourceFiles | None = None,
+        *,
+        name: str = "",
+        count_tokens: Counter | None = None,
+    ) -> None:
+        """``files``: the folder's, where they are open already; ``name``: its own, where it cannot be looked up.
+        ``count_tokens``: see :func:`folder_text`."""
         self.path = path
-        if not (path / "config.json").is_file():
+        self.name = name or path.resolve().name
+        self.files = files or DiskFiles(path)
+        self.count_tokens = count_tokens or tokens_aside
+        if not self.files.has("config.json"):
             raise LocalError("not_found", f"{path} has no config.json", "give a folder in Hugging Face layout")
-        self.config: Mapping[str, Any] = _json(path / "config.json")
-        self._files = _weight_files(path)
+        self.config: Mapping[str, Any] = _json(self.files, "config.json")
+        self._files = _weight_files(self.files)
         self._maps: list[mmap.mmap] = []
         self._tensors: dict[str, _Tensor] = {}
         for file in self._files:
-            data = _map(file)
+            data = _map(self.files, file)
             self._maps.append(data)
-            for name, tensor in _tensors(file, data).items():
+            for name, tensor in _tensors(path / file, data).items():
                 if name in self._tensors:
-                    raise IntegrityError("integrity", f"{file}: tensor {name[:80]} is in another file too", _AGAIN)
+                    raise IntegrityError(
+                        "integrity", f"{path / file}: tensor {name[:80]} is in another file too", _AGAIN
+                    )
                 self._tensors[name] = tensor
 
     @property
     def size_bytes(self) -> int:
         """Of what :meth:`sha256` reads."""
-        return sum(path.stat().st_size for path in self._hashed())
+        return sum(size_of(self.files, name) for name in self._hashed())
 
     def sha256(self, read: Callable[[int], None] = lambda count: None) -> str:
         """A hash over ``config.json`` and the weight files in order of their names, hex. ``read`` is called after every
         block with its bytes."""
         whole = sha256()
-        for path in self._hashed():
-            whole.update(hash_file(path, read).digest())
+        for name in self._hashed():
+            whole.update(hash_of(self.files, name, read).digest())
         return whole.hexdigest()
 
-    def _hashed(self) -> list[Path]:
-        return [self.path / "config.json", *self._files]
+    def _hashed(self) -> list[str]:
+        return ["config.json", *self._files]
 
     def release_pages(self) -> None:
         """Give back the memory of what was read so far; it is read again when touched."""
@@ -205,26 +219,33 @@ class FolderText:
     stop_tokens: tuple[int, ...]
 
 
-def folder_text(path: Path, vocab: int) -> FolderText:
+def tokens_aside(tokenizer_json: bytes, template: str) -> int:
+    """How many tokens a tokenizer has; it and the chat template are read in a process aside. Raises IntegrityError."""
+    with closing(AsideTokenizer(tokenizer_json, template)) as tokenizer:
+        return tokenizer.vocabulary
+
+
+def folder_text(files: SourceFiles, vocab: int, count_tokens: Counter = tokens_aside) -> FolderText:
     """Read and check the tokenizer's files. An empty ``chat_template.jinja`` says that a model has none on purpose.
+    ``count_tokens`` reads tokenizer and template where that cannot harm.
 
     Raises IntegrityError for a tokenizer that cannot be used, does not fit ``vocab``, or has no template.
     """
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise IntegrityError("integrity", f"{path} has no tokenizer.json", _tokenizer_hint(path))
-    document, data = _json(file), _read(file)
-    options = _json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
-    template = _template(path, options)
-    with closing(AsideTokenizer(data, template)) as tokenizer:
-        count = tokenizer.vocabulary
+    file = files.folder / "tokenizer.json"
+    if not files.has("tokenizer.json"):
+        raise IntegrityError("integrity", f"{files.folder} has no tokenizer.json", _tokenizer_hint(files))
+    document, data = _json(files, "tokenizer.json"), _read(files, "tokenizer.json")
+    options = _json(files, "tokenizer_config.json") if files.has("tokenizer_config.json") else {}
+    template = _template(files, options)
+    count = count_tokens(data, template)
     if count > vocab:
         raise IntegrityError("integrity", f"{file} has {count} tokens, the model only {vocab}", _AGAIN)
-    return FolderText(data, template, _stop_tokens(path, document, vocab))
+    return FolderText(data, template, _stop_tokens(files, document, vocab))
 
 
-def _tokenizer_hint(path: Path) -> str:
-    if (path / "tokenizer.model").is_file():
+def _tokenizer_hint(files: SourceFiles) -> str:
+    path = files.folder
+    if files.has("tokenizer.model"):
         convert = f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
         return (
             f"tokenizer.model is the older form: convert it where transformers is installed, with {convert}, "
@@ -233,11 +254,11 @@ def _tokenizer_hint(path: Path) -> str:
     return "models without one cannot be imported"
 
 
-def _template(path: Path, options: Mapping[str, Any]) -> str:
-    found = options.get("chat_template")
-    if (path / "chat_template.jinja").is_file():
+def _template(files: SourceFiles, options: Mapping[str, Any]) -> str:
+    path, found = files.folder, options.get("chat_template")
+    if files.has("chat_template.jinja"):
         try:
-            found = _read(path / "chat_template.jinja").decode()
+            found = _read(files, "chat_template.jinja").decode()
         except UnicodeDecodeError as error:
             raise IntegrityError("integrity", f"{path / 'chat_template.jinja'} is not UTF-8", _AGAIN) from error
     elif isinstance(found, list):  # several by name
@@ -255,16 +276,18 @@ def _template(path: Path, options: Mapping[str, Any]) -> str:
     return lines + found
 
 
-def _stop_tokens(path: Path, document: Mapping[str, Any], vocab: int) -> tuple[int, ...]:
+def _stop_tokens(files: SourceFiles, document: Mapping[str, Any], vocab: int) -> tuple[int, ...]:
     """The ids that the folder names, then control tokens that end an answer whatever the folder says."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        value = _json(path / name).get("eos_token_id") if (path / name).is_file() else None
+        value = _json(files, name).get("eos_token_id") if files.has(name) else None
         for token in value if isinstance(value, list) else [value]:
             if token is None:
                 continue
             if type(token) is not int or not 0 <= token < vocab:
-                raise IntegrityError("integrity", f"{path / name}: eos_token_id {token!r} is outside the vocabulary")
+                raise IntegrityError(
+                    "integrity", f"{files.folder / name}: eos_token_id {token!r} is outside the vocabulary"
+                )
             ids.append(token)
     added = document.get("added_tokens") or []
     special = {str(token["content"]): token["id"] for token in added if token.get("special")}
@@ -272,10 +295,11 @@ def _stop_tokens(path: Path, document: Mapping[str, Any], vocab: int) -> tuple[i
     return tuple(dict.fromkeys(ids))
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(files: SourceFiles) -> list[str]:
     """The safetensors files: those that the index names, or else all."""
-    if (path / _INDEX).is_file():
-        index = _json(path / _INDEX).get("weight_map")
+    path = files.folder
+    if files.has(_INDEX):
+        index = _json(files, _INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
             raise IntegrityError("integrity", f"{path / _INDEX} has no weight_map of texts", _AGAIN)
         names = sorted(set(index.values()))
@@ -283,27 +307,28 @@ def _weight_files(path: Path) -> list[Path]:
             if Path(name).name != name:
                 raise IntegrityError("integrity", f"{path / _INDEX} names {name[:80]!r}, not a file of its folder")
     else:
-        names = sorted(file.name for file in path.glob("*.safetensors"))
+        names = [name for name in files.names() if name.endswith(".safetensors")]
     if not names:
         raise LocalError("not_found", f"{path} has no .safetensors file", "other weight formats cannot be imported")
     for name in names:
-        if not (path / name).is_file():
+        if not files.has(name):
             raise LocalError("not_found", f"{path / name} is missing", f"{_INDEX} names it; download it")
-    return [path / name for name in names]
+    return names
 
 
-def _read(path: Path) -> bytes:
+def _read(files: SourceFiles, name: str) -> bytes:
     """A small file. Raises IntegrityError for one that is not plain or not small, LocalError."""
-    with os.fdopen(_plain(path), "rb") as file:
+    with opened(files, name) as file:
         data = file.read(JSON_BYTES_MAX + 1)
     if len(data) > JSON_BYTES_MAX:
-        raise IntegrityError("integrity", f"{path} exceeds the limit of {JSON_BYTES_MAX} bytes")
+        raise IntegrityError("integrity", f"{files.folder / name} exceeds the limit of {JSON_BYTES_MAX} bytes")
     return data
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(files: SourceFiles, name: str) -> dict[str, Any]:
+    path = files.folder / name
     try:
-        value = json.loads(_read(path))
+        value = json.loads(_read(files, name))
     except OSError as error:
         raise LocalError("local", f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -313,26 +338,14 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _plain(path: Path) -> int:
-    """A descriptor of a file of a folder. A hub's own cache links every file to its store of contents beside it; any
-    other link is refused."""
-    if path.is_symlink():
-        cache, target = path.parent.parent.parent, Path(os.path.realpath(path))
-        if path.parent.parent.name == "snapshots" and target.parent == Path(os.path.realpath(cache / "blobs")):
-            return open_plain(target, links=True)
-    return open_plain(path, links=True)
-
-
-def _map(path: Path) -> mmap.mmap:
-    descriptor = _plain(path)
+def _map(files: SourceFiles, name: str) -> mmap.mmap:
+    path = files.folder / name
     try:
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        return mapped(files, name)
     except OSError as error:
         raise LocalError("local", f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # an empty file cannot be mapped
+    except ValueError as error:
         raise IntegrityError("integrity", f"{path} is not a whole safetensors file: {error}", _AGAIN) from error
-    finally:
-        os.close(descriptor)
 
 
 def _tensors(path: Path, data: mmap.mmap) -> dict[str, _Tensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from config.vocabulary import MIB
 
@@ -11,11 +11,20 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 
-def hash_file(path: Path, read: Callable[[int], None] = lambda count: None) -> "_Hash":
-    """The file's sha256. ``read`` is called after every block with its bytes."""
-    digest = sha256()
+Read = Callable[[int], None]
+"""Called after every block with its bytes."""
+
+
+def hash_file(path: Path, read: Read = lambda count: None) -> "_Hash":
+    """The file's sha256."""
     with path.open("rb") as file:
-        while block := file.read(4 * MIB):
-            digest.update(block)
-            read(len(block))
+        return hash_open(file, read)
+
+
+def hash_open(file: BinaryIO, read: Read = lambda count: None) -> "_Hash":
+    """The same of an open file, from where it is."""
+    digest = sha256()
+    while block := file.read(4 * MIB):
+        digest.update(block)
+        read(len(block))
     return digest

@@ -59,9 +59,9 @@ def read_folder(source: FolderSource) -> Model:
         source=source,
         family=family,
         architecture=architecture,
-        name=source.path.resolve().name,
+        name=source.name,
         licence="unknown",
-        text=folder_text(source.path, vocab),
+        text=folder_text(source.files, vocab, source.count_tokens),
         drafts=known.drafts,
     )
 

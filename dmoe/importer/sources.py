@@ -6,7 +6,6 @@ Owns: opening, bounds and types of a GGUF's tensors. Does not own: what they mea
 
 import math
 import mmap
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
@@ -22,9 +21,8 @@ from dmoe.core.linear import Linear
 from dmoe.core.manifest import Quantisation
 from dmoe.importer import ggufscan
 from dmoe.importer.blocks import BLOCK_TYPES, FLOAT_TYPES, block_size, transcode
-from dmoe.importer.hashing import hash_file
+from dmoe.importer.files import DiskFiles, SourceFiles, hash_of, mapped, opened, size_of
 from dmoe.importer.quantise import convert, float_layer, to_float
-from dmoe.plainfile import open_plain
 
 Array = NDArray[Any]
 
@@ -62,12 +60,14 @@ class _Reader(gguf.GGUFReader):
 class _File:
     """One open GGUF file."""
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
+    def __init__(self, files: SourceFiles, name: str) -> None:
+        path = files.folder / name
+        if not files.has(name):
             raise LocalError("not_found", f"{path} is not a file", "give the path of a .gguf file")
-        _scan(path)
+        _scan(files, name)
         try:
-            reader = _Reader(path)
+            with opened(files, name) as file:
+                reader = _Reader(file)  # type: ignore[arg-type] # it hands it to numpy, which takes files too
             own = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
             self.metadata: dict[str, Any] = {key: field.contents() for key, field in own.items()}
         except OSError as error:
@@ -75,31 +75,32 @@ class _File:
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
             raise IntegrityError("integrity", f"{path} is not a whole GGUF file: {error}", _AGAIN) from error
         self.path = path
+        self.name = name
         self.map = reader.map
         self.tensors: dict[str, gguf.ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _scan(path: Path) -> None:
+def _scan(files: SourceFiles, name: str) -> None:
     """The bounds of a file, before anything is made of it."""
-    descriptor = open_plain(Path(os.path.realpath(path)), links=True)  # the operator named it
+    path = files.folder / name
     try:
-        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
+        with mapped(files, name) as data:
             ggufscan.scan(data)
     except ValueError as error:
         raise IntegrityError("integrity", f"{path} is not a whole GGUF file: {error}", _AGAIN) from error
     except OSError as error:
         raise LocalError("local", f"cannot read {path}: {error.strerror or error}") from error
-    finally:
-        os.close(descriptor)
 
 
 class GgufSource:
     """An open GGUF file, or all parts of one that was split (``NAME-00001-of-00003.gguf`` and so on) by its first.
     ``metadata``: all keys with their values, of the first part."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: SourceFiles | None = None) -> None:
+        """``files``: it and its parts, where they are open already."""
         self.path = path
-        self._files = [_File(part) for part in _parts(path)]
+        self.files = files or DiskFiles(path.parent, path.name)
+        self._files = [_File(self.files, part) for part in part_names(path, self.files)]
         self.metadata: Mapping[str, Any] = self._files[0].metadata
         self._tensors: dict[str, gguf.ReaderTensor] = {}
         self._places: dict[str, Path] = {}
@@ -120,12 +121,12 @@ class GgufSource:
     @property
     def size_bytes(self) -> int:
         """Of what :meth:`sha256` reads."""
-        return sum(file.path.stat().st_size for file in self._files)
+        return sum(size_of(self.files, file.name) for file in self._files)
 
     def sha256(self, read: Callable[[int], None] = lambda count: None) -> str:
         """The file's hash, hex; of a split one, the hash over its parts' hashes. ``read`` is called after every block
         with its bytes."""
-        digests = [hash_file(file.path, read) for file in self._files]
+        digests = [hash_of(self.files, file.name, read) for file in self._files]
         if len(digests) == 1:
             return digests[0].hexdigest()
         return sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
@@ -211,20 +212,20 @@ class GgufSource:
         return IntegrityError("integrity", f"{self._places[name]}: tensor {name} at offset {offset} {what}", hint)
 
 
-def _parts(path: Path) -> list[Path]:
+def part_names(path: Path, files: SourceFiles) -> list[str]:
     """All files of a model that was split, by the name of its first; else the file itself."""
     found = _PART.fullmatch(path.name)
-    if found is None or not path.is_file():
-        return [path]
+    if found is None or not files.has(path.name):
+        return [path.name]
     count = int(found["count"])
     names = [f"{found['stem']}-{number + 1:05d}-of-{count:05d}.gguf" for number in range(min(count, _PARTS_MAX))]
     if path.name != names[0]:
         fault = f"{path} is part {int(found['number'])} of {count}"
         raise LocalError("not_found", fault, f"give the first part: {path.with_name(names[0])}")
     for name in names:
-        if not path.with_name(name).is_file():
+        if not files.has(name):
             raise LocalError("not_found", f"{path.with_name(name)} is missing", "keep all parts in one folder")
-    return [path.with_name(name) for name in names]
+    return names
 
 
 def _cut(layer: Linear, columns: slice) -> Linear:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from config.vocabulary import MIB
 from dmoe.core.manifest import CHUNK_BYTES, ModelFile
 from dmoe.importer.rows import Rows, rows_axis
-from dmoe.shardfile import header
+from dmoe.shardfile import ShardFile, header
 
 Array = NDArray[Any]
 Entries = Sequence[tuple[str, "Rows | Array"]]
@@ -66,14 +66,45 @@ def widened_in(shapes: Shapes) -> int:
     return sum(_bytes(*shape) for name, shape in shapes.items() if name.endswith((".h", ".b")))
 
 
-def write_shard(folder: Path, name: str, entries: Entries, wrote: Wrote) -> tuple[ModelFile, int]:
-    """Write ``folder/name``. Returns it with the number of parameters that it holds."""
+class Target(Protocol):
+    """Where an import's files go."""
+
+    def create(self, name: str, size: int) -> BinaryIO:
+        """A new file of so many bytes, unbuffered, for writing and reading; the caller closes it. Raises OSError."""
+
+    def written(self, name: str) -> ShardFile:
+        """A shard file that was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderTarget:
+    """A folder."""
+
+    root: Path
+
+    def create(self, name: str, size: int) -> BinaryIO:
+        """See :class:`Target`."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("x+b", buffering=0)
+        try:
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def written(self, name: str) -> ShardFile:
+        """See :class:`Target`."""
+        return ShardFile(self.root / name)
+
+
+def write_shard(target: Target, name: str, entries: Entries, wrote: Wrote) -> tuple[ModelFile, int]:
+    """Write the file ``name``. Returns it with the number of parameters that it holds."""
     shapes = shapes_of(entries)
     head = header(shapes)
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w+b", buffering=0) as file:
-        os.posix_fallocate(file.fileno(), 0, size_of(shapes))
+    with target.create(name, size_of(shapes)) as file:
         hashes = _Hashes(file)
         _put(file, 0, head)
         hashes.advance(len(head))
@@ -89,9 +120,9 @@ def write_shard(folder: Path, name: str, entries: Entries, wrote: Wrote) -> tupl
     return hashes.file(name), weights_in(shapes)
 
 
-def write_file(folder: Path, name: str, data: bytes) -> ModelFile:
+def write_file(target: Target, name: str, data: bytes) -> ModelFile:
     """Write a small file at once."""
-    with (folder / name).open("w+b", buffering=0) as file:
+    with target.create(name, len(data)) as file:
         _put(file, 0, data)
         hashes = _Hashes(file)
         hashes.advance(len(data))

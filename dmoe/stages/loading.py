@@ -5,7 +5,7 @@ Therefore a sparse stage may run here with its experts elsewhere, and nobody can
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from dmoe.core.manifest import Manifest, Shard
@@ -19,16 +19,27 @@ from dmoe.shardfile import Spool
 from dmoe.tally import Meter, Tally
 
 
-class StageLayers:
+class Layers(Protocol):
+    """What of a segment a stage needs."""
+
+    async def open(self, capacity: int, like: Cache | None = None, length: int = 0) -> Cache: ...
+    async def run(self, x: FloatRows, parts: Sequence[Part]) -> FloatRows: ...
+    def compute(self, x: FloatRows, parts: Sequence[Part]) -> FloatRows: ...
+
+
+_Inner = TypeVar("_Inner", bound=Layers)
+
+
+class StageLayers(Generic[_Inner]):
     """A stage, loaded (:class:`dmoe.stages.segment.Segment`)."""
 
-    def __init__(self, shard: Shard, segment: Segment, experts: LocalExperts | None) -> None:
+    def __init__(self, shard: Shard, segment: _Inner, experts: LocalExperts | None) -> None:
         self.ram_bytes = shard.ram_bytes
-        self._segment: Segment | None = segment
+        self._segment: _Inner | None = segment
         self._experts = experts
 
     @property
-    def opened(self) -> Segment:
+    def opened(self) -> _Inner:
         """The layers."""
         assert self._segment is not None, "the stage is closed"
         return self._segment
@@ -55,7 +66,7 @@ class StageLayers:
 
 def load_stage(
     manifest: Manifest, shard: Shard, store: ShardFiles, options: RuntimeOptions, spool: Spool | None = None
-) -> StageLayers:
+) -> StageLayers[Segment]:
     """Open a stage; blocking. ``spool``: see :class:`dmoe.segment.FusedSegment`. Raises IntegrityError for altered
     files, LocalError if it cannot run here."""
     first, last = shard.layers
@@ -72,10 +83,10 @@ class MeteredExperts(Experts, Meter, Protocol):
     """Experts that know who computed what."""
 
 
-class SpreadLayers(StageLayers):
+class SpreadLayers(StageLayers[Layers]):
     """A stage whose attention runs here and whose experts are wherever they are: the same bits."""
 
-    def __init__(self, manifest: Manifest, shard: Shard, segment: Segment, experts: MeteredExperts) -> None:
+    def __init__(self, manifest: Manifest, shard: Shard, segment: Layers, experts: MeteredExperts) -> None:
         super().__init__(shard, segment, None)
         self.ram_bytes = 0
         self._manifest = manifest

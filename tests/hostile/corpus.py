@@ -20,6 +20,7 @@ from dmoe import textaside
 from dmoe.constraint import Constraints
 from dmoe.core.manifest import Manifest
 from dmoe.importer.build import Wishes, import_gguf, import_model
+from dmoe.importer.files import DiskFiles
 from dmoe.importer.folder import FolderSource, folder_text
 from dmoe.importer.sources import GgufSource
 from dmoe.shardfile import ShardFile
@@ -629,7 +630,7 @@ def tokenizer_with_very_many_control_tokens(folder):
 @case("tokens, the model only")
 def tokenizer_of_another_model(folder):
     path = tiny(folder)
-    return lambda: folder_text(path, VOCAB // 2)
+    return lambda: folder_text(DiskFiles(path), VOCAB // 2)
 
 
 @case("took longer than 1 s")

@@ -16,13 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dmoe.cells import program
+from dmoe.cells import launch, program
 
 HONEST, ATTEMPTS, LOOP, BOMB, LEAVE, CRASH, EXEC, TRACE, SCRIBBLE, RING, NAN, LIE, SHARED_BOMB, MINE = range(14)
-BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from tests.unit.dmoe.hostile_cell import main; main(sys.argv[2:])"
-)
+BOOT = launch.boot("tests.unit.dmoe.hostile_cell")
 
 
 def _fork():
@@ -84,7 +81,7 @@ class Hostile(program.ExpertsInside):
         if deed == HONEST:
             super().answer(lane, numbers, shards)
         elif deed == ATTEMPTS:
-            lane.fail(json.dumps({name: _tried(do) for name, do in DEEDS.items()}))
+            lane.fail(json.dumps({name: tried(do) for name, do in DEEDS.items()}))
         elif deed == LOOP:
             while True:
                 pass
@@ -141,7 +138,7 @@ def _mine():
         pass
 
 
-def _tried(do):
+def tried(do):
     try:
         do()
     except Exception as error:  # noqa: BLE001 - its name is the result

@@ -57,7 +57,9 @@ def test_hashes_are_right_where_tensors_and_chunks_do_not_end_together(tmp_path)
     layer = Rows(9001, 96, "m", lambda part: quantise_int8(weights[part]))
     vector = random.standard_normal(777).astype(np.float32)
     counted = []
-    file, params = write.write_shard(tmp_path, "a/b.safetensors", [("v", vector), ("m", layer)], counted.append)
+    file, params = write.write_shard(
+        write.FolderTarget(tmp_path), "a/b.safetensors", [("v", vector), ("m", layer)], counted.append
+    )
     data = (tmp_path / "a" / "b.safetensors").read_bytes()
     wanted = {"v": vector, **quantise_int8(weights).tensors("m")}
     assert data == b"".join(to_bytes(wanted))

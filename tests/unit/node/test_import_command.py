@@ -136,7 +136,7 @@ def test_memory_that_is_missing_is_no_fault_of_rios(home, capsys, monkeypatch):
     def full(*_arguments, **_options):
         raise MemoryError
 
-    monkeypatch.setattr("dmoe.importer.build._Import.run", full)
+    monkeypatch.setattr("dmoe.importer.walled._Parent.run", full)
     assert main(["model", "import", str(write_folder(home / "tiny", "mixtral"))]) == 1
     assert "not enough memory" in capsys.readouterr().err
     assert not list((home / "data" / "models").iterdir())
