@@ -14,16 +14,18 @@ import trio
 
 from config.errors import ConfigError
 from config.settings import LedgerSettings
+from ledger import reading
 from ledger.book import Book
 from ledger.buying import Buying
 from ledger.core.genesis import Genesis
 from ledger.core.objects import Grant, Item, Transfer
 from ledger.meter import Meter
 from ledger.quorum import Quorum
+from ledger.reading import Line
 from ledger.replicate import Replicator
 from ledger.selling import Selling
 from ledger.store import Store, Writer
-from ledger.verify import Line, Report, statement, verify_file
+from ledger.verify import Report, verify_file
 from ledger.voting import Voting
 from ledger.wallet import Wallet
 from p2p.core.identity import Identity
@@ -122,7 +124,19 @@ class Ledger:
 
     async def statement(self, account: bytes | None = None) -> list[Line]:
         """Everything that moved an account's free balance."""
-        return await self._in_worker(partial(statement, self.path, self.genesis, account or self.account))
+        return await self._in_worker(partial(reading.statement, self.path, self.genesis, account or self.account))
+
+    async def entry(self, name: str) -> dict[str, Any]:
+        """One object with its certificate; see :func:`ledger.reading.entry`."""
+        return await self._in_worker(partial(reading.entry, self.path, self.genesis, name))
+
+    async def offences(self, peer_id: str) -> dict[str, Any]:
+        """What is held against a peer here; see :func:`ledger.reading.offences`."""
+        return await self._in_worker(partial(reading.offences, self.path, self.genesis, peer_id))
+
+    async def channels_of(self, account: bytes) -> list[dict[str, Any]]:
+        """Any account's channels as the ledger has them."""
+        return await self._in_worker(partial(reading.channels, self.path, self.genesis, account))
 
     async def verify(self) -> Report:
         """Check every signature, certificate and invariant of what is on disk."""

@@ -382,6 +382,37 @@ class Store:
         rows = self._query("SELECT body, signature, epoch, proof FROM claims WHERE channel = ?", (channel,))
         return self._certificate(Signed(rows[0][0], rows[0][1]), rows[0][2], rows[0][3]) if rows else None
 
+    def entry_slot(self, object_id: bytes) -> tuple[bytes, int] | None:
+        """Account and seq of an entry. Looks through the table: for people, not for the hot path."""
+        sql = "SELECT key, seq FROM entries JOIN accounts ON accounts.id = entries.account WHERE object_id = ?"
+        rows = self._query(sql, (object_id,))
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    def entry_seen_ms(self, account: bytes, seq: int) -> int:
+        """When the entry in a slot became known here."""
+        sql = "SELECT seen_ms FROM entries WHERE account = (SELECT id FROM accounts WHERE key = ?) AND seq = ?"
+        rows = self._query(sql, (account, seq))
+        return int(rows[0][0]) if rows else 0
+
+    def claims(self) -> Iterator[tuple[Item, Certificate, int]]:
+        """Every channel's highest claim, its certificate, and when it was first seen (ms)."""
+        for body, signature, epoch, proof, seen_ms in self._query(
+            "SELECT body, signature, epoch, proof, seen_ms FROM claims ORDER BY channel"
+        ):
+            item = self._parse(body, signature)
+            yield item, self._certificate(item.signed, epoch, proof), seen_ms
+
+    def proofs(self, account: bytes) -> list[tuple[int, Signed, Signed]]:
+        """Slots in which an account signed two entries, with both."""
+        sql = "SELECT seq, body_a, signature_a, body_b, signature_b FROM proofs WHERE account = ? ORDER BY seq"
+        return [(seq, Signed(a, sa), Signed(b, sb)) for seq, a, sa, b, sb in self._query(sql, (account,))]
+
+    def headers(self) -> Iterator[Signed]:
+        """Every signed batch header that certificates here stand on."""
+        with _mapped(self.path):
+            for body, signature in self._reader.execute("SELECT body, signature FROM headers ORDER BY id"):
+                yield Signed(body, signature)
+
     def voted(self) -> Iterator[Item]:
         """Every vote for an entry or a claim this node gave as a witness."""
         rows = self._query("SELECT body, signature FROM votes")

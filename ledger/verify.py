@@ -11,8 +11,7 @@ from typing import Any
 from config.errors import IntegrityError
 from ledger.core.certificate import Verifier
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Claim, Entry, Grant, Item, Open, Reclaim, TopUp, Transfer, channel_id
-from ledger.core.rules import ChannelState
+from ledger.core.objects import Claim, Entry
 from ledger.core.state import State
 from ledger.store import Store
 from p2p.core.identity import peer_id_of
@@ -38,17 +37,6 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One line of an account's statement; ``amount`` is what it added to (or took from) the free balance."""
-
-    seen_ms: int
-    kind: str
-    amount: int
-    peer_id: str
-    reference: str
 
 
 PROBLEMS_MAX = 20
@@ -103,65 +91,3 @@ def _verify(store: Store, genesis: Genesis) -> Report:
         tolerance=genesis.tolerance,
         problems=tuple(problems[:PROBLEMS_MAX]),
     )
-
-
-def statement(path: Path | str, genesis: Genesis, account: bytes) -> list[Line]:
-    """Everything that moved an account's free balance, in the order this node learned it (claims last)."""
-    store = Store(path, genesis.net, read_only=True)
-    try:
-        channels: dict[bytes, ChannelState] = {}
-        lines: list[Line] = []
-        for item, _, seen_ms in store.finals(proofs=False):
-            lines += _lines(item, seen_ms, account, channels)
-        return lines
-    finally:
-        store.close()
-
-
-def _lines(item: Item, seen_ms: int, account: bytes, channels: dict[bytes, ChannelState]) -> list[Line]:
-    body = item.object
-    lines: list[Line] = []
-
-    def add(kind: str, amount: int, other: bytes) -> None:
-        lines.append(
-            Line(seen_ms=seen_ms, kind=kind, amount=amount, peer_id=peer_id_of(other), reference=item.id.hex())
-        )
-
-    if isinstance(body, Claim):
-        channel = channels.get(body.voucher.channel)
-        if channel is not None:
-            _settled(channel, body.voucher.cumulative, account, add)
-        return lines
-    own = body.account == account
-    for index, op in enumerate(body.ops):
-        if isinstance(op, Grant | Transfer):
-            kind = "grant" if isinstance(op, Grant) else "transfer"
-            if own and kind == "transfer":
-                add(kind, -op.amount, op.to)
-            if op.to == account:
-                add(kind, op.amount, body.account)
-        elif isinstance(op, Open):
-            channels[channel_id(item.id, index)] = ChannelState(
-                body.account, op.signer, op.payout, op.amount, op.expiry_ms, body.seq, index
-            )
-            if own:
-                add("open", -op.amount, op.signer)
-        elif isinstance(op, TopUp):
-            channel = channels.get(op.channel)
-            if channel is not None:
-                channel.lock += op.amount
-                if own:
-                    add("topup", -op.amount, channel.signer)
-        elif isinstance(op, Reclaim):
-            channel = channels.get(op.channel)
-            if channel is not None:
-                _settled(channel, op.total, account, add)
-                if own:
-                    add("reclaim", channel.lock - op.total, channel.signer)
-    return lines
-
-
-def _settled(channel: ChannelState, total: int, account: bytes, add: Any) -> None:  # noqa: ANN401 - local function
-    if channel.payout == account and total > channel.paid:
-        add("claim", total - channel.paid, channel.payer)
-    channel.paid = max(channel.paid, total)

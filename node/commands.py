@@ -288,20 +288,35 @@ def _ledger_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     ledger = command(top, "ledger", None, "Balances, statements, verification, payments.").add_subparsers(
         metavar="COMMAND", required=True, parser_class=_Parser
     )
-    balance = command(ledger, "balance", _online("ledger_balance"), "An account's balance (default: this node's).")
-    balance.add_argument("account", nargs="?", default="", help="a peer id")
-    statement = command(ledger, "statement", _online("ledger_statement"), "What an account received and spent.")
-    statement.add_argument("account", nargs="?", default="", help="a peer id")
-    command(ledger, "verify", _online("ledger_verify"), "Re-check every signature and every invariant from genesis.")
-    command(ledger, "channels", _online("ledger_channels"), "Payment channels: locked, promised, settled.")
-    command(ledger, "settle", _online("ledger_settle"), "Put the newest vouchers on the ledger now.")
+
+    def sub(name: str, text: str, *, csv: bool = False, account: str = "") -> argparse.ArgumentParser:
+        made = command(ledger, name, _command("ledger_commands", name), text)
+        if csv:
+            made.add_argument("--csv", action="store_true", help="comma-separated values")
+        if account:
+            made.add_argument("account", nargs="?", default="", help=account)
+        return made
+
+    sub("balance", "An account's balance (default: this node's).", account="a peer id")
+    sub("statement", "What an account received and spent.", csv=True, account="a peer id (default: this node)")
+    entry = sub("entry", "One entry or claim and its certificate, checked.")
+    entry.add_argument(
+        "entry", metavar="ID|ACCOUNT:SEQ", help="an id (of a channel: its highest claim), or peer id:number"
+    )
+    sub("verify", "Re-check every signature, certificate and invariant from genesis; print the digest.")
+    sub("audit", "What is held against a peer here, with the proofs.").add_argument("peer", help="a peer id")
+    sub("channels", "Payment channels: locked, promised, settled.", csv=True, account="a peer id (default: this node)")
+    sub("settle", "Put the newest vouchers on the ledger now.")
     for name, text in (
         ("grant", "Create credits for an account (the network's issuer only)."),
         ("transfer", "Send credits to an account."),
     ):
-        made = command(ledger, name, _online(f"ledger_{name}"), text)
+        made = sub(name, text)
         made.add_argument("to", help="a peer id")
         made.add_argument("credits", help="credits, e.g. 12.5")
+    export = sub("export", "Every entry and claim with its certificate: JSON lines, or CSV.", csv=True)
+    export.add_argument("--account", default="", metavar="PEER", help="only what this account signed")
+    export.add_argument("--output", default="", metavar="FILE", help="a new file (default: standard output)")
 
 
 def _gateway_commands(command: Command, top: Any) -> None:  # noqa: ANN401

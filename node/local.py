@@ -260,22 +260,6 @@ def model_rm(context: Context) -> Output:
     return Output({"model_id": manifest.model_id}, f"removed {manifest.name}")
 
 
-# --- ledger
-
-
-def ledger_verify(context: Context) -> Any:  # noqa: ANN401 - JSON
-    """``rios ledger verify`` with the daemon stopped."""
-    from ledger.verify import verify_file  # noqa: PLC0415
-    from node import founding  # noqa: PLC0415
-
-    loaded = context.settings()
-    paths = context.paths(loaded)
-    genesis = founding.in_force(loaded.settings, paths)
-    if genesis is None or not paths.ledger.exists():
-        raise LocalError("not_found", f"there is no ledger {paths.ledger}", "rios init, then rios run")
-    return verify_file(paths.ledger, genesis).as_dict()
-
-
 # --- gateway
 
 

@@ -139,7 +139,8 @@ def test_a_signal_ends_a_node_in_order_even_while_it_starts(swarm, node, number)
 
 ONLINE = (
     "status", "health", "peers", "id", "paths", "doctor", "model ls", "ledger balance", "ledger statement",
-    "ledger verify", "ledger channels", "ledger settle", "gateway user ls", "gateway key ls", "config show --origin",
+    "ledger verify", "ledger channels", "ledger settle", "ledger statement --csv", "ledger entry {me}:1",
+    "ledger audit {me}", "ledger channels {me} --csv", "gateway user ls", "gateway key ls", "config show --origin",
 )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_every_command_answers_a_running_node_in_text_and_json(swarm, node, caps
     swarm.start(node)
     me = node.peer_id
     for command in (f"ledger grant {me} 2.5", f"ledger transfer {me} 0.5", *ONLINE):
-        words = ["--config", str(node.config_file), *command.split()]
+        words = ["--config", str(node.config_file), *command.format(me=me).split()]
         assert main(words) == 0, command
         assert capsys.readouterr().out.strip(), command
         assert main([*words, "--json"]) == 0, command
