@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ Record = Final | Voted | Frozen | Proof | Own | Meta | ChannelRow
 
 _ENTRY = "INSERT OR IGNORE INTO entries (account, seq, object_id, body, signature, epoch, proof, seen_ms) "
 _ENTRY += "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_ENTRIES_AT_ONCE = 50
+# one step of SQLite for many rows: each step gives up the interpreter's lock and has to get it back
+_ENTRIES = _ENTRY + ", (?, ?, ?, ?, ?, ?, ?, ?)" * (_ENTRIES_AT_ONCE - 1)
 _CLAIM = "INSERT INTO claims VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (channel) DO UPDATE SET "
 _CLAIM += "cumulative = excluded.cumulative, body = excluded.body, signature = excluded.signature, "
 _CLAIM += "epoch = excluded.epoch, proof = excluded.proof, seen_ms = excluded.seen_ms "
@@ -232,7 +236,11 @@ class Store:
         writer.execute("BEGIN IMMEDIATE")
         try:
             for sql, params in rows.items():
-                writer.executemany(sql, params)
+                whole = len(params) // _ENTRIES_AT_ONCE * _ENTRIES_AT_ONCE if sql is _ENTRY else 0
+                for start in range(0, whole, _ENTRIES_AT_ONCE):
+                    flat = tuple(chain.from_iterable(params[start : start + _ENTRIES_AT_ONCE]))
+                    writer.execute(_ENTRIES, flat)
+                writer.executemany(sql, params[whole:])
             writer.execute("COMMIT")
         except BaseException:
             if writer.in_transaction:
