@@ -14,13 +14,16 @@ import msgspec
 
 from config.errors import ConfigError, IntegrityError, RequestError
 from ledger.core.certificate import Verifier
+from ledger.core.committee import CommitteeChain
 from ledger.core.genesis import Genesis
 from ledger.core.objects import (
     SMALL_BYTES_MAX,
     Certificate,
     Claim,
+    Committee,
     Entry,
     Grant,
+    Issuer,
     Item,
     Op,
     Open,
@@ -70,6 +73,20 @@ def state_of(store: Store, genesis: Genesis) -> State:
     for item in store.items():
         state.add(item)
     return state
+
+
+def committees_of(store: Store, genesis: Genesis) -> CommitteeChain:
+    """Every epoch's committee: they stand on the root account's chain."""
+    chain, seq = CommitteeChain(genesis), 0
+    while (certificate := store.entry_certificate(genesis.root, seq := seq + 1)) is not None:
+        item = parse(certificate.object)
+        assert isinstance(item.object, Entry)
+        for op in item.object.ops:
+            if isinstance(op, Committee):
+                chain.adopt(op, item.id)
+            elif isinstance(op, Issuer):
+                chain.replace_issuer(op)
+    return chain
 
 
 # --- accounts
@@ -181,7 +198,7 @@ def entry(path: Path | str, genesis: Genesis, name: str) -> dict[str, Any]:
             if pending is not None:
                 return pending
             raise RequestError("not_found", f"{name[:100]} is not in this ledger", "does another node have it?")
-        return _shown(genesis, *found)
+        return _shown(Verifier(genesis, committees_of(store, genesis)), *found)
 
 
 Found = tuple[Certificate, int]
@@ -235,11 +252,11 @@ def _unfinished(store: Store, name: str) -> dict[str, Any] | None:
     return None
 
 
-def _shown(genesis: Genesis, certificate: Certificate, seen_ms: int) -> dict[str, Any]:
+def _shown(verifier: Verifier, certificate: Certificate, seen_ms: int) -> dict[str, Any]:
     item = parse(certificate.object)
     problem = ""
     try:
-        Verifier(genesis).check(item, certificate)
+        verifier.check(item, certificate)
     except IntegrityError as error:
         problem = error.message
     votes = []
@@ -343,7 +360,7 @@ def offences(path: Path | str, genesis: Genesis, peer_id: str) -> dict[str, Any]
         rows = [row for side in ("sell", "buy") for row in store.channels(side)]
         return {
             "peer_id": peer_id,
-            "witness": key in genesis.witnesses,
+            "witness": any(key in epoch.members for epoch in committees_of(store, genesis).epochs),
             "equivocations": _equivocations(store, key),
             "double_batches": _double_batches(store, key),
             "stopped_channels": [

@@ -27,6 +27,8 @@ from p2p.core.identity import peer_id_of
 from p2p.face import Call, Network, Reply
 
 RECEIPT_DEADLINE_MS = 10_000
+BETWEEN_S = 0.05
+"""Under many calls receipts of one channel do not follow faster, unless the money that is lent runs out."""
 RETRY_S = 1.0
 RETRY_MAX_S = 60.0
 CHANNELS_MAX = 65536
@@ -221,9 +223,12 @@ class Selling:
             paid_calls = -1
             while paid_calls < channel.calls and not channel.stopped:
                 paid_calls = channel.calls
+                next_at = trio.current_time() + BETWEEN_S
                 await self._receipt(channel)
                 if channel.calls < channel.due_calls:
                     break
+                while trio.current_time() < next_at and channel.nano < channel.urgent_nano:  # noqa: ASYNC110 - money or time
+                    await trio.sleep(BETWEEN_S / 5)
         except RiosError as error:
             if error.code == "payment_required":
                 await self._stop(channel, f"the payer disputes the receipt: {error.message}")
