@@ -194,7 +194,7 @@ def entry(path: Path | str, genesis: Genesis, name: str) -> dict[str, Any]:
     with opened(path, genesis) as store:
         found = _by_slot(store, name) if ":" in name else _by_id(store, name)
         if found is None:
-            pending = _unfinished(store, name)
+            pending = _unfinished(store, genesis, name)
             if pending is not None:
                 return pending
             raise RequestError("not_found", f"{name[:100]} is not in this ledger", "does another node have it?")
@@ -238,7 +238,7 @@ def _by_id(store: Store, name: str) -> Found | None:
     return None
 
 
-def _unfinished(store: Store, name: str) -> dict[str, Any] | None:
+def _unfinished(store: Store, genesis: Genesis, name: str) -> dict[str, Any] | None:
     """An entry that this node signed or voted for and that is not final."""
     for state, signed in (
         *(("signed here", s) for s in store.wallet()),

@@ -23,6 +23,7 @@ from config.settings import P2pSettings
 from ledger.book import Book
 from ledger.core.genesis import Genesis
 from ledger.core.objects import Certificate, Entry, Grant, Op, Transfer, sign
+from ledger.notes import Notes
 from ledger.quorum import Quorum
 from ledger.replicate import Replicator
 from ledger.store import Store, Writer
@@ -136,7 +137,7 @@ async def _client(folder: Path, genesis: Genesis, issuer: Identity, seeds: list[
         with trio.fail_after(LIMIT_S):
             while len(network.peers()) < WITNESSES:  # noqa: ASYNC110 - polled as by a user
                 await trio.sleep(0.05)
-        yield Client(book, Quorum(network, book, replicator.sync_with))
+        yield Client(book, Quorum(network, book, Notes(network, book, 5.0), replicator.sync_with))
         store.close()
 
 
