@@ -25,6 +25,7 @@ from ledger.promises import Handed, Kept, Listed, Promises, Seated, Standing, ad
 from ledger.schema import MIGRATIONS, migrate
 
 GROUP_RECORDS_MAX = 1000
+HEADERS_CACHED = 4096
 BUSY_TIMEOUT_S = 10.0
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -165,6 +166,7 @@ class Store:
             self._prepare(net)
             self._accounts: dict[bytes, int] = {}
             self._headers: dict[bytes, int] = {}
+            self._read_headers: dict[int, tuple[bytes, bytes]] = {}
             self._load_ids()
             opened.pop_all()  # all is well: they stay open until close()
 
@@ -375,12 +377,22 @@ class Store:
         except msgspec.DecodeError as error:
             raise damaged(self.path, f"a certificate cannot be read: {error}") from error
         for row, index, path in parts:
+            header, header_signature = self._header(row)
+            steps = tuple(path[i : i + 32] for i in range(0, len(path), 32))
+            votes.append(Vote(header, header_signature, index, steps))
+        return Certificate(signed, epoch, tuple(votes))
+
+    def _header(self, row: int) -> tuple[bytes, bytes]:
+        """A batch header and its signature; neighbours stand in the same few."""
+        known = self._read_headers.get(row)
+        if known is None:
             found = self._query("SELECT body, signature FROM headers WHERE id = ?", (row,))
             if not found:
                 raise damaged(self.path, f"batch header {row} is missing")
-            steps = tuple(path[i : i + 32] for i in range(0, len(path), 32))
-            votes.append(Vote(found[0][0], found[0][1], index, steps))
-        return Certificate(signed, epoch, tuple(votes))
+            if len(self._read_headers) >= HEADERS_CACHED:
+                self._read_headers.clear()
+            known = self._read_headers[row] = found[0]
+        return known
 
     def entry_certificate(self, account: bytes, seq: int) -> Certificate | None:
         """The certificate of the entry in a slot."""
@@ -390,6 +402,16 @@ class Store:
             (account, seq),
         )
         return self._certificate(Signed(rows[0][0], rows[0][1]), rows[0][2], rows[0][3]) if rows else None
+
+    def entry_certificates(self, account: bytes, first: int, last: int, count: int) -> Iterator[Certificate]:
+        """The certificates of an account's entries ``first..last`` that are here, in order, at most ``count``."""
+        rows = self._query(
+            "SELECT body, signature, epoch, proof FROM entries "
+            "WHERE account = (SELECT id FROM accounts WHERE key = ?) AND seq BETWEEN ? AND ? ORDER BY seq LIMIT ?",
+            (account, first, last, count),
+        )
+        for body, signature, epoch, proof in rows:
+            yield self._certificate(Signed(body, signature), epoch, proof)
 
     def claim_certificate(self, channel: bytes) -> Certificate | None:
         """The certificate of a channel's highest claim."""
