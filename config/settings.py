@@ -245,6 +245,11 @@ class LedgerSettings:
 
     genesis_file: str = _setting("", "The network's genesis file. Empty: <data dir>/genesis.json.")
     witness: bool = _setting(False, "Vote as a witness (the genesis must name this node's key).")
+    archive: bool = _setting(
+        False,
+        "Keep every entry since the genesis. Off: a new node starts from its peers' newest checkpoint where two of "
+        "them prove one, and rios ledger checkpoint --prune drops what lies below.",
+    )
     microcredits_per_tflop: int = _setting(
         1_000_000, "Price of 1 TFLOP of expert work here.", minimum=0, maximum=1 << 40
     )

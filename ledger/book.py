@@ -4,15 +4,18 @@ Owns the only way in: :meth:`Book.learn` verifies, applies, persists, then tells
 never trusted; what the own disk says was verified before it was written (``verify`` checks it again).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import trio
 
 from config.errors import RiosError
+from ledger.core import checkpoint
 from ledger.core.certificate import Verifier
+from ledger.core.checkpoint import Proof, Snapshot
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
-from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Item, Signed, Votes
+from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Item, Signed, Votes, parse
 from ledger.core.state import State
 from ledger.store import Final, Store, Writer
 from p2p.core import codec
@@ -21,6 +24,25 @@ Listener = Callable[[Item, Certificate], None]
 CHUNK = 64
 """Certificates verified before other tasks get a turn (about 5 ms)."""
 HEADERS_SEARCHED = 4096
+
+
+def start_from_base(store: Store, state: State) -> dict[bytes, int]:
+    """Give a fresh state the checkpoint that the file starts from, if there is one; accounts and up to which seq their
+    entries lie below it."""
+    base = store.shelf.base()
+    if base is None:
+        return {}
+    snapshot = checkpoint.read(store.shelf.pages(base.summary.state_root))
+    checkpoint.adopt_committees(state.committees, committees_below(store, state.genesis, snapshot))
+    checkpoint.load(state, snapshot, base.summary)
+    return {line.key: line.seq for line in snapshot.accounts.values()}
+
+
+def committees_below(store: Store, genesis: Genesis, snapshot: Snapshot) -> list[Item]:
+    """The changes of committee and issuer that lie below a checkpoint."""
+    line = snapshot.accounts.get(genesis.root)
+    below = line.seq if line is not None else 0
+    return [item for item in store.committee_entries(genesis.root) if item.object.seq <= below]
 
 
 class Book:
@@ -37,6 +59,9 @@ class Book:
         self.announcer: Callable[[Sequence[Certificate]], None] | None = None
         self.refused = 0
         self._changed = trio.Event()
+        self.replaced: list[Callable[[], None]] = []
+        """Told when the state was replaced as a whole."""
+        self.pruned_below: Mapping[bytes, int] = start_from_base(store, self.state)
         for item in store.items():
             self.state.add(item)
         self.state.touched.clear()
@@ -98,6 +123,28 @@ class Book:
                         self.refused += 1
                 except RiosError:
                     self.refused += 1
+
+    async def start_from(self, committees: Sequence[Certificate], proof: Proof, pages: Sequence[bytes]) -> None:
+        """Make this fresh book the one of a checkpoint. The caller has checked all three.
+
+        Objects that came meanwhile and build on it are applied.
+        """
+        now = self.now_ms()
+        finals = [Final(parse(each.object), each, now) for each in committees]
+        rows = self.store.shelf.keep(proof, pages)
+        root = proof.summary.state_root
+        await self.writer.commit([*finals, *rows, self.store.shelf.start_from(root)])
+        state = self.state
+        early = [item for slots in state.waiting_entries.values() for item in slots.values()]
+        early += state.waiting_claims.values()
+        state.waiting_entries.clear()
+        state.waiting_claims.clear()
+        self.pruned_below = start_from_base(self.store, state)
+        for item in early:
+            with suppress(RuleError):  # of a channel that is closed by now
+                state.add(item)
+        for told in self.replaced:
+            told()
 
     def newest_batch(self, epoch: int, witness: bytes) -> Signed | None:
         """The header of the latest batch of votes of a witness that is known here."""

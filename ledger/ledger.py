@@ -17,6 +17,7 @@ from config.settings import LedgerSettings
 from ledger import reading
 from ledger.book import Book
 from ledger.buying import Buying
+from ledger.checkpoints import Checkpoints
 from ledger.core.genesis import Genesis
 from ledger.core.objects import Committee, Grant, Issuer, Item, Transfer, id_of
 from ledger.keys import EpochKeys
@@ -80,6 +81,10 @@ class Ledger:
         self.wallet = Wallet(identity, self.book, quorum, self._lineage, recovering)
         self.seats = Seats(network, self.book, self.notes, self._keys, self._lineage, active=settings.witness)
         self.voting = self._make_voting(network, settings)
+        self.checkpoints = Checkpoints(
+            network, self.book, self.notes, self.seats, heal, archive=settings.archive, in_thread=in_thread
+        )
+        self.replicator.before_round = self.checkpoints.before_round
         self.seller = Selling(network, self.book, quorum, heal, settings, payout or identity.public_key, self.notes)
         self.buyer = Buying(network, self.book, self.wallet, quorum, settings)
         self._meter = Meter(self.seller, self.buyer)

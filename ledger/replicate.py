@@ -6,14 +6,14 @@ fetched, what the peer lacks is pushed. All requests and answers are bounded; wh
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
 import msgspec
 import trio
 
-from config.errors import IntegrityError, RiosError
+from config.errors import IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core import certificate as certificates
@@ -56,7 +56,10 @@ class Replicator:
         self._book = book
         self._sync_seconds = sync_seconds
         self._digests = Digests(book.state)
+        book.replaced.append(self._digests.rebuild)
         self._outbox: deque[bytes] = deque(maxlen=OUTBOX_MAX)
+        self.before_round: Callable[[], Awaitable[bool]] | None = None
+        """Asked before every round; False: not yet."""
         self._wake = trio.Event()
         self._random = random.Random()
         self.topic = f"ledger.{book.genesis.net.hex()}"
@@ -129,6 +132,8 @@ class Replicator:
 
     async def _try_sync(self, peer_id: PeerId) -> None:
         try:
+            if self.before_round is not None and not await self.before_round():
+                return
             await self.sync_with(peer_id)
             self._shunned.pop(peer_id, None)
         except RiosError:
@@ -258,6 +263,8 @@ class Replicator:
         """Learn an answer; False if there was nothing new in it."""
         if len(reply.buffers) > ANSWER_OBJECTS_MAX:
             raise IntegrityError("integrity", f"{peer_id} sent {len(reply.buffers)} objects at once")
+        if reply.header.get("pruned") is True and not reply.buffers:
+            raise RemoteError("unavailable", f"{peer_id} keeps only what is above a checkpoint", peer_id=peer_id)
         self.answers += 1
         return bool(await self._book.learn([certificates.decode(bytes(data)) for data in reply.buffers]))
 
@@ -323,12 +330,13 @@ class Replicator:
         if not all(isinstance(channel, bytes) for channel in channels):
             raise RiosError("invalid_request", "'channels' must be ids")
         found, more = [], False
+        pruned = any(first <= self._book.pruned_below.get(account, 0) for account, first, _ in ranges)
         for data, over in self._collect(ranges, channels):
             if over:
                 more = True
             else:
                 found.append(data)
-        return Reply({"more": more}, found)
+        return Reply({"more": more, "pruned": pruned}, found)
 
     async def _serve_push(self, call: Call) -> Reply:
         self._check_net(call)

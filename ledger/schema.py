@@ -116,7 +116,15 @@ def _add_epochs(db: Database) -> None:
         db.execute(f"DROP TABLE {name}_1")
 
 
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (_create_first, _add_epochs)
+def _add_checkpoints(db: Database) -> None:
+    """Proofs of checkpoints, their pages, and which one the state starts from."""
+    columns: dict[str, Any] = {"root": bytes, "entries": int, "proof": bytes, "base": int}
+    db.create_table("checkpoints", columns, pk="root", not_null=set(columns), strict=True)
+    columns = {"root": bytes, "number": int, "body": bytes}
+    db.create_table("pages", columns, pk=("root", "number"), not_null=set(columns), strict=True)
+
+
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (_create_first, _add_epochs, _add_checkpoints)
 """``MIGRATIONS[i]`` brings version i to i + 1. Append only."""
 
 

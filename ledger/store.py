@@ -9,24 +9,29 @@ network's or a newer file -> ConfigError.
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
 
 from config.errors import ConfigError, IntegrityError, LocalError
+from ledger import pruning
+from ledger.core.checkpoint import is_of_committees
 from ledger.core.objects import Certificate, Claim, Entry, Item, Signed, Vote, parse
 from ledger.promises import Handed, Kept, Listed, Promises, Seated, Standing, add_row
 from ledger.schema import MIGRATIONS, migrate
+from ledger.shelf import Rows, Shelf
 
 GROUP_RECORDS_MAX = 1000
 HEADERS_CACHED = 4096
 BUSY_TIMEOUT_S = 10.0
+
+T = TypeVar("T")
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
@@ -102,7 +107,7 @@ class ChannelRow:
     stopped: str
 
 
-Record = Final | Voted | Frozen | Proof | Own | Meta | ChannelRow | Standing | Handed | Kept | Seated | Listed
+Record = Final | Voted | Frozen | Proof | Own | Meta | ChannelRow | Standing | Handed | Kept | Seated | Listed | Rows
 
 _ENTRY = "INSERT OR IGNORE INTO entries (account, seq, object_id, body, signature, epoch, proof, seen_ms) "
 _ENTRY += "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -163,6 +168,7 @@ class Store:
                 self._writer = opened.enter_context(closing(self._connect()))
             self._reader = opened.enter_context(closing(self._connect(read_only=True)))
             self.promises = Promises(self._query)
+            self.shelf = Shelf(self._query)
             self._prepare(net)
             self._accounts: dict[bytes, int] = {}
             self._headers: dict[bytes, int] = {}
@@ -238,6 +244,20 @@ class Store:
             self._load_ids()
             raise
 
+    def prune(self, keep: Sequence[Item], frontier: Iterable[tuple[bytes, int]], open_channels: Iterable[bytes]) -> int:
+        """Delete what lies below a checkpoint (``pruning``); the bytes that became free."""
+        assert self._writer is not None, "the store was opened read-only"
+        writer, accounts = self._writer, self._accounts
+        before = pruning.size_bytes(writer)
+        with _mapped(self.path):
+            spared = {(accounts[item.object.account], item.object.seq) for item in keep}
+            cut = {accounts[key]: seq for key, seq in frontier if seq and key in accounts}
+            pruning.prune(writer, cut, spared, {*open_channels}, accounts)
+            self._headers.clear()
+            self._read_headers.clear()
+            writer.execute("VACUUM")
+            return before - pruning.size_bytes(writer)
+
     def _execute(self, writer: sqlite3.Connection, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         writer.execute("BEGIN IMMEDIATE")
         try:
@@ -277,6 +297,8 @@ class Store:
             rows["INSERT OR IGNORE INTO proofs VALUES (?, ?, ?, ?, ?, ?)"].append(
                 (record.account, record.seq, a.body, a.signature, b.body, b.signature)
             )
+        elif type(record) is Rows:
+            rows[record.sql] += record.params
         elif type(record) is Meta:
             rows["INSERT OR REPLACE INTO meta VALUES (?, ?)"].append((record.key, record.value))
         else:
@@ -413,6 +435,21 @@ class Store:
         for body, signature, epoch, proof in rows:
             yield self._certificate(Signed(body, signature), epoch, proof)
 
+    def entry_items(self, account: bytes, first: int = 1, last: int = 1 << 62) -> Iterator[Item]:
+        """An account's final entries that are here, in order."""
+        for body, signature in self._query(
+            "SELECT body, signature FROM entries "
+            "WHERE account = (SELECT id FROM accounts WHERE key = ?) AND seq BETWEEN ? AND ? ORDER BY seq",
+            (account, first, last),
+        ):
+            yield self._parse(body, signature)
+
+    def committee_entries(self, root: bytes) -> list[Item]:
+        """The entries of the root account that change committee or issuer, in order: they are never pruned."""
+        return [
+            item for item in self.entry_items(root) if isinstance(item.object, Entry) and is_of_committees(item.object)
+        ]
+
     def claim_certificate(self, channel: bytes) -> Certificate | None:
         """The certificate of a channel's highest claim."""
         rows = self._query("SELECT body, signature, epoch, proof FROM claims WHERE channel = ?", (channel,))
@@ -508,6 +545,13 @@ class Writer:
                     await self._commit_group()
         if mine.error is not None:
             raise mine.error
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do something else with the store, alone with it."""
+        async with self._lock:
+            with trio.CancelScope(shield=True):
+                done: T = await trio.to_thread.run_sync(work) if self._in_thread else work()
+            return done
 
     async def flush(self) -> None:
         """Return when everything handed in so far is durable (the lock is fair)."""

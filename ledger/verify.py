@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import IntegrityError
+from ledger.book import committees_below
+from ledger.core import checkpoint
 from ledger.core.certificate import Verifier
 from ledger.core.genesis import Genesis
 from ledger.core.objects import Claim, Entry
@@ -33,6 +35,8 @@ class Report:
     digest: str
     tolerance: str
     problems: tuple[str, ...] = ()
+    below_checkpoint: int = 0
+    """Entries that are not here: a checkpoint, checked instead of them, stands for them."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -55,11 +59,36 @@ def verify_file(path: Path | str, genesis: Genesis) -> Report:
         store.close()
 
 
+def _base(store: Store, state: State, verifier: Verifier, problems: list[str]) -> int:
+    """Start from the checkpoint that the file starts from, checked again; how many entries lie below it."""
+    base = store.shelf.base()
+    if base is None:
+        return 0
+    try:
+        snapshot = checkpoint.read(store.shelf.pages(base.summary.state_root))
+        for item in committees_below(store, state.genesis, snapshot):
+            certificate = store.entry_certificate(item.object.account, item.object.seq)
+            assert certificate is not None
+            verifier.check(item, certificate)
+            checkpoint.adopt_committees(state.committees, [item])
+        checkpoint.check_quorum(state.committees, base)
+        found = checkpoint.summarise(
+            store.shelf.pages(base.summary.state_root), state.committees, base.summary.supply, base.summary.entries
+        )
+        if found != base.summary:
+            raise IntegrityError("integrity", "its pages do not lead to its root")
+        checkpoint.load(state, snapshot, base.summary)
+    except IntegrityError as error:
+        problems.append(f"checkpoint {base.summary.state_root.hex()}: {error.message}")
+    return base.summary.entries
+
+
 def _verify(store: Store, genesis: Genesis) -> Report:
     state = State(genesis)
     verifier = Verifier(genesis, state.committees)
     entries = claims = certificates = 0
     problems: list[str] = []
+    below = _base(store, state, verifier, problems)
     for item, certificate, _ in store.finals():
         assert certificate is not None
         try:
@@ -89,6 +118,7 @@ def _verify(store: Store, genesis: Genesis) -> Report:
         locked=locked,
         balances={peer_id_of(key): a.balance for key, a in sorted(state.accounts.items()) if a.balance or a.seq},
         digest=state.digest().hex(),
+        below_checkpoint=below,
         tolerance=state.committees.current.tolerance,
         problems=tuple(problems[:PROBLEMS_MAX]),
     )

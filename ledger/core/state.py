@@ -80,6 +80,11 @@ class State:
             total = max(total, waiting.object.voucher.cumulative)
         return total
 
+    def is_gone(self, claim: Claim) -> bool:
+        """Whether a claim's channel, which is not known, cannot come any more: the entry that it names is applied."""
+        account = self.accounts.get(claim.account)
+        return account is not None and account.seq >= claim.seq
+
     def waiting(self) -> int:
         """How many objects wait for others."""
         return sum(map(len, self.waiting_entries.values())) + len(self.waiting_claims)
@@ -109,6 +114,8 @@ class State:
         if body.voucher.cumulative <= self.claimed(channel):
             return False
         known = self.channels.get(channel)
+        if known is None and self.is_gone(body):
+            raise RuleError("closed", "the claim's channel is closed, or was never opened")
         if known is None and len(self.waiting_claims) >= WAITING_MAX:
             raise RuleError("waiting", "too many claims wait for their channels", wait=True)
         if known is not None:
@@ -257,8 +264,8 @@ class State:
                 yield key + a.seq.to_bytes(8, "big") + a.head + a.balance.to_bytes(8, "big")
         for key in sorted(self.channels):
             c = self.channels[key]
-            closed = b"\1" if c.closed_at is not None else b"\0"
-            yield key + c.payer + c.payout + c.lock.to_bytes(8, "big") + c.paid.to_bytes(8, "big") + closed
+            if c.closed_at is None:  # what a closed one did stands in the balances; a checkpoint drops it
+                yield key + c.payer + c.payout + c.lock.to_bytes(8, "big") + c.paid.to_bytes(8, "big")
         yield self.supply.to_bytes(8, "big")
         yield from self.committees.lines()
 

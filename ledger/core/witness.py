@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ledger.core import merkle
+from ledger.core.checkpoint import Summary, sign_checkpoint
 from ledger.core.errors import RuleError
 from ledger.core.handover import Inheritance, Slot, frontier_of
 from ledger.core.objects import (
@@ -221,6 +222,8 @@ class Witness:
         if claim.voucher.net != genesis.net:
             raise RuleError("network", "the claim belongs to another network")
         channel = self._state.channels.get(key)
+        if channel is None and self._state.is_gone(claim):
+            raise RuleError("closed", "the claim's channel is closed, or was never opened")
         if channel is None:
             raise RuleError("channel", "the claim's channel is not known", wait=True)
         check_claim(channel, key, claim)
@@ -306,6 +309,14 @@ class Witness:
     def _room(self) -> None:
         if len(self._pending) >= VOTES_PER_BATCH_MAX * 16:
             raise RuleError("rate", "too many votes wait to be signed", wait=True)
+
+    def attest(self, summary: Summary) -> Signed:
+        """Sign a checkpoint that was checked against the own state (rule 10)."""
+        self._check_phase(self.may_vote())
+        assert self._identity is not None
+        if summary.epoch != self.epoch:
+            raise RuleError("epoch", f"a checkpoint of epoch {summary.epoch}; this witness votes in {self.epoch}")
+        return sign_checkpoint(self._identity, self._state.committees.net, summary)
 
     @property
     def pending(self) -> int:

@@ -469,7 +469,7 @@ async def test_ranges_of_strangers_are_not_looked_up(tmp_path):
         await s.ledgers[0].grant(s.ids[1].public_key, CREDIT)
         looked_up = []
         store = s.ledgers[0].book.store
-        for name in ("entry_certificate", "claim_certificate"):
+        for name in ("entry_certificates", "entry_certificate", "claim_certificate"):
             real = getattr(store, name)
             setattr(store, name, lambda *key, real=real: looked_up.append(key) or real(*key))
         unknown = [(bytes([n % 256, n // 256]) * 16, 1, 1 << 60) for n in range(1000)]
