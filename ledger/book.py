@@ -32,10 +32,15 @@ def start_from_base(store: Store, state: State) -> dict[bytes, int]:
     base = store.shelf.base()
     if base is None:
         return {}
-    snapshot = checkpoint.read(store.shelf.pages(base.summary.state_root))
+    snapshot = snapshot_of(store, base)
     checkpoint.adopt_committees(state.committees, committees_below(store, state.genesis, snapshot))
     checkpoint.load(state, snapshot, base.summary)
     return {line.key: line.seq for line in snapshot.accounts.values()}
+
+
+def snapshot_of(store: Store, proof: Proof) -> Snapshot:
+    """The lines of a checkpoint on the shelf."""
+    return checkpoint.read(store.shelf.pages(proof.summary.state_root))
 
 
 def committees_below(store: Store, genesis: Genesis, snapshot: Snapshot) -> list[Item]:

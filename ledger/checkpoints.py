@@ -178,10 +178,10 @@ class Checkpoints:
 
     # fetching
 
-    async def newest_offer(self) -> Offer | None:
+    async def newest_offer(self, provers_min: int) -> Offer | None:
         """The checkpoint with the most entries that peers show; None if there is none.
 
-        It is of the newest epoch that any of them proves, and :data:`PROVERS_MIN` of them prove a checkpoint of it.
+        It is of the newest epoch that any of them proves, and ``provers_min`` of them prove a checkpoint of it.
         """
         peers = list(self._network.peers())[:ASKED_MAX]
         offers: list[Offer] = []
@@ -203,7 +203,7 @@ class Checkpoints:
         newest = max((chain.epoch for chain in chains), default=0)
         provers = [offer for offer in offers if offer.chain.epoch == newest]
         self._provers = len(provers)
-        if len(provers) < PROVERS_MIN:
+        if len(provers) < provers_min:
             return None
         return max(provers, key=lambda offer: offer.proof.summary.entries)
 
@@ -252,7 +252,7 @@ class Checkpoints:
         """Start this fresh node from the newest checkpoint of its peers; None if they prove none, or all is wanted."""
         if self._archive or self._book.state.applied:
             return None
-        offer = await self.newest_offer()
+        offer = await self.newest_offer(PROVERS_MIN)
         if offer is None:
             return None
         encoded, _ = await self._fetch(offer)
@@ -277,7 +277,7 @@ class Checkpoints:
 
     async def obtain(self) -> Proof | None:
         """Keep the newest checkpoint of the peers, checked against the own state; None if none is newer."""
-        offer, mine = await self.newest_offer(), self._book.store.shelf.newest()
+        offer, mine = await self.newest_offer(1), self._book.store.shelf.newest()
         if offer is None or (mine is not None and mine.summary.entries >= offer.proof.summary.entries):
             return None
         encoded, pages = await self._fetch(offer)

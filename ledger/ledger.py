@@ -31,6 +31,7 @@ from ledger.recovering import Recovering
 from ledger.replicate import Replicator
 from ledger.seats import Seats
 from ledger.selling import Selling
+from ledger.shelf import shown
 from ledger.store import Store, Writer
 from ledger.verify import Report, verify_file
 from ledger.voting import Voting
@@ -237,6 +238,11 @@ class Ledger:
     def new_epoch_key(self) -> bytes:
         """Make a key for a committee to come; its public part."""
         return bytes(self._keys.create().public_key)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The newest checkpoint on this disk, and the one below which nothing is kept, JSON-able."""
+        shelf = self._store.shelf
+        return {"newest": shown(shelf.newest()), "base": shown(shelf.base()), "entries": self.book.state.applied}
 
     async def settle_all(self) -> int:
         """Put every voucher this node holds on the ledger now; microcredits that were paid out."""

@@ -13,7 +13,10 @@ from typing import Any
 import msgspec
 
 from config.errors import ConfigError, IntegrityError, RequestError
+from ledger.book import snapshot_of, start_from_base
 from ledger.core.certificate import Verifier
+from ledger.core.checkpoint import Snapshot
+from ledger.core.checkpoint import channels as checkpoint_channels
 from ledger.core.committee import CommitteeChain
 from ledger.core.genesis import Genesis
 from ledger.core.objects import (
@@ -37,6 +40,7 @@ from ledger.core.objects import (
 )
 from ledger.core.rules import ChannelState
 from ledger.core.state import State
+from ledger.shelf import shown
 from ledger.store import Store
 from p2p.core import codec
 from p2p.core.identity import peer_id_of, public_key_of, verify
@@ -70,6 +74,7 @@ def opened(path: Path | str, genesis: Genesis) -> Iterator[Store]:
 def state_of(store: Store, genesis: Genesis) -> State:
     """The state as the file has it; what stands in a node's own file was verified before it was written."""
     state = State(genesis)
+    start_from_base(store, state)
     for item in store.items():
         state.add(item)
     return state
@@ -114,8 +119,11 @@ def statement(path: Path | str, genesis: Genesis, account: bytes) -> list[Line]:
     """Everything that moved an account's free balance, in the order this node learned it (claims last)."""
     book = _Statement(account)
     with opened(path, genesis) as store:
+        if (base := store.shelf.base()) is not None:
+            book.carry(snapshot_of(store, base), base.summary.state_root)
         for item, _, seen_ms in store.finals(proofs=False):
-            book.take(item, seen_ms)
+            if not book.is_below(item):
+                book.take(item, seen_ms)
     return book.lines
 
 
@@ -127,6 +135,29 @@ class _Statement:
         self.lines: list[Line] = []
         self._channels: dict[bytes, ChannelState] = {}
         self._balance = 0
+        self._below: dict[bytes, int] = {}
+
+    def carry(self, snapshot: Snapshot, root: bytes) -> None:
+        """Begin with a checkpoint: what lies below it is not here."""
+        self._below = {line.key: line.seq for line in snapshot.accounts.values()}
+        self._channels = checkpoint_channels(snapshot)
+        line = snapshot.accounts.get(self.account)
+        if line is not None and line.balance:
+            self._balance = line.balance
+            self.lines.append(
+                Line(
+                    seen_ms=0,
+                    kind="carried",
+                    amount=line.balance,
+                    peer_id=peer_id_of(self.account),
+                    reference=root.hex(),
+                    balance=line.balance,
+                )
+            )
+
+    def is_below(self, item: Item) -> bool:
+        """Whether an entry is in what was carried over already; claims say themselves what is new in them."""
+        return isinstance(item.object, Entry) and item.object.seq <= self._below.get(item.object.account, 0)
 
     def _add(self, item: Item, seen_ms: int, kind: str, amount: int, other: bytes) -> None:
         self._balance += amount
@@ -348,6 +379,12 @@ def channels(path: Path | str, genesis: Genesis, account: bytes) -> list[dict[st
 def _promised(voucher: bytes) -> int:
     from_disk: int = msgspec.msgpack.decode(voucher)[4]
     return from_disk
+
+
+def checkpoint(path: Path | str, genesis: Genesis) -> dict[str, Any]:
+    """The newest checkpoint on this disk, and the one below which nothing is kept."""
+    with opened(path, genesis) as store:
+        return {"newest": shown(store.shelf.newest()), "base": shown(store.shelf.base())}
 
 
 # --- offences

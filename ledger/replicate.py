@@ -263,10 +263,11 @@ class Replicator:
         """Learn an answer; False if there was nothing new in it."""
         if len(reply.buffers) > ANSWER_OBJECTS_MAX:
             raise IntegrityError("integrity", f"{peer_id} sent {len(reply.buffers)} objects at once")
-        if reply.header.get("pruned") is True and not reply.buffers:
-            raise RemoteError("unavailable", f"{peer_id} keeps only what is above a checkpoint", peer_id=peer_id)
         self.answers += 1
-        return bool(await self._book.learn([certificates.decode(bytes(data)) for data in reply.buffers]))
+        new = await self._book.learn([certificates.decode(bytes(data)) for data in reply.buffers])
+        if reply.header.get("pruned") is True:
+            raise RemoteError("unavailable", f"{peer_id} keeps only what is above a checkpoint", peer_id=peer_id)
+        return bool(new)
 
     async def _give(self, peer_id: PeerId, buckets: Sequence[int], theirs: Heads) -> int:
         """Push what the peer lacks in these buckets, bounded: the rest it fetches itself. How many objects."""

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ledger.core.checkpoint import PAGE_BYTES_MAX, Page, Proof
+from ledger.core.checkpoint import PAGE_BYTES_MAX, Checkpoint, Page, Proof
 from p2p.core import codec
+from p2p.core.identity import peer_id_of
 
 KEPT = 2
 PROOF_BYTES_MAX = 64 << 10
@@ -23,6 +24,22 @@ class Rows:
 
     sql: str
     params: Sequence[tuple[Any, ...]]
+
+
+def shown(proof: Proof | None) -> dict[str, Any] | None:
+    """A checkpoint, JSON-able. Amounts are microcredits."""
+    if proof is None:
+        return None
+    summary = proof.summary
+    signers = [codec.decode(Checkpoint, s.body, bytes_max=PROOF_BYTES_MAX).witness for s in proof.signatures]
+    return {
+        "root": summary.state_root.hex(),
+        "frontier": summary.frontier.hex(),
+        "epoch": summary.epoch,
+        "entries": summary.entries,
+        "supply": summary.supply,
+        "witnesses": [peer_id_of(key) for key in signers],
+    }
 
 
 class Shelf:

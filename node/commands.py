@@ -314,6 +314,14 @@ def _ledger_commands(command: Command, top: Any) -> None:  # noqa: ANN401
         made = sub(name, text)
         made.add_argument("to", help="a peer id")
         made.add_argument("credits", help="credits, e.g. 12.5")
+    checkpoint = sub("checkpoint", "The newest checkpoint here: a state that a quorum of witnesses signed.")
+    doing = checkpoint.add_mutually_exclusive_group()
+    for flag, text in (
+        ("new", "let the witnesses sign the state of now"),
+        ("fetch", "take the newest one of the peers, checked against the own state"),
+        ("prune", "drop what lies below it (not on an archive)"),
+    ):
+        doing.add_argument(f"--{flag}", dest="do", action="store_const", const=flag, default="", help=text)
     export = sub("export", "Every entry and claim with its certificate: JSON lines, or CSV.", csv=True)
     export.add_argument("--account", default="", metavar="PEER", help="only what this account signed")
     export.add_argument("--output", default="", metavar="FILE", help="a new file (default: standard output)")

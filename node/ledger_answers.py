@@ -95,6 +95,18 @@ async def _transfer(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN4
     return {"entry": item.id.hex()}
 
 
+async def _checkpoint(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    ledger = _ledger(node)
+    doing, freed = args.get("do", ""), None
+    if doing == "new":
+        await ledger.checkpoints.propose()
+    elif doing == "fetch":
+        await ledger.checkpoints.obtain()
+    elif doing == "prune":
+        _, freed = await ledger.checkpoints.prune()
+    return {**ledger.checkpoint(), "freed_bytes": freed}
+
+
 COMMANDS: Mapping[str, Callable[["Node", Args, Send], Awaitable[Any]]] = {
     "ledger.balance": _balance,
     "ledger.statement": _statement,
@@ -105,5 +117,6 @@ COMMANDS: Mapping[str, Callable[["Node", Args, Send], Awaitable[Any]]] = {
     "ledger.settle": _settle,
     "ledger.grant": _grant,
     "ledger.transfer": _transfer,
+    "ledger.checkpoint": _checkpoint,
 }
 """Every command of the ledger by name, for ``operator``."""

@@ -169,6 +169,8 @@ def verify(context: Context) -> Output:
     data = _either(context, "verify", offline)
     verdict = "verified" if data["verified"] else "NOT VERIFIED: " + "; ".join(data["problems"])
     text = f"{verdict}\n  {data['entries']} entries, {data['claims']} settlements, {data['certificates']} certificates"
+    if data["below_checkpoint"]:
+        text += f", and a checkpoint of {data['below_checkpoint']} entries that are not here"
     text += f"\n  sums {'add up' if data['sum_ok'] else 'DO NOT ADD UP'}, digest {data['digest']}"
     return Output(data, text, EXIT_OK if data["verified"] and data["sum_ok"] else EXIT_FAILED)
 
@@ -272,6 +274,32 @@ def _pay(context: Context, command: str, verb: str) -> Output:
     amount = parse_credits(context.args.credits)
     data = _ask(context, command, to=context.args.to, microcredits=amount)
     return Output(data, f"{verb} {format_credits(amount)} credits to {context.args.to}; entry {data['entry']}")
+
+
+# --- checkpoints
+
+
+def checkpoint(context: Context) -> Output:
+    """``rios ledger checkpoint``"""
+
+    def offline() -> Any:  # noqa: ANN401 - JSON
+        from ledger import reading  # noqa: PLC0415
+
+        return reading.checkpoint(*_file(context))
+
+    doing = context.args.do
+    data = _ask(context, "checkpoint", do=doing) if doing else _either(context, "checkpoint", offline)
+    newest, base = data["newest"], data["base"]
+    if newest is None:
+        return Output(data, "there is no checkpoint on this disk; make one: rios ledger checkpoint --new")
+    text = f"checkpoint {newest['root']}\n  {newest['entries']} entries, epoch {newest['epoch']}, "
+    text += f"{format_credits(newest['supply'])} credits, signed by {len(newest['witnesses'])} witnesses"
+    text += f"\n  frontier {newest['frontier']}"
+    if base is not None:
+        text += f"\n  what lies below {base['entries']} entries is not kept here"
+    if data.get("freed_bytes") is not None:
+        text += f"\n  {data['freed_bytes']} bytes freed"
+    return Output(data, text)
 
 
 # --- everything

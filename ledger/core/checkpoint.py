@@ -363,11 +363,16 @@ def load(state: State, snapshot: Snapshot, summary: Summary) -> None:
     state.accounts.clear()
     for line in snapshot.accounts.values():
         state.accounts[line.key] = AccountState(line.seq, line.head, line.balance)
-    for key, c in snapshot.channels.items():
-        state.channels[key] = ChannelState(
-            c.payer, c.signer, c.payout, c.lock, c.expiry_ms, c.seq, c.op_index, paid=c.paid
-        )
+    state.channels.update(channels(snapshot))
     state.supply, state.applied = summary.supply, summary.entries
+
+
+def channels(snapshot: Snapshot) -> dict[bytes, ChannelState]:
+    """The open channels of a checkpoint as a state holds them."""
+    return {
+        key: ChannelState(c.payer, c.signer, c.payout, c.lock, c.expiry_ms, c.seq, c.op_index, paid=c.paid)
+        for key, c in snapshot.channels.items()
+    }
 
 
 def adopt_committees(committees: CommitteeChain, items: Iterable[Item]) -> None:

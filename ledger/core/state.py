@@ -265,7 +265,7 @@ class State:
         for key in sorted(self.channels):
             c = self.channels[key]
             if c.closed_at is None:  # what a closed one did stands in the balances; a checkpoint drops it
-                yield key + c.payer + c.payout + c.lock.to_bytes(8, "big") + c.paid.to_bytes(8, "big")
+                yield key + c.payer + c.payout + c.lock.to_bytes(8, "big") + c.paid.to_bytes(8, "big") + b"\0"
         yield self.supply.to_bytes(8, "big")
         yield from self.committees.lines()
 

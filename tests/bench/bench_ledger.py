@@ -40,7 +40,7 @@ from ledger.core.state import State
 from ledger.core.witness import Witness
 from ledger.store import Final, Store
 from p2p.core.identity import Identity
-from tests.bench import ledger_finality, ledger_sync, ledger_vouchers
+from tests.bench import ledger_bootstrap, ledger_finality, ledger_sync, ledger_vouchers
 
 ACCOUNTS = 500
 TURN = 5000
