@@ -132,22 +132,18 @@ class Book:
     async def start_from(self, committees: Sequence[Certificate], proof: Proof, pages: Sequence[bytes]) -> None:
         """Make this fresh book the one of a checkpoint. The caller has checked all three.
 
-        Objects that came meanwhile and build on it are applied.
+        Objects that came meanwhile and build on it are applied; one that is just being written comes back by
+        anti-entropy.
         """
         now = self.now_ms()
         finals = [Final(parse(each.object), each, now) for each in committees]
         rows = self.store.shelf.keep(proof, pages)
         root = proof.summary.state_root
         await self.writer.commit([*finals, *rows, self.store.shelf.start_from(root)])
-        state = self.state
-        early = [item for slots in state.waiting_entries.values() for item in slots.values()]
-        early += state.waiting_claims.values()
-        state.waiting_entries.clear()
-        state.waiting_claims.clear()
-        self.pruned_below = start_from_base(self.store, state)
-        for item in early:
+        self.pruned_below = start_from_base(self.store, self.state)
+        for item in self.store.items():  # the few that gossip was faster with
             with suppress(RuleError):  # of a channel that is closed by now
-                state.add(item)
+                self.state.add(item)
         for told in self.replaced:
             told()
 

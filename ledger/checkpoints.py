@@ -42,6 +42,7 @@ DEADLINE_MS = 20_000
 ATTEST_DEADLINE_MS = 120_000
 PROPOSE_S = 180.0
 RETRY_S = 0.5
+FRESH_ENTRIES_MAX = 1000
 HELD_MAX = 6
 """Rounds that a fresh node waits for a second peer to prove a checkpoint; then it begins with the genesis."""
 
@@ -65,8 +66,9 @@ class Checkpoints:
     ) -> None:
         self._network, self._book, self._notes, self._seats, self._heal = network, book, notes, seats, heal
         self._archive, self._in_thread = archive, in_thread
-        self._looking = trio.Lock()
+        self._looking, self._starting = trio.Lock(), trio.Lock()
         self._offered: dict[bytes, list[bytes]] = {}
+        self._fresh = not book.state.applied
         self._provers = 0
         self._held = 0
         network.serve("ledger.checkpoint", self._serve_newest)
@@ -250,22 +252,26 @@ class Checkpoints:
 
     async def start(self) -> Proof | None:
         """Start this fresh node from the newest checkpoint of its peers; None if they prove none, or all is wanted."""
-        if self._archive or self._book.state.applied:
-            return None
-        offer = await self.newest_offer(PROVERS_MIN)
-        if offer is None:
-            return None
-        encoded, _ = await self._fetch(offer)
-        if self._book.state.applied:
-            return None  # others were faster
-        await self._book.start_from(offer.committees, offer.proof, encoded)
+        async with self._starting:
+            if not self._is_fresh():
+                return None
+            offer = await self.newest_offer(PROVERS_MIN)
+            if offer is None:
+                return None
+            encoded, _ = await self._fetch(offer)
+            await self._book.start_from(offer.committees, offer.proof, encoded)
+            self._fresh = False
         log.info("started from a checkpoint of %d entries of %s", offer.proof.summary.entries, offer.peer_id)
         return offer.proof
+
+    def _is_fresh(self) -> bool:
+        """Whether this node began with nothing, and has nothing yet but what gossip brought."""
+        return self._fresh and not self._archive and self._book.state.applied < FRESH_ENTRIES_MAX
 
     async def before_round(self) -> bool:
         """What a fresh node does before it asks for single objects; False: not yet, more peers may come that prove the
         checkpoint that one of them shows."""
-        if self._archive or self._book.state.applied:
+        if not self._is_fresh():
             return True
         try:
             started = await self.start()
@@ -273,7 +279,8 @@ class Checkpoints:
             log.warning("could not start from a checkpoint: %s", error.message)
             started = None
         self._held += 1
-        return started is not None or not self._provers or self._held > HELD_MAX
+        self._fresh = started is None and self._provers > 0 and self._held <= HELD_MAX
+        return not self._fresh
 
     async def obtain(self) -> Proof | None:
         """Keep the newest checkpoint of the peers, checked against the own state; None if none is newer."""

@@ -358,9 +358,9 @@ class _Undo:
 
 
 def load(state: State, snapshot: Snapshot, summary: Summary) -> None:
-    """Make a fresh state, whose committee chain is complete, the one of a checkpoint."""
-    assert not state.applied, "only a fresh state starts from a checkpoint"
-    state.accounts.clear()
+    """Make a state, whose committee chain is complete, the one of a checkpoint; whatever it held is forgotten."""
+    for held in (state.accounts, state.channels, state.waiting_entries, state.waiting_claims, state.broken):
+        held.clear()
     for line in snapshot.accounts.values():
         state.accounts[line.key] = AccountState(line.seq, line.head, line.balance)
     state.channels.update(channels(snapshot))

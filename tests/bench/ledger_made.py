@@ -30,6 +30,7 @@ class Made:
         self._items: list[Final] = []
         self._rng = random.Random(5)
         self.stores: list[Store] = []
+        """Where it goes; nothing is synced while it is generated."""
 
     def _final(self, who: Identity, ops: tuple[Op, ...]) -> None:
         account = self.state.account(who.public_key)
@@ -49,6 +50,8 @@ class Made:
 
     def _write(self) -> None:
         for store in self.stores:
+            assert store._writer is not None
+            store._writer.execute("PRAGMA synchronous = OFF")
             store.commit(self._items)
         self._items = []
 
