@@ -345,6 +345,12 @@ def _committee_commands(command: Command, ledger: Any) -> None:  # noqa: ANN401
     allow = command(
         ledger, "allow", _command("committee_commands", "allow"), "Let this node's witness vote for a change."
     )
+    command(
+        ledger,
+        "trust-backup",
+        _command("committee_commands", "trust_backup"),
+        "Let the only witness of a network vote again after its ledger came from a backup (f = 0 only).",
+    )
     allow.add_argument("entry", metavar="ID", help="the entry's id, as rios ledger committee or issuer prints it")
 
 

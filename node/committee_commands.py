@@ -102,3 +102,9 @@ def allow(context: Context) -> Output:
     """``rios ledger allow``"""
     data = _ask(context, "allow", entry=context.args.entry)
     return Output(data, f"this node's witness may vote for {data['entry']}")
+
+
+def trust_backup(context: Context) -> Output:
+    """``rios ledger trust-backup``"""
+    data = _ask(context, "trust")
+    return Output(data, "this node's witness votes again; what it voted after the backup was made it does not know")

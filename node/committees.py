@@ -79,6 +79,12 @@ async def _change(ledger: Ledger, op: Committee | Issuer, args: Args) -> Any:  #
     return {"entry": entry_id.hex(), "submitted": args.get("submit") is True}
 
 
+async def trust(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
+    """Let the only witness of a network vote again though its database came from a backup."""
+    await _ledger(node).trust_backup()
+    return {"trusted": True}
+
+
 async def allow(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
     """List a change that this node's witness may vote for."""
     try:

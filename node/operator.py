@@ -70,6 +70,7 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "ledger.committee": committees.committee,
             "ledger.issuer": committees.issuer,
             "ledger.allow": committees.allow,
+            "ledger.trust": committees.trust,
         }.items()
     }
 
