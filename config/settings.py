@@ -244,7 +244,11 @@ class LedgerSettings:
     """``[ledger]``"""
 
     genesis_file: str = _setting("", "The network's genesis file. Empty: <data dir>/genesis.json.")
-    witness: bool = _setting(False, "Vote as a witness (the genesis must name this node's key).")
+    witness: bool = _setting(
+        False,
+        "Vote as a witness in every epoch whose committee names a key of this node: its own, or one made by "
+        "rios ledger epoch-key.",
+    )
     archive: bool = _setting(
         False,
         "Keep every entry since the genesis. Off: a new node starts from its peers' newest checkpoint where two of "

@@ -486,6 +486,10 @@ class Store:
             for body, signature in self._reader.execute("SELECT body, signature FROM headers ORDER BY id"):
                 yield Signed(body, signature)
 
+    def final_claims(self) -> list[Item]:
+        """The highest final claim of every channel."""
+        return [self._parse(*row) for row in self._query("SELECT body, signature FROM claims")]
+
     def newest_headers(self, count: int) -> Iterator[Signed]:
         """The headers of batches of votes that became known last."""
         for row in self._query("SELECT body, signature FROM headers ORDER BY id DESC LIMIT ?", (count,)):

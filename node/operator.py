@@ -14,7 +14,7 @@ import trio
 from config.errors import ConfigError, RequestError, RiosError
 from dmoe.core.manifest import Manifest
 from dmoe.hosting import Bringing
-from node import answering, ledger_answers, membership, plan, replicas
+from node import answering, committees, ledger_answers, membership, plan, replicas
 from node.cli import VERSION
 from node.control import Command, Send
 from p2p import allow, clock
@@ -60,6 +60,10 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "audit.list": _audit_list,
             "audit.forgive": _audit_forgive,
             **ledger_answers.COMMANDS,
+            "ledger.committee": committees.committee,
+            "ledger.issuer": committees.issuer,
+            "ledger.allow": committees.allow,
+            "ledger.trust": committees.trust,
         }.items()
     }
 
