@@ -109,3 +109,9 @@ def cache_dir(environ: Mapping[str, str], home: Path) -> Path:
     """Downloads that can be fetched again: ``$XDG_CACHE_HOME/rios``."""
     base = Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else home / ".cache"
     return base / "rios"
+
+
+def state_dir(environ: Mapping[str, str], home: Path) -> Path:
+    """What belongs to the user and not to one data folder: ``$XDG_STATE_HOME/rios``."""
+    base = Path(environ["XDG_STATE_HOME"]) if environ.get("XDG_STATE_HOME") else home / ".local" / "state"
+    return base / "rios"

@@ -254,6 +254,11 @@ class LedgerSettings:
         "Keep every entry since the genesis. Off: a new node starts from its peers' newest checkpoint where two of "
         "them prove one, and rios ledger checkpoint --prune drops what lies below.",
     )
+    payout_account: str = _setting(
+        "",
+        "The peer id of the account that is paid for this node's work, e.g. one whose key is kept offline. "
+        "Empty: this node's own.",
+    )
     microcredits_per_tflop: int = _setting(
         1_000_000, "Price of 1 TFLOP of expert work here.", minimum=0, maximum=1 << 40
     )

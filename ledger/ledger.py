@@ -138,6 +138,11 @@ class Ledger:
         """This node's account."""
         return self._identity.public_key
 
+    @property
+    def is_restored(self) -> bool:
+        """Whether this database is, or may be, older than what this node promised: the wallet asks first."""
+        return bool(self._lineage.wallet_unsure)
+
     def balance(self, account: bytes | None = None) -> int:
         """Free microcredits of an account (this node's by default)."""
         return self.book.state.balance(account or self.account)

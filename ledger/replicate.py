@@ -74,6 +74,11 @@ class Replicator:
         network.serve("ledger.fetch", self._serve_fetch)
         network.serve("ledger.push", self._serve_push)
 
+    @property
+    def network(self) -> Network:
+        """Where the peers are."""
+        return self._network
+
     # gossip
 
     def announce(self, new: Sequence[Certificate]) -> None:

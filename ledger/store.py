@@ -34,7 +34,7 @@ BUSY_TIMEOUT_S = 10.0
 T = TypeVar("T")
 
 _pack = msgspec.msgpack.Encoder().encode
-_unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
+unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
 
 
 class Final(msgspec.Struct, frozen=True, gc=False):
@@ -216,6 +216,7 @@ class Store:
     def _load_ids(self) -> None:
         with _mapped(self.path):
             self._accounts = {key: row for row, key in self._reader.execute("SELECT id, key FROM accounts")}
+            self._account_top = max(self._accounts.values(), default=0)
             self._headers = {}
             top = self._reader.execute("SELECT max(id) FROM headers").fetchone()[0]
             self._header_top = top or 0
@@ -257,6 +258,22 @@ class Store:
             self._read_headers.clear()
             writer.execute("VACUUM")
             return before - pruning.size_bytes(writer)
+
+    def copy_rows(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Take in rows of another file of this version as they are (``salvage``); :meth:`reload` once all are there."""
+        assert self._writer is not None, "the store was opened read-only"
+        if rows:
+            places = ", ".join("?" * len(rows[0]))
+            with _mapped(self.path):
+                self._execute(self._writer, {f"INSERT OR REPLACE INTO {table} VALUES ({places})": list(rows)})
+
+    def reload(self) -> None:
+        """Look at the numbers of accounts and headers anew."""
+        self._load_ids()
+
+    def count(self, table: str) -> int:
+        """How many rows a table has."""
+        return int(self._query(f"SELECT count(*) FROM {table}")[0][0])
 
     def _execute(self, writer: sqlite3.Connection, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         writer.execute("BEGIN IMMEDIATE")
@@ -337,7 +354,8 @@ class Store:
     def _account_id(self, key: bytes, rows: dict[str, list[tuple[Any, ...]]]) -> int:
         row = self._accounts.get(key)
         if row is None:
-            row = self._accounts[key] = len(self._accounts) + 1
+            self._account_top += 1
+            row = self._accounts[key] = self._account_top
             rows[_ACCOUNT].append((row, key))
         return row
 
@@ -395,7 +413,7 @@ class Store:
     def _certificate(self, signed: Signed, epoch: int, proof: bytes) -> Certificate:
         votes = []
         try:
-            parts = _unpack_proof(proof)
+            parts = unpack_proof(proof)
         except msgspec.DecodeError as error:
             raise damaged(self.path, f"a certificate cannot be read: {error}") from error
         for row, index, path in parts:

@@ -314,6 +314,11 @@ def _ledger_commands(command: Command, top: Any) -> None:  # noqa: ANN401
         made = sub(name, text)
         made.add_argument("to", help="a peer id")
         made.add_argument("credits", help="credits, e.g. 12.5")
+    repair = command(
+        ledger, "repair", _command("repair", "repair"), "A new ledger file from the old one and peers; what was done."
+    )
+    repair.add_argument("--seconds", type=float, default=600.0, help="for peers (default: 600)")
+    repair.add_argument("--force", action="store_true", help="also if nothing is wrong with the file")
     checkpoint = sub("checkpoint", "The newest checkpoint here: a state that a quorum of witnesses signed.")
     doing = checkpoint.add_mutually_exclusive_group()
     for flag, text in (

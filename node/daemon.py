@@ -9,7 +9,6 @@ Invariants:
 3. SIGTERM or SIGINT ends it within five seconds: no new work, work in flight finished, ledger closed, links closed.
 """
 
-import fcntl
 import gc
 import logging
 import os
@@ -18,11 +17,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import psutil
@@ -30,7 +28,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from config.errors import EXIT_OK, LocalError, RiosError
-from config.files import naming, write_whole
+from config.files import write_whole
 from config.paths import PAUSE_NOTE, Paths
 from config.settings import DmoeSettings, Settings, chosen_route
 from config.vocabulary import KFLOP_PER_TFLOP, MIB
@@ -63,7 +61,7 @@ from dmoe.worker import Worker
 from ledger.core.genesis import Genesis
 from ledger.keys import EpochKeys
 from ledger.ledger import Ledger, open_ledger
-from node import control, founding, membership, metrics, operator
+from node import control, founding, locks, membership, metrics, operator
 from node.cli import VERSION, root_cause
 from p2p import keyfile, swarmfile
 from p2p.core.advert import Advert
@@ -151,29 +149,11 @@ class Node:
         return reasons
 
 
-@contextmanager
-def _only_daemon(lock: Path) -> Iterator[None]:
-    lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(descriptor, 32).decode(errors="replace").strip()
-            message = f"a node is already running with the data folder {lock.parent} (pid {pid or 'unknown'})"
-            raise LocalError("local", message, "stop it, or use another node.data_dir") from None
-        with naming(lock):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes: bool = False) -> int:
     """Run a node until it is told to stop; returns the exit code. Raises RiosError if it cannot start."""
-    with _only_daemon(paths.lock):
+    with locks.data_folder(paths.lock), ExitStack() as held:
         identity = keyfile.load(paths.key, passphrase=passphrase)
+        held.enter_context(locks.key(identity.peer_id))
         try:
             keys = EpochKeys(identity, paths.epoch_keys, passphrase)
             trio.run(_main, settings, paths, identity, keys, until_stdin_closes)

@@ -80,12 +80,15 @@ def paths_show(context: Context) -> Output:
 
 def config_check(context: Context) -> Output:
     """``rios config check``"""
+    from node import founding  # noqa: PLC0415
+
     loaded = context.settings()
     settings = loaded.settings
     listed = seeds.collect(settings.p2p.seeds, settings.p2p.seeds_file, context.config_file.parent)
     for name in ("listen", "announce"):
         for address in getattr(settings.p2p, name):
             seeds.host_port(address, f"p2p.{name}")
+    founding.payout(settings)
     where = str(context.config_file) if context.config_file.exists() else "no config file; defaults"
     notes = _notes(settings.dmoe)
     data = {"ok": True, "config": where, "seeds": list(listed), "notes": notes}

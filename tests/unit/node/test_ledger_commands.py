@@ -175,6 +175,30 @@ def test_what_needs_the_daemon_says_so(made, capsys):
         assert told(capsys, *words, code=3)["error"]["code"] == "not_running"
 
 
+def test_repair_without_peers_saves_what_can_be_read_and_says_so(made, home, capsys, monkeypatch):
+    monkeypatch.setattr("node.repair.SECONDS_FOR_PEERS", 0.1)
+    monkeypatch.setenv("RIOS_PASSPHRASE", "not needed to look")
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    quiet = ("--set", "p2p.listen=/ip4/127.0.0.1/tcp/0", "--set", "p2p.mdns=false")
+    assert told(capsys, "repair", *quiet)["repaired"] is False
+    store = Store(home / "ledger.db", made.genesis.net)
+    store._writer.execute("UPDATE entries SET signature = zeroblob(64) WHERE id = 3")
+    store.close()
+    report = told(capsys, "repair", *quiet)
+    assert report["repaired"]
+    assert "not signed by its account" in report["problem"]
+    assert (report["salvaged"]["entries"], report["salvaged"]["refused"]) == (2, 1)
+    assert report["verified"]
+    assert report["agrees_with"] == []
+    assert (home / report["moved_to"]).exists()
+    assert told(capsys, "verify")["verified"] is True
+    (home / "ledger.db").write_bytes(b"\xa5" * 40960)
+    text = said(capsys, "repair", *quiet)
+    assert "not readable to the end" in text
+    assert "start the node, it fetches the rest" in text
+    assert "stays silent for its epoch" in text
+
+
 def test_no_ledger_and_no_key_are_said(home, capsys):
     assert told(capsys, "verify", code=1)["error"]["code"] == "not_found"
     assert told(capsys, "balance", code=1)["error"]["code"] == "not_found"
