@@ -39,6 +39,11 @@ class Paths:
         return self.data / "ledger.db"
 
     @property
+    def epoch_keys(self) -> Path:
+        """Keys of a witness, one file per epoch, mode 0600; erased when their epoch is over."""
+        return self.data / "epoch-keys"
+
+    @property
     def accounts(self) -> Path:
         """The gateway's embedded accounts database."""
         return self.data / "gateway.db"
@@ -103,4 +108,10 @@ def data_dir(configured: str, environ: Mapping[str, str], home: Path, *, beside:
 def cache_dir(environ: Mapping[str, str], home: Path) -> Path:
     """Downloads that can be fetched again: ``$XDG_CACHE_HOME/rios``."""
     base = Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else home / ".cache"
+    return base / "rios"
+
+
+def state_dir(environ: Mapping[str, str], home: Path) -> Path:
+    """What belongs to the user and not to one data folder: ``$XDG_STATE_HOME/rios``."""
+    base = Path(environ["XDG_STATE_HOME"]) if environ.get("XDG_STATE_HOME") else home / ".local" / "state"
     return base / "rios"

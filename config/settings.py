@@ -249,7 +249,21 @@ class LedgerSettings:
     """``[ledger]``"""
 
     genesis_file: str = _setting("", "The network's genesis file. Empty: <data dir>/genesis.json.")
-    witness: bool = _setting(False, "Vote as a witness (the genesis must name this node's key).")
+    witness: bool = _setting(
+        False,
+        "Vote as a witness in every epoch whose committee names a key of this node: its own, or one made by "
+        "rios ledger epoch-key.",
+    )
+    archive: bool = _setting(
+        False,
+        "Keep every entry since the genesis. Off: a new node starts from its peers' newest checkpoint where two of "
+        "them prove one, and rios ledger checkpoint --prune drops what lies below.",
+    )
+    payout_account: str = _setting(
+        "",
+        "The peer id of the account that is paid for this node's work, e.g. one whose key is kept offline. "
+        "Empty: this node's own.",
+    )
     microcredits_per_tflop: int = _setting(
         1_000_000, "Price of 1 TFLOP of expert work here.", minimum=0, maximum=1 << 40
     )

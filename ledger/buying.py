@@ -70,7 +70,8 @@ class Buying:
         self._moved: dict[bytes, trio.Event] = {}
         self._answers: dict[bytes, Answers] = {}
         self._covered = trio.Event()
-        self._used_at: dict[bytes, float] = {}
+        self._seen: dict[bytes, tuple[int, float]] = {}
+        """Calls of a channel when a receipt came, and since when there were no more."""
         self._low: set[PeerId] = set()
         self._wake = trio.Event()
         self.vouchers = 0
@@ -85,6 +86,7 @@ class Buying:
             return
         channel = self._new(PeerId(row.peer_id), row.channel, known)
         channel.calls, channel.kflop = row.calls, row.kflop
+        self._seen[channel.id] = row.calls, 0.0
         channel.nano = row.microcredits * NANO + row.nano
         channel.receipt_n, channel.receipt_cumulative = row.receipt_n, row.receipt_cumulative
         channel.adopt(codec.decode(Voucher, row.voucher, bytes_max=SMALL_BYTES_MAX))
@@ -96,6 +98,7 @@ class Buying:
         self._by_id[key] = channel
         self._worker_of[key] = worker
         self._answers.setdefault(key, Answers())
+        self._seen[key] = 0, 0.0
         return channel
 
     # the hot path
@@ -114,7 +117,6 @@ class Buying:
             return
         known.used(quote, kflop)
         self._answers[channel].arrived(leaf)
-        self._used_at[channel] = trio.current_time()
         if self._moved and channel in self._moved:
             self._moved[channel].set()
         if known.nano * 4 > known.lock * (3 * NANO) and worker not in self._low:
@@ -264,10 +266,19 @@ class Buying:
                 await self._dispute(call.peer_id, channel, receipt, excess)
             if call.buffers:  # a worker of an older version lists no answers: nothing of it can be proved
                 await self._check_answers(call.peer_id, channel, signed, receipt, leaves)
-            if trio.current_time() - self._used_at.get(channel.id, 0.0) > AUDITED_S:
+            if self._rests(channel):
                 channel.at_rest()
             voucher = await self._persist(call.peer_id, channel, channel.pay(receipt))
         return Reply({"voucher": codec.encode(voucher)})
+
+    def _rests(self, channel: PayerChannel) -> bool:
+        """Whether there was no call for so long that the answers were audited; looked at with every receipt."""
+        now = trio.current_time()
+        calls, since = self._seen[channel.id]
+        if channel.calls != calls:
+            since = now
+            self._seen[channel.id] = channel.calls, now
+        return now - since > AUDITED_S
 
     async def _check_answers(
         self, worker: PeerId, channel: PayerChannel, signed: Signed, receipt: Receipt, leaves: Sequence[bytes]

@@ -6,19 +6,19 @@ fetched, what the peer lacks is pushed. All requests and answers are bounded; wh
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import trio
 
-from config.errors import IntegrityError, RiosError
+from config.errors import IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core import certificate as certificates
 from ledger.core.objects import Certificate, Count, Key
-from ledger.core.sync import BUCKETS, DIGEST_BYTES, Digests, Heads, behind, differing
+from ledger.core.sync import BUCKETS, DIGEST_BYTES, Digests, Heads, Range, behind, differing, lacking, slices
 from p2p.core import codec
 from p2p.face import Call, Network, Reply
 
@@ -28,8 +28,16 @@ ANSWER_BYTES_MAX = 1 << 20
 ANSWER_OBJECTS_MAX = 512
 ASK_MAX = 1024
 HEADS_BYTES_MAX = 32 << 20
-PASSES_MAX = 64
+BUCKETS_AT_ONCE = 16
+GIVEN_MAX = 4096
+"""Objects pushed to one peer in one round."""
+PASSES_MAX = 16
 DEADLINE_MS = 10_000
+SHUNNED_MAX = 1024
+USELESS_MAX = 3
+"""Answers in a row without anything new (gossip may have been faster) until a peer is taken to lie."""
+PROGRESS_MIN = 1000
+"""Entries in a round: a peer that gave so many before its time was over is not slow."""
 ROUND_SECONDS_MAX = 60.0
 """A round is given up after that, so that a slow peer does not keep the others' news away."""
 
@@ -48,17 +56,28 @@ class Replicator:
         self._book = book
         self._sync_seconds = sync_seconds
         self._digests = Digests(book.state)
+        book.replaced.append(self._digests.rebuild)
         self._outbox: deque[bytes] = deque(maxlen=OUTBOX_MAX)
+        self.before_round: Callable[[], Awaitable[bool]] | None = None
+        """Asked before every round; False: not yet."""
         self._wake = trio.Event()
         self._random = random.Random()
         self.topic = f"ledger.{book.genesis.net.hex()}"
         self.rounds = 0
         self.failed_rounds = 0
+        self.answers = 0
+        self.fetched_bytes = 0
+        self._shunned: dict[PeerId, tuple[int, float]] = {}
         network.subscribe(self.topic, self._gossip)
         network.serve("ledger.buckets", self._serve_buckets)
         network.serve("ledger.heads", self._serve_heads)
         network.serve("ledger.fetch", self._serve_fetch)
         network.serve("ledger.push", self._serve_push)
+
+    @property
+    def network(self) -> Network:
+        """Where the peers are."""
+        return self._network
 
     # gossip
 
@@ -105,14 +124,39 @@ class Replicator:
 
     async def _run_sync(self) -> None:
         while True:
-            peers = list(self._network.peers())
-            if peers:
-                try:
-                    with trio.move_on_after(ROUND_SECONDS_MAX):
-                        await self.sync_with(self._random.choice(peers))
-                except RiosError:
-                    self.failed_rounds += 1
+            peer_id = self._next_peer()
+            if peer_id is not None:
+                before = self._book.state.applied
+                with trio.move_on_after(ROUND_SECONDS_MAX) as limit:
+                    await self._try_sync(peer_id)
+                if limit.cancelled_caught:
+                    if self._book.state.applied - before >= PROGRESS_MIN:
+                        continue  # there was much to fetch: go on, with whomever
+                    self._shun(peer_id)  # slow; what came of it is kept
             await trio.sleep(self._sync_seconds * self._random.uniform(0.5, 1.5))
+
+    async def _try_sync(self, peer_id: PeerId) -> None:
+        try:
+            if self.before_round is not None and not await self.before_round():
+                return
+            await self.sync_with(peer_id)
+            self._shunned.pop(peer_id, None)
+        except RiosError:
+            self.failed_rounds += 1
+            self._shun(peer_id)
+
+    def _next_peer(self) -> PeerId | None:
+        """A peer at random, of those that did not fail lately if there are such."""
+        peers, now = list(self._network.peers()), trio.current_time()
+        good = [peer for peer in peers if peer not in self._shunned or self._shunned[peer][1] < now]
+        return self._random.choice(good or peers) if peers else None
+
+    def _shun(self, peer_id: PeerId) -> None:
+        """Ask others first, for longer every time. The oldest is forgotten when too many are shunned."""
+        times = min(8, self._shunned.pop(peer_id, (0, 0.0))[0] + 1)
+        self._shunned[peer_id] = times, trio.current_time() + self._sync_seconds * 2**times
+        if len(self._shunned) > SHUNNED_MAX:
+            del self._shunned[next(iter(self._shunned))]
 
     async def sync_with(self, peer_id: PeerId) -> bool:
         """One round with a peer; whether both now have the same.
@@ -122,12 +166,7 @@ class Replicator:
         self.rounds += 1
         last = b""
         for _ in range(PASSES_MAX):
-            reply = await self._network.call(
-                peer_id, "ledger.buckets", {"net": self._book.genesis.net}, deadline_ms=DEADLINE_MS
-            )
-            theirs = reply.header.get("buckets")
-            if not isinstance(theirs, bytes) or len(theirs) != BUCKETS * DIGEST_BYTES:
-                raise IntegrityError("integrity", f"{peer_id} sent malformed digests")
+            theirs = await self._digests_of(peer_id)
             mine = self._digests.buckets()
             different = differing(mine, theirs)
             if not different:
@@ -135,43 +174,129 @@ class Replicator:
             if mine + theirs == last:
                 return False
             last = mine + theirs
-            await self._exchange(peer_id, different)
+            await self._exchange(peer_id, self._in_order(different))
         return False
 
+    async def _digests_of(self, peer_id: PeerId) -> bytes:
+        header = {"net": self._book.genesis.net}
+        reply = await self._network.call(peer_id, "ledger.buckets", header, deadline_ms=DEADLINE_MS)
+        theirs = reply.header.get("buckets")
+        if not isinstance(theirs, bytes) or len(theirs) != BUCKETS * DIGEST_BYTES:
+            raise IntegrityError("integrity", f"{peer_id} sent malformed digests")
+        return theirs
+
+    def _in_order(self, buckets: Sequence[int]) -> list[int]:
+        """Those first from which all money and all committees come: what builds on them then need not wait."""
+        committees = self._book.state.committees
+        first = {self._book.genesis.root[0], *(issuer[0] for issuer in committees.issuers)}
+        return sorted(buckets, key=lambda bucket: (bucket not in first, bucket))
+
     async def _exchange(self, peer_id: PeerId, buckets: list[int]) -> None:
-        reply = await self._network.call(
-            peer_id, "ledger.heads", {"net": self._book.genesis.net, "buckets": buckets}, deadline_ms=DEADLINE_MS
-        )
-        if len(reply.buffers) != 1:
+        """Both ways, some buckets at a time."""
+        given = 0
+        while buckets:
+            theirs, covered = await self._heads_of(peer_id, buckets[:BUCKETS_AT_ONCE])
+            asked, buckets = buckets[:covered], buckets[covered:]
+            await self._pull(peer_id, theirs)
+            if given < GIVEN_MAX:
+                given += await self._give(peer_id, asked, theirs)
+
+    async def _heads_of(self, peer_id: PeerId, buckets: Sequence[int]) -> tuple[Heads, int]:
+        header = {"net": self._book.genesis.net, "buckets": list(buckets)}
+        reply = await self._network.call(peer_id, "ledger.heads", header, deadline_ms=DEADLINE_MS)
+        covered = reply.header.get("covered", len(buckets))  # an older version always answers for all of them
+        if len(reply.buffers) != 1 or type(covered) is not int or not 0 < covered <= len(buckets):
             raise IntegrityError("integrity", f"{peer_id} sent malformed heads")
-        theirs = codec.decode(Heads, bytes(reply.buffers[0]), bytes_max=HEADS_BYTES_MAX)
-        mine = self._digests.heads(buckets)
-        ranges, channels = behind(mine, theirs)
-        if ranges or channels:
-            ask = {"net": self._book.genesis.net, "ranges": _pack(ranges[:ASK_MAX])}
-            fetched = await self._network.call(
-                peer_id, "ledger.fetch", ask | {"channels": channels[:ASK_MAX]}, deadline_ms=DEADLINE_MS
-            )
-            await self._book.learn([certificates.decode(bytes(data)) for data in fetched.buffers[:ANSWER_OBJECTS_MAX]])
+        return codec.decode(Heads, bytes(reply.buffers[0]), bytes_max=HEADS_BYTES_MAX), covered
+
+    async def _pull(self, peer_id: PeerId, theirs: Heads) -> None:
+        """Fetch what this node lacks of these heads. While one answer is verified the next one is on its way."""
+        ranges, _ = lacking(self._book.state, theirs)
+        issuers = self._book.state.committees.issuers
+        ranges.sort(key=lambda each: each[0] not in issuers)
+        await self._fetch_all(peer_id, ({"ranges": part} for part in _requests(ranges)))
+        _, channels = lacking(self._book.state, theirs)  # some were opened by what just came
+        parts = [channels[i : i + ANSWER_OBJECTS_MAX] for i in range(0, len(channels), ANSWER_OBJECTS_MAX)]
+        await self._fetch_all(peer_id, ({"channels": part} for part in parts))
+
+    async def _fetch_all(self, peer_id: PeerId, requests: Iterable[Mapping[str, Any]]) -> None:
+        """``requests`` may have no end (a peer that lies about its heads): it ends at answers that are of no use."""
+        useless = 0
+        send, receive = trio.open_memory_channel[Reply](1)
+        failure: RiosError | None = None
+
+        async def fetch() -> None:
+            nonlocal failure
+            with send:
+                for request in requests:
+                    try:
+                        await self._fetch(peer_id, request, send)
+                    except RiosError as error:
+                        failure = error
+                        return
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch)
+            with receive:
+                async for reply in receive:
+                    try:
+                        useless = 0 if await self._take(peer_id, reply) else useless + 1
+                        if useless >= USELESS_MAX or (useless and not reply.buffers):
+                            raise IntegrityError("integrity", f"{peer_id} sends nothing of what it says it has")
+                    except RiosError as error:
+                        failure = error
+                        nursery.cancel_scope.cancel()
+                        break
+        if failure is not None:
+            raise failure  # outside of the nursery, which would wrap it
+
+    async def _fetch(self, peer_id: PeerId, request: Mapping[str, Any], send: "trio.MemorySendChannel[Reply]") -> None:
+        """One request, in as many answers as it takes: answers are bounded in bytes as well as in objects."""
+        ranges, channels = list(request.get("ranges", ())), list(request.get("channels", ()))
+        while ranges or channels:
+            header = {"net": self._book.genesis.net, "ranges": _pack(ranges), "channels": channels}
+            reply = await self._network.call(peer_id, "ledger.fetch", header, deadline_ms=DEADLINE_MS, bulk=True)
+            count = len(reply.buffers)
+            self.fetched_bytes += sum(map(len, reply.buffers))
+            await send.send(reply)
+            more = reply.header.get("more") is True
+            if not more or not count:
+                return
+            ranges, channels = _rest(ranges, channels, count)
+
+    async def _take(self, peer_id: PeerId, reply: Reply) -> bool:
+        """Learn an answer; False if there was nothing new in it."""
+        if len(reply.buffers) > ANSWER_OBJECTS_MAX:
+            raise IntegrityError("integrity", f"{peer_id} sent {len(reply.buffers)} objects at once")
+        self.answers += 1
+        new = await self._book.learn([certificates.decode(bytes(data)) for data in reply.buffers])
+        if reply.header.get("pruned") is True:
+            raise RemoteError("unavailable", f"{peer_id} keeps only what is above a checkpoint", peer_id=peer_id)
+        return bool(new)
+
+    async def _give(self, peer_id: PeerId, buckets: Sequence[int], theirs: Heads) -> int:
+        """Push what the peer lacks in these buckets, bounded: the rest it fetches itself. How many objects."""
+        mine, _ = self._digests.heads(buckets)
         ranges, channels = behind(theirs, mine)
-        give = list(self._collect(ranges[:ASK_MAX], channels[:ASK_MAX]))
+        give = [data for data, over in self._collect(ranges[:ASK_MAX], channels[:ASK_MAX]) if not over]
         if give:
-            await self._network.call(
-                peer_id, "ledger.push", {"net": self._book.genesis.net}, give, deadline_ms=DEADLINE_MS
-            )
+            header = {"net": self._book.genesis.net}
+            await self._network.call(peer_id, "ledger.push", header, give, deadline_ms=DEADLINE_MS, bulk=True)
+        return len(give)
 
     # anti-entropy, the side that is asked
 
-    def _collect(self, ranges: Sequence[tuple[bytes, int, int]], channels: Sequence[bytes]) -> Iterator[bytes]:
-        """Encoded certificates, as many as one answer may hold."""
+    def _collect(
+        self, ranges: Sequence[tuple[bytes, int, int]], channels: Sequence[bytes]
+    ) -> Iterator[tuple[bytes, bool]]:
+        """Encoded certificates, as many as one answer may hold, and whether something is left over after each."""
         store, state, left, count = self._book.store, self._book.state, ANSWER_BYTES_MAX, ANSWER_OBJECTS_MAX
         # only what is known to be there is looked up: a stranger's ranges may name anything, at no cost to itself
         wanted = chain(
-            (
-                store.entry_certificate(account, seq)
+            chain.from_iterable(
+                store.entry_certificates(account, max(1, first), min(last, known.seq), ANSWER_OBJECTS_MAX)
                 for account, first, last in ranges
                 if (known := state.accounts.get(account)) is not None
-                for seq in _span(first, min(last, known.seq))
             ),
             (store.claim_certificate(channel) for channel in channels if channel in state.channels),
         )
@@ -182,8 +307,9 @@ class Replicator:
             left -= len(data)
             count -= 1
             if left < 0 or count < 0:
+                yield b"", True
                 return
-            yield data
+            yield data, False
 
     def _check_net(self, call: Call) -> None:
         if call.header.get("net") != self._book.genesis.net:
@@ -198,7 +324,8 @@ class Replicator:
         buckets = call.header.get("buckets")
         if not isinstance(buckets, list) or not all(type(b) is int and 0 <= b < BUCKETS for b in buckets):
             raise RiosError("invalid_request", "'buckets' must be bucket numbers")
-        return Reply({}, [codec.encode(self._digests.heads(sorted(set(buckets))))])
+        heads, covered = self._digests.heads(dict.fromkeys(buckets))
+        return Reply({"covered": covered}, [codec.encode(heads)])
 
     async def _serve_fetch(self, call: Call) -> Reply:
         self._check_net(call)
@@ -208,7 +335,14 @@ class Replicator:
             raise RiosError("invalid_request", f"ask for at most {ASK_MAX} ranges and channels")
         if not all(isinstance(channel, bytes) for channel in channels):
             raise RiosError("invalid_request", "'channels' must be ids")
-        return Reply({}, list(self._collect(ranges, channels)))
+        found, more = [], False
+        pruned = any(first <= self._book.pruned_below.get(account, 0) for account, first, _ in ranges)
+        for data, over in self._collect(ranges, channels):
+            if over:
+                more = True
+            else:
+                found.append(data)
+        return Reply({"more": more, "pruned": pruned}, found)
 
     async def _serve_push(self, call: Call) -> Reply:
         self._check_net(call)
@@ -218,9 +352,19 @@ class Replicator:
         return Reply({"new": len(new)})
 
 
-def _span(first: int, last: int) -> range:
-    first = max(1, first)
-    return range(first, min(last, first + ANSWER_OBJECTS_MAX - 1) + 1)
+def _requests(ranges: Sequence[Range]) -> Iterator[list[Range]]:
+    return slices(ranges, ranges_max=ASK_MAX, objects_max=ANSWER_OBJECTS_MAX)
+
+
+def _rest(ranges: list[Range], channels: list[bytes], count: int) -> tuple[list[Range], list[bytes]]:
+    """What is left of a request of which the first ``count`` objects came."""
+    rest: list[Range] = []
+    for account, first, last in ranges:
+        taken = min(count, last - first + 1)
+        count -= taken
+        if first + taken <= last:
+            rest.append((account, first + taken, last))
+    return rest, channels[count:]
 
 
 def _decoded(decoder: "msgspec.msgpack.Decoder[list[_T]]", data: object) -> "list[_T]":

@@ -9,24 +9,32 @@ network's or a newer file -> ConfigError.
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
 
 from config.errors import ConfigError, IntegrityError, LocalError
+from ledger import pruning
+from ledger.core.checkpoint import is_of_committees
 from ledger.core.objects import Certificate, Claim, Entry, Item, Signed, Vote, parse
+from ledger.promises import Handed, Kept, Listed, Promises, Seated, Standing, add_row
 from ledger.schema import MIGRATIONS, migrate
+from ledger.shelf import Rows, Shelf
 
 GROUP_RECORDS_MAX = 1000
+HEADERS_CACHED = 4096
 BUSY_TIMEOUT_S = 10.0
 
+T = TypeVar("T")
+
 _pack = msgspec.msgpack.Encoder().encode
-_unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
+unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
 
 
 class Final(msgspec.Struct, frozen=True, gc=False):
@@ -42,6 +50,7 @@ class Voted:
     """A witness's vote for an entry or a claim."""
 
     item: Item
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,7 @@ class Frozen:
 
     channel: bytes
     signed: Signed
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +107,13 @@ class ChannelRow:
     stopped: str
 
 
-Record = Final | Voted | Frozen | Proof | Own | Meta | ChannelRow
+Record = Final | Voted | Frozen | Proof | Own | Meta | ChannelRow | Standing | Handed | Kept | Seated | Listed | Rows
 
 _ENTRY = "INSERT OR IGNORE INTO entries (account, seq, object_id, body, signature, epoch, proof, seen_ms) "
 _ENTRY += "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_ENTRIES_AT_ONCE = 50
+# one step of SQLite for many rows: each step gives up the interpreter's lock and has to get it back
+_ENTRIES = _ENTRY + ", (?, ?, ?, ?, ?, ?, ?, ?)" * (_ENTRIES_AT_ONCE - 1)
 _CLAIM = "INSERT INTO claims VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (channel) DO UPDATE SET "
 _CLAIM += "cumulative = excluded.cumulative, body = excluded.body, signature = excluded.signature, "
 _CLAIM += "epoch = excluded.epoch, proof = excluded.proof, seen_ms = excluded.seen_ms "
@@ -108,7 +121,7 @@ _CLAIM += "WHERE excluded.cumulative > claims.cumulative"
 _CLAIM_VOTE = "INSERT INTO claim_votes VALUES (?, ?, ?, ?) ON CONFLICT (channel) DO UPDATE SET "
 _CLAIM_VOTE += "cumulative = excluded.cumulative, body = excluded.body, signature = excluded.signature "
 _CLAIM_VOTE += "WHERE excluded.cumulative > claim_votes.cumulative"
-_VOTE = "INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?)"
+_VOTE = "INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?, ?)"
 _ACCOUNT = "INSERT INTO accounts (id, key) VALUES (?, ?)"
 _HEADER = "INSERT INTO headers (id, body, signature) VALUES (?, ?, ?)"
 _CHANNEL = f"INSERT OR REPLACE INTO channels VALUES ({', '.join('?' * 13)})"
@@ -154,9 +167,12 @@ class Store:
             if not read_only:
                 self._writer = opened.enter_context(closing(self._connect()))
             self._reader = opened.enter_context(closing(self._connect(read_only=True)))
+            self.promises = Promises(self._query)
+            self.shelf = Shelf(self._query)
             self._prepare(net)
             self._accounts: dict[bytes, int] = {}
             self._headers: dict[bytes, int] = {}
+            self._read_headers: dict[int, tuple[bytes, bytes]] = {}
             self._load_ids()
             opened.pop_all()  # all is well: they stay open until close()
 
@@ -200,6 +216,7 @@ class Store:
     def _load_ids(self) -> None:
         with _mapped(self.path):
             self._accounts = {key: row for row, key in self._reader.execute("SELECT id, key FROM accounts")}
+            self._account_top = max(self._accounts.values(), default=0)
             self._headers = {}
             top = self._reader.execute("SELECT max(id) FROM headers").fetchone()[0]
             self._header_top = top or 0
@@ -228,11 +245,45 @@ class Store:
             self._load_ids()
             raise
 
+    def prune(self, keep: Sequence[Item], frontier: Iterable[tuple[bytes, int]], open_channels: Iterable[bytes]) -> int:
+        """Delete what lies below a checkpoint (``pruning``); the bytes that became free."""
+        assert self._writer is not None, "the store was opened read-only"
+        writer, accounts = self._writer, self._accounts
+        before = pruning.size_bytes(writer)
+        with _mapped(self.path):
+            spared = {(accounts[item.object.account], item.object.seq) for item in keep}
+            cut = {accounts[key]: seq for key, seq in frontier if seq and key in accounts}
+            pruning.prune(writer, cut, spared, {*open_channels}, accounts)
+            self._headers.clear()
+            self._read_headers.clear()
+            writer.execute("VACUUM")
+            return before - pruning.size_bytes(writer)
+
+    def copy_rows(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Take in rows of another file of this version as they are (``salvage``); :meth:`reload` once all are there."""
+        assert self._writer is not None, "the store was opened read-only"
+        if rows:
+            places = ", ".join("?" * len(rows[0]))
+            with _mapped(self.path):
+                self._execute(self._writer, {f"INSERT OR REPLACE INTO {table} VALUES ({places})": list(rows)})
+
+    def reload(self) -> None:
+        """Look at the numbers of accounts and headers anew."""
+        self._load_ids()
+
+    def count(self, table: str) -> int:
+        """How many rows a table has."""
+        return int(self._query(f"SELECT count(*) FROM {table}")[0][0])
+
     def _execute(self, writer: sqlite3.Connection, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         writer.execute("BEGIN IMMEDIATE")
         try:
             for sql, params in rows.items():
-                writer.executemany(sql, params)
+                whole = len(params) // _ENTRIES_AT_ONCE * _ENTRIES_AT_ONCE if sql is _ENTRY else 0
+                for start in range(0, whole, _ENTRIES_AT_ONCE):
+                    flat = tuple(chain.from_iterable(params[start : start + _ENTRIES_AT_ONCE]))
+                    writer.execute(_ENTRIES, flat)
+                writer.executemany(sql, params[whole:])
             writer.execute("COMMIT")
         except BaseException:
             if writer.in_transaction:
@@ -249,23 +300,27 @@ class Store:
                 )
             )
         elif type(record) is Voted:
-            self._vote_row(record.item, rows)
+            self._vote_row(record.item, record.epoch, rows)
         elif type(record) is Own:
             rows["INSERT OR IGNORE INTO wallet VALUES (?, ?, ?)"].append(
                 (record.seq, record.signed.body, record.signed.signature)
             )
         elif type(record) is Frozen:
-            rows["INSERT OR IGNORE INTO freezes VALUES (?, ?, ?)"].append(
-                (record.channel, record.signed.body, record.signed.signature)
+            rows["INSERT OR IGNORE INTO freezes VALUES (?, ?, ?, ?)"].append(
+                (record.epoch, record.channel, record.signed.body, record.signed.signature)
             )
         elif type(record) is Proof:
             a, b = record.a, record.b
             rows["INSERT OR IGNORE INTO proofs VALUES (?, ?, ?, ?, ?, ?)"].append(
                 (record.account, record.seq, a.body, a.signature, b.body, b.signature)
             )
-        else:
-            assert type(record) is Meta
+        elif type(record) is Rows:
+            rows[record.sql] += record.params
+        elif type(record) is Meta:
             rows["INSERT OR REPLACE INTO meta VALUES (?, ?)"].append((record.key, record.value))
+        else:
+            assert isinstance(record, Standing | Handed | Kept | Seated | Listed)
+            add_row(record, rows)
 
     def _final_row(self, record: Final, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         item, certificate = record.item, record.certificate
@@ -287,11 +342,11 @@ class Store:
                 (key, cumulative, signed.body, signed.signature, certificate.epoch, proof, record.seen_ms)
             )
 
-    def _vote_row(self, item: Item, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+    def _vote_row(self, item: Item, epoch: int, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         body, signed = item.object, item.signed
         if isinstance(body, Entry):
             account = self._account_id(body.account, rows)
-            rows[_VOTE].append((account, body.seq, item.id, signed.body, signed.signature))
+            rows[_VOTE].append((epoch, account, body.seq, item.id, signed.body, signed.signature))
         else:
             voucher = body.voucher
             rows[_CLAIM_VOTE].append((voucher.channel, voucher.cumulative, signed.body, signed.signature))
@@ -299,7 +354,8 @@ class Store:
     def _account_id(self, key: bytes, rows: dict[str, list[tuple[Any, ...]]]) -> int:
         row = self._accounts.get(key)
         if row is None:
-            row = self._accounts[key] = len(self._accounts) + 1
+            self._account_top += 1
+            row = self._accounts[key] = self._account_top
             rows[_ACCOUNT].append((row, key))
         return row
 
@@ -357,16 +413,26 @@ class Store:
     def _certificate(self, signed: Signed, epoch: int, proof: bytes) -> Certificate:
         votes = []
         try:
-            parts = _unpack_proof(proof)
+            parts = unpack_proof(proof)
         except msgspec.DecodeError as error:
             raise damaged(self.path, f"a certificate cannot be read: {error}") from error
         for row, index, path in parts:
+            header, header_signature = self._header(row)
+            steps = tuple(path[i : i + 32] for i in range(0, len(path), 32))
+            votes.append(Vote(header, header_signature, index, steps))
+        return Certificate(signed, epoch, tuple(votes))
+
+    def _header(self, row: int) -> tuple[bytes, bytes]:
+        """A batch header and its signature; neighbours stand in the same few."""
+        known = self._read_headers.get(row)
+        if known is None:
             found = self._query("SELECT body, signature FROM headers WHERE id = ?", (row,))
             if not found:
                 raise damaged(self.path, f"batch header {row} is missing")
-            steps = tuple(path[i : i + 32] for i in range(0, len(path), 32))
-            votes.append(Vote(found[0][0], found[0][1], index, steps))
-        return Certificate(signed, epoch, tuple(votes))
+            if len(self._read_headers) >= HEADERS_CACHED:
+                self._read_headers.clear()
+            known = self._read_headers[row] = found[0]
+        return known
 
     def entry_certificate(self, account: bytes, seq: int) -> Certificate | None:
         """The certificate of the entry in a slot."""
@@ -377,25 +443,87 @@ class Store:
         )
         return self._certificate(Signed(rows[0][0], rows[0][1]), rows[0][2], rows[0][3]) if rows else None
 
+    def entry_certificates(self, account: bytes, first: int, last: int, count: int) -> Iterator[Certificate]:
+        """The certificates of an account's entries ``first..last`` that are here, in order, at most ``count``."""
+        rows = self._query(
+            "SELECT body, signature, epoch, proof FROM entries "
+            "WHERE account = (SELECT id FROM accounts WHERE key = ?) AND seq BETWEEN ? AND ? ORDER BY seq LIMIT ?",
+            (account, first, last, count),
+        )
+        for body, signature, epoch, proof in rows:
+            yield self._certificate(Signed(body, signature), epoch, proof)
+
+    def entry_items(self, account: bytes, first: int = 1, last: int = 1 << 62) -> Iterator[Item]:
+        """An account's final entries that are here, in order."""
+        for body, signature in self._query(
+            "SELECT body, signature FROM entries "
+            "WHERE account = (SELECT id FROM accounts WHERE key = ?) AND seq BETWEEN ? AND ? ORDER BY seq",
+            (account, first, last),
+        ):
+            yield self._parse(body, signature)
+
+    def committee_entries(self, root: bytes) -> list[Item]:
+        """The entries of the root account that change committee or issuer, in order: they are never pruned."""
+        return [
+            item for item in self.entry_items(root) if isinstance(item.object, Entry) and is_of_committees(item.object)
+        ]
+
     def claim_certificate(self, channel: bytes) -> Certificate | None:
         """The certificate of a channel's highest claim."""
         rows = self._query("SELECT body, signature, epoch, proof FROM claims WHERE channel = ?", (channel,))
         return self._certificate(Signed(rows[0][0], rows[0][1]), rows[0][2], rows[0][3]) if rows else None
 
-    def voted(self) -> Iterator[Item]:
-        """Every vote for an entry or a claim this node gave as a witness."""
-        rows = self._query("SELECT body, signature FROM votes")
-        rows += self._query("SELECT body, signature FROM claim_votes")
-        for body, signature in rows:
-            yield self._parse(body, signature)
+    def entry_slot(self, object_id: bytes) -> tuple[bytes, int] | None:
+        """Account and seq of an entry. Looks through the table: for people, not for the hot path."""
+        sql = "SELECT key, seq FROM entries JOIN accounts ON accounts.id = entries.account WHERE object_id = ?"
+        rows = self._query(sql, (object_id,))
+        return (rows[0][0], rows[0][1]) if rows else None
 
-    def freezes(self) -> list[Signed]:
-        """Every freeze this node gave as a witness."""
-        return [Signed(*row) for row in self._query("SELECT body, signature FROM freezes")]
+    def entry_seen_ms(self, account: bytes, seq: int) -> int:
+        """When the entry in a slot became known here."""
+        sql = "SELECT seen_ms FROM entries WHERE account = (SELECT id FROM accounts WHERE key = ?) AND seq = ?"
+        rows = self._query(sql, (account, seq))
+        return int(rows[0][0]) if rows else 0
+
+    def claims(self) -> Iterator[tuple[Item, Certificate, int]]:
+        """Every channel's highest claim, its certificate, and when it was first seen (ms)."""
+        for body, signature, epoch, proof, seen_ms in self._query(
+            "SELECT body, signature, epoch, proof, seen_ms FROM claims ORDER BY channel"
+        ):
+            item = self._parse(body, signature)
+            yield item, self._certificate(item.signed, epoch, proof), seen_ms
+
+    def proofs(self, account: bytes) -> list[tuple[int, Signed, Signed]]:
+        """Slots in which an account signed two entries, with both."""
+        sql = "SELECT seq, body_a, signature_a, body_b, signature_b FROM proofs WHERE account = ? ORDER BY seq"
+        return [(seq, Signed(a, sa), Signed(b, sb)) for seq, a, sa, b, sb in self._query(sql, (account,))]
+
+    def headers(self) -> Iterator[Signed]:
+        """Every signed batch header that certificates here stand on."""
+        with _mapped(self.path):
+            for body, signature in self._reader.execute("SELECT body, signature FROM headers ORDER BY id"):
+                yield Signed(body, signature)
+
+    def final_claims(self) -> list[Item]:
+        """The highest final claim of every channel."""
+        return [self._parse(*row) for row in self._query("SELECT body, signature FROM claims")]
+
+    def newest_headers(self, count: int) -> Iterator[Signed]:
+        """The headers of batches of votes that became known last."""
+        for row in self._query("SELECT body, signature FROM headers ORDER BY id DESC LIMIT ?", (count,)):
+            yield Signed(*row)
+
+    def voted(self, epoch: int = 0) -> list[Item]:
+        """Every vote for an entry this node gave as a witness of an epoch, and for a claim in any."""
+        return [self._parse(signed.body, signed.signature) for signed in self.promises.votes(epoch)]
 
     def wallet(self) -> list[Signed]:
         """The own chain as it was signed, in order."""
         return [Signed(*row) for row in self._query("SELECT body, signature FROM wallet ORDER BY seq")]
+
+    def last_own(self) -> int:
+        """The seq of the newest entry of the own chain that was signed here (0: none)."""
+        return int(self._query("SELECT coalesce(max(seq), 0) FROM wallet")[0][0])
 
     def channels(self, side: str) -> list[ChannelRow]:
         """The newest voucher of every channel of one side."""
@@ -439,6 +567,13 @@ class Writer:
                     await self._commit_group()
         if mine.error is not None:
             raise mine.error
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do something else with the store, alone with it."""
+        async with self._lock:
+            with trio.CancelScope(shield=True):
+                done: T = await trio.to_thread.run_sync(work) if self._in_thread else work()
+            return done
 
     async def flush(self) -> None:
         """Return when everything handed in so far is durable (the lock is fair)."""

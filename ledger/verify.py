@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import IntegrityError
+from ledger.book import committees_below
+from ledger.core import checkpoint
 from ledger.core.certificate import Verifier
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Claim, Entry, Grant, Item, Open, Reclaim, TopUp, Transfer, channel_id
-from ledger.core.rules import ChannelState
+from ledger.core.objects import Claim, Entry
 from ledger.core.state import State
 from ledger.store import Store
 from p2p.core.identity import peer_id_of
@@ -34,21 +35,12 @@ class Report:
     digest: str
     tolerance: str
     problems: tuple[str, ...] = ()
+    below_checkpoint: int = 0
+    """Entries that are not here: a checkpoint, checked instead of them, stands for them."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One line of an account's statement; ``amount`` is what it added to (or took from) the free balance."""
-
-    seen_ms: int
-    kind: str
-    amount: int
-    peer_id: str
-    reference: str
 
 
 PROBLEMS_MAX = 20
@@ -67,10 +59,36 @@ def verify_file(path: Path | str, genesis: Genesis) -> Report:
         store.close()
 
 
+def _base(store: Store, state: State, verifier: Verifier, problems: list[str]) -> int:
+    """Start from the checkpoint that the file starts from, checked again; how many entries lie below it."""
+    base = store.shelf.base()
+    if base is None:
+        return 0
+    try:
+        snapshot = checkpoint.read(store.shelf.pages(base.summary.state_root))
+        for item in committees_below(store, state.genesis, snapshot):
+            certificate = store.entry_certificate(item.object.account, item.object.seq)
+            assert certificate is not None
+            verifier.check(item, certificate)
+            checkpoint.adopt_committees(state.committees, [item])
+        checkpoint.check_quorum(state.committees, base)
+        found = checkpoint.summarise(
+            store.shelf.pages(base.summary.state_root), state.committees, base.summary.supply, base.summary.entries
+        )
+        if found != base.summary:
+            raise IntegrityError("integrity", "its pages do not lead to its root")
+        checkpoint.load(state, snapshot, base.summary)
+    except IntegrityError as error:
+        problems.append(f"checkpoint {base.summary.state_root.hex()}: {error.message}")
+    return base.summary.entries
+
+
 def _verify(store: Store, genesis: Genesis) -> Report:
-    state, verifier = State(genesis), Verifier(genesis)
+    state = State(genesis)
+    verifier = Verifier(genesis, state.committees)
     entries = claims = certificates = 0
     problems: list[str] = []
+    below = _base(store, state, verifier, problems)
     for item, certificate, _ in store.finals():
         assert certificate is not None
         try:
@@ -100,68 +118,7 @@ def _verify(store: Store, genesis: Genesis) -> Report:
         locked=locked,
         balances={peer_id_of(key): a.balance for key, a in sorted(state.accounts.items()) if a.balance or a.seq},
         digest=state.digest().hex(),
-        tolerance=genesis.tolerance,
+        below_checkpoint=below,
+        tolerance=state.committees.current.tolerance,
         problems=tuple(problems[:PROBLEMS_MAX]),
     )
-
-
-def statement(path: Path | str, genesis: Genesis, account: bytes) -> list[Line]:
-    """Everything that moved an account's free balance, in the order this node learned it (claims last)."""
-    store = Store(path, genesis.net, read_only=True)
-    try:
-        channels: dict[bytes, ChannelState] = {}
-        lines: list[Line] = []
-        for item, _, seen_ms in store.finals(proofs=False):
-            lines += _lines(item, seen_ms, account, channels)
-        return lines
-    finally:
-        store.close()
-
-
-def _lines(item: Item, seen_ms: int, account: bytes, channels: dict[bytes, ChannelState]) -> list[Line]:
-    body = item.object
-    lines: list[Line] = []
-
-    def add(kind: str, amount: int, other: bytes) -> None:
-        lines.append(
-            Line(seen_ms=seen_ms, kind=kind, amount=amount, peer_id=peer_id_of(other), reference=item.id.hex())
-        )
-
-    if isinstance(body, Claim):
-        channel = channels.get(body.voucher.channel)
-        if channel is not None:
-            _settled(channel, body.voucher.cumulative, account, add)
-        return lines
-    own = body.account == account
-    for index, op in enumerate(body.ops):
-        if isinstance(op, Grant | Transfer):
-            kind = "grant" if isinstance(op, Grant) else "transfer"
-            if own and kind == "transfer":
-                add(kind, -op.amount, op.to)
-            if op.to == account:
-                add(kind, op.amount, body.account)
-        elif isinstance(op, Open):
-            channels[channel_id(item.id, index)] = ChannelState(
-                body.account, op.signer, op.payout, op.amount, op.expiry_ms, body.seq, index
-            )
-            if own:
-                add("open", -op.amount, op.signer)
-        elif isinstance(op, TopUp):
-            channel = channels.get(op.channel)
-            if channel is not None:
-                channel.lock += op.amount
-                if own:
-                    add("topup", -op.amount, channel.signer)
-        elif isinstance(op, Reclaim):
-            channel = channels.get(op.channel)
-            if channel is not None:
-                _settled(channel, op.total, account, add)
-                if own:
-                    add("reclaim", channel.lock - op.total, channel.signer)
-    return lines
-
-
-def _settled(channel: ChannelState, total: int, account: bytes, add: Any) -> None:  # noqa: ANN401 - local function
-    if channel.payout == account and total > channel.paid:
-        add("claim", total - channel.paid, channel.payer)
-    channel.paid = max(channel.paid, total)

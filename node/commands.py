@@ -288,20 +288,98 @@ def _ledger_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     ledger = command(top, "ledger", None, "Balances, statements, verification, payments.").add_subparsers(
         metavar="COMMAND", required=True, parser_class=_Parser
     )
-    balance = command(ledger, "balance", _online("ledger_balance"), "An account's balance (default: this node's).")
-    balance.add_argument("account", nargs="?", default="", help="a peer id")
-    statement = command(ledger, "statement", _online("ledger_statement"), "What an account received and spent.")
-    statement.add_argument("account", nargs="?", default="", help="a peer id")
-    command(ledger, "verify", _online("ledger_verify"), "Re-check every signature and every invariant from genesis.")
-    command(ledger, "channels", _online("ledger_channels"), "Payment channels: locked, promised, settled.")
-    command(ledger, "settle", _online("ledger_settle"), "Put the newest vouchers on the ledger now.")
+
+    def sub(name: str, text: str, *, csv: bool = False, account: str = "") -> argparse.ArgumentParser:
+        made = command(ledger, name, _command("ledger_commands", name), text)
+        if csv:
+            made.add_argument("--csv", action="store_true", help="comma-separated values")
+        if account:
+            made.add_argument("account", nargs="?", default="", help=account)
+        return made
+
+    sub("balance", "An account's balance (default: this node's).", account="a peer id")
+    sub("statement", "What an account received and spent.", csv=True, account="a peer id (default: this node)")
+    entry = sub("entry", "One entry or claim and its certificate, checked.")
+    entry.add_argument(
+        "entry", metavar="ID|ACCOUNT:SEQ", help="an id (of a channel: its highest claim), or peer id:number"
+    )
+    sub("verify", "Re-check every signature, certificate and invariant from genesis; print the digest.")
+    sub("audit", "What is held against a peer here, with the proofs.").add_argument("peer", help="a peer id")
+    sub("channels", "Payment channels: locked, promised, settled.", csv=True, account="a peer id (default: this node)")
+    sub("settle", "Put the newest vouchers on the ledger now.")
     for name, text in (
         ("grant", "Create credits for an account (the network's issuer only)."),
         ("transfer", "Send credits to an account."),
     ):
-        made = command(ledger, name, _online(f"ledger_{name}"), text)
+        made = sub(name, text)
         made.add_argument("to", help="a peer id")
         made.add_argument("credits", help="credits, e.g. 12.5")
+    repair = command(
+        ledger, "repair", _command("repair", "repair"), "A new ledger file from the old one and peers; what was done."
+    )
+    repair.add_argument("--seconds", type=float, default=600.0, help="for peers (default: 600)")
+    repair.add_argument("--force", action="store_true", help="also if nothing is wrong with the file")
+    checkpoint = sub("checkpoint", "The newest checkpoint here: a state that a quorum of witnesses signed.")
+    doing = checkpoint.add_mutually_exclusive_group()
+    for flag, text in (
+        ("new", "let the witnesses sign the state of now"),
+        ("fetch", "take the newest one of the peers, checked against the own state"),
+        ("prune", "drop what lies below it (not on an archive)"),
+    ):
+        doing.add_argument(f"--{flag}", dest="do", action="store_const", const=flag, default="", help=text)
+    export = sub("export", "Every entry and claim with its certificate: JSON lines, or CSV.", csv=True)
+    export.add_argument("--account", default="", metavar="PEER", help="only what this account signed")
+    export.add_argument("--output", default="", metavar="FILE", help="a new file (default: standard output)")
+    _committee_commands(command, ledger)
+
+
+def _committee_commands(command: Command, ledger: Any) -> None:  # noqa: ANN401
+    group = command(ledger, "genesis", None, "Networks.").add_subparsers(
+        metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    new = command(
+        group, "new", _command("committee_commands", "genesis_new"), "Make a network's genesis file from public keys."
+    )
+    new.add_argument("file", metavar="FILE", help="a new file")
+    new.add_argument("--issuer", required=True, metavar="PEER", help="who grants credits")
+    new.add_argument("--root", required=True, metavar="PEER", help="who may propose other witnesses or another issuer")
+    new.add_argument("--witness", required=True, action="append", metavar="PEER", help="3f + 1 times")
+    new.add_argument("--f", type=int, default=0, help="how many witnesses may fail or lie (0: one witness, trusted)")
+    for flag, text in (
+        ("max-supply", "credits that can ever be granted"),
+        ("min-amount", "least credits of a transfer"),
+        ("min-lock", "least credits of a channel"),
+        ("min-claim-step", "least credits by which a settlement rises"),
+    ):
+        new.add_argument(f"--{flag}", default="", metavar="CREDITS", help=text)
+    new.add_argument("--force", action="store_true", help="replace the file")
+    command(
+        ledger, "epoch-key", _command("committee_commands", "epoch_key"), "Make a witness key for the next committee."
+    )
+    committee = command(
+        ledger,
+        "committee",
+        _command("committee_commands", "committee"),
+        "Who decides, epoch by epoch; with keys, change it (the root only).",
+    )
+    committee.add_argument("keys", nargs="*", metavar="KEY", help="the next committee's epoch keys")
+    committee.add_argument("--f", type=int, default=0, help="how many of them may fail or lie")
+    issuer = command(
+        ledger, "issuer", _command("committee_commands", "issuer"), "Let another account grant (the root only)."
+    )
+    issuer.add_argument("issuer", metavar="PEER", help="the new issuer")
+    for made in (committee, issuer):
+        made.add_argument("--submit", action="store_true", help="sign it: enough operators have listed its entry")
+    allow = command(
+        ledger, "allow", _command("committee_commands", "allow"), "Let this node's witness vote for a change."
+    )
+    command(
+        ledger,
+        "trust-backup",
+        _command("committee_commands", "trust_backup"),
+        "Let the only witness of a network vote again after its ledger came from a backup (f = 0 only).",
+    )
+    allow.add_argument("entry", metavar="ID", help="the entry's id, as rios ledger committee or issuer prints it")
 
 
 def _gateway_commands(command: Command, top: Any) -> None:  # noqa: ANN401

@@ -9,7 +9,6 @@ Invariants:
 3. SIGTERM or SIGINT ends it within five seconds: no new work, work in flight finished, ledger closed, links closed.
 """
 
-import fcntl
 import gc
 import logging
 import os
@@ -18,17 +17,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 import trio
 from prometheus_client import CollectorRegistry
 
 from config.errors import EXIT_OK, LocalError, RiosError
-from config.files import naming, write_whole
+from config.files import write_whole
 from config.paths import PAUSE_NOTE, Paths
 from config.settings import Settings
 from config.vocabulary import MIB
@@ -45,8 +43,9 @@ from dmoe.stages.caller import StageCaller
 from dmoe.stages.host import StageHost
 from dmoe.store import ModelStore
 from dmoe.worker import Worker
+from ledger.keys import EpochKeys
 from ledger.ledger import Ledger, open_ledger
-from node import control, founding, membership, metrics, operator, work
+from node import control, founding, locks, membership, metrics, operator, work
 from node.cli import VERSION, root_cause
 from p2p import keyfile, swarmfile
 from p2p.core.advert import Advert
@@ -135,31 +134,14 @@ class Node:
         return reasons
 
 
-@contextmanager
-def _only_daemon(lock: Path) -> Iterator[None]:
-    lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(descriptor, 32).decode(errors="replace").strip()
-            message = f"a node is already running with the data folder {lock.parent} (pid {pid or 'unknown'})"
-            raise LocalError("local", message, "stop it, or use another node.data_dir") from None
-        with naming(lock):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes: bool = False) -> int:
     """Run a node until it is told to stop; returns the exit code. Raises RiosError if it cannot start."""
-    with _only_daemon(paths.lock):
+    with locks.data_folder(paths.lock), ExitStack() as held:
         identity = keyfile.load(paths.key, passphrase=passphrase)
+        held.enter_context(locks.key(identity.peer_id))
         try:
-            trio.run(_main, settings, paths, identity, until_stdin_closes)
+            keys = EpochKeys(identity, paths.epoch_keys, passphrase)
+            trio.run(_main, settings, paths, identity, keys, until_stdin_closes)
         except Exception as error:
             if not isinstance(root_cause(error), RiosError | OSError):
                 log.exception("the node ends: a fault in it")
@@ -167,7 +149,9 @@ def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes
     return EXIT_OK
 
 
-async def _main(settings: Settings, paths: Paths, identity: Identity, until_stdin_closes: bool) -> None:
+async def _main(
+    settings: Settings, paths: Paths, identity: Identity, keys: EpochKeys, until_stdin_closes: bool
+) -> None:
     up = False
     stop = trio.Event()
 
@@ -183,7 +167,7 @@ async def _main(settings: Settings, paths: Paths, identity: Identity, until_stdi
         await nursery.start(_watch_signals, end)
         if until_stdin_closes:
             nursery.start_soon(_watch_stdin, end)
-        async with open_node(settings, paths, identity) as node:
+        async with open_node(settings, paths, identity, keys) as node:
             up = True
             _announce(node)
             await stop.wait()
@@ -237,7 +221,7 @@ def _exit_at_the_latest(seconds: float) -> None:
 
 
 @asynccontextmanager
-async def open_node(settings: Settings, paths: Paths, identity: Identity) -> AsyncIterator[Node]:
+async def open_node(settings: Settings, paths: Paths, identity: Identity, keys: EpochKeys) -> AsyncIterator[Node]:
     """A running node with all its parts."""
     check_version()
     node = Node(settings, paths, identity)
@@ -279,7 +263,7 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
         nursery = await stack.enter_async_context(_background())
         if genesis is not None:
             node.ledger = await open_ledger(
-                node.network, identity, genesis, paths.ledger, settings.ledger, nursery=nursery
+                node.network, identity, genesis, paths.ledger, settings.ledger, nursery=nursery, epoch_keys=keys
             )
             stack.push_async_callback(node.ledger.aclose)
         else:

@@ -6,13 +6,13 @@ the node is in already -> ConfigError.
 
 from pathlib import Path
 
-from config.errors import ConfigError
+from config.errors import ConfigError, IntegrityError
 from config.files import write_whole
 from config.paths import Paths
 from config.settings import Settings
 from ledger.core import genesis as genesis_file
 from ledger.core.genesis import Genesis
-from p2p.core.identity import Identity
+from p2p.core.identity import Identity, is_valid_key, public_key_of
 
 
 def in_force(settings: Settings, paths: Paths) -> Genesis | None:
@@ -58,3 +58,20 @@ def found(paths: Paths, identity: Identity) -> Genesis:
     genesis = Genesis(issuer=key, root=key, witnesses=(key,))
     write_whole(paths.genesis, genesis.to_json())
     return genesis
+
+
+def payout(settings: Settings) -> bytes | None:
+    """The account that is paid for this node's work, None for its own.
+
+    Raises :class:`ConfigError` for what is no account: money sent there would be lost.
+    """
+    text = settings.ledger.payout_account
+    if not text:
+        return None
+    try:
+        key = public_key_of(text)
+    except IntegrityError as error:
+        raise ConfigError("config", f"ledger.payout_account: {error.message}", "a peer id, e.g. 12D3KooW...") from error
+    if not is_valid_key(key):
+        raise ConfigError("config", f"ledger.payout_account: {text} is no valid key", "check the account's peer id")
+    return key

@@ -80,12 +80,15 @@ def paths_show(context: Context) -> Output:
 
 def config_check(context: Context) -> Output:
     """``rios config check``"""
+    from node import founding  # noqa: PLC0415
+
     loaded = context.settings()
     settings = loaded.settings
     listed = seeds.collect(settings.p2p.seeds, settings.p2p.seeds_file, context.config_file.parent)
     for name in ("listen", "announce"):
         for address in getattr(settings.p2p, name):
             seeds.host_port(address, f"p2p.{name}")
+    founding.payout(settings)
     where = str(context.config_file) if context.config_file.exists() else "no config file; defaults"
     notes = _notes(settings.dmoe)
     data = {"ok": True, "config": where, "seeds": list(listed), "notes": notes}
@@ -258,22 +261,6 @@ def model_rm(context: Context) -> Output:
     require_stopped(context.paths(), "may serve this model")
     store.remove(manifest.model_id)
     return Output({"model_id": manifest.model_id}, f"removed {manifest.name}")
-
-
-# --- ledger
-
-
-def ledger_verify(context: Context) -> Any:  # noqa: ANN401 - JSON
-    """``rios ledger verify`` with the daemon stopped."""
-    from ledger.verify import verify_file  # noqa: PLC0415
-    from node import founding  # noqa: PLC0415
-
-    loaded = context.settings()
-    paths = context.paths(loaded)
-    genesis = founding.in_force(loaded.settings, paths)
-    if genesis is None or not paths.ledger.exists():
-        raise LocalError("not_found", f"there is no ledger {paths.ledger}", "rios init, then rios run")
-    return verify_file(paths.ledger, genesis).as_dict()
 
 
 # --- gateway

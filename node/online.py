@@ -9,7 +9,7 @@ from config.files import write_whole
 from config.paths import PAUSE_NOTE
 from config.vocabulary import GIB, MIB, format_credits
 from node import control, progress, walls
-from node.cli import Context, Output, parse_credits
+from node.cli import Context, Output
 from node.table import table as _table
 
 WATCH_SECONDS = 0.5
@@ -366,74 +366,3 @@ def model_undeploy(context: Context) -> Output:
     """``rios undeploy``, ``rios model undeploy``"""
     data = _ask(context, "model.undeploy", model=context.args.model)
     return Output(data, f"withdrew {data['name']}; nodes drop its shards when they notice")
-
-
-# --- ledger
-
-
-def ledger_balance(context: Context) -> Output:
-    """``rios ledger balance``"""
-    data = _ask(context, "ledger.balance", account=context.args.account)
-    text = f"{data['account']}\n  {format_credits(data['balance'])} credits free"
-    return Output(data, text + f", {format_credits(data['locked'])} locked in channels")
-
-
-def ledger_statement(context: Context) -> Output:
-    """``rios ledger statement``"""
-    data = _ask(context, "ledger.statement", account=context.args.account)
-    rows = [["WHAT", "AMOUNT", "COUNTERPARTY", "REFERENCE"]]
-    for line in data:
-        amount = format_credits(line["amount"])
-        rows.append(
-            [line["kind"], amount if amount.startswith("-") else f"+{amount}", line["peer_id"], line["reference"]]
-        )
-    return Output(data, _table(rows) if data else "nothing yet")
-
-
-def ledger_verify(context: Context) -> Output:
-    """``rios ledger verify``: through the daemon, else straight from the file."""
-    try:
-        data = _ask(context, "ledger.verify")
-    except RiosError as error:
-        if error.code != "not_running":
-            raise
-        from node import local  # noqa: PLC0415 - the daemon is stopped: read the file
-
-        data = local.ledger_verify(context)
-    verdict = "verified" if data["verified"] else "NOT VERIFIED: " + "; ".join(data["problems"])
-    text = f"{verdict}\n  {data['entries']} entries, {data['claims']} settlements, {data['certificates']} certificates"
-    text += f"\n  sums {'add up' if data['sum_ok'] else 'DO NOT ADD UP'}, digest {data['digest']}"
-    return Output(data, text, EXIT_OK if data["verified"] and data["sum_ok"] else EXIT_FAILED)
-
-
-def ledger_channels(context: Context) -> Output:
-    """``rios ledger channels``"""
-    data = _ask(context, "ledger.channels")
-    rows = [["CHANNEL", "PAYER", "PAYEE", "LOCKED", "PROMISED", "SETTLED", "STATE"]]
-    for each in data:
-        amounts = [format_credits(each[key]) for key in ("lock", "promised", "paid")]
-        state = f"stopped: {each['stopped']}" if each["stopped"] else "open"
-        rows.append([each["channel"][:12], each["payer"][-12:], each["payee"][-12:], *amounts, state])
-    return Output(data, _table(rows) if data else "no channels")
-
-
-def ledger_settle(context: Context) -> Output:
-    """``rios ledger settle``"""
-    data = _ask(context, "ledger.settle")
-    return Output(data, f"settled: {format_credits(data['microcredits'])} credits paid out to this node")
-
-
-def ledger_grant(context: Context) -> Output:
-    """``rios ledger grant``"""
-    return _pay(context, "ledger.grant", "granted")
-
-
-def ledger_transfer(context: Context) -> Output:
-    """``rios ledger transfer``"""
-    return _pay(context, "ledger.transfer", "sent")
-
-
-def _pay(context: Context, command: str, verb: str) -> Output:
-    amount = parse_credits(context.args.credits)
-    data = _ask(context, command, to=context.args.to, microcredits=amount)
-    return Output(data, f"{verb} {format_credits(amount)} credits to {context.args.to}; entry {data['entry']}")

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import trio
 
-from config.errors import ConfigError, IntegrityError, LocalError, RequestError, RiosError
+from config.errors import ConfigError, RequestError, RiosError
 from dmoe.core.manifest import Manifest
 from dmoe.hosting import Bringing
-from ledger.ledger import Ledger
-from node import answering, membership, plan, replicas, walls
+from node import answering, committees, ledger_answers, membership, plan, replicas, walls
 from node.cli import VERSION
 from node.control import Command, Send
 from p2p import allow, clock
@@ -60,13 +59,11 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "model.fetch": _model_fetch,
             "audit.list": _audit_list,
             "audit.forgive": _audit_forgive,
-            "ledger.balance": _ledger_balance,
-            "ledger.statement": _ledger_statement,
-            "ledger.verify": _ledger_verify,
-            "ledger.channels": _ledger_channels,
-            "ledger.settle": _ledger_settle,
-            "ledger.grant": _ledger_grant,
-            "ledger.transfer": _ledger_transfer,
+            **ledger_answers.COMMANDS,
+            "ledger.committee": committees.committee,
+            "ledger.issuer": committees.issuer,
+            "ledger.allow": committees.allow,
+            "ledger.trust": committees.trust,
         }.items()
     }
 
@@ -397,78 +394,3 @@ async def _model_fetch(node: "Node", args: Args, send: Send) -> Any:  # noqa: AN
         raise RequestError("not_found", message, "rios model ls; names are case-sensitive")
     await say()
     return {"model_id": manifest.model_id, "name": manifest.name, "bytes": watched.bytes_total}
-
-
-# --- ledger
-
-
-def _ledger(node: "Node") -> Ledger:
-    if node.ledger is None:
-        raise LocalError(
-            "unavailable",
-            f"this node has no ledger: there is no genesis file {node.paths.genesis}",
-            "get the network's genesis file, or start a network: rios init --new-network",
-        )
-    return node.ledger
-
-
-def _account(args: Args, name: str, default: str) -> str:
-    peer_id = str(args.get(name) or default)
-    try:
-        public_key_of(peer_id)
-    except IntegrityError as error:
-        raise ConfigError("usage", f"{name}: {error.message}", "e.g. 12D3KooW..., as printed by rios id") from error
-    return peer_id
-
-
-def _amount(args: Args) -> int:
-    amount = args.get("microcredits")
-    if type(amount) is not int or amount <= 0:
-        raise ConfigError("usage", f"{amount!r} is not an amount", "a whole number of microcredits above 0")
-    return amount
-
-
-async def _ledger_balance(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
-    ledger = _ledger(node)
-    account = _account(args, "account", node.identity.peer_id)
-    key = public_key_of(account)
-    locked = sum(
-        channel.lock - channel.paid
-        for channel in ledger.book.state.channels.values()
-        if channel.payer == key and channel.closed_at is None
-    )
-    return {"account": account, "balance": ledger.balance(key), "locked": locked}
-
-
-async def _ledger_statement(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
-    account = _account(args, "account", node.identity.peer_id)
-    return [asdict(line) for line in await _ledger(node).statement(public_key_of(account))]
-
-
-async def _ledger_verify(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
-    return (await _ledger(node).verify()).as_dict()
-
-
-async def _ledger_channels(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
-    me = node.identity.peer_id
-    rows = []
-    for each in _ledger(node).channels():
-        sold = each["side"] == "sell"
-        rows.append({**each, "payer": each["peer_id"] if sold else me, "payee": me if sold else each["peer_id"]})
-    return rows
-
-
-async def _ledger_settle(node: "Node", _args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
-    return {"microcredits": await _ledger(node).settle_all()}
-
-
-async def _ledger_grant(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
-    to = _account(args, "to", "")
-    item = await _ledger(node).grant(public_key_of(to), _amount(args))
-    return {"entry": item.id.hex()}
-
-
-async def _ledger_transfer(node: "Node", args: Args, _send: Send) -> Any:  # noqa: ANN401 - JSON
-    to = _account(args, "to", "")
-    item = await _ledger(node).transfer(public_key_of(to), _amount(args))
-    return {"entry": item.id.hex()}

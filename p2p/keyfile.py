@@ -20,7 +20,7 @@ from nacl.secret import SecretBox
 from nacl.utils import random as random_bytes
 
 from config.errors import ConfigError, IntegrityError, LocalError, RiosError
-from p2p.core.identity import Identity
+from p2p.core.identity import Identity, peer_id_of, public_key_of
 
 FILE_BYTES_MAX = 4096
 OPSLIMIT = pwhash.argon2id.OPSLIMIT_INTERACTIVE
@@ -86,6 +86,19 @@ def load(path: Path, *, passphrase: str = "") -> Identity:
         error.message = f"key file {path}: {error.message}"
         error.args = (error.message,)
         raise
+
+
+def peer_id(path: Path) -> str:
+    """The peer id a key file names, which needs no passphrase. Raises LocalError or IntegrityError."""
+    try:
+        fields = json.loads(path.read_bytes()[:FILE_BYTES_MAX])
+        return peer_id_of(public_key_of(fields["peer_id"]))
+    except FileNotFoundError:
+        raise LocalError("not_found", f"there is no key file {path}", "make one with: rios init") from None
+    except OSError as error:
+        raise LocalError("local", f"cannot read the key file {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError("integrity", f"key file {path} is damaged", "restore it from a backup") from error
 
 
 def dumps(identity: Identity, *, passphrase: str = "") -> bytes:

@@ -23,12 +23,14 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 def build(items: Sequence[bytes]) -> list[list[bytes]]:
     """Every level of the tree, leaves first, the root last (a single level for one item)."""
-    level = [leaf_hash(item) for item in items]
+    # leaf_hash and node_hash, inlined: this runs for every answer that is paid, on both sides
+    level = [sha256(b"\0" + item).digest() for item in items]
     levels = [level]
     while len(level) > 1:
         if len(level) % 2:
             level.append(PAD)
-        level = [node_hash(level[i], level[i + 1]) for i in range(0, len(level), 2)]
+        pairs = iter(level)
+        level = [sha256(b"\1" + left + right).digest() for left, right in zip(pairs, pairs, strict=True)]
         levels.append(level)
     return levels
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import base58
+from nacl import _sodium
 from nacl.bindings import crypto_core_ed25519_is_valid_point
-from nacl.exceptions import BadSignatureError
-from nacl.signing import SigningKey, VerifyKey
+from nacl.signing import SigningKey
 
 from config.errors import IntegrityError
 from config.vocabulary import Account, PeerId
@@ -54,20 +54,17 @@ def is_valid_key(public_key: bytes) -> bool:
     return len(public_key) == 32 and bool(crypto_core_ed25519_is_valid_point(public_key))
 
 
-@lru_cache(maxsize=4096)
-def _verify_key(public_key: bytes) -> VerifyKey:
-    return VerifyKey(public_key)
+# what nacl.signing.VerifyKey.verify ends in, without its copies of the message: 4 % of a verification
+_open = _sodium.lib.crypto_sign_open
+_NULL = _sodium.ffi.NULL
 
 
 def verify(public_key: bytes, tag: bytes, message: bytes, signature: bytes) -> bool:
     """Whether ``signature`` is ``public_key``'s over ``tag || message``. Never raises on hostile input."""
     if len(signature) != 64 or not is_valid_key(public_key):
         return False
-    try:
-        _verify_key(public_key).verify(tag + message, signature)
-    except BadSignatureError:
-        return False
-    return True
+    signed = signature + tag + message
+    return bool(_open(_NULL, _NULL, signed, len(signed), public_key) == 0)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

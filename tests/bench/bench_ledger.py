@@ -1,12 +1,18 @@
-"""How much of the signature-verification limit the ledger's pipeline keeps.
+"""How fast the ledger is: its pipeline, finality with four witnesses, vouchers, catching up, a new node's start.
 
-A run of the pipeline decodes certificates, checks canonical form, payer signature and certificate, applies the entry
-and persists it at ``synchronous=FULL`` in batches of 100 or 1000. The limit is bare PyNaCl verification with the
-valid-point check of the same signatures on the same core; point check and key object are made once per account there,
-as in the pipeline (``verify_fresh`` makes them anew each time: a lower limit). They take turns every 1000 entries, all
-pinned to one core. The last line of stdout is one JSON object.
+**pipeline**: what share of the signature-verification limit it keeps. A run decodes certificates, checks canonical
+form, payer signature and certificate, applies the entry and persists it at ``synchronous=FULL`` in batches of 100 or
+1000. The limit is bare PyNaCl verification with the valid-point check of the same signatures on the same core; point
+check and key object are made once per account there, as in the pipeline (``verify_fresh`` makes them anew each time: a
+lower limit). They take turns every 5000 entries, all pinned to one core. Ratios are of elapsed time; ``_cpu`` of CPU
+time, which other work on the machine and the disk's waits do not reach.
 
-    python tests/bench/bench_ledger.py [--entries N] [--rounds N]
+**finality**, **vouchers**, **sync**: see ``ledger_finality``, ``ledger_vouchers``, ``ledger_sync``. **bootstrap** (a
+ledger of ``--bootstrap N`` entries, e.g. 1000000; not run unless asked for): see ``ledger_bootstrap``.
+
+The last line of stdout is one JSON object.
+
+    python tests/bench/bench_ledger.py [--parts pipeline,finality,vouchers,sync] [--bootstrap N] [--entries N]
 """
 
 import argparse
@@ -16,6 +22,7 @@ import os
 import platform
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -33,8 +40,10 @@ from ledger.core.state import State
 from ledger.core.witness import Witness
 from ledger.store import Final, Store
 from p2p.core.identity import Identity
+from tests.bench import ledger_bootstrap, ledger_finality, ledger_sync, ledger_vouchers
 
 ACCOUNTS = 500
+TURN = 5000
 
 
 def make(entries: int) -> tuple[Genesis, list[bytes]]:
@@ -121,69 +130,105 @@ def verify(checks: list[tuple[bytes, bytes, bytes]], keys: dict[bytes, VerifyKey
         known.verify(message, signature)
 
 
-def timed(work: Callable[[], None]) -> float:
-    """Seconds."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+class Clock:
+    """Adds up elapsed and CPU seconds by name."""
+
+    def __init__(self) -> None:
+        self.elapsed: dict[str, float] = defaultdict(float)
+        self.cpu: dict[str, float] = defaultdict(float)
+
+    def timed(self, name: str, work: Callable[[], None]) -> None:
+        """Run it."""
+        start, cpu = time.perf_counter(), time.process_time()
+        work()
+        self.elapsed[name] += time.perf_counter() - start
+        self.cpu[name] += time.process_time() - cpu
 
 
-def measure(genesis: Genesis, encoded: list[bytes], folder: Path) -> dict[str, float]:
-    """Seconds for all entries, by kind; the kinds take turns every 1000 entries, so that all see the same machine."""
+def measure(genesis: Genesis, encoded: list[bytes], folder: Path) -> Clock:
+    """Seconds for all entries, by kind; the kinds take turns, so that all see the same machine."""
     pipelines = {f"commit{n}": Pipeline(genesis, n, folder) for n in (100, 1000)}
     keys: dict[bytes, VerifyKey] = {}
-    seconds = dict.fromkeys(("verify", "verify_fresh", *pipelines), 0.0)
-    for position in range(0, len(encoded), 1000):
-        part = encoded[position : position + 1000]
+    clock = Clock()
+    for position in range(0, len(encoded), TURN):
+        part = encoded[position : position + TURN]
         checks = []
         for data in part:
             item = parse(certificates.decode(data).object)
             assert isinstance(item.object, Entry)
             checks.append((item.object.account, item.id, item.signed.signature))
         for name, pipeline in pipelines.items():
-            seconds["verify"] += timed(partial(verify, checks, keys)) / len(pipelines)
-            seconds[name] += timed(partial(pipeline.feed, part))
-        seconds["verify_fresh"] += timed(partial(verify_fresh, checks))
+            clock.timed("verify", partial(verify, checks, keys))
+            clock.timed(name, partial(pipeline.feed, part))
+        clock.timed("verify_fresh", partial(verify_fresh, checks))
+    for seconds in (clock.elapsed, clock.cpu):
+        seconds["verify"] /= len(pipelines)
     for pipeline in pipelines.values():
         assert pipeline.state.applied == len(encoded)
         pipeline.close()
-    return seconds
+    return clock
+
+
+def pipeline_part(folder: Path, entries: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures and ratios of the pipeline."""
+    free = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
+    if free:
+        os.sched_setaffinity(0, {max(free)})
+    genesis, encoded = make(entries)
+    clocks = []
+    for _ in range(rounds):
+        gc.collect()
+        clocks.append(measure(genesis, encoded, folder))
+    if free:
+        os.sched_setaffinity(0, free)
+    figures: dict[str, float] = {"entries": len(encoded), "rounds": rounds}
+    for name in clocks[0].elapsed:
+        figures[f"{name}_per_s"] = round(len(encoded) / median(c.elapsed[name] for c in clocks))
+        rates = "  ".join(f"{len(encoded) / c.elapsed[name]:.0f}" for c in clocks)
+        say(f"{name:14} {figures[f'{name}_per_s']:8}  {rates}")
+    ratios = {}
+    for name in ("commit100", "commit1000"):
+        ratios[f"pipeline_vs_verify_{name}"] = round(median(c.elapsed["verify"] / c.elapsed[name] for c in clocks), 3)
+        ratios[f"pipeline_vs_verify_{name}_cpu"] = round(median(c.cpu["verify"] / c.cpu[name] for c in clocks), 3)
+        fresh = median(c.elapsed["verify_fresh"] / c.elapsed[name] for c in clocks)
+        ratios[f"pipeline_vs_verify_fresh_{name}"] = round(fresh, 3)
+    return figures, ratios
+
+
+def say(line: str) -> None:
+    """For people, as it goes."""
+    print(line, flush=True)
 
 
 def main() -> None:
     """Run and print."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--entries", type=int, default=6000)
-    arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--folder", type=Path, default=None, help="where the database is written")
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--parts", default="pipeline,finality,vouchers,sync", help="which, comma-separated")
+    arguments.add_argument("--entries", type=int, default=10_000, help="of the pipeline part")
+    arguments.add_argument("--rounds", type=int, default=5, help="of the pipeline part")
+    arguments.add_argument("--seconds", type=float, default=8.0, help="for each measurement of finality and vouchers")
+    arguments.add_argument("--behind", type=int, default=100_000, help="objects the sync part's node was away for")
+    arguments.add_argument("--accounts", type=int, default=20_000, help="accounts of the sync and bootstrap parts")
+    arguments.add_argument("--bootstrap", type=int, default=0, metavar="N", help="entries of the bootstrap part")
+    arguments.add_argument("--folder", type=Path, default=None, help="where the databases are written")
     options = arguments.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    genesis, encoded = make(options.entries)
-    rounds = []
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for _ in range(options.rounds):
-            gc.collect()
-            rounds.append(measure(genesis, encoded, Path(folder)))
-    figures = {f"{name}_per_s": round(len(encoded) / median(r[name] for r in rounds)) for name in rounds[0]}
-    for name, value in figures.items():
-        print(f"{name:22} {value:8} {'  '.join(f'{len(encoded) / r[name[:-6]]:.0f}' for r in rounds)}")
-
-    def ratio(name: str, limit: str) -> float:
-        return round(median(r[limit] / r[name] for r in rounds), 3)
-
-    report = {
-        "name": "ledger",
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "pinned_cores": 1},
-        "figures": figures | {"entries": len(encoded), "rounds": options.rounds},
-        "ratios": {
-            "pipeline_vs_verify_commit100": ratio("commit100", "verify"),
-            "pipeline_vs_verify_commit1000": ratio("commit1000", "verify"),
-            "pipeline_vs_verify_fresh_commit100": ratio("commit100", "verify_fresh"),
-            "pipeline_vs_verify_fresh_commit1000": ratio("commit1000", "verify_fresh"),
-        },
-    }
-    print(json.dumps(report))
+    parts = [part for part in options.parts.split(",") if part]
+    figures: dict[str, float] = {}
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        if "pipeline" in parts:
+            figures, ratios = pipeline_part(folder, options.entries, options.rounds)
+        if "finality" in parts:
+            figures |= ledger_finality.run(folder, options.seconds, say)
+        if "vouchers" in parts:
+            ratios |= ledger_vouchers.run(folder, options.seconds)
+        if "sync" in parts:
+            figures |= ledger_sync.run(folder, options.behind, options.accounts, say)
+        if options.bootstrap:
+            figures |= ledger_bootstrap.run(folder, options.bootstrap, options.accounts, say)
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    print(json.dumps({"name": "ledger", "machine": machine, "figures": figures, "ratios": ratios}))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def test_a_signal_ends_a_node_in_order_even_while_it_starts(swarm, node, number)
 
 ONLINE = (
     "status", "health", "peers", "id", "paths", "doctor", "model ls", "ledger balance", "ledger statement",
-    "ledger verify", "ledger channels", "ledger settle", "gateway user ls", "gateway key ls", "config show --origin",
+    "ledger verify", "ledger channels", "ledger settle", "ledger statement --csv", "ledger entry {me}:1",
+    "ledger audit {me}", "ledger channels {me} --csv", "gateway user ls", "gateway key ls", "config show --origin",
 )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_every_command_answers_a_running_node_in_text_and_json(swarm, node, caps
     swarm.start(node)
     me = node.peer_id
     for command in (f"ledger grant {me} 2.5", f"ledger transfer {me} 0.5", *ONLINE):
-        words = ["--config", str(node.config_file), *command.split()]
+        words = ["--config", str(node.config_file), *command.format(me=me).split()]
         assert main(words) == 0, command
         assert capsys.readouterr().out.strip(), command
         assert main([*words, "--json"]) == 0, command
@@ -283,3 +284,31 @@ def test_doctor_works_with_the_daemon_stopped_and_finds_what_is_wrong(swarm, nod
     ill = rios("doctor", "--json", config=node.config_file)
     assert ill.returncode == 1
     assert any("chmod 600" in finding["fix"] + finding["what"] for finding in json.loads(ill.stdout))
+
+
+def test_a_damaged_ledger_is_rebuilt_from_a_peer_and_checkpoints_are_made(swarm, node, capsys):
+    swarm.start(node)
+    other = swarm.add("two", {"ledger.sync_seconds": 1})
+    swarm.start(other)
+    for amount in (5_000_000, 7):
+        node.ask("ledger.grant", to=other.peer_id, microcredits=amount)
+    wait_for(lambda: other.ask("ledger.balance")["balance"] == 5_000_007, "the grants to arrive", 30)
+    made = node.ask("ledger.checkpoint", do="new")
+    assert made["newest"]["entries"] == 2
+    assert other.ask("ledger.checkpoint", do="fetch")["newest"] == made["newest"]
+    config = ["--config", str(other.config_file)]
+    assert main([*config, "ledger", "repair"]) == 1
+    assert "already running" in capsys.readouterr().err
+    assert other.stop() == 0
+    data = bytearray((other.data / "ledger.db").read_bytes())
+    data[8192 : len(data) // 2] = bytes(len(data) // 2 - 8192)
+    (other.data / "ledger.db").write_bytes(bytes(data))
+    assert main([*config, "ledger", "verify", "--json"]) == 1
+    capsys.readouterr()
+    assert main([*config, "ledger", "repair", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["repaired"]
+    assert report["agrees_with"] == [node.peer_id]
+    assert report["entries"] == 2
+    swarm.start(other)
+    assert other.ask("ledger.verify")["digest"] == node.ask("ledger.verify")["digest"]

@@ -365,11 +365,12 @@ class Hostile:
 METHODS = (
     "advert.exchange", "advert.push", "blob.get", "deploy.list", "expert.run", "ledger.buckets", "ledger.channel",
     "ledger.fetch", "ledger.freeze", "ledger.heads", "ledger.push", "ledger.receipt", "ledger.submit", "ledger.terms",
-    "model.have", "model.manifest", "no.such.method",
+    "ledger.attest", "ledger.checkpoint", "ledger.page", "model.have", "model.manifest", "no.such.method",
 )  # fmt: skip
 FIELDS = (
     "before", "bf16", "buckets", "certificates", "channel", "channels", "digest", "groups", "known", "layer", "model",
-    "net", "object", "quote", "ranges", "receipt", "shape", "top_k", "voucher",
+    "net", "number", "object", "pages", "quote", "ranges", "receipt", "root", "shape", "since", "summary", "top_k",
+    "voucher",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 1 << 62, 0.5, float("nan"), "", "x" * 64, b"", bytes(16), bytes(32), bytes(64), [], [[]], {},

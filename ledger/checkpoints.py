@@ -1,0 +1,362 @@
+"""Checkpoints between nodes: proposing, signing, fetching one, starting from one, dropping what lies below one.
+
+Owns the methods ``ledger.checkpoint`` (the newest proof and the committees up to it), ``ledger.page`` and
+``ledger.attest`` (a witness's signature). What a checkpoint *is* stands in ``core/checkpoint``.
+
+Invariants: a witness signs only what its own state proves; a new node starts only from a checkpoint of the newest epoch
+that :data:`PROVERS_MIN` peers prove, and follows the committees from the genesis itself; nothing is dropped before the
+checkpoint it stands below is on this disk. One proposal is looked at at a time.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from config.errors import IntegrityError, RemoteError, RequestError, RiosError
+from config.vocabulary import PeerId
+from ledger.book import Book
+from ledger.core import certificate as certificates
+from ledger.core import checkpoint
+from ledger.core.certificate import Verifier
+from ledger.core.checkpoint import PAGE_BYTES_MAX, Page, Proof, Summary
+from ledger.core.committee import CommitteeChain
+from ledger.core.errors import RuleError
+from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Signed
+from ledger.notes import Notes
+from ledger.quorum import Heal
+from ledger.seats import Seats
+from ledger.shelf import PROOF_BYTES_MAX
+from p2p.core import codec
+from p2p.face import Call, Network, Reply
+
+log = logging.getLogger("rios.ledger")
+
+PROVERS_MIN = 2
+ASKED_MAX = 8
+PAGES_MAX = 1 << 16
+COMMITTEES_PER_ANSWER = 64
+DEADLINE_MS = 20_000
+ATTEST_DEADLINE_MS = 120_000
+PROPOSE_S = 180.0
+RETRY_S = 0.5
+FRESH_ENTRIES_MAX = 1000
+HELD_MAX = 6
+"""Rounds that a fresh node waits for a second peer to prove a checkpoint; then it begins with the genesis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a peer shows: its newest checkpoint, and the committees since the genesis."""
+
+    peer_id: PeerId
+    proof: Proof
+    pages: int
+    committees: tuple[Certificate, ...]
+    chain: CommitteeChain
+
+
+class Checkpoints:
+    """The checkpoints of one node."""
+
+    def __init__(
+        self, network: Network, book: Book, notes: Notes, seats: Seats, heal: Heal, *, archive: bool, in_thread: bool
+    ) -> None:
+        self._network, self._book, self._notes, self._seats, self._heal = network, book, notes, seats, heal
+        self._archive, self._in_thread = archive, in_thread
+        self._looking, self._starting = trio.Lock(), trio.Lock()
+        self._offered: dict[bytes, list[bytes]] = {}
+        self._fresh = not book.state.applied
+        self._provers = 0
+        self._held = 0
+        network.serve("ledger.checkpoint", self._serve_newest)
+        network.serve("ledger.page", self._serve_page)
+        network.serve("ledger.attest", self._serve_attest)
+
+    async def _aside(self, work: Any, *args: Any) -> Any:  # noqa: ANN401 - any function's result
+        """Hashing of megabytes, out of the way of everything else."""
+        return await trio.to_thread.run_sync(work, *args) if self._in_thread else work(*args)
+
+    # proposing
+
+    async def propose(self) -> Proof:
+        """Let the witnesses sign the state of this node as it is now; the checkpoint is on disk when this returns.
+
+        Raises RemoteError ``unavailable`` if too few of them agree in time, or with what they object to.
+        """
+        state = self._book.state
+        await self._book.writer.flush()
+        pages = list(checkpoint.pages(state))
+        committees, supply, entries = state.committees, state.supply, state.applied
+        summary: Summary = await self._aside(checkpoint.summarise, pages, committees, supply, entries)
+        encoded: list[bytes] = await self._aside(lambda: [codec.encode(page) for page in pages])
+        root = summary.state_root
+        self._offered[root] = encoded
+        try:
+            signatures = await self._collect(summary, len(encoded))
+        finally:
+            del self._offered[root]
+        proof = Proof(summary, signatures)
+        checkpoint.check_proof(committees, proof)
+        await self._book.writer.commit(self._book.store.shelf.keep(proof, encoded))
+        return proof
+
+    async def _collect(self, summary: Summary, pages: int) -> tuple[Signed, ...]:
+        committee = self._book.state.committees.of(summary.epoch)
+        found: dict[bytes, Signed] = {}
+        errors: dict[PeerId, RiosError] = {}
+        with trio.move_on_after(PROPOSE_S):
+            async with trio.open_nursery() as nursery:
+
+                async def ask(peer_id: PeerId) -> None:
+                    signed = await self._ask(peer_id, summary, pages, errors)
+                    if signed is not None:
+                        found[checkpoint.check_signature(self._book.state.committees, summary, signed)] = signed
+                    if len(found) >= committee.quorum:
+                        nursery.cancel_scope.cancel()
+
+                for key in committee.keys:
+                    nursery.start_soon(ask, self._notes.peer_of(summary.epoch, key))
+        if len(found) < committee.quorum:
+            why = "; ".join(f"{peer}: {error.message}" for peer, error in errors.items()) or "no answer"
+            what = f"{len(found)} of {committee.quorum} witnesses signed the checkpoint ({why})"[:500]
+            raise RemoteError("unavailable", what, "are enough witnesses running and reachable?")
+        return tuple(found.values())
+
+    async def _ask(
+        self, peer_id: PeerId, summary: Summary, pages: int, errors: dict[PeerId, RiosError]
+    ) -> Signed | None:
+        """A witness's signature, or None once it has refused for good. What it lacks is brought to it first."""
+        header = {"net": self._book.genesis.net, "summary": codec.encode(summary), "pages": pages}
+        while True:
+            try:
+                reply = await self._network.call(peer_id, "ledger.attest", header, deadline_ms=ATTEST_DEADLINE_MS)
+                signed = codec.decode(Signed, _bytes(reply, "signature"), bytes_max=2 * SMALL_BYTES_MAX)
+                checkpoint.check_signature(self._book.state.committees, summary, signed)
+                return signed
+            except RiosError as error:
+                errors[peer_id] = error
+                if error.code in ("integrity", "forbidden", "not_found", "invalid_request"):
+                    return None
+            try:
+                if peer_id != self._network.identity.peer_id:
+                    await self._heal(peer_id)
+            except RiosError as error:
+                errors[peer_id] = error
+            await trio.sleep(RETRY_S)
+
+    # signing
+
+    async def _serve_attest(self, call: Call) -> Reply:
+        self._check_net(call)
+        summary = codec.decode(Summary, _bytes(call, "summary"), bytes_max=SMALL_BYTES_MAX)
+        witness = self._seats.present()
+        count = call.header.get("pages")
+        if type(count) is not int or not 0 <= count <= PAGES_MAX:
+            raise RiosError("invalid_request", f"'pages' must be a number up to {PAGES_MAX}")
+        if self._looking.locked():
+            raise RemoteError("busy", "another checkpoint is being looked at", "try again")
+        async with self._looking:
+            if summary.entries > self._book.state.applied:
+                raise RuleError("frontier", "an entry of the proposed checkpoint is not applied here", wait=True)
+            pages = [page async for page in self._pages(call.peer_id, summary.state_root, count)]
+            decoded = [codec.decode(Page, page, bytes_max=PAGE_BYTES_MAX) for page in pages]
+            await self._check_root(summary, decoded, self._book.state.committees)
+            await self._check_state(summary, decoded)
+        return Reply({"signature": codec.encode(witness.attest(summary))})
+
+    async def _check_root(self, summary: Summary, pages: Sequence[Page], committees: CommitteeChain) -> None:
+        found = await self._aside(checkpoint.summarise, pages, committees, summary.supply, summary.entries)
+        if found != summary:
+            raise RuleError("checkpoint", "the pages of a checkpoint do not lead to its root")
+
+    async def _check_state(self, summary: Summary, pages: Sequence[Page]) -> None:
+        """The own state says the same (rule 10)."""
+        snapshot = checkpoint.read(pages)
+        await self._book.writer.flush()
+        checkpoint.check_proposal(self._book.state, summary, snapshot, self._book.store.entry_items)
+
+    # fetching
+
+    async def newest_offer(self, provers_min: int) -> Offer | None:
+        """The checkpoint with the most entries that peers show; None if there is none.
+
+        It is of the newest epoch that any of them proves, and ``provers_min`` of them prove a checkpoint of it.
+        """
+        peers = list(self._network.peers())[:ASKED_MAX]
+        offers: list[Offer] = []
+        chains: list[CommitteeChain] = []
+
+        async def ask(peer_id: PeerId) -> None:
+            try:
+                chain, offer = await self._offer_of(peer_id)
+            except RiosError as error:
+                log.info("checkpoint of %s: %s", peer_id, error.message)
+                return
+            chains.append(chain)
+            if offer is not None:
+                offers.append(offer)
+
+        async with trio.open_nursery() as nursery:
+            for peer_id in peers:
+                nursery.start_soon(ask, peer_id)
+        newest = max((chain.epoch for chain in chains), default=0)
+        provers = [offer for offer in offers if offer.chain.epoch == newest]
+        self._provers = len(provers)
+        if len(provers) < provers_min:
+            return None
+        return max(provers, key=lambda offer: offer.proof.summary.entries)
+
+    async def _offer_of(self, peer_id: PeerId) -> tuple[CommitteeChain, Offer | None]:
+        """A peer's committees, followed from the genesis, and the checkpoint that it proves."""
+        chain = CommitteeChain(self._book.genesis)
+        verifier = Verifier(self._book.genesis, chain)
+        followed: list[Certificate] = []
+        while True:
+            header = {"net": self._book.genesis.net, "since": len(followed)}
+            reply = await self._network.call(peer_id, "ledger.checkpoint", header, deadline_ms=DEADLINE_MS)
+            for data in reply.buffers[:COMMITTEES_PER_ANSWER]:
+                certificate = certificates.decode(bytes(data))
+                item = verifier.open(certificate)
+                if getattr(item.object, "account", None) != self._book.genesis.root:
+                    raise RuleError("root", "a committee is not named by the network's root")
+                checkpoint.adopt_committees(chain, [item])
+                followed.append(certificate)
+            if len(reply.buffers) < COMMITTEES_PER_ANSWER:
+                break
+        if reply.header.get("proof") is None:
+            return chain, None
+        proof = codec.decode(Proof, _bytes(reply, "proof"), bytes_max=PROOF_BYTES_MAX)
+        checkpoint.check_proof(chain, proof)
+        pages = reply.header.get("pages")
+        if type(pages) is not int or not 0 <= pages <= PAGES_MAX:
+            raise IntegrityError("integrity", f"{peer_id} sent a malformed checkpoint")
+        return chain, Offer(peer_id, proof, pages, tuple(followed), chain)
+
+    async def _pages(self, peer_id: PeerId, root: bytes, count: int) -> AsyncIterator[bytes]:
+        for number in range(count):
+            header = {"net": self._book.genesis.net, "root": root, "number": number}
+            reply = await self._network.call(peer_id, "ledger.page", header, deadline_ms=DEADLINE_MS, bulk=True)
+            if len(reply.buffers) != 1 or len(reply.buffers[0]) > PAGE_BYTES_MAX:
+                raise IntegrityError("integrity", f"{peer_id} sent no page of a checkpoint")
+            yield bytes(reply.buffers[0])
+
+    async def _fetch(self, offer: Offer) -> tuple[list[bytes], list[Page]]:
+        root = offer.proof.summary.state_root
+        encoded = [page async for page in self._pages(offer.peer_id, root, offer.pages)]
+        pages = [codec.decode(Page, page, bytes_max=PAGE_BYTES_MAX) for page in encoded]
+        await self._check_root(offer.proof.summary, pages, offer.chain)
+        return encoded, pages
+
+    async def start(self) -> Proof | None:
+        """Start this fresh node from the newest checkpoint of its peers; None if they prove none, or all is wanted."""
+        async with self._starting:
+            if not self._is_fresh():
+                return None
+            offer = await self.newest_offer(PROVERS_MIN)
+            if offer is None:
+                return None
+            encoded, _ = await self._fetch(offer)
+            await self._book.start_from(offer.committees, offer.proof, encoded)
+            self._fresh = False
+        log.info("started from a checkpoint of %d entries of %s", offer.proof.summary.entries, offer.peer_id)
+        return offer.proof
+
+    def _is_fresh(self) -> bool:
+        """Whether this node began with nothing, and has nothing yet but what gossip brought."""
+        return self._fresh and not self._archive and self._book.state.applied < FRESH_ENTRIES_MAX
+
+    async def before_round(self) -> bool:
+        """What a fresh node does before it asks for single objects; False: not yet, more peers may come that prove the
+        checkpoint that one of them shows."""
+        if not self._is_fresh():
+            return True
+        try:
+            started = await self.start()
+        except RiosError as error:
+            log.warning("could not start from a checkpoint: %s", error.message)
+            started = None
+        self._held += 1
+        self._fresh = started is None and self._provers > 0 and self._held <= HELD_MAX
+        return not self._fresh
+
+    async def obtain(self) -> Proof | None:
+        """Keep the newest checkpoint of the peers, checked against the own state; None if none is newer."""
+        offer, mine = await self.newest_offer(1), self._book.store.shelf.newest()
+        if offer is None or (mine is not None and mine.summary.entries >= offer.proof.summary.entries):
+            return None
+        encoded, pages = await self._fetch(offer)
+        await self._check_state(offer.proof.summary, pages)
+        await self._book.writer.commit(self._book.store.shelf.keep(offer.proof, encoded))
+        return offer.proof
+
+    # pruning
+
+    async def prune(self) -> tuple[Proof, int]:
+        """Drop what lies below the newest checkpoint on this disk; it and the bytes that became free.
+
+        Raises RequestError for an archive, or where there is no checkpoint.
+        """
+        if self._archive:
+            raise RequestError(
+                "forbidden", "this node is an archive: it keeps everything", "set ledger.archive = false"
+            )
+        store = self._book.store
+        proof = store.shelf.newest()
+        if proof is None:
+            hint = "make one: rios ledger checkpoint --new"
+            raise RequestError("not_found", "there is no checkpoint on this disk", hint)
+        root = proof.summary.state_root
+        snapshot = checkpoint.read(store.shelf.pages(root))
+        frontier = {line.key: line.seq for line in snapshot.accounts.values()}
+        keep = store.committee_entries(self._book.genesis.root)
+        await self._book.writer.commit([store.shelf.start_from(root)])  # first: what is dropped must not be needed
+        freed = await self._book.writer.run(lambda: store.prune(keep, frontier.items(), snapshot.channels))
+        self._book.pruned_below = frontier
+        return proof, freed
+
+    # serving
+
+    def _check_net(self, call: Call) -> None:
+        if call.header.get("net") != self._book.genesis.net:
+            raise RiosError("conflict", "this node belongs to another ledger network", "compare the genesis files")
+
+    async def _serve_newest(self, call: Call) -> Reply:
+        self._check_net(call)
+        since = call.header.get("since", 0)
+        if type(since) is not int or since < 0:
+            raise RiosError("invalid_request", "'since' must be a number")
+        store, root = self._book.store, self._book.genesis.root
+        buffers = []
+        for item in store.committee_entries(root)[since : since + COMMITTEES_PER_ANSWER]:
+            certificate = store.entry_certificate(root, item.object.seq)
+            assert certificate is not None
+            buffers.append(certificates.encode(certificate))
+        proof = store.shelf.newest()
+        if proof is None:
+            return Reply({}, buffers)
+        pages = store.shelf.count(proof.summary.state_root)
+        return Reply({"proof": codec.encode(proof), "pages": pages}, buffers)
+
+    async def _serve_page(self, call: Call) -> Reply:
+        self._check_net(call)
+        root, number = call.header.get("root"), call.header.get("number")
+        if not isinstance(root, bytes) or type(number) is not int or not 0 <= number < PAGES_MAX:
+            raise RiosError("invalid_request", "'root' and 'number' are needed")
+        offered = self._offered.get(root)
+        if offered is not None:
+            page = offered[number] if number < len(offered) else None
+        else:
+            page = self._book.store.shelf.page(root, number)
+        if page is None:
+            raise RiosError("not_found", "this node has no such page")
+        return Reply({}, [page])
+
+
+def _bytes(message: Call | Reply, name: str) -> bytes:
+    value = message.header.get(name)
+    if not isinstance(value, bytes):
+        raise IntegrityError("integrity", f"the message lacks {name!r}")
+    return value
