@@ -1,0 +1,128 @@
+"""Watches every vote, freeze and certificate the moment it exists, before anybody removes duplicates.
+
+An object counts as final as soon as the votes that honest witnesses gave and the votes that the lying ones *could*
+give make a quorum, whether or not somebody collected them: an adversary may have. So what is checked is the strongest
+reading of the invariants. Numbers: I1..I6 of LEDGER.md, W2..W9 its rules for a single honest witness.
+"""
+
+from hashlib import sha256
+
+from ledger.core.genesis import Genesis
+from ledger.core.objects import Certificate, Claim, Entry, Freeze, Item, Signed, Vote, Votes, parse
+from p2p.core import codec
+from tests.sim.model import Model, Violation, signed_by
+
+
+class Checker:
+    """One simulation's."""
+
+    def __init__(self, genesis: Genesis) -> None:
+        self.model = Model(genesis)
+        self.liars: set[bytes] = set()
+        """Keys of lying witnesses, of any epoch."""
+        self.silenced: dict[bytes, str] = {}
+        """Honest witness keys that must not sign any more, and why."""
+        self.votes: dict[tuple[int, bytes], set[bytes]] = {}
+        self.final: dict[bytes, Item] = {}
+        self._slot_vote: dict[tuple[bytes, int, bytes, int], bytes] = {}
+        self._claim_votes: dict[tuple[bytes, bytes], int] = {}
+        self._freezes: dict[tuple[bytes, bytes], int] = {}
+        self._known_certificates: set[tuple[bytes, tuple[bytes, ...]]] = set()
+        self.double_signed: set[tuple[bytes, int]] = set()
+
+    # what witnesses send
+
+    def vote(self, item: Item, vote: Vote) -> None:
+        """A vote left an honest witness."""
+        header = self._header(item, vote)
+        if header is None:
+            raise Violation("valid", "an honest witness sent a vote that proves nothing")
+        witness, epoch = header.witness, header.epoch
+        if witness in self.silenced:
+            raise Violation("W6", f"a witness voted after it {self.silenced[witness]}")
+        if isinstance(item.object, Entry):
+            slot = (witness, epoch, item.object.account, item.object.seq)
+            if self._slot_vote.setdefault(slot, item.id) != item.id:
+                raise Violation("W2", f"an honest witness voted twice in slot {item.object.seq}")
+        else:
+            voucher = item.object.voucher
+            frozen = self._freezes.get((witness, voucher.channel))
+            if frozen is not None and voucher.cumulative > frozen:
+                raise Violation("W4", f"a vote for a claim of {voucher.cumulative} above the own freeze at {frozen}")
+            key = (witness, voucher.channel)
+            self._claim_votes[key] = max(self._claim_votes.get(key, 0), voucher.cumulative)
+        voters = self.votes.setdefault((epoch, item.id), set())
+        voters.add(witness)
+        self._maybe_final(item, epoch, voters)
+
+    def _maybe_final(self, item: Item, epoch: int, voters: set[bytes]) -> None:
+        committee = self.model.epochs[epoch]
+        if len(voters) + len(self.liars.intersection(committee.keys)) >= committee.quorum:
+            self._final(item)
+
+    def _final(self, item: Item) -> None:
+        if item.id not in self.final:
+            self.final[item.id] = item
+            self.model.add(item)
+
+    def freeze(self, signed: Signed) -> None:
+        """A freeze left an honest witness."""
+        body = codec.decode(Freeze, signed.body, bytes_max=4096)
+        channel = self.model.channels.get(body.channel)
+        if channel is None or self.model.freeze(channel, body.channel, signed) is None:
+            raise Violation("valid", "an honest witness sent a freeze that is none")
+        if body.witness in self.silenced:
+            raise Violation("W6", f"a witness froze after it {self.silenced[body.witness]}")
+        key = (body.witness, body.channel)
+        if self._freezes.setdefault(key, body.total) != body.total:
+            raise Violation("W5", f"a freeze at {self._freezes[key]} became one at {body.total}")
+        if body.total < self._claim_votes.get(key, 0):
+            raise Violation("W5", f"a freeze at {body.total} below the own vote for {self._claim_votes[key]}")
+
+    # what nodes take in
+
+    def accepted(self, item: Item, certificate: Certificate) -> None:
+        """An honest node wrote an object with its certificate: it must be one."""
+        key = (item.id, tuple(vote.header for vote in certificate.votes))
+        if key in self._known_certificates:
+            return
+        if parse(certificate.object).id != item.id:
+            raise Violation("valid", "a certificate for another object was accepted")
+        if certificate.epoch >= len(self.model.epochs):
+            raise Violation("valid", f"a certificate of epoch {certificate.epoch} was accepted")
+        committee = self.model.epochs[certificate.epoch]
+        witnesses = set()
+        for vote in certificate.votes:
+            header = self._header(item, vote)
+            if header is None or header.epoch != certificate.epoch or header.witness not in committee.keys:
+                raise Violation("valid", "a certificate with a vote that proves nothing was accepted")
+            if header.witness not in self.liars:
+                if header.witness not in self.votes.get((header.epoch, item.id), ()):
+                    raise Violation("valid", "a certificate with a vote that was never sent was accepted")
+            witnesses.add(header.witness)
+        if len(witnesses) < committee.quorum:
+            raise Violation("quorum", f"a certificate of {len(witnesses)} witnesses was accepted")
+        self._final(item)
+        self._known_certificates.add(key)
+
+    def _header(self, item: Item, vote: Vote) -> Votes | None:
+        """The signed batch a vote belongs to, if it leads there."""
+        header = codec.decode(Votes, vote.header, bytes_max=4096)
+        node = sha256(b"\0" + item.id).digest()
+        for level, sibling in enumerate(vote.path):
+            pair = sibling + node if vote.index >> level & 1 else node + sibling
+            node = sha256(b"\1" + pair).digest()
+        good = header.net == self.model.genesis.net and header.epoch < len(self.model.epochs) and node == header.root
+        good = good and signed_by(header.witness, Votes.TAG, vote.header, vote.signature)
+        return header if good and header.witness in self.model.epochs[header.epoch].keys else None
+
+    def highest_claim(self, channel: bytes) -> int:
+        """The highest claim on a channel that is final by anybody's reading."""
+        return max(
+            (
+                item.object.voucher.cumulative
+                for item in self.final.values()
+                if isinstance(item.object, Claim) and item.object.voucher.channel == channel
+            ),
+            default=0,
+        )

@@ -1,0 +1,259 @@
+"""Payers and workers that cheat, together and with the lying witnesses.
+
+One crook owns two keys: it pays itself as a worker. It asks witnesses directly, keeps every vote it gets, and shows the
+certificates it can make to whom it likes, when it likes.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from config.errors import RiosError
+from ledger.core import certificate as certificates
+from ledger.core.certificate import Collector
+from ledger.core.objects import (
+    Certificate,
+    Claim,
+    Entry,
+    Grant,
+    Op,
+    Open,
+    Reclaim,
+    Signed,
+    TopUp,
+    Transfer,
+    Vote,
+    Voucher,
+    sign,
+)
+from ledger.core.rules import ChannelState
+from p2p.core import codec
+from p2p.core.identity import Identity
+
+if TYPE_CHECKING:
+    from tests.sim.node import Node
+
+TRICKS_MAX = 40
+
+
+@dataclass
+class Crook:
+    """Pays, works and lies on one node, under the node's key, a worker's key, and (``grants``) the issuer's."""
+
+    node: "Node"
+    payer: Identity
+    worker: Identity
+    collectors: dict[bytes, Collector] = field(default_factory=dict)
+    hidden: list[Certificate] = field(default_factory=list)
+    freezes: dict[bytes, dict[bytes, Signed]] = field(default_factory=dict)
+
+    def attach(self) -> None:
+        """Live on the node."""
+        self.node.tasks += [self._pay, self._work, self._show]
+
+    # what is signed
+
+    def _entry(self, *ops: Op, seq: int = 0, prev: bytes | None = None, net: bytes = b"") -> Signed:
+        state = self.node.ledger.book.state
+        known = state.account(self.payer.public_key)
+        head = known.head if prev is None else prev
+        return sign(
+            self.payer,
+            Entry(net or state.genesis.net, self.payer.public_key, seq or known.seq + 1, head, ops),
+        )
+
+    def _channels(self) -> list[tuple[bytes, ChannelState]]:
+        state = self.node.ledger.book.state
+        return sorted((k, c) for k, c in state.channels.items() if c.payer == self.payer.public_key)
+
+    def _entries(self) -> list[Signed]:
+        """One honest entry, two for one slot, or one that breaks a rule."""
+        random, world, node = self.node.random, self.node.world, self.node
+        balance = node.ledger.book.state.balance(self.payer.public_key)
+        half = max(1, balance // 2)
+        due = [(k, c) for k, c in self._channels() if c.closed_at is None and k in self.freezes]
+        if due and random.random() < 0.5:
+            return self._reclaims(*random.choice(due))
+        opens = [(k, c) for k, c in self._channels() if c.closed_at is None]
+        kind = random.random()
+        expiry = node.now_ms() + int(random.uniform(0.5, 8) * 1000)
+        lock = max(world.genesis.min_lock, balance // 3)
+        if kind < 0.35:
+            key = self.worker.public_key
+            return [self._entry(Open(key, key, lock, expiry))]
+        if kind < 0.7:
+            return [self._entry(Transfer(world.anybody(random), half)) for _ in range(random.choice((2, 2, 3)))]
+        if kind < 0.75 and opens:
+            return [self._entry(TopUp(random.choice(opens)[0], half))]
+        return [self._foul(balance, lock, expiry, opens)]
+
+    def _foul(self, balance: int, lock: int, expiry: int, opens: list[tuple[bytes, ChannelState]]) -> Signed:
+        random, world, me = self.node.random, self.node.world, self.payer.public_key
+        key = self.worker.public_key
+        state = self.node.ledger.book.state
+        foreign = [k for k, c in sorted(state.channels.items()) if c.payer != me]
+        pay = Transfer(key, 1)
+        seq = state.account(me).seq
+        choices: list[Signed] = [
+            self._entry(Transfer(key, balance + 1)),
+            self._entry(Transfer(me, balance), Transfer(key, balance), Transfer(key, balance)),
+            self._entry(*(Transfer(key, balance // 2 + 1) for _ in range(3))),
+            self._entry(Open(key, key, balance, expiry), Transfer(key, balance)),
+            self._entry(Grant(me, 50), Transfer(key, 50)),
+            self._entry(Open(key, key, world.genesis.min_lock - 1, expiry)),
+            self._entry(Open(bytes(32), key, lock, expiry)),
+            self._entry(Open(b"\1" + bytes(31), key, lock, expiry)),
+            self._entry(pay, seq=seq + 2),
+            self._entry(pay, prev=bytes(32) if seq else b"\1" * 32),
+            self._entry(pay, net=b"other network 16"),
+            self._entry(Transfer(key, 0)),
+            Signed(self._entry(pay).body, bytes(64)),
+            self._for_somebody(),
+        ]
+        if foreign:
+            choices.append(self._entry(TopUp(random.choice(foreign), 1)))
+            choices.append(self._reclaim(random.choice(foreign), 0, ()))
+        if opens:
+            choices.append(self._reclaim(random.choice(opens)[0], 0, ()))
+            choices.append(self._entry(Open(key, key, lock, expiry), TopUp(opens[0][0], balance)))
+        return random.choice(choices)
+
+    def _for_somebody(self) -> Signed:
+        """A transfer in the name of somebody who did not sign it."""
+        world, state = self.node.world, self.node.ledger.book.state
+        victim = world.anybody(self.node.random)
+        known = state.account(victim)
+        ops = (Transfer(self.payer.public_key, max(1, known.balance)),)
+        return sign(self.payer, Entry(state.genesis.net, victim, known.seq + 1, known.head, ops))
+
+    def _reclaim(self, key: bytes, total: int, freezes: tuple[Signed, ...]) -> Signed:
+        """A reclaim backed by whatever lies around: the liars' freezes, several times."""
+        lies = [self.node.world.lie(key) for _ in range(3)]
+        return self._entry(Reclaim(key, total, freezes or tuple(lie for lie in lies if lie) or (self._own(key),)))
+
+    def _own(self, key: bytes) -> Signed:
+        """A freeze signed with the own key, which is no witness's."""
+        liar = self.node.world.false_freeze(self.payer, key)
+        return liar
+
+    def _reclaims(self, key: bytes, channel: ChannelState) -> list[Signed]:
+        random = self.node.random
+        known = list(self.freezes[key].values())
+        total = max((self.node.world.freeze_total(signed) for signed in known), default=0)
+        good = Reclaim(key, total, tuple(known))
+        low = Reclaim(key, channel.paid, tuple(known))
+        others = [tuple(f.values()) for k, f in sorted(self.freezes.items()) if k != key and f]
+        fouls = [
+            self._entry(good, good),
+            self._entry(low),
+            self._entry(good, TopUp(key, 1)),
+            self._entry(Reclaim(key, total, (*known[:1], *known[:1], *known[:1]))),
+            self._entry(Reclaim(key, total, tuple(known[:-1]))) if len(known) > 1 else self._entry(good),
+            *(self._entry(Reclaim(key, channel.paid, other)) for other in others[:1]),
+        ]
+        return [self._entry(good)] if random.random() < 0.6 else [random.choice(fouls)]
+
+    # asking
+
+    async def _ask(self, signed: Signed, node: "Node", witness: "Node") -> None:
+        """Get a vote, by whatever it takes."""
+        try:
+            header: dict[str, Any] = {"object": codec.encode(signed)}
+            reply = await node.network.call(witness.peer_id, "ledger.submit", header, deadline_ms=1000)
+            self._keep(signed, reply.header)
+        except RiosError:
+            return
+
+    def _keep(self, signed: Signed, header: Any) -> None:
+        vote = header.get("vote")
+        if not isinstance(vote, bytes):
+            return
+        collector = self.collectors.get(signed.body)
+        if collector is None:
+            if len(self.collectors) >= TRICKS_MAX:
+                self.collectors.pop(next(iter(self.collectors)))
+            collector = self.collectors[signed.body] = Collector(self.node.ledger.book.verifier, signed)
+        collector.add(codec.decode(Vote, vote, bytes_max=8192))
+        if not collector.missing:
+            self.hidden.append(collector.certificate())
+            del self.collectors[signed.body]
+
+    async def _spread(self, node: "Node", signed: list[Signed]) -> None:
+        """Every witness is asked for one or several of them, in any order."""
+        random = node.random
+        async with trio.open_nursery() as nursery:
+            for witness in node.world.witnesses():
+                mine = random.sample(signed, random.randint(1, len(signed)))
+                for one in mine:
+                    nursery.start_soon(self._ask, one, node, witness)
+
+    async def _pay(self, node: "Node") -> None:
+        random = node.random
+        again: list[Signed] = []
+        while True:
+            await trio.sleep(random.expovariate(1 / (node.world.plan.pause_s * 0.8)))
+            if not node.world.busy:
+                continue
+            if not again or random.random() < 0.5:
+                again = self._entries()
+            await self._spread(node, again)
+
+    async def _work(self, node: "Node") -> None:
+        """Claims of every kind, and freezes asked for as early as possible."""
+        random = node.random
+        while True:
+            await trio.sleep(random.uniform(0.4, 1.2))
+            for key, channel in self._channels():
+                if channel.closed_at is not None and random.random() < 0.7:
+                    continue
+                if random.random() < 0.6:
+                    await self._spread(node, [self._claim(key, channel)])
+                late = node.now_ms() > channel.expiry_ms - 1000
+                if late or random.random() < 0.2:
+                    async with trio.open_nursery() as nursery:
+                        for witness in node.world.witnesses():
+                            nursery.start_soon(self._ask_freeze, node, witness, key)
+                        if late and random.random() < 0.6:
+                            nursery.start_soon(self._spread, node, [self._claim(key, channel)])
+
+    def _claim(self, key: bytes, channel: ChannelState) -> Signed:
+        random, world = self.node.random, self.node.world
+        total = channel.lock + 1 if random.random() < 0.1 else random.randint(1, channel.lock)
+        net = b"other network 16" if random.random() < 0.05 else world.genesis.net
+        voucher = Voucher(net, key, 0, total, bytes(32))
+        signature = sign(self.payer, voucher).signature
+        where = (channel.payer, channel.seq, channel.op_index)
+        foul = random.random()
+        if foul < 0.05:
+            signature = sign(self.worker, voucher).signature
+        if foul > 0.95:
+            where = (channel.payer, channel.seq, (channel.op_index + 1) % 4)
+        signer = self.payer if 0.05 < foul < 0.1 else self.worker
+        return sign(signer, Claim(*where, voucher, signature))
+
+    async def _ask_freeze(self, node: "Node", witness: "Node", key: bytes) -> None:
+        header: dict[str, Any] = {"channel": key}
+        try:
+            reply = await node.network.call(witness.peer_id, "ledger.freeze", header, deadline_ms=1000)
+            signed = codec.decode(Signed, reply.header["freeze"], bytes_max=8192)
+        except (RiosError, KeyError):
+            return
+        found = self.freezes.setdefault(key, {})
+        found[witness.identity.public_key] = signed
+
+    async def _show(self, node: "Node") -> None:
+        """Certificates that were kept back come out one by one, to one node at a time; all of them in the end."""
+        random = node.random
+        while True:
+            await trio.sleep(random.uniform(0.2, 1.0))
+            shown = self.hidden if not node.world.busy or random.random() < 0.3 else self.hidden[:1]
+            for certificate in list(shown):
+                target = random.choice(node.world.nodes) if node.world.busy and random.random() < 0.5 else node
+                data = [certificates.encode(certificate)]
+                try:
+                    header = {"net": node.world.genesis.net}
+                    await node.network.call(target.peer_id, "ledger.push", header, data, deadline_ms=500)
+                    self.hidden.remove(certificate)
+                except RiosError:
+                    continue

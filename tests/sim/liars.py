@@ -1,0 +1,147 @@
+"""Witnesses that lie: silent, voting for everything, forging, freezing at nothing; and what they make possible.
+
+A liar signs with its own key only. It runs an honest copy of the ledger to know what there is to lie about.
+"""
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from config.errors import RiosError
+from ledger.core import certificate as certificates
+from ledger.core import merkle
+from ledger.core.objects import Certificate, Freeze, Item, Signed, Vote, Votes, Voucher, parse, sign
+from ledger.voting import read_signed
+from p2p.core import codec
+from p2p.face import Call, Reply
+
+if TYPE_CHECKING:
+    from tests.sim.node import Node
+
+STYLES = ("silent", "yes", "forger", "mixed")
+
+
+class Liar:
+    """The lying witness of one node."""
+
+    def __init__(self, node: "Node", style: str) -> None:
+        self.node = node
+        self.style = style
+        self.batch_no = 0
+        self.seen: list[Item] = []
+        node.liar = True
+        node.on_start.append(self._install)
+        node.tasks.append(self._push)
+
+    def _install(self, node: "Node") -> None:
+        node.network.serve("ledger.submit", self._submit)
+        node.network.serve("ledger.freeze", self._freeze)
+
+    def _mood(self) -> str:
+        return self.node.random.choice(STYLES[:3]) if self.style == "mixed" else self.style
+
+    # requests
+
+    async def _submit(self, call: Call) -> Reply:
+        item = parse(read_signed(call.header.get("object")))
+        if len(self.seen) < 64:
+            self.seen.append(item)
+        mood = self._mood()
+        if mood == "silent":
+            await trio.sleep_forever()
+        vote = self.forged_vote(item) if mood == "forger" else self.vote(item, epoch=self.node.world.epoch)
+        return Reply({"vote": codec.encode(vote)})
+
+    async def _freeze(self, call: Call) -> Reply:
+        mood = self._mood()
+        if mood == "silent":
+            await trio.sleep_forever()
+        return Reply({"freeze": codec.encode(self.freeze(call.header["channel"], forge=mood == "forger"))})
+
+    # lies
+
+    def vote(self, item: Item, *, epoch: int, net: bytes | None = None) -> Vote:
+        """A vote of its own batch: another batch for every object, also for two objects of one slot."""
+        self.batch_no += 1
+        levels = merkle.build([item.id])
+        key = self.node.world.witness_key(self.node, epoch)
+        header = Votes(
+            net or self.node.world.genesis.net, epoch, key.public_key, self.batch_no, bytes(32), levels[-1][0]
+        )
+        signed = sign(key, header)
+        return Vote(signed.body, signed.signature, 0, ())
+
+    def forged_vote(self, item: Item) -> Vote:
+        """A vote that proves nothing: somebody else's name, another object's path, a wrong index, a wrong signature."""
+        world, random = self.node.world, self.node.random
+        good = self.vote(item, epoch=world.epoch)
+        other = self.vote(self.seen[0], epoch=world.epoch) if self.seen else good
+        victim = random.choice(world.model.epochs[world.epoch].keys)
+        header = codec.decode(Votes, good.header, bytes_max=4096)
+        stolen = codec.encode(Votes(header.net, header.epoch, victim, header.batch_no, header.prev, header.root))
+        return random.choice(
+            (
+                Vote(stolen, good.signature, 0, ()),
+                Vote(stolen, bytes(64), 0, ()),
+                Vote(other.header, other.signature, 0, ()),
+                Vote(good.header, good.signature, 1, ()),
+                Vote(good.header, good.signature, 0, (bytes(32),)),
+                self.vote(item, epoch=world.epoch + 1),
+                self.vote(item, epoch=world.epoch, net=bytes(16)),
+            )
+        )
+
+    def freeze(self, channel: bytes, *, forge: bool = False) -> Signed:
+        """A freeze at nothing; forged: at an amount that the payer never promised."""
+        world = self.node.world
+        key, voucher, signature = world.witness_key(self.node, world.epoch), None, None
+        if forge:
+            voucher = Voucher(world.genesis.net, channel, 0, self.node.random.randint(1, 50), bytes(32))
+            signature = sign(key, voucher).signature
+        total = voucher.cumulative if voucher else 0
+        return sign(key, Freeze(world.genesis.net, world.epoch, key.public_key, channel, total, voucher, signature))
+
+    # certificates that are none
+
+    async def _push(self, node: "Node") -> None:
+        """Now and then, send somebody certificates that are none."""
+        while True:
+            await trio.sleep(node.random.uniform(1.0, 3.0))
+            if self.style == "silent" or not self.seen:
+                continue
+            fakes = [self.fake(node.random.choice(self.seen)) for _ in range(2)]
+            target = node.random.choice(node.world.nodes)
+            header = {"net": node.world.genesis.net}
+            try:
+                data = [certificates.encode(fake) for fake in fakes]
+                await node.network.call(target.peer_id, "ledger.push", header, data, deadline_ms=500)
+            except RiosError:
+                continue
+
+    def fake(self, item: Item) -> Certificate:
+        """A certificate that lacks a quorum, however it looks."""
+        world, random = self.node.world, self.node.random
+        quorum = world.model.epochs[world.epoch].quorum
+        own = [self.vote(item, epoch=world.epoch) for _ in range(quorum)]
+        strangers = [self._stranger(item, n) for n in range(quorum)]
+        stale = [self.vote(item, epoch=world.epoch + 1) for _ in range(quorum)]
+        kind = random.randrange(5)
+        if kind == 0:
+            return Certificate(item.signed, world.epoch, tuple(own))
+        if kind == 1:
+            return Certificate(item.signed, world.epoch, (own[0], *strangers[1:]))
+        if kind == 2:
+            return Certificate(item.signed, world.epoch, tuple(self.forged_vote(item) for _ in range(quorum)))
+        if kind == 3:
+            return Certificate(item.signed, world.epoch + 1, tuple(stale))
+        return Certificate(item.signed, world.epoch, (*own[:1], *world.overheard(item)[: quorum - 2]))
+
+    def _stranger(self, item: Item, n: int) -> Vote:
+        """A vote with a key that is in no committee."""
+        world = self.node.world
+        key = world.stranger(n)
+        header = Votes(world.genesis.net, world.epoch, key.public_key, 0, bytes(32), merkle.root_of([item.id]))
+        signed = sign(key, header)
+        return Vote(signed.body, signed.signature, 0, ())
+
+

@@ -1,0 +1,394 @@
+"""One seed: a network of nodes, faults, healing, and what must be true in the end.
+
+The whole run is one ``trio.run`` under a mock clock with trio's scheduling made deterministic, so that a seed replays
+exactly: :attr:`World.hash` covers every event in order.
+"""
+
+import traceback
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import trio
+from trio.testing import MockClock
+
+import ledger.ledger as module
+from config.errors import RiosError
+from ledger.core.genesis import Genesis
+from ledger.core.objects import Freeze, Grant, Item, Signed, Vote, sign
+from ledger.core.state import State
+from p2p.core import codec
+from p2p.core.identity import Identity
+from tests.sim.checker import Checker
+from tests.sim.crooks import Crook
+from tests.sim.liars import STYLES, Liar
+from tests.sim.model import Model, Violation
+from tests.sim.node import Node, facts
+from tests.sim.people import Person
+from tests.sim.signing import identity, signer
+
+EPOCH_MS = 1_800_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a seed is made of. Times are virtual seconds."""
+
+    f: int = 1
+    liars: int = 1
+    style: str = "mixed"
+    clients: int = 1
+    chaos_s: float = 20.0
+    pause_s: float = 2.0
+    channel_s: tuple[float, float] = (2.0, 14.0)
+    loss: float = 0.1
+    duplicate: float = 0.1
+    delay_s: tuple[float, float] = (0.002, 0.25)
+    partitions: float = 0.6
+    crash_every_s: float = 4.0
+    commit_crash: float = 0.01
+    skew_ms: int = 1500
+    grace_ms: int = 1000
+    margin_ms: int = 500
+    calm_s: float = 90.0
+    real: bool = False
+
+
+def plan_of(seed: int) -> Plan:
+    """The plan of a seed: most have f = 1 with one liar; some none, some f = 2, some f = 0."""
+    random = Random(f"plan/{seed}")
+    f = random.choice((1, 1, 1, 1, 1, 1, 1, 1, 2, 0))
+    return Plan(
+        f=f,
+        liars=f if random.random() < 0.85 else random.randint(0, f),
+        style=random.choice((*STYLES, "mixed", "yes")),
+        loss=random.choice((0.0, 0.05, 0.15, 0.3)),
+        duplicate=random.choice((0.0, 0.1, 0.3)),
+        partitions=random.choice((0.0, 0.5, 0.8)),
+        crash_every_s=random.choice((2.0, 4.0, 8.0)),
+        commit_crash=random.choice((0.0, 0.01, 0.03)),
+        skew_ms=random.choice((0, 500, 3000)),
+        real=seed % 50 == 49,
+    )
+
+
+class World:
+    """A simulation of one seed."""
+
+    def __init__(self, seed: int, *, plan: Plan | None = None, folder: Path | None = None, verbose: bool = False) -> None:
+        self.seed = seed
+        self.plan = plan or plan_of(seed)
+        self.folder = folder if self.plan.real else None
+        self.random = Random(f"world/{seed}")
+        self.verbose = verbose
+        self.lines: list[str] = []
+        self.hash = 0
+        self.events = 0
+        self.chaos = True
+        self.busy = True
+        self.blocked: set[tuple[str, str]] = set()
+        self.nursery: trio.Nursery = None  # type: ignore[assignment] # made by run
+        self._make()
+
+    # making
+
+    def key(self, name: str) -> Identity:
+        """Somebody's identity."""
+        return identity(f"{self.seed}/{name}", real=self.plan.real)
+
+    def _make(self) -> None:
+        plan = self.plan
+        n = 3 * plan.f + 1
+        names = [f"w{i}" for i in range(n)] + [f"c{i}" for i in range(plan.clients)] + ["crook"]
+        keys = {name: self.key(name) for name in names}
+        self.issuer = keys["c0"]
+        self.genesis = Genesis(
+            issuer=self.issuer.public_key,
+            root=self.key("root").public_key,
+            witnesses=tuple(keys[f"w{i}"].public_key for i in range(n)),
+            f=plan.f,
+            max_supply=self.random.choice((2000, 4000)),
+            min_lock=10,
+            min_claim_step=2,
+        )
+        self.checker = Checker(self.genesis)
+        self.nodes = [Node(self, name, keys[name], witness=name[0] == "w") for name in names]
+        self.by_peer = {node.peer_id: node for node in self.nodes}
+        self.by_key = {node.identity.public_key: node for node in self.nodes}
+        self.liars = [
+            Liar(node, plan.style) for node in self.random.sample(self.witnesses(), plan.liars)
+        ]
+        self.checker.liars = {liar.node.identity.public_key for liar in self.liars}
+        self.people = [
+            Person(node, grants=node.identity is self.issuer)
+            for node in self.nodes
+            if not node.liar and node.name != "crook"
+        ]
+        for person in self.people:
+            person.attach()
+        crook = self.nodes[-1]
+        self.crook = Crook(crook, crook.identity, self.key("moonlighter"))
+        self.crook.attach()
+
+    # facts for everybody
+
+    @property
+    def model(self) -> Model:
+        """What is final."""
+        return self.checker.model
+
+    @property
+    def epoch(self) -> int:
+        """The newest committee's number."""
+        return len(self.model.epochs) - 1
+
+    def now_ms(self) -> int:
+        """Real time, as no node knows it."""
+        return EPOCH_MS + int(trio.current_time() * 1000)
+
+    def witnesses(self) -> list[Node]:
+        """The nodes with the witness role."""
+        return [node for node in self.nodes if node.witness]
+
+    def anybody(self, random: Random) -> bytes:
+        """Somebody's account."""
+        return random.choice(self.nodes).identity.public_key
+
+    def witness_key(self, node: Node, epoch: int) -> Identity:
+        """The key a node votes with."""
+        return node.identity
+
+    def stranger(self, n: int) -> Identity:
+        """A key that means nothing."""
+        return self.key(f"stranger{n}")
+
+    def overheard(self, item: Item) -> list[Vote]:
+        """Votes of honest witnesses for an object that a liar got hold of."""
+        collector = self.crook.collectors.get(item.signed.body)
+        return list(collector._votes.values()) if collector else []
+
+    def lie(self, channel: bytes) -> Signed | None:
+        """A lying witness's freeze."""
+        return self.liars[0].freeze(channel) if self.liars else None
+
+    def false_freeze(self, somebody: Identity, channel: bytes) -> Signed:
+        """A freeze by somebody who is no witness."""
+        return sign(
+            somebody, Freeze(self.genesis.net, self.epoch, somebody.public_key, channel, 0, None, None)
+        )
+
+    @staticmethod
+    def freeze_total(signed: Signed) -> int:
+        """X of a freeze."""
+        return codec.decode(Freeze, signed.body, bytes_max=4096).total
+
+    # the log
+
+    def log(self, kind: str, *what: object) -> None:
+        """Note an event."""
+        self.events += 1
+        line = f"{trio.current_time():9.3f} {kind} {' '.join(map(str, what))}"
+        self.hash = zlib.crc32(line.encode(), self.hash)
+        if self.verbose:
+            self.lines.append(line)
+
+    # the wire
+
+    def way(self, source: Node, target: Node, what: str) -> float | None:
+        """How long a message takes (s), or None: it is lost."""
+        if source is target:
+            return 0.0
+        random, plan = self.random, self.plan
+        lost = self.chaos and ((source.name, target.name) in self.blocked or random.random() < plan.loss)
+        delay = plan.delay_s[0] + random.random() ** 2 * (plan.delay_s[1] if self.chaos else 0.01)
+        self.log("lost" if lost else "send", source.name, target.name, what)
+        return None if lost else delay
+
+    def twice(self) -> bool:
+        """Whether a request arrives twice."""
+        return self.chaos and self.random.random() < self.plan.duplicate
+
+    # faults
+
+    async def _partition(self) -> None:
+        random = self.random
+        while True:
+            await trio.sleep(random.uniform(0.5, 3.0))
+            self.blocked = set()
+            if random.random() >= self.plan.partitions:
+                continue
+            one_way = random.random() < 0.4
+            side = {node.name: random.randrange(2) for node in self.nodes}
+            for a in side:
+                for b in side:
+                    if side[a] < side[b] or (side[a] > side[b] and not one_way):
+                        self.blocked.add((a, b))
+            self.log("partition", "one-way" if one_way else "both ways", *(n for n in side if side[n]))
+
+    async def _crash(self) -> None:
+        random = self.random
+        while True:
+            await trio.sleep(random.expovariate(1 / self.plan.crash_every_s))
+            node = random.choice(self.nodes)
+            if node.up:
+                self.log("crash", node.name)
+                node.crash()
+
+    # the run
+
+    async def main(self) -> None:
+        """Everything."""
+        async with trio.open_nursery() as nursery:
+            self.nursery = nursery
+            for node in self.nodes:
+                nursery.start_soon(node.live)
+            faults = trio.CancelScope()
+            nursery.start_soon(self._faults, faults)
+            nursery.start_soon(self._fund)
+            await trio.sleep(self.plan.chaos_s)
+            self.log("heal")
+            self.chaos = False
+            self.blocked = set()
+            faults.cancel()
+            await trio.sleep(3.0)
+            self.busy = False
+            await self._calm()
+            nursery.cancel_scope.cancel()
+
+    async def _faults(self, scope: trio.CancelScope) -> None:
+        with scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._partition)
+                nursery.start_soon(self._crash)
+
+    async def _fund(self) -> None:
+        """The first grants, so that there is money to fight over."""
+        node = self.by_key[self.issuer.public_key]
+        share = self.genesis.max_supply // (len(self.nodes) + 3)
+        ops = [Grant(other.identity.public_key, share) for other in self.nodes]
+        while self.model.supply == 0:
+            await trio.sleep(0.1)
+            if node.up and not node.ledger.wallet.pending and not node.ledger.wallet._lock.locked():
+                node.nursery.start_soon(self._grant, node, ops)
+                await trio.sleep(3.0)
+
+    async def _grant(self, node: Node, ops: list[Grant]) -> None:
+        try:
+            await node.ledger.wallet.append(ops, timeout_s=3.0)
+        except RiosError:
+            return
+
+    # the end
+
+    def honest(self) -> list[Node]:
+        """Nodes that run the real thing only."""
+        return [node for node in self.nodes if not node.liar]
+
+    async def _calm(self) -> None:
+        """Wait until nothing is left to do; :class:`Violation` I5 or I6 if that never comes."""
+        end = trio.current_time() + self.plan.calm_s
+        while (why := self._unsettled()) and trio.current_time() < end:
+            await trio.sleep(1.0)
+        if why:
+            raise Violation(*why)
+        self._check_end()
+
+    def _unsettled(self) -> tuple[str, str] | None:
+        """What is not as it must be in the end."""
+        for node in self.honest():
+            if not node.up:
+                return "I6", f"{node.name} is down"
+        for person in self.people:
+            if person.node.ledger.wallet.pending:
+                return "I6", f"{person.node.name} waits for its entry: {facts(person.node)}"
+            me, state = person.identity.public_key, person.node.ledger.book.state
+            for key, channel in sorted(state.channels.items()):
+                if channel.payer == me and channel.closed_at is None:
+                    return "I6", f"{person.node.name} cannot reclaim channel {key.hex()[:8]}"
+        if self.crook.hidden:
+            return "I5", "certificates are still hidden"
+        if len({node.ledger.book.state.digest() for node in self.honest()}) > 1:
+            return "I5", f"digests differ: {[facts(node) for node in self.honest()]}"
+        return None
+
+    def _check_end(self) -> None:
+        """Books, stores and the model agree."""
+        for node in self.honest():
+            state = node.ledger.book.state
+            state.check_invariants()
+            if state.waiting() or state.broken:
+                raise Violation("I5", f"objects wait or are broken: {facts(node)}")
+        items = [item for item in self.honest()[0].ledger.book.store.items()]
+        self.random.shuffle(items)
+        again = State(self.genesis)
+        for item in items:
+            again.add(item)
+        if again.digest() != self.honest()[0].ledger.book.state.digest():
+            raise Violation("I5", "the same objects in another order give another digest")
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        """Nobody loses a voucher that it could have claimed in quiet times."""
+        for person in self.people:
+            for key, held in person.held.items():
+                channel = person.node.ledger.book.state.channels[key]
+                healed = EPOCH_MS + int(self.plan.chaos_s * 1000)
+                quiet = channel.expiry_ms - self.plan.skew_ms - 6000 > max(healed, held.at_ms)
+                if quiet and channel.paid < held.voucher.cumulative - self.genesis.min_claim_step:
+                    raise Violation(
+                        "I6", f"{person.node.name} got {channel.paid} of {held.voucher.cumulative} on {key.hex()[:8]}"
+                    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a seed."""
+
+    seed: int
+    invariant: str
+    message: str
+    hash: int
+    events: int
+    objects: int
+    lines: tuple[str, ...] = ()
+
+
+def run(seed: int, *, plan: Plan | None = None, folder: Path | None = None, verbose: bool = False) -> Result:
+    """Simulate a seed. ``folder`` is where seeds with real files put them (None: they too stay in memory)."""
+    internals = trio._core._run  # private names, guarded by test_sim
+    internals._ALLOW_DETERMINISTIC_SCHEDULING = True
+    internals._r.seed(seed)
+    plan = plan or plan_of(seed)
+    with signer(real=plan.real):
+        world = World(seed, plan=plan, folder=folder, verbose=verbose)
+        disks = {node.name: node.disk for node in world.nodes}
+        real_store = module.Store
+        module.Store = lambda path, net, **_: disks[str(path)].open()  # type: ignore[assignment,misc]
+        invariant = message = ""
+        try:
+            trio.run(world.main, clock=MockClock(autojump_threshold=0))
+        except* Violation as group:
+            first = _first(group)
+            invariant, message = first.invariant, str(first)
+        except* Exception as group:
+            first = _first(group)
+            invariant, message = "error", f"{type(first).__name__}: {first}"
+            if verbose:
+                world.lines += traceback.format_exception(first)
+        finally:
+            module.Store = real_store  # type: ignore[misc]
+            internals._ALLOW_DETERMINISTIC_SCHEDULING = False
+            for disk in disks.values():
+                disk.destroy()
+    return Result(seed, invariant, message, world.hash, world.events, world.model.objects, tuple(world.lines))
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
+__all__ = ["Plan", "Result", "World", "plan_of", "replace", "run"]
