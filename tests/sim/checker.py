@@ -65,12 +65,14 @@ class Checker:
             self.final[item.id] = item
             self.model.add(item)
 
-    def freeze(self, signed: Signed) -> None:
-        """A freeze left an honest witness."""
+    def freeze(self, signed: Signed, now_ms: int) -> None:
+        """A freeze left an honest witness whose clock says ``now_ms``."""
         body = codec.decode(Freeze, signed.body, bytes_max=4096)
         channel = self.model.channels.get(body.channel)
         if channel is None or self.model.freeze(channel, body.channel, signed) is None:
             raise Violation("valid", "an honest witness sent a freeze that is none")
+        if now_ms < channel.expiry_ms:
+            raise Violation("W5", f"a freeze {channel.expiry_ms - now_ms} ms before the channel expires")
         if body.witness in self.silenced:
             raise Violation("W6", f"a witness froze after it {self.silenced[body.witness]}")
         key = (body.witness, body.channel)

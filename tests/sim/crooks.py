@@ -1,7 +1,9 @@
 """Payers and workers that cheat, together and with the lying witnesses.
 
-One crook owns two keys: it pays itself as a worker. It asks witnesses directly, keeps every vote it gets, and shows the
-certificates it can make to whom it likes, when it likes.
+A crook owns two keys: it pays itself as a worker. It asks witnesses directly, keeps every vote it gets, and shows the
+certificates it can make to whom it likes, when it likes. An ``equivocator`` signs several entries for one slot and so
+wedges itself sooner or later; a ``gambler`` keeps its chain whole and plays claims, freezes and reclaims against each
+other; a ``fouler`` tries what every single rule forbids.
 """
 
 from dataclasses import dataclass, field
@@ -35,13 +37,15 @@ if TYPE_CHECKING:
     from tests.sim.node import Node
 
 TRICKS_MAX = 40
+STYLES = ("equivocator", "gambler", "fouler")
 
 
 @dataclass
 class Crook:
-    """Pays, works and lies on one node, under the node's key, a worker's key, and (``grants``) the issuer's."""
+    """Pays, works and lies on one node."""
 
     node: "Node"
+    style: str
     payer: Identity
     worker: Identity
     collectors: dict[bytes, Collector] = field(default_factory=dict)
@@ -71,22 +75,23 @@ class Crook:
         """One honest entry, two for one slot, or one that breaks a rule."""
         random, world, node = self.node.random, self.node.world, self.node
         balance = node.ledger.book.state.balance(self.payer.public_key)
-        half = max(1, balance // 2)
-        due = [(k, c) for k, c in self._channels() if c.closed_at is None and k in self.freezes]
-        if due and random.random() < 0.5:
-            return self._reclaims(*random.choice(due))
         opens = [(k, c) for k, c in self._channels() if c.closed_at is None]
-        kind = random.random()
+        due = [(k, c) for k, c in opens if k in self.freezes]
         expiry = node.now_ms() + int(random.uniform(0.5, 8) * 1000)
-        lock = max(world.genesis.min_lock, balance // 3)
-        if kind < 0.35:
-            key = self.worker.public_key
-            return [self._entry(Open(key, key, lock, expiry))]
-        if kind < 0.7:
-            return [self._entry(Transfer(world.anybody(random), half)) for _ in range(random.choice((2, 2, 3)))]
-        if kind < 0.75 and opens:
-            return [self._entry(TopUp(random.choice(opens)[0], half))]
-        return [self._foul(balance, lock, expiry, opens)]
+        key, lock = self.worker.public_key, max(world.genesis.min_lock, balance // 4)
+        kind = random.random()
+        if self.style == "equivocator" and kind < 0.7:
+            to = [Transfer(world.anybody(random), max(1, balance)) for _ in range(random.choice((2, 2, 3)))]
+            return [self._entry(op) for op in to]
+        if self.style == "fouler" and kind < 0.75:
+            if due and kind < 0.35:
+                return [self._foul_reclaim(*random.choice(due))]
+            return [self._foul(balance, lock, expiry, opens)]
+        if due and random.random() < 0.5:
+            return [self._good_reclaim(random.choice(due)[0])]
+        if opens and kind > 0.8:
+            return [self._entry(TopUp(random.choice(opens)[0], max(1, balance // 4)))]
+        return [self._entry(*(Open(key, key, lock, expiry) for _ in range(random.choice((1, 1, 2)))))]
 
     def _foul(self, balance: int, lock: int, expiry: int, opens: list[tuple[bytes, ChannelState]]) -> Signed:
         random, world, me = self.node.random, self.node.world, self.payer.public_key
@@ -137,22 +142,28 @@ class Crook:
         liar = self.node.world.false_freeze(self.payer, key)
         return liar
 
-    def _reclaims(self, key: bytes, channel: ChannelState) -> list[Signed]:
-        random = self.node.random
-        known = list(self.freezes[key].values())
-        total = max((self.node.world.freeze_total(signed) for signed in known), default=0)
-        good = Reclaim(key, total, tuple(known))
-        low = Reclaim(key, channel.paid, tuple(known))
+    def _good_reclaim(self, key: bytes) -> Signed:
+        known = tuple(self.freezes[key].values())
+        return self._entry(Reclaim(key, max(map(self.node.world.freeze_total, known), default=0), known))
+
+    def _foul_reclaim(self, key: bytes, channel: ChannelState) -> Signed:
+        known = tuple(self.freezes[key].values())
+        total = max(map(self.node.world.freeze_total, known), default=0)
+        good = Reclaim(key, total, known)
         others = [tuple(f.values()) for k, f in sorted(self.freezes.items()) if k != key and f]
         fouls = [
-            self._entry(good, good),
-            self._entry(low),
-            self._entry(good, TopUp(key, 1)),
-            self._entry(Reclaim(key, total, (*known[:1], *known[:1], *known[:1]))),
-            self._entry(Reclaim(key, total, tuple(known[:-1]))) if len(known) > 1 else self._entry(good),
-            *(self._entry(Reclaim(key, channel.paid, other)) for other in others[:1]),
+            (good, good),
+            (Reclaim(key, channel.paid, known),),
+            (Reclaim(key, 0, known),),
+            (good, TopUp(key, 1)),
+            (Reclaim(key, total, known[:1] * 7),),
+            (Reclaim(key, total, known[:-1] or known),),
+            (Reclaim(key, channel.lock, known),),
+            (Reclaim(key, channel.lock + 1, known),),
+            (good,) * 9,
+            *((Reclaim(key, channel.paid, other),) for other in others[:1]),
         ]
-        return [self._entry(good)] if random.random() < 0.6 else [random.choice(fouls)]
+        return self._entry(*self.node.random.choice(fouls))
 
     # asking
 
@@ -210,7 +221,7 @@ class Crook:
                 if random.random() < 0.6:
                     await self._spread(node, [self._claim(key, channel)])
                 late = node.now_ms() > channel.expiry_ms - 1000
-                if late or random.random() < 0.2:
+                if channel.closed_at is None and (late or random.random() < 0.2):
                     async with trio.open_nursery() as nursery:
                         for witness in node.world.witnesses():
                             nursery.start_soon(self._ask_freeze, node, witness, key)

@@ -123,7 +123,7 @@ class Node:
             signed = codec.decode(Signed, freeze, bytes_max=SMALL_BYTES_MAX * 2)
             body = codec.decode(Freeze, signed.body, bytes_max=SMALL_BYTES_MAX)
             self.world.log("freeze", self.name, body.channel.hex()[:8], body.total)
-            checker.freeze(signed)
+            checker.freeze(signed, self.now_ms())
 
     # the disk
 

@@ -72,7 +72,8 @@ class Person:
         node, world, random = self.node, self.node.world, self.node.random
         if self.grants and random.random() < 0.6:
             left = world.genesis.max_supply - node.ledger.book.state.supply
-            amount = min(left, random.randint(50, 400))
+            # a greedy issuer: its wallet refuses what exceeds the supply
+            amount = left + random.randint(1, 50) if random.random() < 0.2 else min(left, random.randint(50, 400))
             return [Grant(world.anybody(random), amount)] if amount > 0 else []
         left = node.ledger.wallet.balance
         ops: list[Op] = []

@@ -22,6 +22,7 @@ from ledger.core.state import State
 from p2p.core import codec
 from p2p.core.identity import Identity
 from tests.sim.checker import Checker
+from tests.sim.crooks import STYLES as CROOKS
 from tests.sim.crooks import Crook
 from tests.sim.liars import STYLES, Liar
 from tests.sim.model import Model, Violation
@@ -129,8 +130,9 @@ class World:
         for person in self.people:
             person.attach()
         crook = self.nodes[-1]
-        self.crook = Crook(crook, crook.identity, self.key("moonlighter"))
-        self.crook.attach()
+        self.crooks = [Crook(crook, style, self.key(style), self.key(f"{style}'s worker")) for style in CROOKS]
+        for one in self.crooks:
+            one.attach()
 
     # facts for everybody
 
@@ -154,7 +156,8 @@ class World:
 
     def anybody(self, random: Random) -> bytes:
         """Somebody's account."""
-        return random.choice(self.nodes).identity.public_key
+        crooks = [crook.payer.public_key for crook in self.crooks]
+        return random.choice([*(node.identity.public_key for node in self.nodes[:-1]), random.choice(crooks)])
 
     def witness_key(self, node: Node, epoch: int) -> Identity:
         """The key a node votes with."""
@@ -166,8 +169,10 @@ class World:
 
     def overheard(self, item: Item) -> list[Vote]:
         """Votes of honest witnesses for an object that a liar got hold of."""
-        collector = self.crook.collectors.get(item.signed.body)
-        return list(collector._votes.values()) if collector else []
+        for crook in self.crooks:
+            if item.signed.body in crook.collectors:
+                return list(crook.collectors[item.signed.body]._votes.values())
+        return []
 
     def lie(self, channel: bytes) -> Signed | None:
         """A lying witness's freeze."""
@@ -266,8 +271,9 @@ class World:
     async def _fund(self) -> None:
         """The first grants, so that there is money to fight over."""
         node = self.by_key[self.issuer.public_key]
-        share = self.genesis.max_supply // (len(self.nodes) + 3)
-        ops = [Grant(other.identity.public_key, share) for other in self.nodes]
+        accounts = [other.identity.public_key for other in self.nodes[:-1]]
+        accounts += [crook.payer.public_key for crook in self.crooks]
+        ops = [Grant(account, self.genesis.max_supply // (len(accounts) + 3)) for account in accounts]
         while self.model.supply == 0:
             await trio.sleep(0.1)
             if node.up and not node.ledger.wallet.pending and not node.ledger.wallet._lock.locked():
@@ -307,7 +313,7 @@ class World:
             for key, channel in sorted(state.channels.items()):
                 if channel.payer == me and channel.closed_at is None:
                     return "I6", f"{person.node.name} cannot reclaim channel {key.hex()[:8]}"
-        if self.crook.hidden:
+        if any(crook.hidden for crook in self.crooks):
             return "I5", "certificates are still hidden"
         if len({node.ledger.book.state.digest() for node in self.honest()}) > 1:
             return "I5", f"digests differ: {[facts(node) for node in self.honest()]}"
@@ -320,13 +326,13 @@ class World:
             state.check_invariants()
             if state.waiting() or state.broken:
                 raise Violation("I5", f"objects wait or are broken: {facts(node)}")
-        items = [item for item in self.honest()[0].ledger.book.store.items()]
-        self.random.shuffle(items)
-        again = State(self.genesis)
-        for item in items:
-            again.add(item)
-        if again.digest() != self.honest()[0].ledger.book.state.digest():
-            raise Violation("I5", "the same objects in another order give another digest")
+            items = list(node.ledger.book.store.items())
+            self.random.shuffle(items)
+            again = State(self.genesis)
+            for item in items:
+                again.add(item)
+            if again.digest() != state.digest():
+                raise Violation("I5", f"what {node.name} stored gives another digest in another order")
         self._check_workers()
 
     def _check_workers(self) -> None:
