@@ -5,10 +5,11 @@ give make a quorum, whether or not somebody collected them: an adversary may hav
 reading of the invariants. Numbers: I1..I6 of LEDGER.md, W2..W9 its rules for a single honest witness.
 """
 
+from collections import Counter
 from hashlib import sha256
 
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Certificate, Claim, Entry, Freeze, Item, Signed, Vote, Votes, parse
+from ledger.core.objects import Certificate, Claim, Entry, Freeze, Handover, Item, Signed, Vote, Votes, parse
 from p2p.core import codec
 from tests.sim.model import Model, Violation, signed_by
 
@@ -20,15 +21,20 @@ class Checker:
         self.model = Model(genesis)
         self.liars: set[bytes] = set()
         """Keys of lying witnesses, of any epoch."""
-        self.silenced: dict[bytes, str] = {}
-        """Honest witness keys that must not sign any more, and why."""
+        self.handed: dict[bytes, Handover] = {}
+        """Handovers of honest witnesses, by their keys."""
+        self.released: Counter[tuple[bytes, int]] = Counter()
+        """How many votes and freezes of a witness (key, epoch) have left it."""
+        self.restored: set[tuple[bytes, int]] = set()
+        """Honest witnesses (key, epoch) whose database was put back to an older state."""
         self.votes: dict[tuple[int, bytes], set[bytes]] = {}
         self.final: dict[bytes, Item] = {}
+        self._items: dict[bytes, Item] = {}
         self._slot_vote: dict[tuple[bytes, int, bytes, int], bytes] = {}
         self._claim_votes: dict[tuple[bytes, bytes], int] = {}
         self._freezes: dict[tuple[bytes, bytes], int] = {}
         self._known_certificates: set[tuple[bytes, tuple[bytes, ...]]] = set()
-        self.double_signed: set[tuple[bytes, int]] = set()
+        self._signed: dict[tuple[bytes, int], bytes] = {}
 
     # what witnesses send
 
@@ -38,8 +44,10 @@ class Checker:
         if header is None:
             raise Violation("valid", "an honest witness sent a vote that proves nothing")
         witness, epoch = header.witness, header.epoch
-        if witness in self.silenced:
-            raise Violation("W6", f"a witness voted after it {self.silenced[witness]}")
+        if (witness, epoch) in self.restored:
+            raise Violation("W9", "a witness voted after it was restored from a backup")
+        if witness in self.handed and not self._covers(self.handed[witness], item):
+            raise Violation("W6", "a witness voted for something that its handover does not say")
         if isinstance(item.object, Entry):
             slot = (witness, epoch, item.object.account, item.object.seq)
             if self._slot_vote.setdefault(slot, item.id) != item.id:
@@ -47,10 +55,14 @@ class Checker:
         else:
             voucher = item.object.voucher
             frozen = self._freezes.get((witness, voucher.channel))
+            if (epoch, item.id) in self.votes and witness in self.votes[epoch, item.id]:
+                return  # the same vote again
             if frozen is not None and voucher.cumulative > frozen:
                 raise Violation("W4", f"a vote for a claim of {voucher.cumulative} above the own freeze at {frozen}")
             key = (witness, voucher.channel)
             self._claim_votes[key] = max(self._claim_votes.get(key, 0), voucher.cumulative)
+        self._items[item.id] = item
+        self.released[witness, epoch] += 1
         voters = self.votes.setdefault((epoch, item.id), set())
         voters.add(witness)
         self._maybe_final(item, epoch, voters)
@@ -73,13 +85,62 @@ class Checker:
             raise Violation("valid", "an honest witness sent a freeze that is none")
         if now_ms < channel.expiry_ms:
             raise Violation("W5", f"a freeze {channel.expiry_ms - now_ms} ms before the channel expires")
-        if body.witness in self.silenced:
-            raise Violation("W6", f"a witness froze after it {self.silenced[body.witness]}")
+        if (body.witness, body.epoch) in self.restored:
+            raise Violation("W9", "a witness froze after it was restored from a backup")
+        handed = self.handed.get(body.witness)
+        if handed is not None and not self._covers_freeze(handed, body.channel, body.total):
+            raise Violation("W6", "a witness froze a channel that its handover does not say is frozen")
+        self.released[body.witness, body.epoch] += 1
         key = (body.witness, body.channel)
         if self._freezes.setdefault(key, body.total) != body.total:
             raise Violation("W5", f"a freeze at {self._freezes[key]} became one at {body.total}")
         if body.total < self._claim_votes.get(key, 0):
             raise Violation("W5", f"a freeze at {body.total} below the own vote for {self._claim_votes[key]}")
+
+    def handover(self, signed: Signed) -> None:
+        """A handover left an honest node: if its author is honest, it says everything that the author signed."""
+        body = codec.decode(Handover, signed.body, bytes_max=1 << 26)
+        if body.witness in self.liars:
+            return
+        if body.witness not in self.model.epochs[body.epoch].keys:
+            raise Violation("valid", "a handover by somebody who was no witness")
+        other = self.handed.setdefault(body.witness, body)
+        if other != body:
+            raise Violation("W6", "a witness handed over twice, differently")
+        if other is not body:
+            return
+        for (epoch, item_id), voters in self.votes.items():
+            if epoch == body.epoch and body.witness in voters and not self._covers(body, self._items[item_id]):
+                raise Violation("W7", "a handover leaves out a vote")
+        for (witness, channel), total in self._freezes.items():
+            if witness == body.witness and not self._covers_freeze(body, channel, total):
+                raise Violation("W7", "a handover leaves out a freeze")
+
+    def _covers(self, handover: Handover, item: Item) -> bool:
+        """Whether a handover says that this object may be final."""
+        if isinstance(item.object, Entry):
+            reached = dict(handover.frontier.accounts).get(item.object.account, 0)
+            return item.object.seq <= reached or any(parse(lock).id == item.id for lock in handover.locks)
+        voucher = item.object.voucher
+        paid = dict(handover.frontier.channels).get(voucher.channel, 0)
+        shown = [each.voucher.cumulative for each in handover.claims if each.voucher.channel == voucher.channel]
+        return self._is_closed(voucher.channel) or voucher.cumulative <= max([paid, *shown])
+
+    def _covers_freeze(self, handover: Handover, channel: bytes, total: int) -> bool:
+        return self._is_closed(channel) or any(h.channel == channel and h.total <= total for h in handover.freezes)
+
+    def _is_closed(self, channel: bytes) -> bool:
+        known = self.model.channels.get(channel)
+        return known is not None and known.closed_at is not None
+
+    # what honest accounts send
+
+    def submitted(self, account: bytes, signed: Signed) -> None:
+        """An honest wallet sent an entry: never another one for the same slot."""
+        item = parse(signed)
+        if isinstance(item.object, Entry) and item.object.account == account:
+            if self._signed.setdefault((account, item.object.seq), item.id) != item.id:
+                raise Violation("W9", f"an honest wallet signed two entries {item.object.seq}")
 
     # what nodes take in
 

@@ -18,6 +18,7 @@ from ledger.core.objects import (
     Certificate,
     Claim,
     Entry,
+    Freeze,
     Grant,
     Op,
     Open,
@@ -27,6 +28,7 @@ from ledger.core.objects import (
     Transfer,
     Vote,
     Voucher,
+    Votes,
     sign,
 )
 from ledger.core.rules import ChannelState
@@ -48,9 +50,11 @@ class Crook:
     style: str
     payer: Identity
     worker: Identity
-    collectors: dict[bytes, Collector] = field(default_factory=dict)
+    collectors: dict[tuple[bytes, int], Collector] = field(default_factory=dict)
+    """Votes of one epoch for one object, by (body, epoch)."""
     hidden: list[Certificate] = field(default_factory=list)
-    freezes: dict[bytes, dict[bytes, Signed]] = field(default_factory=dict)
+    freezes: dict[bytes, dict[tuple[int, bytes], Signed]] = field(default_factory=dict)
+    """By channel, then by (epoch, witness)."""
 
     def attach(self) -> None:
         """Live on the node."""
@@ -142,12 +146,17 @@ class Crook:
         liar = self.node.world.false_freeze(self.payer, key)
         return liar
 
+    def _known(self, key: bytes) -> tuple[Signed, ...]:
+        """The freezes of one epoch that are at hand."""
+        epoch = self.node.random.choice([epoch for epoch, _ in self.freezes[key]])
+        return tuple(signed for (of, _), signed in self.freezes[key].items() if of == epoch)
+
     def _good_reclaim(self, key: bytes) -> Signed:
-        known = tuple(self.freezes[key].values())
+        known = self._known(key)
         return self._entry(Reclaim(key, max(map(self.node.world.freeze_total, known), default=0), known))
 
     def _foul_reclaim(self, key: bytes, channel: ChannelState) -> Signed:
-        known = tuple(self.freezes[key].values())
+        known = self._known(key)
         total = max(map(self.node.world.freeze_total, known), default=0)
         good = Reclaim(key, total, known)
         others = [tuple(f.values()) for k, f in sorted(self.freezes.items()) if k != key and f]
@@ -161,6 +170,7 @@ class Crook:
             (Reclaim(key, channel.lock, known),),
             (Reclaim(key, channel.lock + 1, known),),
             (good,) * 9,
+            (Reclaim(key, total, tuple(self.freezes[key].values())),),
             *((Reclaim(key, channel.paid, other),) for other in others[:1]),
         ]
         return self._entry(*self.node.random.choice(fouls))
@@ -180,15 +190,18 @@ class Crook:
         vote = header.get("vote")
         if not isinstance(vote, bytes):
             return
-        collector = self.collectors.get(signed.body)
+        found = codec.decode(Vote, vote, bytes_max=8192)
+        epoch = codec.decode(Votes, found.header, bytes_max=4096).epoch
+        key = (signed.body, epoch)
+        collector = self.collectors.get(key)
         if collector is None:
             if len(self.collectors) >= TRICKS_MAX:
                 self.collectors.pop(next(iter(self.collectors)))
-            collector = self.collectors[signed.body] = Collector(self.node.ledger.book.verifier, signed)
-        collector.add(codec.decode(Vote, vote, bytes_max=8192))
+            collector = self.collectors[key] = Collector(self.node.ledger.book.verifier, signed, epoch)
+        collector.add(found)
         if not collector.missing:
             self.hidden.append(collector.certificate())
-            del self.collectors[signed.body]
+            del self.collectors[key]
 
     async def _spread(self, node: "Node", signed: list[Signed]) -> None:
         """Every witness is asked for one or several of them, in any order."""
@@ -250,14 +263,16 @@ class Crook:
             signed = codec.decode(Signed, reply.header["freeze"], bytes_max=8192)
         except (RiosError, KeyError):
             return
-        found = self.freezes.setdefault(key, {})
-        found[witness.identity.public_key] = signed
+        body = codec.decode(Freeze, signed.body, bytes_max=4096)
+        self.freezes.setdefault(key, {})[body.epoch, body.witness] = signed
 
     async def _show(self, node: "Node") -> None:
         """Certificates that were kept back come out one by one, to one node at a time; all of them in the end."""
         random = node.random
         while True:
             await trio.sleep(random.uniform(0.2, 1.0))
+            if self.style == "equivocator" and node.world.busy and random.random() < 0.85:
+                continue  # a certificate that nobody knows may be worth a second one in the next epoch
             shown = self.hidden if not node.world.busy or random.random() < 0.3 else self.hidden[:1]
             for certificate in list(shown):
                 target = random.choice(node.world.nodes) if node.world.busy and random.random() < 0.5 else node

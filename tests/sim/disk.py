@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ledger.mark import Mark
 from ledger.store import Record, Store
 
 _images: dict[bytes, bytes] = {}
@@ -82,6 +83,20 @@ class _Fused:
         self._connection.executemany(sql, rows)
 
 
+class SimMark(Mark):
+    """The counter outside the database, in memory: a database put back to an older state does not take it along."""
+
+    def __init__(self, disk: "Disk") -> None:
+        super().__init__("unused")
+        self._disk = disk
+
+    def _read(self) -> tuple[bytes, int, int] | None:
+        return self._disk.mark
+
+    def _write(self) -> None:
+        self._disk.mark = (self.lineage, self.promises, self.entries)
+
+
 class Disk:
     """Holds what a node wrote."""
 
@@ -91,6 +106,7 @@ class Disk:
         self.fault: Fault = lambda records: None
         self.wrote: Callable[[Sequence[Record]], None] = lambda records: None
         self.current: SimStore | None = None
+        self.mark: tuple[bytes, int, int] | None = None
         if not folder:
             self.memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
             if net in _images:

@@ -3,14 +3,30 @@
 A liar signs with its own key only. It runs an honest copy of the ledger to know what there is to lie about.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from config.errors import RiosError
 from ledger.core import certificate as certificates
 from ledger.core import merkle
-from ledger.core.objects import Certificate, Freeze, Item, Signed, Vote, Votes, Voucher, parse, sign
+from ledger.core.objects import (
+    Certificate,
+    Entry,
+    Freeze,
+    Frontier,
+    Handover,
+    Held,
+    Item,
+    Shown,
+    Signed,
+    Transfer,
+    Vote,
+    Votes,
+    Voucher,
+    parse,
+    sign,
+)
 from ledger.voting import read_signed
 from p2p.core import codec
 from p2p.face import Call, Reply
@@ -36,6 +52,9 @@ class Liar:
     def _install(self, node: "Node") -> None:
         node.network.serve("ledger.submit", self._submit)
         node.network.serve("ledger.freeze", self._freeze)
+        node.network.serve("ledger.handover", self._handover)
+        node.network.serve("ledger.batches", self._nothing)
+        node.network.serve("ledger.next", self._next)
 
     def _mood(self) -> str:
         return self.node.random.choice(STYLES[:3]) if self.style == "mixed" else self.style
@@ -58,7 +77,59 @@ class Liar:
             await trio.sleep_forever()
         return Reply({"freeze": codec.encode(self.freeze(call.header["channel"], forge=mood == "forger"))})
 
+    async def _nothing(self, call: Call) -> Reply:
+        return Reply({})
+
+    async def _next(self, call: Call) -> Reply:
+        """To a wallet that asks what it signed: nothing, or something it never did."""
+        if self._mood() == "silent":
+            await trio.sleep_forever()
+        known = self.node.ledger.book.state.accounts.get(call.header["account"])
+        answer: dict[str, Any] = {"epoch": self.node.world.epoch, "head": known.seq if known is not None else 0}
+        if self.seen and self.node.random.random() < 0.5:
+            answer["entry"] = codec.encode(self.node.random.choice(self.seen).signed)
+        return Reply(answer)
+
+    async def _handover(self, call: Call) -> Reply:
+        """Another one for everybody who asks."""
+        epoch, key = call.header["epoch"], call.header["witness"]
+        own = self.node.world.witness_key(self.node, epoch)
+        if key != own.public_key or self._mood() == "silent":
+            raise RiosError("not_found", "no such handover")
+        signed = self.handover(epoch)
+        return Reply({"bytes": len(signed.body), "signature": signed.signature}, [signed.body])
+
     # lies
+
+    def handover(self, epoch: int) -> Signed:
+        """Locks nobody signed, locks that somebody signed twice, freezes that never were, a frontier out of reach."""
+        world, random, state = self.node.world, self.node.random, self.node.ledger.book.state
+        key = world.witness_key(self.node, epoch)
+        accounts = tuple((k, a.seq) for k, a in sorted(state.accounts.items()) if a.seq)
+        if random.random() < 0.2:
+            accounts = tuple((k, seq + 1000) for k, seq in accounts)
+        elif random.random() < 0.3:
+            accounts = ()
+        locks, held = [], []
+        if random.random() < 0.8:
+            locks = [self._made_up(account, seq) for account, seq in accounts][:40]
+            locks += [item.signed for item in self.seen if isinstance(item.object, Entry)]
+        if random.random() < 0.8:
+            held = [Held(k, 0, None) for k, c in sorted(state.channels.items()) if c.closed_at is None]
+        if held and random.random() < 0.3:
+            voucher = Voucher(world.genesis.net, held[0].channel, 0, 7, bytes(32))
+            held[0] = Held(held[0].channel, 7, Shown(voucher, sign(key, voucher).signature))
+        body = Handover(
+            world.genesis.net, epoch, key.public_key, Frontier(accounts, ()), tuple(locks), (), tuple(held)
+        )
+        return sign(key, body)
+
+    def _made_up(self, account: bytes, seq: int) -> Signed:
+        """An entry in somebody's name, for the slot that is free."""
+        world = self.node.world
+        head = self.node.ledger.book.state.account(account).head
+        entry = Entry(world.genesis.net, account, seq + 1, head, (Transfer(self.node.identity.public_key, 1),))
+        return sign(self.node.identity, entry)
 
     def vote(self, item: Item, *, epoch: int, net: bytes | None = None) -> Vote:
         """A vote of its own batch: another batch for every object, also for two objects of one slot."""

@@ -12,6 +12,7 @@ import trio
 
 from config.errors import RemoteError, RiosError
 from config.vocabulary import PeerId
+from ledger.voting import read_signed
 from p2p.core.identity import Identity
 from p2p.face import Buffer, Call, GossipHandler, Handler, Header, Reply
 
@@ -81,6 +82,8 @@ class SimNetwork:
         """Ask a peer."""
         world, target = self._world, self._world.by_peer[peer_id]
         with trio.move_on_after(min(deadline_ms, DEADLINE_MS_MAX) / 1000):
+            if method == "ledger.submit" and not self._node.crooked:
+                world.checker.submitted(self.identity.public_key, read_signed(header["object"]))
             out = world.way(self._node, target, method)
             if out is None:
                 return await self._lost(target)

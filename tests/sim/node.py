@@ -8,6 +8,7 @@ import trio
 
 from config.settings import LedgerSettings
 from ledger.core.objects import SMALL_BYTES_MAX, Freeze, Signed, Vote, parse
+from ledger.keys import EpochKeys
 from ledger.ledger import Ledger
 from ledger.store import Final, Record
 from ledger.voting import read_signed
@@ -25,6 +26,27 @@ SYNC_SECONDS = 2
 Task = Callable[["Node"], Awaitable[None]]
 
 
+class SimKeys(EpochKeys):
+    """The keys a node may vote with. An erased one is gone for good, whatever the disk says."""
+
+    def __init__(self, identity: Identity, keys: list[Identity]) -> None:
+        super().__init__(identity)
+        self._keys = {key.public_key: key for key in keys}
+        self._erased: set[bytes] = set()
+
+    def epoch_keys(self) -> set[bytes]:
+        """Those that are not erased."""
+        return {*self._keys}
+
+    def find(self, key: bytes) -> Identity | None:
+        """The private key."""
+        return self._identity if key == self._identity.public_key else self._keys.get(key)
+
+    def erase(self, key: bytes) -> None:
+        """Forget a key."""
+        self._keys.pop(key, None)
+
+
 class Node:
     """A peer. ``tasks`` are its people; a liar replaces handlers of its network once it is up."""
 
@@ -35,6 +57,7 @@ class Node:
         self.peer_id = identity.peer_id
         self.witness = witness
         self.liar = False
+        self.crooked = False
         self.random = Random(f"{world.seed}/{name}")
         self.disk = Disk(world.genesis.net, world.folder, name)
         self.disk.fault = self._fault
@@ -43,6 +66,11 @@ class Node:
         self.tasks: list[Task] = []
         self.on_start: list[Callable[[Node], None]] = []
         self.up = False
+        self.backup_due = False
+        """Whether the next start finds an older copy of the database."""
+        self.image = b""
+        self.released: dict[tuple[bytes, int], int] = {}
+        self.keys = SimKeys(identity, world.epoch_identities(self))
         self.starts = 0
         self.ledger: Ledger = None  # type: ignore[assignment] # made by every start
         self.network = SimNetwork(world, self, identity)
@@ -66,8 +94,10 @@ class Node:
             payout=None,
             in_thread=False,
             now_ms=self.now_ms,
+            epoch_keys=self.keys,
         )
-        self.ledger.replicator._random = Random(f"{self.world.seed}/{self.name}/{self.starts}")
+        for part in (self.ledger.replicator, self.ledger.notes, self.ledger.seats):
+            part._random = Random(f"{self.world.seed}/{self.name}/{self.starts}")
         for change in self.on_start:
             change(self)
 
@@ -89,6 +119,9 @@ class Node:
             self.up = False
             self.world.log("down", self.name)
             await trio.sleep(self.random.uniform(0.05, 2.5) if self.world.chaos else 0.05)
+            if self.backup_due:
+                self.backup_due = False
+                self.world.restored(self)
 
     def crash(self) -> None:
         """Die at whatever point every task has reached."""
@@ -111,7 +144,7 @@ class Node:
 
     def released(self, call: Call, reply: Reply) -> None:
         """An answer leaves: from here on everybody may know it."""
-        if self.liar or not self.witness:
+        if self.liar:
             return
         vote, freeze = reply.header.get("vote"), reply.header.get("freeze")
         checker = self.world.checker
@@ -124,6 +157,9 @@ class Node:
             body = codec.decode(Freeze, signed.body, bytes_max=SMALL_BYTES_MAX)
             self.world.log("freeze", self.name, body.channel.hex()[:8], body.total)
             checker.freeze(signed, self.now_ms())
+        elif call.method == "ledger.handover" and reply.buffers:
+            signed = Signed(bytes(reply.buffers[0]), reply.header["signature"])
+            checker.handover(signed)
 
     # the disk
 

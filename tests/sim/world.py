@@ -15,7 +15,7 @@ import trio
 from trio.testing import MockClock
 
 import ledger.ledger as module
-from config.errors import RiosError
+from config.errors import ConfigError, RiosError
 from ledger.core.genesis import Genesis
 from ledger.core.objects import Freeze, Grant, Item, Signed, Vote, sign
 from ledger.core.state import State
@@ -24,10 +24,12 @@ from p2p.core.identity import Identity
 from tests.sim.checker import Checker
 from tests.sim.crooks import STYLES as CROOKS
 from tests.sim.crooks import Crook
+from tests.sim.disk import SimMark
 from tests.sim.liars import STYLES, Liar
 from tests.sim.model import Model, Violation
 from tests.sim.node import Node, facts
 from tests.sim.people import Person
+from tests.sim.root import Root
 from tests.sim.signing import identity, signer
 
 EPOCH_MS = 1_800_000_000_000
@@ -40,7 +42,9 @@ class Plan:
     f: int = 1
     liars: int = 1
     style: str = "mixed"
-    clients: int = 1
+    clients: int = 2
+    changes: int = 2
+    restores: int = 0
     chaos_s: float = 20.0
     pause_s: float = 2.0
     channel_s: tuple[float, float] = (2.0, 14.0)
@@ -61,9 +65,12 @@ def plan_of(seed: int) -> Plan:
     """The plan of a seed: most have f = 1 with one liar; some none, some f = 2, some f = 0."""
     random = Random(f"plan/{seed}")
     f = random.choice((1, 1, 1, 1, 1, 1, 1, 1, 2, 0))
+    liars = f if random.random() < 0.75 else random.randint(0, f)
     return Plan(
         f=f,
-        liars=f if random.random() < 0.85 else random.randint(0, f),
+        liars=liars,
+        changes=random.choice((0, 1, 2, 2, 2)),
+        restores=max(0, f - liars),
         style=random.choice((*STYLES, "mixed", "yes")),
         loss=random.choice((0.0, 0.05, 0.15, 0.3)),
         duplicate=random.choice((0.0, 0.1, 0.3)),
@@ -99,27 +106,43 @@ class World:
         """Somebody's identity."""
         return identity(f"{self.seed}/{name}", real=self.plan.real)
 
-    def _make(self) -> None:
-        plan = self.plan
-        n = 3 * plan.f + 1
-        names = [f"w{i}" for i in range(n)] + [f"c{i}" for i in range(plan.clients)] + ["crook"]
-        keys = {name: self.key(name) for name in names}
-        self.issuer = keys["c0"]
-        self.genesis = Genesis(
-            issuer=self.issuer.public_key,
+    def _genesis(self, n: int) -> Genesis:
+        return Genesis(
+            issuer=self.key("c0").public_key,
             root=self.key("root").public_key,
-            witnesses=tuple(keys[f"w{i}"].public_key for i in range(n)),
-            f=plan.f,
-            max_supply=self.random.choice((2000, 4000)),
+            witnesses=tuple(self.key(f"w{i}").public_key for i in range(n)),
+            f=self.plan.f,
+            max_supply=2000 + 2000 * (self.seed % 2),
             min_lock=10,
             min_claim_step=2,
         )
+
+    def _founders(self) -> int:
+        """How many witnesses: founders who miscount are told so, else the network has one too many."""
+        n = 3 * self.plan.f + 1
+        try:
+            self._genesis(n + 1)
+        except ConfigError:
+            return n
+        return n + 1
+
+    def _may_sit(self, name: str) -> bool:
+        return name != "crook" and (self.plan.changes > 0 or name[0] == "w")
+
+    def _make(self) -> None:
+        plan = self.plan
+        n = self._founders()
+        names = [f"w{i}" for i in range(n)] + [f"c{i}" for i in range(plan.clients)] + ["crook"]
+        keys = {name: self.key(name) for name in names}
+        self.issuer = keys["c0"]
+        self.genesis = self._genesis(n)
         self.checker = Checker(self.genesis)
-        self.nodes = [Node(self, name, keys[name], witness=name[0] == "w") for name in names]
+        self.nodes = [Node(self, name, keys[name], witness=self._may_sit(name)) for name in names]
+        self.founders = self.nodes[:n]
         self.by_peer = {node.peer_id: node for node in self.nodes}
         self.by_key = {node.identity.public_key: node for node in self.nodes}
         self.liars = [
-            Liar(node, plan.style) for node in self.random.sample(self.witnesses(), plan.liars)
+            Liar(node, plan.style) for node in self.random.sample(self.founders, plan.liars)
         ]
         self.checker.liars = {liar.node.identity.public_key for liar in self.liars}
         self.people = [
@@ -130,9 +153,12 @@ class World:
         for person in self.people:
             person.attach()
         crook = self.nodes[-1]
+        crook.crooked = True
         self.crooks = [Crook(crook, style, self.key(style), self.key(f"{style}'s worker")) for style in CROOKS]
         for one in self.crooks:
             one.attach()
+        self.root = Root(self, self.by_key[self.issuer.public_key], self.key("root"))
+        self.root.attach()
 
     # facts for everybody
 
@@ -151,16 +177,27 @@ class World:
         return EPOCH_MS + int(trio.current_time() * 1000)
 
     def witnesses(self) -> list[Node]:
-        """The nodes with the witness role."""
-        return [node for node in self.nodes if node.witness]
+        """The nodes of this committee and the one before, which may not know yet that it is over."""
+        return list(dict.fromkeys(node for seats in self.root.members[-2:] for node in seats.values()))
 
     def anybody(self, random: Random) -> bytes:
         """Somebody's account."""
         crooks = [crook.payer.public_key for crook in self.crooks]
         return random.choice([*(node.identity.public_key for node in self.nodes[:-1]), random.choice(crooks)])
 
+    def epoch_key(self, node: Node, epoch: int) -> Identity:
+        """The key a node made for an epoch."""
+        return self.key(f"{node.name}/{epoch}")
+
+    def epoch_identities(self, node: Node) -> list[Identity]:
+        """All of them."""
+        return [self.epoch_key(node, epoch) for epoch in range(1, self.plan.changes + 1)]
+
     def witness_key(self, node: Node, epoch: int) -> Identity:
-        """The key a node votes with."""
+        """The key a node votes with in an epoch (its identity if it has no seat)."""
+        seats = self.root.members[epoch] if epoch < len(self.root.members) else {}
+        if epoch and seats.get(self.epoch_key(node, epoch).public_key) is node:
+            return self.epoch_key(node, epoch)
         return node.identity
 
     def stranger(self, n: int) -> Identity:
@@ -170,8 +207,8 @@ class World:
     def overheard(self, item: Item) -> list[Vote]:
         """Votes of honest witnesses for an object that a liar got hold of."""
         for crook in self.crooks:
-            if item.signed.body in crook.collectors:
-                return list(crook.collectors[item.signed.body]._votes.values())
+            if (item.signed.body, self.epoch) in crook.collectors:
+                return list(crook.collectors[item.signed.body, self.epoch]._votes.values())
         return []
 
     def lie(self, channel: bytes) -> Signed | None:
@@ -241,6 +278,28 @@ class World:
                 self.log("crash", node.name)
                 node.crash()
 
+    async def _restore(self) -> None:
+        """Somebody's database is put back to an older copy. What is beside it (keys, the mark) stays."""
+        random = self.random
+        node = random.choice([person.node for person in self.people])
+        await trio.sleep(random.uniform(1, self.plan.chaos_s * 0.6))
+        node.image, released = node.disk.backup(), dict(self.checker.released)
+        self.log("backup", node.name)
+        await trio.sleep(random.uniform(0.5, self.plan.chaos_s * 0.38))
+        node.backup_due, node.released = True, released
+        node.crash()
+
+    def restored(self, node: Node) -> None:
+        """The node is about to start with the older copy."""
+        node.disk.restore(node.image)
+        lost = []
+        for (key, epoch), count in self.checker.released.items():
+            seats = self.root.members[epoch] if epoch < len(self.root.members) else {}
+            if seats.get(key) is node and count > node.released.get((key, epoch), 0):
+                self.checker.restored.add((key, epoch))
+                lost.append(epoch)
+        self.log("restored", node.name, *lost)
+
     # the run
 
     async def main(self) -> None:
@@ -266,6 +325,8 @@ class World:
         with scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._partition)
+                for _ in range(self.plan.restores):
+                    nursery.start_soon(self._restore)
                 nursery.start_soon(self._crash)
 
     async def _fund(self) -> None:
@@ -313,6 +374,8 @@ class World:
             for key, channel in sorted(state.channels.items()):
                 if channel.payer == me and channel.closed_at is None:
                     return "I6", f"{person.node.name} cannot reclaim channel {key.hex()[:8]}"
+        if not self.root.done:
+            return "I6", f"epoch {self.epoch} of {self.plan.changes}"
         if any(crook.hidden for crook in self.crooks):
             return "I5", "certificates are still hidden"
         if len({node.ledger.book.state.digest() for node in self.honest()}) > 1:
@@ -370,8 +433,9 @@ def run(seed: int, *, plan: Plan | None = None, folder: Path | None = None, verb
     with signer(real=plan.real):
         world = World(seed, plan=plan, folder=folder, verbose=verbose)
         disks = {node.name: node.disk for node in world.nodes}
-        real_store = module.Store
+        real_store, real_mark = module.Store, module.Mark
         module.Store = lambda path, net, **_: disks[str(path)].open()  # type: ignore[assignment,misc]
+        module.Mark = lambda path: SimMark(disks[str(path)])  # type: ignore[assignment,misc]
         invariant = message = ""
         try:
             trio.run(world.main, clock=MockClock(autojump_threshold=0))
@@ -384,7 +448,7 @@ def run(seed: int, *, plan: Plan | None = None, folder: Path | None = None, verb
             if verbose:
                 world.lines += traceback.format_exception(first)
         finally:
-            module.Store = real_store  # type: ignore[misc]
+            module.Store, module.Mark = real_store, real_mark  # type: ignore[misc]
             internals._ALLOW_DETERMINISTIC_SCHEDULING = False
             for disk in disks.values():
                 disk.destroy()

@@ -1,0 +1,335 @@
+"""The mutants: each is one rule, check or order of steps turned off. ``mutants`` runs them."""
+
+from tests.sim.mutation import Edit, Mutant
+
+CERTIFICATE = "ledger.core.certificate"
+QUORUMS = "ledger.core.quorums"
+RULES = "ledger.core.rules"
+STATE = "ledger.core.state"
+STORE = "ledger.store"
+VOTING = "ledger.voting"
+WALLET = "ledger.wallet"
+WITNESS = "ledger.core.witness"
+
+
+def _one(name: str, what: str, where: str, old: str, new: str, directed: str = "") -> Mutant:
+    return Mutant(name, what, (Edit(where, old, new),), directed)
+
+
+QUORUM_MUTANTS = (
+    _one("quorum-f-plus-1", "f + 1 votes make a certificate", f"{QUORUMS}:quorum_of", "2 * f + 1", "f + 1"),
+    _one("not-distinct", "one witness counts several times", f"{QUORUMS}:distinct", "set(witnesses)", "list(witnesses)"),
+    _one("committee-not-exact", "more than 3f + 1 witnesses", f"{QUORUMS}:is_exact", "n == 3 * f + 1", "n >= 3 * f + 1"),
+    _one(
+        "stranger-votes",
+        "votes of keys that are in no committee",
+        f"{CERTIFICATE}:Verifier._open_header",
+        "votes.net != self.genesis.net or votes.witness not in self.committees.of(votes.epoch).members",
+        "votes.net != self.genesis.net",
+    ),
+    _one(
+        "votes-of-other-network",
+        "votes given in another network",
+        f"{CERTIFICATE}:Verifier._open_header",
+        "votes.net != self.genesis.net or ",
+        "",
+    ),
+    _one(
+        "vote-unsigned",
+        "batches nobody signed",
+        f"{CERTIFICATE}:Verifier._open_header",
+        "if not verify(",
+        "if False and not verify(",
+    ),
+    _one(
+        "path-unchecked",
+        "a vote for another object counts",
+        f"{CERTIFICATE}:_leads_to",
+        "if node != header.root:",
+        "if False:",
+    ),
+    _one(
+        "vote-epoch-unchecked",
+        "votes of different epochs add up",
+        f"{CERTIFICATE}:Verifier.check_vote",
+        "header.epoch != epoch",
+        "False",
+    ),
+    _one(
+        "author-unchecked",
+        "entries that their account did not sign",
+        f"{RULES}:check_entry_signature",
+        "if not verify(",
+        "if False and not verify(",
+    ),
+)
+
+ENTRY_MUTANTS = (
+    _one("no-scratch", "two reclaims of one channel in one entry", f"{RULES}:Scratch.closes", "any(", "False and any("),
+    _one("no-funds", "entries spend what is not there", f"{RULES}:check_entry", "scratch.spend > balance", "False"),
+    _one(
+        "own-credit",
+        "an entry spends what it grants or pays itself",
+        f"{RULES}:check_entry",
+        "scratch.spend > balance",
+        "scratch.spend > balance + sum(amount for to, amount in scratch.credits if to == entry.account)",
+    ),
+    _one("no-sequence", "entries of any number", f"{RULES}:check_entry", "entry.seq != seq + 1", "entry.seq <= 0"),
+    _one("no-prev", "entries that build on nothing", f"{RULES}:check_entry", "entry.prev != head", "False"),
+    _one("entry-of-other-network", "entries of another network", f"{RULES}:check_entry", "entry.net != committees.net", "False"),
+    _one(
+        "supply-unchecked",
+        "grants above the supply",
+        f"{RULES}:_grant",
+        "scratch.supply + scratch.granted > scratch.genesis.max_supply",
+        "False",
+    ),
+    _one(
+        "supply-per-op",
+        "several grants of one entry exceed the supply",
+        f"{RULES}:_grant",
+        "scratch.supply + scratch.granted > scratch.genesis.max_supply",
+        "scratch.supply + op.amount > scratch.genesis.max_supply",
+    ),
+    _one(
+        "anybody-grants",
+        "grants by others than the issuer",
+        f"{RULES}:_grant",
+        "scratch.entry.account not in scratch.committees.issuers",
+        "False",
+    ),
+    _one("dust", "amounts below the minimum", f"{RULES}:Scratch.need_amount", "amount < minimum", "False"),
+    _one(
+        "foreign-channel",
+        "topping up or reclaiming somebody else's channel",
+        f"{RULES}:Scratch.own_channel",
+        " or channel.payer != self.entry.account",
+        "",
+    ),
+    _one(
+        "reclaimed-twice",
+        "a channel is reclaimed again",
+        f"{RULES}:Scratch.own_channel",
+        "channel.closed_at is not None or self.closes(key)",
+        "self.closes(key)",
+    ),
+    _one("hostile-signer", "a channel for a key of small order", f"{RULES}:_open", "not is_valid_key(op.signer)", "False"),
+    _one("reclaim-above-lock", "reclaims above the lock", f"{RULES}:_reclaim", "op.total > lock", "False"),
+    _one("reclaim-below-paid", "reclaims below what was paid", f"{RULES}:_reclaim", "op.total < channel.paid", "False"),
+    _one(
+        "too-many-reclaims",
+        "more than 8 reclaims in an entry",
+        f"{RULES}:_reclaim",
+        "len(scratch.reclaims) > RECLAIMS_MAX",
+        "False",
+    ),
+    _one(
+        "time-gates-chain",
+        "an open that comes late is refused for ever",
+        f"{VOTING}:Voting.vote",
+        "    body = item.object\n",
+        "    body = item.object\n"
+        "    if isinstance(body, Entry) and any(getattr(op, 'expiry_ms', 1 << 62) < self._book.now_ms() for op in body.ops):\n"
+        "        raise RuleError('expired', 'the channel has expired')\n",
+    ),
+    _one(
+        "slots-forgotten",
+        "a witness does not remember its votes",
+        f"{WITNESS}:Witness.consider_entry",
+        "    self._voted[slot] = item\n",
+        "",
+    ),
+)
+
+CHANNEL_MUTANTS = (
+    _one("claim-above-lock", "claims above the lock", f"{WITNESS}:Witness.consider_claim", "total > channel.lock", "False"),
+    _one(
+        "claim-above-freeze",
+        "claims above the own freeze",
+        f"{WITNESS}:Witness.consider_claim",
+        "held is not None and total > held.total",
+        "False",
+    ),
+    _one(
+        "claim-unsigned",
+        "claims that the channel's signer did not sign",
+        f"{RULES}:check_claim_signatures",
+        "not verify(channel.signer, b\"\", item.id, item.signed.signature)",
+        "False",
+    ),
+    _one(
+        "voucher-unsigned",
+        "vouchers that the payer did not sign",
+        f"{RULES}:check_voucher_signature",
+        "not verify(",
+        "False and not verify(",
+    ),
+    _one(
+        "claim-of-other-network",
+        "claims of another network",
+        f"{WITNESS}:Witness.consider_claim",
+        "claim.voucher.net != genesis.net",
+        "False",
+    ),
+    _one(
+        "claim-of-other-channel",
+        "claims that name another entry than the one that opened their channel",
+        f"{RULES}:check_claim",
+        "if claim.voucher.channel != key or",
+        "if False and",
+    ),
+    _one(
+        "claim-on-closed",
+        "claims on a reclaimed channel",
+        f"{WITNESS}:Witness.consider_claim",
+        "channel.closed_at is not None",
+        "False",
+    ),
+    _one("early-freeze", "freezes before expiry", f"{WITNESS}:Witness.freeze", "now_ms < channel.expiry_ms", "False"),
+    _one("freeze-at-nothing", "freezes ignore the claims voted for", f"{WITNESS}:Witness.freeze", "self._best.get(key, (None, None))", "(None, None)"),
+    _one(
+        "freeze-changes",
+        "a channel is frozen again at another total",
+        f"{WITNESS}:Witness.freeze",
+        "if done is not None:",
+        "if False:",
+    ),
+    _one(
+        "freeze-not-kept",
+        "a freeze does not bind",
+        f"{WITNESS}:Witness._remember_freeze",
+        "self._held[body.channel] = Held(",
+        "Held(",
+    ),
+    _one(
+        "reclaim-not-highest",
+        "a reclaim below the highest freeze",
+        f"{RULES}:_check_freeze_set",
+        "highest != op.total",
+        "False",
+    ),
+    _one(
+        "reclaim-no-quorum",
+        "a reclaim with too few freezes",
+        f"{RULES}:_check_freeze_set",
+        "len(witnesses) < needed",
+        "False",
+    ),
+    _one(
+        "freeze-of-other-channel",
+        "freezes of another channel",
+        f"{RULES}:check_freeze",
+        "freeze.channel != channel",
+        "False",
+    ),
+    _one(
+        "freeze-of-stranger",
+        "freezes of keys that are in no committee",
+        f"{RULES}:check_freeze",
+        " or freeze.witness not in committees.of(freeze.epoch).members",
+        "",
+    ),
+    _one(
+        "freeze-unsigned", "freezes nobody signed", f"{RULES}:_open_freeze", "not verify(", "False and not verify("
+    ),
+    _one(
+        "freeze-without-voucher",
+        "freezes at amounts the payer never promised",
+        f"{RULES}:proves_total",
+        "if total == 0:",
+        "if True:",
+    ),
+)
+
+CRASH_MUTANTS = (
+    _one("votes-lost", "a witness forgets its votes when it restarts", f"{STORE}:Store.voted", "for body, signature in rows:", "for body, signature in ():"),
+    _one(
+        "entry-votes-lost",
+        "a witness forgets its votes for entries when it restarts",
+        f"{STORE}:Store.voted",
+        'rows = self._query("SELECT body, signature FROM votes")\n',
+        "rows = []\n",
+    ),
+    _one(
+        "claim-votes-lost",
+        "a witness forgets its votes for claims when it restarts",
+        f"{STORE}:Store.voted",
+        '    rows += self._query("SELECT body, signature FROM claim_votes")\n',
+        "",
+    ),
+    _one("freezes-lost", "a witness forgets its freezes when it restarts", f"{STORE}:Store.freezes", "return [", "return [][:0] and ["),
+    _one(
+        "vote-sent-before-persisted",
+        "a vote leaves before it is on the disk",
+        f"{VOTING}:Voting._seal",
+        "[Voted(item) for item in batch.items]",
+        "[]",
+    ),
+    _one(
+        "freeze-sent-before-persisted",
+        "a freeze leaves before it is on the disk",
+        f"{VOTING}:Voting._freeze",
+        "await self._book.writer.commit([Frozen(",
+        "([Frozen(",
+    ),
+    _one(
+        "entry-sent-before-persisted",
+        "a wallet sends an entry that is not on the disk",
+        f"{WALLET}:Wallet.append",
+        "await self._book.writer.commit([Own(entry.seq, signed)])",
+        "None",
+    ),
+    _one(
+        "pending-forgotten",
+        "a wallet forgets its unfinished entry when it restarts",
+        f"{STORE}:Store.wallet",
+        "return [",
+        "return [][:0] and [",
+    ),
+    _one(
+        "applied-twice",
+        "a node applies what it stored twice when it restarts",
+        f"{STATE}:State.add",
+        "if body.seq == seq + 1 and body.account not in self.waiting_entries:",
+        "if body.seq == seq and self.applied < 20 and seq and not self.touched:\n"
+        "            for to, amount in [(op.to, op.amount) for op in body.ops if hasattr(op, 'to')]:\n"
+        "                self.account(to).balance += amount\n"
+        "        if body.seq == seq + 1 and body.account not in self.waiting_entries:",
+    ),
+)
+
+STATE_MUTANTS = (
+    _one("claim-adds", "a claim is paid on top of the one before", f"{STATE}:State._settle", "covered - channel.paid", "covered"),
+    _one(
+        "lower-claim-kept",
+        "a lower claim replaces a higher one on the disk",
+        f"{STATE}:State.add",
+        "if body.voucher.cumulative <= self.claimed(channel):",
+        "if body.voucher.cumulative == self.claimed(channel):",
+    ),
+    _one(
+        "reclaim-pays-all",
+        "a reclaim pays the total, not the rest",
+        f"{STATE}:State._process_entry",
+        "total - channel.paid",
+        "total",
+    ),
+    _one("topup-free", "a top-up costs nothing", f"{RULES}:_topup", "scratch.spend += op.amount", "pass"),
+    _one("entry-waits-for-ever", "an entry that waited is never applied", f"{STATE}:State._drain", "while slots:", "while False:"),
+    _one(
+        "claims-not-synced",
+        "anti-entropy looks at entries only",
+        "ledger.core.sync:Digests._refresh",
+        "if channel is not None:",
+        "if False:",
+    ),
+    _one(
+        "no-anti-entropy",
+        "what gossip missed never comes",
+        "ledger.core.sync:differing",
+        "return [",
+        "return [][:0] and [",
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = QUORUM_MUTANTS + ENTRY_MUTANTS + CHANNEL_MUTANTS + CRASH_MUTANTS + STATE_MUTANTS
