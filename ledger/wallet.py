@@ -1,8 +1,9 @@
 """The node's own chain: one writer.
 
 Invariants: an entry is durable before it is first sent; until it is final the same bytes are sent again, also after a
-restart, and nothing else is signed for its slot. What is spent is in the own state already (final credits), so no
-honest witness can refuse an entry for ever; what a witness could not even read is refused before it is kept.
+restart, and nothing else is signed for its slot. A wallet that may have lost an entry asks first (``recovering``). What
+is spent is in the own state already (final credits), so no honest witness can refuse an entry for ever; what a witness
+could not even read is refused before it is kept.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from ledger.book import Book
 from ledger.core.errors import RuleError
 from ledger.core.objects import Certificate, Entry, Item, Op, Open, Signed, TopUp, Transfer, parse, sign
 from ledger.core.rules import check_entry
+from ledger.lineage import Lineage
 from ledger.quorum import Quorum
+from ledger.recovering import Recovering
 from ledger.store import Own
 from p2p.core.identity import Identity
 
@@ -24,8 +27,12 @@ RESEND_S = 5.0
 class Wallet:
     """Appends entries to the chain of ``identity``."""
 
-    def __init__(self, identity: Identity, book: Book, quorum: Quorum) -> None:
+    def __init__(
+        self, identity: Identity, book: Book, quorum: Quorum, lineage: Lineage, recovering: Recovering
+    ) -> None:
         self._identity = identity
+        self._lineage = lineage
+        self._recovering = recovering
         self._book = book
         self._quorum = quorum
         self._lock = trio.Lock()
@@ -70,10 +77,16 @@ class Wallet:
         async with self._lock:
             if self._pending is not None:
                 await self._finish(timeout_s)
+            self._next(ops)  # what is wrong in any case is said before anybody is asked
+            while self._recovering.due:
+                self._pending = await self._recovering.next_entry(timeout_s)
+                if self._pending is not None:
+                    await self._finish(timeout_s)
             entry = self._next(ops)
             signed = sign(self._identity, entry)
             _check_form(signed)
             await self._book.writer.commit([Own(entry.seq, signed)])
+            self._lineage.signed(entry.seq)
             self._pending = signed
             await self._finish(timeout_s)
             return parse(signed)

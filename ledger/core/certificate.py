@@ -93,7 +93,7 @@ class Verifier:
         if header is None or header.signature != vote.signature:
             header = self._open_header(vote)
         if header.epoch != epoch:
-            raise RuleError("epoch", f"a vote of epoch {header.epoch} stands among those of epoch {epoch}")
+            raise RuleError("epoch", f"a vote of epoch {header.epoch} stands among those of epoch {epoch}", wait=True)
         if vote.index >> len(vote.path):
             raise RuleError("path", "a vote's index does not fit its path")
         if not _leads_to(header, item_id, vote):

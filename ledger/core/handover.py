@@ -174,15 +174,18 @@ class Inheritance:
 
     # transitions
 
-    def receive(self, signed: Signed) -> bool:
-        """Take a handover; whether it was new. The caller persists it. Raises IntegrityError for a wrong one."""
+    def receive(self, signed: Signed) -> bytes | None:
+        """Take a handover: who handed over, None if it is known. The caller persists it.
+
+        Raises :class:`config.errors.IntegrityError` for a wrong one.
+        """
         body = open_handover(self._state, signed)
         if body.epoch != self.old.epoch:
             raise RuleError("epoch", f"a handover of epoch {body.epoch} where {self.old.epoch} is due")
         if body.witness in self.received:
-            return False
+            return None
         self._arriving[body.witness] = _Arriving(self._state, body)
-        return True
+        return body.witness
 
     def settle(self) -> bool:
         """Count what has reached its frontier since; whether anything changed."""

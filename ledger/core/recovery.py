@@ -64,6 +64,11 @@ class Recovery:
             return None
         return item if entry.net == self._state.committees.net else None
 
+    @property
+    def answers(self) -> int:
+        """How many witnesses said that they have nothing."""
+        return len(self._silent)
+
     def to_complete(self) -> Signed | None:
         """Rule 9: the entry that must be completed: of several, the one that most witnesses voted for."""
         self._refresh()

@@ -324,13 +324,13 @@ class Witness:
 
     # the epoch's end and beginning
 
-    def receive(self, signed: Signed) -> bool:
-        """Take a handover of the epoch before; whether it was new (then persist it, and :meth:`advance`).
+    def receive(self, signed: Signed) -> bytes | None:
+        """Take a handover of the epoch before: whose, if it was new (then persist it, and :meth:`advance`).
 
         Raises :class:`config.errors.IntegrityError` for a wrong one.
         """
         if self.inheritance is None or self.phase not in (COLLECTING, VOTING):
-            return False
+            return None
         return self.inheritance.receive(signed)
 
     def advance(self) -> HandedOver | None:

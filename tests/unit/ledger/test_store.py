@@ -81,7 +81,7 @@ def test_newest_voucher_of_a_channel_survives(tmp_path):
 
 
 def test_full_disk_says_so_and_loses_nothing_that_was_acknowledged(tmp_path):
-    made = finals(40)
+    made = finals(200)
     store = Store(tmp_path / "l.db", GENESIS.net)
     store.commit(made[:2])
     pages = store._writer.execute("PRAGMA page_count").fetchone()[0]
@@ -93,7 +93,7 @@ def test_full_disk_says_so_and_loses_nothing_that_was_acknowledged(tmp_path):
     assert len(list(store.items())) == 2
     store._writer.execute("PRAGMA max_page_count = 100000")
     store.commit(made[2:])
-    assert len(list(store.finals())) == 40
+    assert len(list(store.finals())) == 200
     store.close()
 
 

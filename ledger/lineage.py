@@ -1,0 +1,83 @@
+"""Whether this database is the newest of its node, and what must not be promised if it is not (rule 9).
+
+Owns the comparison of the database with the mark outside it at every start, and what follows from a restoration, kept
+in the database for good: the witness keys that may have forgotten promises, and that the wallet must ask before it
+signs. A database without a history asks as well, unless nobody ever saw the account.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from ledger.mark import INTACT, NEW, RESTORED, Mark
+from ledger.store import Meta, Store
+
+_LINEAGE, _PROMISES, _FORGOTTEN, _UNSURE = "mark", "promises", "forgotten", "wallet_unsure"
+FRESH, FOUND = b"fresh", b"restored"
+
+_pack = msgspec.msgpack.Encoder().encode
+_keys = msgspec.msgpack.Decoder(list[bytes]).decode
+
+
+class Lineage:
+    """The history of one database. ``epoch_keys`` are those in files; ``own`` are (epoch, key) of seats that the
+    identity itself holds."""
+
+    def __init__(self, store: Store, mark: Mark, epoch_keys: Iterable[bytes], own: Iterable[tuple[int, bytes]]) -> None:
+        self._store = store
+        self._mark = mark
+        kept = store.meta(_PROMISES)
+        self._promises = int.from_bytes(kept, "big") if kept is not None else 0
+        self._forgotten = set(_keys(store.meta(_FORGOTTEN) or _pack([])))
+        self._unsure = store.meta(_UNSURE) or b""
+        lineage, entries = store.meta(_LINEAGE), store.last_own()
+        self.verdict = mark.open(lineage, self._promises, entries)
+        records: list[Meta] = []
+        if self.verdict == RESTORED:
+            self._forgotten |= {*epoch_keys, *(_seat(epoch, key) for epoch, key in own)}
+            self._unsure = FOUND
+            records.append(Meta(_FORGOTTEN, _pack(sorted(self._forgotten))))
+        elif self.verdict == NEW and not entries:
+            self._unsure = FRESH
+        if self.verdict != INTACT:
+            store.commit([Meta(_LINEAGE, mark.lineage), Meta(_UNSURE, self._unsure), *records])
+        mark.follow()
+
+    # the witness
+
+    def has_forgotten(self, epoch: int, key: bytes) -> bool:
+        """Whether a witness may have given promises that this database does not know."""
+        return key in self._forgotten or _seat(epoch, key) in self._forgotten
+
+    def promise(self) -> Meta:
+        """What to commit with every batch and every freeze."""
+        self._promises += 1
+        return Meta(_PROMISES, self._promises.to_bytes(8, "big"))
+
+    def promised(self) -> None:
+        """What :meth:`promise` gave is durable."""
+        self._mark.promised(self._promises)
+
+    # the wallet
+
+    @property
+    def wallet_unsure(self) -> bytes:
+        """Empty: the own chain is as it was left. :data:`FRESH`: no history; :data:`FOUND`: an older copy."""
+        return self._unsure
+
+    def set_unsure(self, why: bytes) -> Meta:
+        """Change it; commit what it returns."""
+        self._unsure = why
+        return Meta(_UNSURE, why)
+
+    def signed(self, seq: int) -> None:
+        """The own entry ``seq`` is durable."""
+        self._mark.signed(seq)
+
+    def close(self) -> None:
+        """Close the mark."""
+        self._mark.close()
+
+
+def _seat(epoch: int, key: bytes) -> bytes:
+    return key + epoch.to_bytes(4, "big")
