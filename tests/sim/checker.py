@@ -21,8 +21,8 @@ class Checker:
         self.model = Model(genesis)
         self.liars: set[bytes] = set()
         """Keys of lying witnesses, of any epoch."""
-        self.handed: dict[bytes, Handover] = {}
-        """Handovers of honest witnesses, by their keys."""
+        self.handed: dict[tuple[bytes, int], Handover] = {}
+        """Handovers of honest witnesses, by (key, epoch)."""
         self.released: Counter[tuple[bytes, int]] = Counter()
         """How many votes and freezes of a witness (key, epoch) have left it."""
         self.restored: set[tuple[bytes, int]] = set()
@@ -31,8 +31,8 @@ class Checker:
         self.final: dict[bytes, Item] = {}
         self._items: dict[bytes, Item] = {}
         self._slot_vote: dict[tuple[bytes, int, bytes, int], bytes] = {}
-        self._claim_votes: dict[tuple[bytes, bytes], int] = {}
-        self._freezes: dict[tuple[bytes, bytes], int] = {}
+        self._claim_votes: dict[tuple[bytes, int, bytes], int] = {}
+        self._freezes: dict[tuple[bytes, int, bytes], int] = {}
         self._known_certificates: set[tuple[bytes, tuple[bytes, ...]]] = set()
         self._signed: dict[tuple[bytes, int], bytes] = {}
 
@@ -46,7 +46,8 @@ class Checker:
         witness, epoch = header.witness, header.epoch
         if (witness, epoch) in self.restored:
             raise Violation("W9", "a witness voted after it was restored from a backup")
-        if witness in self.handed and not self._covers(self.handed[witness], item):
+        handed = self.handed.get((witness, epoch))
+        if handed is not None and not self._covers(handed, item):
             raise Violation("W6", "a witness voted for something that its handover does not say")
         if isinstance(item.object, Entry):
             slot = (witness, epoch, item.object.account, item.object.seq)
@@ -54,12 +55,12 @@ class Checker:
                 raise Violation("W2", f"an honest witness voted twice in slot {item.object.seq}")
         else:
             voucher = item.object.voucher
-            frozen = self._freezes.get((witness, voucher.channel))
+            frozen = self._freezes.get((witness, epoch, voucher.channel))
             if (epoch, item.id) in self.votes and witness in self.votes[epoch, item.id]:
                 return  # the same vote again
             if frozen is not None and voucher.cumulative > frozen:
                 raise Violation("W4", f"a vote for a claim of {voucher.cumulative} above the own freeze at {frozen}")
-            key = (witness, voucher.channel)
+            key = (witness, epoch, voucher.channel)
             self._claim_votes[key] = max(self._claim_votes.get(key, 0), voucher.cumulative)
         self._items[item.id] = item
         self.released[witness, epoch] += 1
@@ -87,11 +88,11 @@ class Checker:
             raise Violation("W5", f"a freeze {channel.expiry_ms - now_ms} ms before the channel expires")
         if (body.witness, body.epoch) in self.restored:
             raise Violation("W9", "a witness froze after it was restored from a backup")
-        handed = self.handed.get(body.witness)
+        handed = self.handed.get((body.witness, body.epoch))
         if handed is not None and not self._covers_freeze(handed, body.channel, body.total):
             raise Violation("W6", "a witness froze a channel that its handover does not say is frozen")
         self.released[body.witness, body.epoch] += 1
-        key = (body.witness, body.channel)
+        key = (body.witness, body.epoch, body.channel)
         if self._freezes.setdefault(key, body.total) != body.total:
             raise Violation("W5", f"a freeze at {self._freezes[key]} became one at {body.total}")
         if body.total < self._claim_votes.get(key, 0):
@@ -104,7 +105,7 @@ class Checker:
             return
         if body.witness not in self.model.epochs[body.epoch].keys:
             raise Violation("valid", "a handover by somebody who was no witness")
-        other = self.handed.setdefault(body.witness, body)
+        other = self.handed.setdefault((body.witness, body.epoch), body)
         if other != body:
             raise Violation("W6", "a witness handed over twice, differently")
         if other is not body:
@@ -112,8 +113,8 @@ class Checker:
         for (epoch, item_id), voters in self.votes.items():
             if epoch == body.epoch and body.witness in voters and not self._covers(body, self._items[item_id]):
                 raise Violation("W7", "a handover leaves out a vote")
-        for (witness, channel), total in self._freezes.items():
-            if witness == body.witness and not self._covers_freeze(body, channel, total):
+        for (witness, epoch, channel), total in self._freezes.items():
+            if (witness, epoch) == (body.witness, body.epoch) and not self._covers_freeze(body, channel, total):
                 raise Violation("W7", "a handover leaves out a freeze")
 
     def _covers(self, handover: Handover, item: Item) -> bool:

@@ -18,6 +18,7 @@ from ledger.core.objects import (
     Handover,
     Held,
     Item,
+    Seat,
     Shown,
     Signed,
     Transfer,
@@ -178,6 +179,7 @@ class Liar:
         """Now and then, send somebody certificates that are none."""
         while True:
             await trio.sleep(node.random.uniform(1.0, 3.0))
+            await self._be_found(node)
             if self.style == "silent" or not self.seen:
                 continue
             fakes = [self.fake(node.random.choice(self.seen)) for _ in range(2)]
@@ -188,6 +190,13 @@ class Liar:
                 await node.network.call(target.peer_id, "ledger.push", header, data, deadline_ms=500)
             except RiosError:
                 continue
+
+    async def _be_found(self, node: "Node") -> None:
+        """Say where the key of this epoch is, as honest witnesses do."""
+        epoch, key = node.world.epoch, node.world.witness_key(node, node.world.epoch)
+        if key is not node.identity and node.ledger.book.state.committees.epoch == epoch:
+            body = Seat(node.world.genesis.net, epoch, key.public_key, node.identity.public_key)
+            await node.ledger.notes.add_seat(sign(key, body), announce=True)
 
     def fake(self, item: Item) -> Certificate:
         """A certificate that lacks a quorum, however it looks."""

@@ -80,7 +80,9 @@ class SimNetwork:
         self, peer_id: PeerId, method: str, header: Header, buffers: Sequence[Buffer] = (), *, deadline_ms: int, **_: Any
     ) -> Reply:
         """Ask a peer."""
-        world, target = self._world, self._world.by_peer[peer_id]
+        world, target = self._world, self._world.by_peer.get(peer_id)
+        if target is None:
+            raise RemoteError("unavailable", f"no way to {peer_id} is known", peer_id=peer_id)
         with trio.move_on_after(min(deadline_ms, DEADLINE_MS_MAX) / 1000):
             if method == "ledger.submit" and not self._node.crooked:
                 world.checker.submitted(self.identity.public_key, read_signed(header["object"]))

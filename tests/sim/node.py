@@ -10,6 +10,7 @@ from config.settings import LedgerSettings
 from ledger.core.objects import SMALL_BYTES_MAX, Freeze, Signed, Vote, parse
 from ledger.keys import EpochKeys
 from ledger.ledger import Ledger
+from ledger.promises import Listed
 from ledger.store import Final, Record
 from ledger.voting import read_signed
 from p2p.core import codec
@@ -69,7 +70,7 @@ class Node:
         self.backup_due = False
         """Whether the next start finds an older copy of the database."""
         self.image = b""
-        self.released: dict[tuple[bytes, int], int] = {}
+        self.given: dict[tuple[bytes, int], int] = {}
         self.keys = SimKeys(identity, world.epoch_identities(self))
         self.starts = 0
         self.ledger: Ledger = None  # type: ignore[assignment] # made by every start
@@ -132,6 +133,16 @@ class Node:
 
     # requests
 
+    def agree(self, change: bytes) -> None:
+        """The operator lists a change of the committee."""
+        if self.up and change not in self.ledger.book.store.promises.listed():
+            self.nursery.start_soon(self._agree, change)
+
+    async def _agree(self, change: bytes) -> None:
+        await self.ledger.book.writer.commit([Listed(change)])
+        for witness in self.ledger.seats._seats.values():
+            witness.listed.add(change)
+
     def serve(self, call: Call) -> Box:
         """Answer a call in this process; if it dies, so does the answer."""
         box = Box()
@@ -177,7 +188,7 @@ class Node:
             if isinstance(record, Final):
                 self.world.log("final", self.name, record.item.id.hex()[:8])
                 self.world.checker.accepted(record.item, record.certificate)
-        if not self.liar:
+        if self.up and not self.liar:
             self.ledger.book.state.check_invariants()
 
     def __repr__(self) -> str:

@@ -47,8 +47,7 @@ class Root:
                     continue
                 self.signed.append(self._sign(epoch + 1))
             for other in self.world.honest():
-                if other.up:
-                    self.agree(other)
+                other.agree(parse(self.signed[epoch]).id)
             try:
                 await node.ledger.buyer._quorum.certify(self.signed[epoch], timeout_s=3.0)
             except RiosError as error:
@@ -74,8 +73,3 @@ class Root:
         return sign(
             self.identity, Entry(state.genesis.net, self.identity.public_key, known.seq + 1, known.head, ops)
         )
-
-    def agree(self, node: "Node") -> None:
-        """An operator lists what root told everybody."""
-        for signed in self.signed:
-            node.ledger.seats.list_change(parse(signed).id)

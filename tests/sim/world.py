@@ -286,7 +286,7 @@ class World:
         node.image, released = node.disk.backup(), dict(self.checker.released)
         self.log("backup", node.name)
         await trio.sleep(random.uniform(0.5, self.plan.chaos_s * 0.38))
-        node.backup_due, node.released = True, released
+        node.backup_due, node.given = True, released
         node.crash()
 
     def restored(self, node: Node) -> None:
@@ -295,7 +295,7 @@ class World:
         lost = []
         for (key, epoch), count in self.checker.released.items():
             seats = self.root.members[epoch] if epoch < len(self.root.members) else {}
-            if seats.get(key) is node and count > node.released.get((key, epoch), 0):
+            if seats.get(key) is node and count > node.given.get((key, epoch), 0):
                 self.checker.restored.add((key, epoch))
                 lost.append(epoch)
         self.log("restored", node.name, *lost)
