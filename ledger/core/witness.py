@@ -118,6 +118,10 @@ class Witness:
         """Rule 9: a copy from a backup has forgotten promises."""
         return self.restored
 
+    def may_hand_over(self) -> bool:
+        """Rules 7, 9: only a witness that is ready knows what there is to hand over, and only if it forgot nothing."""
+        return self.phase == VOTING and not self.is_restored()
+
     def must_stop(self) -> bool:
         """Rule 6: the next committee is final."""
         return self._state.committees.epoch > self.epoch
@@ -340,7 +344,7 @@ class Witness:
                 self.saw_voucher(shown.voucher, shown.signature)
             if self.inheritance.ready:
                 self.phase = VOTING
-        if self.phase == VOTING and self.must_stop() and not self.is_restored():
+        if self.may_hand_over() and self.must_stop():
             self.phase = STOPPED
             self._pending.clear()
         if self.phase != STOPPED:
