@@ -64,6 +64,7 @@ class Seats:
         self._seen_epoch = -1
         if active:
             self._sit()
+            self._changed.set()  # what was collected before the restart may be enough
         book.listeners.append(self._on_final)
         network.serve("ledger.handover", self._serve_handover)
         network.serve("ledger.batches", self._serve_batches)

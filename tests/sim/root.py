@@ -51,7 +51,7 @@ class Root:
             try:
                 await node.ledger.buyer._quorum.certify(self.signed[epoch], timeout_s=3.0)
             except RiosError as error:
-                self.world.log("root", error.code, error.message[:80])
+                self.world.log("root", error.code, error.message[:400])
 
     def _sign(self, epoch: int) -> Signed:
         world, random = self.world, self.world.random
