@@ -39,9 +39,9 @@ class Lineage:
             records.append(Meta(_FORGOTTEN, _pack(sorted(self._forgotten))))
         elif self.verdict == NEW and not entries:
             self._unsure = FRESH
+        mark.follow()  # first: a database that has a lineage has a mark, whenever the process dies
         if self.verdict != INTACT:
             store.commit([Meta(_LINEAGE, mark.lineage), Meta(_UNSURE, self._unsure), *records])
-        mark.follow()
 
     # the witness
 
@@ -63,12 +63,18 @@ class Lineage:
     @property
     def wallet_unsure(self) -> bytes:
         """Empty: the own chain is as it was left. :data:`FRESH`: no history; :data:`FOUND`: an older copy."""
-        return self._unsure
+        return FOUND if self._unsure.startswith(FOUND) else self._unsure
 
-    def set_unsure(self, why: bytes) -> Meta:
+    @property
+    def unsure_since(self) -> int | None:
+        """The first epoch in which enough witnesses were asked since (``Recovery.began``)."""
+        epoch = self._unsure.removeprefix(FOUND) if self._unsure.startswith(FOUND) else b""
+        return int.from_bytes(epoch, "big") if epoch else None
+
+    def set_unsure(self, why: bytes, since: int | None = None) -> Meta:
         """Change it; commit what it returns."""
-        self._unsure = why
-        return Meta(_UNSURE, why)
+        self._unsure = why + (since.to_bytes(4, "big") if why == FOUND and since is not None else b"")
+        return Meta(_UNSURE, self._unsure)
 
     def signed(self, seq: int) -> None:
         """The own entry ``seq`` is durable."""

@@ -18,6 +18,7 @@ from config.errors import LocalError
 
 _RECORD = Struct(">16sQQ")
 _CHECK = Struct(">I")
+_DAMAGED = b"damaged"
 NEW, INTACT, RESTORED = "new", "intact", "restored"
 
 
@@ -33,12 +34,13 @@ class Mark:
     def open(self, lineage: bytes | None, promises: int, entries: int) -> str:
         """Compare with what the database says (``lineage`` None: it never had a mark).
 
-        :data:`NEW`, :data:`INTACT` or :data:`RESTORED`. The caller makes :attr:`lineage` and a restoration durable in
-        the database, then calls :meth:`follow`.
+        :data:`NEW`, :data:`INTACT` or :data:`RESTORED`. The caller calls :meth:`follow`, then makes :attr:`lineage` and
+        a restoration durable in the database; if it dies in between, the next start finds the same verdict.
         """
         known = self._read()
         if lineage is None:
-            verdict = NEW if known is None else RESTORED
+            begun = known is not None and (known[0] == _DAMAGED or known[1:] != (0, 0))
+            verdict = RESTORED if begun else NEW
         elif self.path is None:
             verdict = INTACT
         elif known is None or known[0] != lineage or known[1] > promises or known[2] > entries:
@@ -50,7 +52,7 @@ class Mark:
         return verdict
 
     def follow(self) -> None:
-        """Begin to write: the database has kept :attr:`lineage`."""
+        """Begin to write, with the new :attr:`lineage`."""
         self._write()
 
     def promised(self, promises: int) -> None:
@@ -77,7 +79,7 @@ class Mark:
         data = self.path.read_bytes()
         body = data[: _RECORD.size]
         if len(data) != _RECORD.size + _CHECK.size or _CHECK.unpack(data[_RECORD.size :])[0] != crc32(body):
-            return (b"damaged", 0, 0)
+            return (_DAMAGED, 0, 0)
         lineage, promises, entries = _RECORD.unpack(body)
         return lineage, promises, entries
 

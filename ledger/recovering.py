@@ -46,10 +46,13 @@ class Recovering:
         """
         if not self._lineage.wallet_unsure:
             return await self._glance()
-        recovery = Recovery(self._book.state, self._account, fresh=self._lineage.wallet_unsure == FRESH)
+        fresh, since = self._lineage.wallet_unsure == FRESH, self._lineage.unsure_since
+        recovery = Recovery(self._book.state, self._account, fresh=fresh, began=since)
         with trio.move_on_after(timeout_s):
             while True:
                 await self._ask_all(recovery, heal=True)
+                if recovery.began != self._lineage.unsure_since and not fresh:
+                    await self._book.writer.commit([self._lineage.set_unsure(FOUND, recovery.began)])
                 found = recovery.to_complete()
                 if found is not None:
                     return await self._adopt(recovery, found)
@@ -76,7 +79,7 @@ class Recovering:
 
     async def _adopt(self, recovery: Recovery, found: Signed) -> Signed:
         seq = recovery.slot
-        await self._book.writer.commit([Own(seq, found), self._lineage.set_unsure(FOUND)])
+        await self._book.writer.commit([Own(seq, found), self._lineage.set_unsure(FOUND, recovery.began)])
         self._lineage.signed(seq)
         return found
 
