@@ -35,6 +35,11 @@ class Root:
         """Whether every change is final at the root's node."""
         return self.node.ledger.book.state.committees.epoch == self.world.plan.changes
 
+    def due_s(self, epoch: int) -> float:
+        """How long after the faults began (virtual s) the committee of an epoch is to be replaced."""
+        plan = self.world.plan
+        return plan.chaos_s * (epoch + 0.6) / (plan.changes + 0.6)
+
     async def _run(self, node: "Node") -> None:
         plan = self.world.plan
         while True:
@@ -43,7 +48,7 @@ class Root:
             if epoch >= plan.changes:
                 continue
             if len(self.signed) <= epoch:
-                if trio.current_time() < plan.chaos_s * (epoch + 0.6) / (plan.changes + 0.6):
+                if not self.world.began_s or trio.current_time() < self.world.began_s + self.due_s(epoch):
                     continue
                 self.signed.append(self._sign(epoch + 1))
             for other in self.world.honest():
