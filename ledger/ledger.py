@@ -17,7 +17,7 @@ from config.settings import LedgerSettings
 from ledger.book import Book
 from ledger.buying import Buying
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Grant, Item, Transfer
+from ledger.core.objects import Committee, Grant, Issuer, Item, Transfer, id_of
 from ledger.keys import EpochKeys
 from ledger.lineage import Lineage
 from ledger.mark import Mark
@@ -198,6 +198,26 @@ class Ledger:
     async def transfer(self, to: bytes, amount: int) -> Item:
         """Send credits of this node's account."""
         return await self.wallet.append([Transfer(to, amount)])
+
+    def change_id(self, op: Committee | Issuer) -> bytes:
+        """The id of the entry that :meth:`change` would sign now, for the operators of the witnesses to list."""
+        return id_of(self.wallet.preview([op]))
+
+    async def change(self, op: Committee | Issuer, *, timeout_s: float = 30.0) -> Item:
+        """Change the committee or the issuer (the root only), once enough operators have listed it.
+
+        Raises RequestError ``forbidden`` for others, RemoteError ``unavailable`` while too few have: the entry stays
+        under way, and nothing else of this account is final before it.
+        """
+        return await self.wallet.append([op], timeout_s=timeout_s)
+
+    async def allow(self, entry_id: bytes) -> None:
+        """List a change that this node's witness may vote for."""
+        await self.seats.allow(entry_id)
+
+    def new_epoch_key(self) -> bytes:
+        """Make a key for a committee to come; its public part."""
+        return bytes(self._keys.create().public_key)
 
     async def settle_all(self) -> int:
         """Put every voucher this node holds on the ledger now; microcredits that were paid out."""

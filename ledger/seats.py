@@ -33,7 +33,7 @@ from ledger.core.witness import COLLECTING, HANDED_OVER, HandedOver, Witness
 from ledger.keys import EpochKeys
 from ledger.lineage import Lineage
 from ledger.notes import Notes
-from ledger.promises import Handed, Standing, recall
+from ledger.promises import Handed, Listed, Standing, recall
 from p2p.face import Call, Network, Reply
 
 PIECE_BYTES = 1 << 20
@@ -84,6 +84,12 @@ class Seats:
         if epoch not in self._vouched:
             raise RuleError("restart", "this witness asks its peers whether it has forgotten anything", wait=True)
         return witness
+
+    async def allow(self, entry_id: bytes) -> None:
+        """The operator agrees to a change of the committee or the issuer (rule 6)."""
+        await self._book.writer.commit([Listed(entry_id)])
+        for witness in self._seats.values():
+            witness.listed.add(entry_id)
 
     # taking seats
 

@@ -14,7 +14,7 @@ from config.errors import IntegrityError, RequestError, RiosError
 from ledger.book import Book
 from ledger.core.errors import RuleError
 from ledger.core.objects import Certificate, Entry, Item, Op, Open, Signed, TopUp, Transfer, parse, sign
-from ledger.core.rules import check_entry
+from ledger.core.rules import check_entry, check_grants_now
 from ledger.lineage import Lineage
 from ledger.quorum import Quorum
 from ledger.recovering import Recovering
@@ -91,16 +91,26 @@ class Wallet:
             await self._finish(timeout_s)
             return parse(signed)
 
+    def preview(self, ops: Sequence[Op]) -> Entry:
+        """The entry that :meth:`append` would sign for ``ops`` now: its id is what operators list beforehand.
+
+        Raises RequestError when a rule forbids it.
+        """
+        if self._pending is not None:
+            raise RequestError("conflict", "an entry of this account is still under way", "wait until it is final")
+        return self._next(ops)
+
     def _next(self, ops: Sequence[Op]) -> Entry:
         state = self._book.state
         known = state.account(self.account)
         entry = Entry(state.genesis.net, self.account, known.seq + 1, known.head, tuple(ops))
         try:
             check_entry(state.committees, state.accounts, state.channels, state.supply, entry)
+            check_grants_now(state.committees, entry)
         except RuleError as error:
-            code = {"funds": "payment_required", "issuer": "forbidden"}.get(error.rule, "invalid_request")
+            codes = {"funds": "payment_required", "issuer": "forbidden", "root": "forbidden"}
             hint = "ask the network's issuer for a grant, or somebody for a transfer" if error.rule == "funds" else ""
-            raise RequestError(code, error.message, hint) from error
+            raise RequestError(codes.get(error.rule, "invalid_request"), error.message, hint) from error
         return entry
 
     async def _finish(self, timeout_s: float) -> None:

@@ -40,7 +40,14 @@ from ledger.core.objects import (
     Voucher,
     sign,
 )
-from ledger.core.rules import check_claim, check_claim_signatures, check_entry, check_entry_signature, check_freezes
+from ledger.core.rules import (
+    check_claim,
+    check_claim_signatures,
+    check_entry,
+    check_entry_signature,
+    check_freezes,
+    check_grants_now,
+)
 from ledger.core.state import State
 from p2p.core import codec
 from p2p.core.identity import Identity
@@ -186,13 +193,10 @@ class Witness:
         raise RuleError("locked", "the committee before this one may have certified another entry here", wait=True)
 
     def _check_change(self, item: Item, entry: Entry) -> None:
-        """Rule 6 and the one gate that can be revoked: who grants now."""
+        """Rule 6, and who grants now."""
         if type(entry.ops[0]) in (Committee, Issuer) and not self.is_listed(item):
             raise RuleError("listed", f"the operator of this witness has not listed {item.id.hex()}", wait=True)
-        committees = self._state.committees
-        replaced = entry.account in committees.issuers and entry.account != committees.issuer
-        if replaced and any(type(op) is Grant for op in entry.ops):
-            raise RuleError("issuer", "this account is not the network's issuer any more")
+        check_grants_now(self._state.committees, entry)
 
     def _promised_grants(self, entry: Entry) -> int:
         """Grants of other issuers that may become final without this witness seeing them first."""
