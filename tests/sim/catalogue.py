@@ -3,13 +3,23 @@
 from tests.sim.mutation import Edit, Mutant
 
 CERTIFICATE = "ledger.core.certificate"
+HANDOVER = "ledger.core.handover"
+LINEAGE = "ledger.lineage"
+RECOVERY = "ledger.core.recovery"
 QUORUMS = "ledger.core.quorums"
 RULES = "ledger.core.rules"
 STATE = "ledger.core.state"
 STORE = "ledger.store"
+PROMISES = "ledger.promises"
+SEATS = "ledger.seats"
 VOTING = "ledger.voting"
 WALLET = "ledger.wallet"
 WITNESS = "ledger.core.witness"
+
+OLD_SEAT = (
+    "witness = self._book.state.committees.epoch, self.witness or next(iter(self._seats.values()), None)\n"
+    "    epoch = witness.epoch if witness is not None else epoch"
+)
 
 
 def _one(name: str, what: str, where: str, old: str, new: str, directed: str = "") -> Mutant:
@@ -127,8 +137,8 @@ ENTRY_MUTANTS = (
         "time-gates-chain",
         "an open that comes late is refused for ever",
         f"{VOTING}:Voting.vote",
-        "    body = item.object\n",
-        "    body = item.object\n"
+        "    body, witness = item.object, self._seats.present()\n",
+        "    body, witness = item.object, self._seats.present()\n"
         "    if isinstance(body, Entry) and any(getattr(op, 'expiry_ms', 1 << 62) < self._book.now_ms() for op in body.ops):\n"
         "        raise RuleError('expired', 'the channel has expired')\n",
     ),
@@ -242,35 +252,40 @@ CHANNEL_MUTANTS = (
 )
 
 CRASH_MUTANTS = (
-    _one("votes-lost", "a witness forgets its votes when it restarts", f"{STORE}:Store.voted", "for body, signature in rows:", "for body, signature in ():"),
     _one(
         "entry-votes-lost",
         "a witness forgets its votes for entries when it restarts",
-        f"{STORE}:Store.voted",
-        'rows = self._query("SELECT body, signature FROM votes")\n',
-        "rows = []\n",
+        f"{PROMISES}:recall",
+        "witness.restore_entry_vote(item)",
+        "pass",
     ),
     _one(
         "claim-votes-lost",
         "a witness forgets its votes for claims when it restarts",
-        f"{STORE}:Store.voted",
-        '    rows += self._query("SELECT body, signature FROM claim_votes")\n',
-        "",
+        f"{PROMISES}:recall",
+        "for item in (*voted, *final):",
+        "for item in final:",
     ),
-    _one("freezes-lost", "a witness forgets its freezes when it restarts", f"{STORE}:Store.freezes", "return [", "return [][:0] and ["),
+    _one(
+        "freezes-lost",
+        "a witness forgets its freezes when it restarts",
+        f"{PROMISES}:recall",
+        "witness.restore_freeze(signed)",
+        "pass",
+    ),
     _one(
         "vote-sent-before-persisted",
         "a vote leaves before it is on the disk",
         f"{VOTING}:Voting._seal",
-        "[Voted(item) for item in batch.items]",
+        "[Voted(item, witness.epoch) for item in batch.items]",
         "[]",
     ),
     _one(
         "freeze-sent-before-persisted",
         "a freeze leaves before it is on the disk",
         f"{VOTING}:Voting._freeze",
-        "await self._book.writer.commit([Frozen(",
-        "([Frozen(",
+        "await self._book.writer.commit([record, *kept, self._lineage.promise()])",
+        "pass",
     ),
     _one(
         "entry-sent-before-persisted",
@@ -332,4 +347,130 @@ STATE_MUTANTS = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = QUORUM_MUTANTS + ENTRY_MUTANTS + CHANNEL_MUTANTS + CRASH_MUTANTS + STATE_MUTANTS
+EPOCH_MUTANTS = (
+    Mutant(
+        "old-committee-votes",
+        "the old committee goes on voting after it handed over",
+        (
+            Edit(f"{WITNESS}:Witness.may_vote", "self.phase == VOTING", "self.phase != COLLECTING"),
+            Edit(f"{WITNESS}:Witness.confirm_handover", "    self._identity = None\n", ""),
+            Edit(f"{SEATS}:Seats._hand_over", "    del self._seats[effect.epoch]\n", ""),
+            Edit(f"{SEATS}:Seats._hand_over", "    self._keys.erase(effect.witness)\n", ""),
+            Edit(f"{SEATS}:Seats.present", "witness = self._book.state.committees.epoch, self.witness", OLD_SEAT),
+        ),
+    ),
+    Mutant(
+        "freezes-after-handover",
+        "the old committee goes on freezing after it handed over",
+        (
+            Edit(f"{WITNESS}:Witness.may_freeze", "self.phase == VOTING", "self.phase != COLLECTING"),
+            Edit(f"{WITNESS}:Witness.confirm_handover", "    self._identity = None\n", ""),
+            Edit(f"{SEATS}:Seats._hand_over", "    del self._seats[effect.epoch]\n", ""),
+            Edit(f"{SEATS}:Seats._hand_over", "    self._keys.erase(effect.witness)\n", ""),
+            Edit(f"{SEATS}:Seats.present", "witness = self._book.state.committees.epoch, self.witness", OLD_SEAT),
+        ),
+    ),
+    _one("never-stops", "the old committee does not stop", f"{WITNESS}:Witness.must_stop", "return self", "return False and self"),
+    _one(
+        "begins-early",
+        "a new witness votes after one handover",
+        f"{HANDOVER}:Inheritance.ready",
+        "self.counted >= self.old.quorum",
+        "self.counted >= 1",
+    ),
+    _one(
+        "begins-unasked",
+        "a new witness votes without any handover",
+        f"{WITNESS}:Witness.__init__",
+        "COLLECTING if epoch else VOTING",
+        "VOTING",
+    ),
+    _one("no-frontier", "a new witness votes before it knows what is final", f"{HANDOVER}:_is_applied", "if is_account:", "if True:\n        return True\n    if is_account:"),
+    _one(
+        "locks-without-evidence",
+        "locks count that no payer signed",
+        f"{HANDOVER}:lock_evidence",
+        "check_entry_signature(item, entry)",
+        "pass",
+    ),
+    _one("locks-ignored", "a new witness ignores what the old ones voted for", f"{WITNESS}:Witness.locked_to", "if self.inheritance is not None", "if False"),
+    _one(
+        "one-of-two-locks",
+        "of two entries that survive the counting, either may be voted for",
+        f"{WITNESS}:Witness._check_lock",
+        "locked.keys() == {item.id}",
+        "item.id in locked",
+    ),
+    _one("votes-not-handed-over", "a handover leaves out the own votes", f"{WITNESS}:Witness.own_locks", "if not self._is_filled(slot)", "if False"),
+    _one(
+        "claims-not-handed-over",
+        "a handover leaves out the vouchers of claims",
+        f"{WITNESS}:Witness._hand_over",
+        "tuple(shown),",
+        "(),",
+    ),
+    _one(
+        "freezes-not-handed-over",
+        "a handover leaves out the own freezes",
+        f"{WITNESS}:Witness._hand_over",
+        "(*self.inherited_freezes(), *self._held.values())",
+        "(*self.inherited_freezes(),)",
+    ),
+    _one(
+        "inherited-locks-not-handed-on",
+        "what was inherited and not voted for is not handed on",
+        f"{WITNESS}:Witness.inherited_locks",
+        "if not self._is_filled(slot):",
+        "if False:",
+    ),
+    _one(
+        "inherited-freezes-not-handed-on",
+        "freezes that were inherited are not handed on",
+        f"{WITNESS}:Witness.inherited_freezes",
+        "if self.inheritance is not None",
+        "if False",
+    ),
+    _one("no-ban", "claims are voted for where the old committee may have frozen", f"{WITNESS}:Witness.is_banned", "channel in self.inheritance.bans", "False"),
+    _one("counting-one", "what one handover says counts for ever", f"{QUORUMS}:survives", "max(1, received - 2 * f)", "1"),
+    _one("counting-one-more", "m - 2f + 1 handovers are needed", f"{QUORUMS}:survives", "received - 2 * f", "received - 2 * f + 1"),
+    _one(
+        "counted-once",
+        "handovers that come after the beginning do not count",
+        f"{WITNESS}:Witness.receive",
+        "self.phase not in (COLLECTING, VOTING)",
+        "self.phase != COLLECTING",
+    ),
+    _one("shown-forgotten", "a voucher shown on a banned channel is not kept", f"{WITNESS}:Witness.record_voucher", "if self.saw_voucher(voucher, signature):", "if False:"),
+    _one("unlisted-change", "root alone changes the committee", f"{WITNESS}:Witness.is_listed", "item.id in self.listed", "True"),
+    _one("freezes-of-two-epochs", "a reclaim with freezes of several epochs", f"{RULES}:_check_freeze_set", "freeze.epoch != epoch", "False"),
+    _one("handover-not-kept", "a handover leaves before it is on the disk", f"{SEATS}:Seats._hand_over", "await self._book.writer.commit([standing, Handed(effect.epoch, effect.witness, effect.signed)])", "self._book.store.promises._early = effect"),
+    _one("restart-waits", "a witness that restarts with enough handovers waits for more", f"{SEATS}:Seats.__init__", "        self._changed.set()", "        pass"),
+    _one(
+        "certificate-of-any-epoch",
+        "votes are checked against the newest committee only",
+        f"{CERTIFICATE}:Verifier._open_header",
+        "self.committees.of(votes.epoch).members",
+        "self.committees.current.members",
+    ),
+)
+
+RESTORE_MUTANTS = (
+    _one("restored-votes", "a witness from a backup votes", f"{WITNESS}:Witness.is_restored", "self.restored", "False"),
+    _one("backup-unnoticed", "a database from a backup is not noticed", "ledger.mark:Mark.open", "known is None or known[0] != lineage or known[1] > promises or known[2] > entries", "False"),
+    _one("mark-not-kept", "the counter outside the database is not written", "ledger.mark:Mark.promised", "self._write()", "pass"),
+    _one("wallet-signs-anew", "a wallet from a backup signs without asking everybody", f"{RECOVERY}:Recovery.may_sign_anew", "len(committee.keys)", "1"),
+    _one("wallet-does-not-ask", "a wallet from a backup does not ask at all", "ledger.recovering:Recovering.due", "bool(self._lineage.wallet_unsure) or not self._glanced", "False"),
+    _one("only-the-head", "witnesses do not show the entry they voted for", f"{VOTING}:Voting._next", "if signed is not None", "if False"),
+    _one("stale-copy-settles", "a wallet's old copy makes an old change of the committee count", f"{RECOVERY}:Recovery.__init__", "self.began = began", "self.began = self._epoch"),
+    _one("mark-after-lineage", "a first start that dies looks like a restoration", f"{LINEAGE}:Lineage.__init__", "    mark.follow()  # first: a database that has a lineage has a mark, whenever the process dies\n", "    follow_later = mark.follow\n"),
+)
+
+MUTANTS: tuple[Mutant, ...] = (
+    *QUORUM_MUTANTS,
+    *ENTRY_MUTANTS,
+    *CHANNEL_MUTANTS,
+    *CRASH_MUTANTS,
+    *STATE_MUTANTS,
+    *EPOCH_MUTANTS,
+    *RESTORE_MUTANTS,
+)

@@ -9,7 +9,20 @@ from collections import Counter
 from hashlib import sha256
 
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Certificate, Claim, Entry, Freeze, Handover, Item, Signed, Vote, Votes, parse
+from ledger.core.objects import (
+    Certificate,
+    Claim,
+    Committee,
+    Entry,
+    Freeze,
+    Handover,
+    Issuer,
+    Item,
+    Signed,
+    Vote,
+    Votes,
+    parse,
+)
 from p2p.core import codec
 from tests.sim.model import Model, Violation, signed_by
 
@@ -19,6 +32,8 @@ class Checker:
 
     def __init__(self, genesis: Genesis) -> None:
         self.model = Model(genesis)
+        self.listed: set[bytes] = set()
+        """Ids of the changes of the committee that operators agreed to."""
         self.liars: set[bytes] = set()
         """Keys of lying witnesses, of any epoch."""
         self.handed: dict[tuple[bytes, int], Handover] = {}
@@ -76,6 +91,9 @@ class Checker:
     def _final(self, item: Item) -> None:
         if item.id not in self.final:
             self.final[item.id] = item
+            if isinstance(item.object, Entry) and isinstance(item.object.ops[0], Committee | Issuer):
+                if item.id not in self.listed:
+                    raise Violation("W6", "a committee is final that no operator has listed")
             self.model.add(item)
 
     def freeze(self, signed: Signed, now_ms: int) -> None:

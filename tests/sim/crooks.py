@@ -95,6 +95,8 @@ class Crook:
             return [self._good_reclaim(random.choice(due)[0])]
         if opens and kind > 0.8:
             return [self._entry(TopUp(random.choice(opens)[0], max(1, balance // 4)))]
+        if self.style == "gambler" and random.random() < 0.4:
+            key = random.choice(world.people).identity.public_key  # it will not be paid if it is not careful
         return [self._entry(*(Open(key, key, lock, expiry) for _ in range(random.choice((1, 1, 2)))))]
 
     def _foul(self, balance: int, lock: int, expiry: int, opens: list[tuple[bytes, ChannelState]]) -> Signed:
@@ -203,7 +205,7 @@ class Crook:
             self.hidden.append(collector.certificate())
             del self.collectors[key]
 
-    async def _spread(self, node: "Node", signed: list[Signed]) -> None:
+    async def spread(self, node: "Node", signed: list[Signed]) -> None:
         """Every witness is asked for one or several of them, in any order."""
         random = node.random
         async with trio.open_nursery() as nursery:
@@ -221,25 +223,37 @@ class Crook:
                 continue
             if not again or random.random() < 0.5:
                 again = self._entries()
-            await self._spread(node, again)
+            await self.spread(node, again)
 
     async def _work(self, node: "Node") -> None:
         """Claims of every kind, and freezes asked for as early as possible."""
         random = node.random
         while True:
-            await trio.sleep(random.uniform(0.4, 1.2))
+            await trio.sleep(random.uniform(0.8, 2.0))
             for key, channel in self._channels():
                 if channel.closed_at is not None and random.random() < 0.7:
                     continue
-                if random.random() < 0.6:
-                    await self._spread(node, [self._claim(key, channel)])
+                if channel.signer in node.world.by_key:
+                    await self._promise(node, key, channel)
+                elif random.random() < 0.6:
+                    await self.spread(node, [self._claim(key, channel)])
                 late = node.now_ms() > channel.expiry_ms - 1000
                 if channel.closed_at is None and (late or random.random() < 0.2):
                     async with trio.open_nursery() as nursery:
                         for witness in node.world.witnesses():
                             nursery.start_soon(self._ask_freeze, node, witness, key)
                         if late and random.random() < 0.6:
-                            nursery.start_soon(self._spread, node, [self._claim(key, channel)])
+                            nursery.start_soon(self.spread, node, [self._claim(key, channel)])
+
+    async def _promise(self, node: "Node", key: bytes, channel: ChannelState) -> None:
+        """A good voucher for an honest worker: whoever promised must pay, freeze or not."""
+        voucher = Voucher(node.world.genesis.net, key, 0, node.random.randint(1, channel.lock), bytes(32))
+        header: dict[str, Any] = {"voucher": codec.encode(sign(self.payer, voucher))}
+        try:
+            worker = node.world.by_key[channel.signer]
+            await node.network.call(worker.peer_id, "sim.voucher", header, deadline_ms=500)
+        except RiosError:
+            return
 
     def _claim(self, key: bytes, channel: ChannelState) -> Signed:
         random, world = self.node.random, self.node.world

@@ -49,11 +49,13 @@ def _find(where: str) -> FunctionType:
     return found
 
 
-def _edited(edit: Edit, function: FunctionType) -> CodeType:
+def _edited(edits: list[Edit], function: FunctionType) -> CodeType:
     source = textwrap.dedent(inspect.getsource(function))
-    if source.count(edit.old) != 1:
-        raise ValueError(f"{edit.where}: {edit.old!r} stands in it {source.count(edit.old)} times, once is needed")
-    source = "from __future__ import annotations\n" + source.replace(edit.old, edit.new)
+    for edit in edits:
+        if source.count(edit.old) != 1:
+            raise ValueError(f"{edit.where}: {edit.old!r} stands in it {source.count(edit.old)} times, once is needed")
+        source = source.replace(edit.old, edit.new)
+    source = "from __future__ import annotations\n" + source
     scope: dict[str, Any] = dict(function.__globals__)
     exec(compile(source, inspect.getsourcefile(function) or "?", "exec"), scope)
     made = scope[function.__name__]
@@ -67,9 +69,9 @@ def _edited(edit: Edit, function: FunctionType) -> CodeType:
 def applied(mutant: Mutant) -> Iterator[None]:
     """Within it, the program is broken."""
     with ExitStack() as undo:
-        for edit in mutant.edits:
-            function = _find(edit.where)
-            code = _edited(edit, function)
+        for where in dict.fromkeys(edit.where for edit in mutant.edits):
+            function = _find(where)
+            code = _edited([edit for edit in mutant.edits if edit.where == where], function)
             undo.callback(setattr, function, "__code__", function.__code__)
             function.__code__ = code
         yield

@@ -5,6 +5,7 @@ call whose request or answer is lost ends with ``unavailable``, at once or at it
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -83,32 +84,32 @@ class SimNetwork:
         world, target = self._world, self._world.by_peer.get(peer_id)
         if target is None:
             raise RemoteError("unavailable", f"no way to {peer_id} is known", peer_id=peer_id)
-        with trio.move_on_after(min(deadline_ms, DEADLINE_MS_MAX) / 1000):
-            if method == "ledger.submit" and not self._node.crooked:
-                world.checker.submitted(self.identity.public_key, read_signed(header["object"]))
-            out = world.way(self._node, target, method)
-            if out is None:
-                return await self._lost(target)
-            await trio.sleep(out)
-            if not target.up:
-                raise RemoteError("unavailable", f"{target.name} is down", peer_id=peer_id)
-            call = Call(self.peer_id, method, dict(header), tuple(memoryview(bytes(b)) for b in buffers), 0.0)
-            box = target.serve(call)
-            if world.twice():
-                world.nursery.start_soon(self._again, target, call)
+        deadline_s = trio.current_time() + min(deadline_ms, DEADLINE_MS_MAX) / 1000
+        if method == "ledger.submit" and not self._node.crooked:
+            world.checker.submitted(self.identity.public_key, read_signed(header["object"]))
+        out = world.way(self._node, target, method)
+        if out is None:
+            raise await self._lost(target, deadline_s)
+        await trio.sleep(out)
+        if not target.up:
+            raise RemoteError("unavailable", f"{target.name} is down", peer_id=peer_id)
+        call = Call(self.peer_id, method, dict(header), tuple(memoryview(bytes(b)) for b in buffers), 0.0)
+        box = target.serve(call)
+        if world.twice():
+            world.nursery.start_soon(self._again, target, call)
+        # only a liar lets anybody wait; an honest node answers or dies
+        with trio.move_on_at(deadline_s) if target.liar else nullcontext():
             await box.done.wait()
-            if box.error is not None:
-                error = box.error
-                await trio.sleep(0.001)
-                raise RemoteError(error.code, error.message, error.hint, peer_id=peer_id)
-            if box.reply is None:
-                raise RemoteError("unavailable", f"{target.name} died", peer_id=peer_id)
-            back = world.way(target, self._node, f"answer to {method}")
-            if back is None:
-                return await self._lost(target)
-            await trio.sleep(back)
-            return box.reply
-        raise RemoteError("unavailable", f"{target.name} did not answer {method} in time", peer_id=peer_id)
+        if box.error is not None:
+            error = box.error
+            raise RemoteError(error.code, error.message, error.hint, peer_id=peer_id)
+        if box.reply is None:
+            raise RemoteError("unavailable", f"{target.name} did not answer {method}", peer_id=peer_id)
+        back = world.way(target, self._node, f"answer to {method}")
+        if back is None:
+            raise await self._lost(target, deadline_s)
+        await trio.sleep(back)
+        return box.reply
 
     async def _again(self, target: "Node", call: Call) -> None:
         """The same call once more, later."""
@@ -116,11 +117,13 @@ class SimNetwork:
         if target.up:
             target.serve(call)
 
-    async def _lost(self, target: "Node") -> Reply:
+    async def _lost(self, target: "Node", deadline_s: float) -> RemoteError:
+        """Silence until the deadline, or a connection that breaks."""
         if self._world.random.random() < 0.5:
-            await trio.sleep_forever()
+            await trio.sleep_until(deadline_s)
+            return RemoteError("unavailable", f"{target.name} did not answer in time", peer_id=target.peer_id)
         await trio.sleep(0.02)
-        raise RemoteError("unavailable", f"the connection to {target.name} broke", peer_id=target.peer_id)
+        return RemoteError("unavailable", f"the connection to {target.name} broke", peer_id=target.peer_id)
 
 
 async def handle(node: "Node", handler: Handler, call: Call, box: Box) -> None:

@@ -22,7 +22,7 @@ from tests.sim.network import Box, SimNetwork, handle
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-SYNC_SECONDS = 2
+SYNC_SECONDS = 3
 
 Task = Callable[["Node"], Awaitable[None]]
 

@@ -29,6 +29,8 @@ class Root:
         """Live on the node."""
         self.members.append({node.identity.public_key: node for node in self.world.founders})
         self.node.tasks.append(self._run)
+        thief = self.world.crooks[0]
+        thief.node.tasks.append(self._steal)
 
     @property
     def done(self) -> bool:
@@ -75,6 +77,21 @@ class Root:
         known = state.account(self.identity.public_key)
         ops = (Committee(epoch, tuple(seats), f),)
         world.log("change", epoch, *(node.name for node in seats.values()))
-        return sign(
-            self.identity, Entry(state.genesis.net, self.identity.public_key, known.seq + 1, known.head, ops)
-        )
+        entry = Entry(state.genesis.net, self.identity.public_key, known.seq + 1, known.head, ops)
+        signed = sign(self.identity, entry)
+        world.checker.listed.add(parse(signed).id)
+        return signed
+
+    async def _steal(self, node: "Node") -> None:
+        """Whoever has stolen root's key names a committee of its own: nobody has listed it."""
+        world, random = self.world, node.random
+        while True:
+            await trio.sleep(random.uniform(2, 8))
+            if not world.busy or not world.plan.changes:
+                continue
+            state, f = node.ledger.book.state, world.plan.f
+            known = state.account(self.identity.public_key)
+            keys = tuple(world.stranger(n).public_key for n in range(3 * f + 1))
+            op = Committee(state.committees.epoch + 1, keys, f)
+            entry = Entry(state.genesis.net, self.identity.public_key, known.seq + 1, known.head, (op,))
+            await world.crooks[0].spread(node, [sign(self.identity, entry)])

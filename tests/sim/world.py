@@ -46,9 +46,9 @@ class Plan:
     clients: int = 2
     changes: int = 2
     restores: int = 0
-    chaos_s: float = 20.0
+    chaos_s: float = 16.0
     pause_s: float = 2.0
-    channel_s: tuple[float, float] = (2.0, 14.0)
+    channel_s: tuple[float, float] = (1.5, 9.0)
     loss: float = 0.1
     duplicate: float = 0.1
     delay_s: tuple[float, float] = (0.002, 0.25)
