@@ -28,8 +28,12 @@ def _one(name: str, what: str, where: str, old: str, new: str, directed: str = "
 
 QUORUM_MUTANTS = (
     _one("quorum-f-plus-1", "f + 1 votes make a certificate", f"{QUORUMS}:quorum_of", "2 * f + 1", "f + 1"),
-    _one("not-distinct", "one witness counts several times", f"{QUORUMS}:distinct", "set(witnesses)", "list(witnesses)"),
-    _one("committee-not-exact", "more than 3f + 1 witnesses", f"{QUORUMS}:is_exact", "n == 3 * f + 1", "n >= 3 * f + 1"),
+    _one(
+        "not-distinct", "one witness counts several times", f"{QUORUMS}:distinct", "set(witnesses)", "list(witnesses)"
+    ),
+    _one(
+        "committee-not-exact", "more than 3f + 1 witnesses", f"{QUORUMS}:is_exact", "n == 3 * f + 1", "n >= 3 * f + 1"
+    ),
     _one(
         "stranger-votes",
         "votes of keys that are in no committee",
@@ -86,7 +90,13 @@ ENTRY_MUTANTS = (
     ),
     _one("no-sequence", "entries of any number", f"{RULES}:check_entry", "entry.seq != seq + 1", "entry.seq <= 0"),
     _one("no-prev", "entries that build on nothing", f"{RULES}:check_entry", "entry.prev != head", "False"),
-    _one("entry-of-other-network", "entries of another network", f"{RULES}:check_entry", "entry.net != committees.net", "False"),
+    _one(
+        "entry-of-other-network",
+        "entries of another network",
+        f"{RULES}:check_entry",
+        "entry.net != committees.net",
+        "False",
+    ),
     _one(
         "supply-unchecked",
         "grants above the supply",
@@ -123,7 +133,9 @@ ENTRY_MUTANTS = (
         "channel.closed_at is not None or self.closes(key)",
         "self.closes(key)",
     ),
-    _one("hostile-signer", "a channel for a key of small order", f"{RULES}:_open", "not is_valid_key(op.signer)", "False"),
+    _one(
+        "hostile-signer", "a channel for a key of small order", f"{RULES}:_open", "not is_valid_key(op.signer)", "False"
+    ),
     _one("reclaim-above-lock", "reclaims above the lock", f"{RULES}:_reclaim", "op.total > lock", "False"),
     _one("reclaim-below-paid", "reclaims below what was paid", f"{RULES}:_reclaim", "op.total < channel.paid", "False"),
     _one(
@@ -139,7 +151,8 @@ ENTRY_MUTANTS = (
         f"{VOTING}:Voting.vote",
         "    body, witness = item.object, self._seats.present()\n",
         "    body, witness = item.object, self._seats.present()\n"
-        "    if isinstance(body, Entry) and any(getattr(op, 'expiry_ms', 1 << 62) < self._book.now_ms() for op in body.ops):\n"
+        "    now_ms, ops = self._book.now_ms(), getattr(body, 'ops', ())\n"
+        "    if any(getattr(op, 'expiry_ms', now_ms) < now_ms for op in ops):\n"
         "        raise RuleError('expired', 'the channel has expired')\n",
     ),
     _one(
@@ -152,7 +165,13 @@ ENTRY_MUTANTS = (
 )
 
 CHANNEL_MUTANTS = (
-    _one("claim-above-lock", "claims above the lock", f"{WITNESS}:Witness.consider_claim", "total > channel.lock", "False"),
+    _one(
+        "claim-above-lock",
+        "claims above the lock",
+        f"{WITNESS}:Witness.consider_claim",
+        "total > channel.lock",
+        "False",
+    ),
     _one(
         "claim-above-freeze",
         "claims above the own freeze",
@@ -164,7 +183,7 @@ CHANNEL_MUTANTS = (
         "claim-unsigned",
         "claims that the channel's signer did not sign",
         f"{RULES}:check_claim_signatures",
-        "not verify(channel.signer, b\"\", item.id, item.signed.signature)",
+        'not verify(channel.signer, b"", item.id, item.signed.signature)',
         "False",
     ),
     _one(
@@ -196,7 +215,13 @@ CHANNEL_MUTANTS = (
         "False",
     ),
     _one("early-freeze", "freezes before expiry", f"{WITNESS}:Witness.freeze", "now_ms < channel.expiry_ms", "False"),
-    _one("freeze-at-nothing", "freezes ignore the claims voted for", f"{WITNESS}:Witness.freeze", "self._best.get(key, (None, None))", "(None, None)"),
+    _one(
+        "freeze-at-nothing",
+        "freezes ignore the claims voted for",
+        f"{WITNESS}:Witness.freeze",
+        "self._best.get(key, (None, None))",
+        "(None, None)",
+    ),
     _one(
         "freeze-changes",
         "a channel is frozen again at another total",
@@ -239,9 +264,7 @@ CHANNEL_MUTANTS = (
         " or freeze.witness not in committees.of(freeze.epoch).members",
         "",
     ),
-    _one(
-        "freeze-unsigned", "freezes nobody signed", f"{RULES}:_open_freeze", "not verify(", "False and not verify("
-    ),
+    _one("freeze-unsigned", "freezes nobody signed", f"{RULES}:_open_freeze", "not verify(", "False and not verify("),
     _one(
         "freeze-without-voucher",
         "freezes at amounts the payer never promised",
@@ -314,7 +337,13 @@ CRASH_MUTANTS = (
 )
 
 STATE_MUTANTS = (
-    _one("claim-adds", "a claim is paid on top of the one before", f"{STATE}:State._settle", "covered - channel.paid", "covered"),
+    _one(
+        "claim-adds",
+        "a claim is paid on top of the one before",
+        f"{STATE}:State._settle",
+        "covered - channel.paid",
+        "covered",
+    ),
     _one(
         "lower-claim-kept",
         "a lower claim replaces a higher one on the disk",
@@ -330,7 +359,13 @@ STATE_MUTANTS = (
         "total",
     ),
     _one("topup-free", "a top-up costs nothing", f"{RULES}:_topup", "scratch.spend += op.amount", "pass"),
-    _one("entry-waits-for-ever", "an entry that waited is never applied", f"{STATE}:State._drain", "while slots:", "while False:"),
+    _one(
+        "entry-waits-for-ever",
+        "an entry that waited is never applied",
+        f"{STATE}:State._drain",
+        "while slots:",
+        "while False:",
+    ),
     _one(
         "claims-not-synced",
         "anti-entropy looks at entries only",
@@ -370,7 +405,13 @@ EPOCH_MUTANTS = (
             Edit(f"{SEATS}:Seats.present", "witness = self._book.state.committees.epoch, self.witness", OLD_SEAT),
         ),
     ),
-    _one("never-stops", "the old committee does not stop", f"{WITNESS}:Witness.must_stop", "return self", "return False and self"),
+    _one(
+        "never-stops",
+        "the old committee does not stop",
+        f"{WITNESS}:Witness.must_stop",
+        "return self",
+        "return False and self",
+    ),
     _one(
         "begins-early",
         "a new witness votes after one handover",
@@ -385,7 +426,13 @@ EPOCH_MUTANTS = (
         "COLLECTING if epoch else VOTING",
         "VOTING",
     ),
-    _one("no-frontier", "a new witness votes before it knows what is final", f"{HANDOVER}:_is_applied", "if is_account:", "if True:\n        return True\n    if is_account:"),
+    _one(
+        "no-frontier",
+        "a new witness votes before it knows what is final",
+        f"{HANDOVER}:_is_applied",
+        "if is_account:",
+        "if True:\n        return True\n    if is_account:",
+    ),
     _one(
         "locks-without-evidence",
         "locks count that no payer signed",
@@ -393,7 +440,13 @@ EPOCH_MUTANTS = (
         "check_entry_signature(item, entry)",
         "pass",
     ),
-    _one("locks-ignored", "a new witness ignores what the old ones voted for", f"{WITNESS}:Witness.locked_to", "if self.inheritance is not None", "if False"),
+    _one(
+        "locks-ignored",
+        "a new witness ignores what the old ones voted for",
+        f"{WITNESS}:Witness.locked_to",
+        "if self.inheritance is not None",
+        "if False",
+    ),
     _one(
         "one-of-two-locks",
         "of two entries that survive the counting, either may be voted for",
@@ -401,7 +454,13 @@ EPOCH_MUTANTS = (
         "locked.keys() == {item.id}",
         "item.id in locked",
     ),
-    _one("votes-not-handed-over", "a handover leaves out the own votes", f"{WITNESS}:Witness.own_locks", "if not self._is_filled(slot)", "if False"),
+    _one(
+        "votes-not-handed-over",
+        "a handover leaves out the own votes",
+        f"{WITNESS}:Witness.own_locks",
+        "if not self._is_filled(slot)",
+        "if False",
+    ),
     _one(
         "claims-not-handed-over",
         "a handover leaves out the vouchers of claims",
@@ -430,9 +489,23 @@ EPOCH_MUTANTS = (
         "if self.inheritance is not None",
         "if False",
     ),
-    _one("no-ban", "claims are voted for where the old committee may have frozen", f"{WITNESS}:Witness.is_banned", "channel in self.inheritance.bans", "False"),
-    _one("counting-one", "what one handover says counts for ever", f"{QUORUMS}:survives", "max(1, received - 2 * f)", "1"),
-    _one("counting-one-more", "m - 2f + 1 handovers are needed", f"{QUORUMS}:survives", "received - 2 * f", "received - 2 * f + 1"),
+    _one(
+        "no-ban",
+        "claims are voted for where the old committee may have frozen",
+        f"{WITNESS}:Witness.is_banned",
+        "channel in self.inheritance.bans",
+        "False",
+    ),
+    _one(
+        "counting-one", "what one handover says counts for ever", f"{QUORUMS}:survives", "max(1, received - 2 * f)", "1"
+    ),
+    _one(
+        "counting-one-more",
+        "m - 2f + 1 handovers are needed",
+        f"{QUORUMS}:survives",
+        "received - 2 * f",
+        "received - 2 * f + 1",
+    ),
     _one(
         "counted-once",
         "handovers that come after the beginning do not count",
@@ -440,11 +513,41 @@ EPOCH_MUTANTS = (
         "self.phase not in (COLLECTING, VOTING)",
         "self.phase != COLLECTING",
     ),
-    _one("shown-forgotten", "a voucher shown on a banned channel is not kept", f"{WITNESS}:Witness.record_voucher", "if self.saw_voucher(voucher, signature):", "if False:"),
-    _one("unlisted-change", "root alone changes the committee", f"{WITNESS}:Witness.is_listed", "item.id in self.listed", "True"),
-    _one("freezes-of-two-epochs", "a reclaim with freezes of several epochs", f"{RULES}:_check_freeze_set", "freeze.epoch != epoch", "False"),
-    _one("handover-not-kept", "a handover leaves before it is on the disk", f"{SEATS}:Seats._hand_over", "await self._book.writer.commit([standing, Handed(effect.epoch, effect.witness, effect.signed)])", "self._book.store.promises._early = effect"),
-    _one("restart-waits", "a witness that restarts with enough handovers waits for more", f"{SEATS}:Seats.__init__", "        self._changed.set()", "        pass"),
+    _one(
+        "shown-forgotten",
+        "a voucher shown on a banned channel is not kept",
+        f"{WITNESS}:Witness.record_voucher",
+        "if self.saw_voucher(voucher, signature):",
+        "if False:",
+    ),
+    _one(
+        "unlisted-change",
+        "root alone changes the committee",
+        f"{WITNESS}:Witness.is_listed",
+        "item.id in self.listed",
+        "True",
+    ),
+    _one(
+        "freezes-of-two-epochs",
+        "a reclaim with freezes of several epochs",
+        f"{RULES}:_check_freeze_set",
+        "freeze.epoch != epoch",
+        "False",
+    ),
+    _one(
+        "handover-not-kept",
+        "a handover leaves before it is on the disk",
+        f"{SEATS}:Seats._hand_over",
+        "await self._book.writer.commit([standing, Handed(effect.epoch, effect.witness, effect.signed)])",
+        "self._book.store.promises._early = effect",
+    ),
+    _one(
+        "restart-waits",
+        "a witness that restarts with enough handovers waits for more",
+        f"{SEATS}:Seats.__init__",
+        "        self._changed.set()",
+        "        pass",
+    ),
     _one(
         "certificate-of-any-epoch",
         "votes are checked against the newest committee only",
@@ -456,13 +559,55 @@ EPOCH_MUTANTS = (
 
 RESTORE_MUTANTS = (
     _one("restored-votes", "a witness from a backup votes", f"{WITNESS}:Witness.is_restored", "self.restored", "False"),
-    _one("backup-unnoticed", "a database from a backup is not noticed", "ledger.mark:Mark.open", "known is None or known[0] != lineage or known[1] > promises or known[2] > entries", "False"),
-    _one("mark-not-kept", "the counter outside the database is not written", "ledger.mark:Mark.promised", "self._write()", "pass"),
-    _one("wallet-signs-anew", "a wallet from a backup signs without asking everybody", f"{RECOVERY}:Recovery.may_sign_anew", "len(committee.keys)", "1"),
-    _one("wallet-does-not-ask", "a wallet from a backup does not ask at all", "ledger.recovering:Recovering.due", "bool(self._lineage.wallet_unsure) or not self._glanced", "False"),
-    _one("only-the-head", "witnesses do not show the entry they voted for", f"{VOTING}:Voting._next", "if signed is not None", "if False"),
-    _one("stale-copy-settles", "a wallet's old copy makes an old change of the committee count", f"{RECOVERY}:Recovery.__init__", "self.began = began", "self.began = self._epoch"),
-    _one("mark-after-lineage", "a first start that dies looks like a restoration", f"{LINEAGE}:Lineage.__init__", "    mark.follow()  # first: a database that has a lineage has a mark, whenever the process dies\n", "    follow_later = mark.follow\n"),
+    _one(
+        "backup-unnoticed",
+        "a database from a backup is not noticed",
+        "ledger.mark:Mark.open",
+        "known is None or known[0] != lineage or known[1] > promises or known[2] > entries",
+        "False",
+    ),
+    _one(
+        "mark-not-kept",
+        "the counter outside the database is not written",
+        "ledger.mark:Mark.promised",
+        "self._write()",
+        "pass",
+    ),
+    _one(
+        "wallet-signs-anew",
+        "a wallet from a backup signs without asking everybody",
+        f"{RECOVERY}:Recovery.may_sign_anew",
+        "len(committee.keys)",
+        "1",
+    ),
+    _one(
+        "wallet-does-not-ask",
+        "a wallet from a backup does not ask at all",
+        "ledger.recovering:Recovering.due",
+        "bool(self._lineage.wallet_unsure) or not self._glanced",
+        "False",
+    ),
+    _one(
+        "only-the-head",
+        "witnesses do not show the entry they voted for",
+        f"{VOTING}:Voting._next",
+        "if signed is not None",
+        "if False",
+    ),
+    _one(
+        "stale-copy-settles",
+        "a wallet's old copy makes an old change of the committee count",
+        f"{RECOVERY}:Recovery.__init__",
+        "self.began = began",
+        "self.began = self._epoch",
+    ),
+    _one(
+        "mark-after-lineage",
+        "a first start that dies looks like a restoration",
+        f"{LINEAGE}:Lineage.__init__",
+        "    mark.follow()  # first: a database that has a lineage has a mark, whenever the process dies\n",
+        "    follow_later = mark.follow\n",
+    ),
 )
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -91,9 +91,9 @@ class Checker:
     def _final(self, item: Item) -> None:
         if item.id not in self.final:
             self.final[item.id] = item
-            if isinstance(item.object, Entry) and isinstance(item.object.ops[0], Committee | Issuer):
-                if item.id not in self.listed:
-                    raise Violation("W6", "a committee is final that no operator has listed")
+            change = isinstance(item.object, Entry) and isinstance(item.object.ops[0], Committee | Issuer)
+            if change and item.id not in self.listed:
+                raise Violation("W6", "a committee is final that no operator has listed")
             self.model.add(item)
 
     def freeze(self, signed: Signed, now_ms: int) -> None:
@@ -157,9 +157,10 @@ class Checker:
     def submitted(self, account: bytes, signed: Signed) -> None:
         """An honest wallet sent an entry: never another one for the same slot."""
         item = parse(signed)
-        if isinstance(item.object, Entry) and item.object.account == account:
-            if self._signed.setdefault((account, item.object.seq), item.id) != item.id:
-                raise Violation("W9", f"an honest wallet signed two entries {item.object.seq}")
+        if not isinstance(item.object, Entry) or item.object.account != account:
+            return
+        if self._signed.setdefault((account, item.object.seq), item.id) != item.id:
+            raise Violation("W9", f"an honest wallet signed two entries {item.object.seq}")
 
     # what nodes take in
 
@@ -178,9 +179,9 @@ class Checker:
             header = self._header(item, vote)
             if header is None or header.epoch != certificate.epoch or header.witness not in committee.keys:
                 raise Violation("valid", "a certificate with a vote that proves nothing was accepted")
-            if header.witness not in self.liars:
-                if header.witness not in self.votes.get((header.epoch, item.id), ()):
-                    raise Violation("valid", "a certificate with a vote that was never sent was accepted")
+            sent = self.votes.get((header.epoch, item.id), set()) | self.liars
+            if header.witness not in sent:
+                raise Violation("valid", "a certificate with a vote that was never sent was accepted")
             witnesses.add(header.witness)
         if len(witnesses) < committee.quorum:
             raise Violation("quorum", f"a certificate of {len(witnesses)} witnesses was accepted")

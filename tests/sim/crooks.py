@@ -27,8 +27,8 @@ from ledger.core.objects import (
     TopUp,
     Transfer,
     Vote,
-    Voucher,
     Votes,
+    Voucher,
     sign,
 )
 from ledger.core.rules import ChannelState

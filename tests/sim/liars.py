@@ -120,9 +120,7 @@ class Liar:
         if held and random.random() < 0.3:
             voucher = Voucher(world.genesis.net, held[0].channel, 0, 7, bytes(32))
             held[0] = Held(held[0].channel, 7, Shown(voucher, sign(key, voucher).signature))
-        body = Handover(
-            world.genesis.net, epoch, key.public_key, Frontier(accounts, ()), tuple(locks), (), tuple(held)
-        )
+        body = Handover(world.genesis.net, epoch, key.public_key, Frontier(accounts, ()), tuple(locks), (), tuple(held))
         return sign(key, body)
 
     def _made_up(self, account: bytes, seq: int) -> Signed:
@@ -223,5 +221,3 @@ class Liar:
         header = Votes(world.genesis.net, world.epoch, key.public_key, 0, bytes(32), merkle.root_of([item.id]))
         signed = sign(key, header)
         return Vote(signed.body, signed.signature, 0, ())
-
-

@@ -68,7 +68,7 @@ class SimNetwork:
         """Tell everybody, as far as it gets."""
         for node in self._world.nodes:
             if node is not self._node:
-                delay = self._world.way(self._node, node, f"gossip {len(payload)}")
+                delay = self._world.faults.way(self._node, node, f"gossip {len(payload)}")
                 if delay is not None:
                     self._world.nursery.start_soon(self._gossip, node, topic, payload, delay)
 
@@ -78,7 +78,14 @@ class SimNetwork:
             node.nursery.start_soon(node.network.topics[topic], self.peer_id, payload)
 
     async def call(
-        self, peer_id: PeerId, method: str, header: Header, buffers: Sequence[Buffer] = (), *, deadline_ms: int, **_: Any
+        self,
+        peer_id: PeerId,
+        method: str,
+        header: Header,
+        buffers: Sequence[Buffer] = (),
+        *,
+        deadline_ms: int,
+        **_: Any,
     ) -> Reply:
         """Ask a peer."""
         world, target = self._world, self._world.by_peer.get(peer_id)
@@ -87,7 +94,7 @@ class SimNetwork:
         deadline_s = trio.current_time() + min(deadline_ms, DEADLINE_MS_MAX) / 1000
         if method == "ledger.submit" and not self._node.crooked:
             world.checker.submitted(self.identity.public_key, read_signed(header["object"]))
-        out = world.way(self._node, target, method)
+        out = world.faults.way(self._node, target, method)
         if out is None:
             raise await self._lost(target, deadline_s)
         await trio.sleep(out)
@@ -95,7 +102,7 @@ class SimNetwork:
             raise RemoteError("unavailable", f"{target.name} is down", peer_id=peer_id)
         call = Call(self.peer_id, method, dict(header), tuple(memoryview(bytes(b)) for b in buffers), 0.0)
         box = target.serve(call)
-        if world.twice():
+        if world.faults.twice():
             world.nursery.start_soon(self._again, target, call)
         # only a liar lets anybody wait; an honest node answers or dies
         with trio.move_on_at(deadline_s) if target.liar else nullcontext():
@@ -105,7 +112,7 @@ class SimNetwork:
             raise RemoteError(error.code, error.message, error.hint, peer_id=peer_id)
         if box.reply is None:
             raise RemoteError("unavailable", f"{target.name} did not answer {method}", peer_id=peer_id)
-        back = world.way(target, self._node, f"answer to {method}")
+        back = world.faults.way(target, self._node, f"answer to {method}")
         if back is None:
             raise await self._lost(target, deadline_s)
         await trio.sleep(back)

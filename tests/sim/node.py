@@ -122,7 +122,7 @@ class Node:
             await trio.sleep(self.random.uniform(0.05, 2.5) if self.world.chaos else 0.05)
             if self.backup_due:
                 self.backup_due = False
-                self.world.restored(self)
+                self.world.faults.restored(self)
 
     def crash(self) -> None:
         """Die at whatever point every task has reached."""

@@ -27,7 +27,7 @@ class _Signature:
 class FastKey:
     """Signs and verifies for one public key."""
 
-    __slots__ = ("_seed", "_secret")
+    __slots__ = ("_secret", "_seed")
 
     def __init__(self, public_key: bytes, seed: bytes = b"") -> None:
         self._secret = sha256(b"simulated signature" + public_key).digest()

@@ -10,7 +10,6 @@ totals to stdout.
 import argparse
 import gc
 import json
-import os
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
-from tests.sim.world import Result, run
+from tests.sim.seed import Result, run
 
 PROGRESS_S = 10.0
 SHOWN_MAX = 10
@@ -43,7 +42,7 @@ def _results(first: int, count: int, workers: int) -> Iterator[tuple[Result, flo
     if workers <= 1:
         yield from map(run_seed, seeds)
         return
-    with get_context("spawn").Pool(workers, initializer=os.nice, initargs=(5,)) as pool:
+    with get_context("spawn").Pool(workers) as pool:
         yield from pool.imap_unordered(run_seed, seeds)
 
 
@@ -81,7 +80,9 @@ def replay(seed: int) -> int:
     """One seed with its log."""
     result, cpu_s = run_seed(seed, verbose=True)
     print("\n".join(result.lines))
-    print(f"seed {seed}: {result.events} events (log {result.hash:08x}), {result.objects} final objects, {cpu_s:.2f} CPU s")
+    print(
+        f"seed {seed}: {result.events} events, {result.objects} final objects, {cpu_s:.2f} CPU s, log {result.hash:08x}"
+    )
     print(f"breaks {result.message}" if result.invariant else "no violation")
     return 1 if result.invariant else 0
 

@@ -11,8 +11,9 @@ from trio.testing import MockClock
 
 from tests.sim.catalogue import MUTANTS
 from tests.sim.mutation import Edit, Mutant, applied
+from tests.sim.plan import plan_of
+from tests.sim.seed import run
 from tests.sim.sim import REPLAY, run_seed, simulate
-from tests.sim.world import plan_of, run
 
 FIRST = int(os.environ.get("RIOS_SIM_SEED", "0"))
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -30,7 +31,7 @@ def test_a_seed_replays_exactly_here_and_in_another_process():
     first, second = run(FIRST + 3), run(FIRST + 3)
     assert first == second
     assert first.events > 500
-    code = f"from tests.sim.world import run; r = run({FIRST + 3}); print(r.hash, r.events)"
+    code = f"from tests.sim.seed import run; r = run({FIRST + 3}); print(r.hash, r.events)"
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": ROOT}
         out = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, check=True)
