@@ -22,6 +22,11 @@ OLD_SEAT = (
 )
 
 
+def _trace(name: str) -> str:
+    """The test built from a trace of LEDGER.md."""
+    return f"tests/unit/ledger/test_traces.py::test_the_rules_hold_against_every_trace[{name}]"
+
+
 def _one(name: str, what: str, where: str, old: str, new: str, directed: str = "") -> Mutant:
     return Mutant(name, what, (Edit(where, old, new),), directed)
 
@@ -418,6 +423,7 @@ EPOCH_MUTANTS = (
         f"{HANDOVER}:Inheritance.ready",
         "self.counted >= self.old.quorum",
         "self.counted >= 1",
+        _trace("two_handovers_are_too_few"),
     ),
     _one(
         "begins-unasked",
@@ -432,6 +438,7 @@ EPOCH_MUTANTS = (
         f"{HANDOVER}:_is_applied",
         "if is_account:",
         "if True:\n        return True\n    if is_account:",
+        _trace("an_empty_witness_votes"),
     ),
     _one(
         "locks-without-evidence",
@@ -439,6 +446,7 @@ EPOCH_MUTANTS = (
         f"{HANDOVER}:lock_evidence",
         "check_entry_signature(item, entry)",
         "pass",
+        _trace("a_lock_without_evidence"),
     ),
     _one(
         "locks-ignored",
@@ -481,6 +489,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness.inherited_locks",
         "if not self._is_filled(slot):",
         "if False:",
+        _trace("an_inherited_lock_is_forgotten"),
     ),
     _one(
         "inherited-freezes-not-handed-on",
@@ -488,6 +497,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness.inherited_freezes",
         "if self.inheritance is not None",
         "if False",
+        _trace("an_inherited_freeze_is_forgotten"),
     ),
     _one(
         "no-ban",
@@ -495,9 +505,15 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness.is_banned",
         "channel in self.inheritance.bans",
         "False",
+        _trace("a_partly_voted_claim_raises_a_freeze"),
     ),
     _one(
-        "counting-one", "what one handover says counts for ever", f"{QUORUMS}:survives", "max(1, received - 2 * f)", "1"
+        "counting-one",
+        "what one handover says counts for ever",
+        f"{QUORUMS}:survives",
+        "max(1, received - 2 * f)",
+        "1",
+        _trace("a_liar_invents_a_freeze"),
     ),
     _one(
         "counting-one-more",
@@ -505,6 +521,7 @@ EPOCH_MUTANTS = (
         f"{QUORUMS}:survives",
         "received - 2 * f",
         "received - 2 * f + 1",
+        _trace("a_real_freeze_is_reported_once"),
     ),
     _one(
         "counted-once",
@@ -558,7 +575,14 @@ EPOCH_MUTANTS = (
 )
 
 RESTORE_MUTANTS = (
-    _one("restored-votes", "a witness from a backup votes", f"{WITNESS}:Witness.is_restored", "self.restored", "False"),
+    _one(
+        "restored-votes",
+        "a witness from a backup votes",
+        f"{WITNESS}:Witness.is_restored",
+        "self.restored",
+        "False",
+        _trace("restored_witnesses_vote_again"),
+    ),
     _one(
         "backup-unnoticed",
         "a database from a backup is not noticed",
@@ -579,6 +603,7 @@ RESTORE_MUTANTS = (
         f"{RECOVERY}:Recovery.may_sign_anew",
         "len(committee.keys)",
         "1",
+        _trace("a_wallet_signs_after_three_answers"),
     ),
     _one(
         "wallet-does-not-ask",
@@ -593,6 +618,7 @@ RESTORE_MUTANTS = (
         f"{VOTING}:Voting._next",
         "if signed is not None",
         "if False",
+        _trace("a_wallet_hears_only_the_head"),
     ),
     _one(
         "stale-copy-settles",

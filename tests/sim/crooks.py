@@ -80,16 +80,16 @@ class Crook:
         random, world, node = self.node.random, self.node.world, self.node
         balance = node.ledger.book.state.balance(self.payer.public_key)
         opens = [(k, c) for k, c in self._channels() if c.closed_at is None]
-        due = [(k, c) for k, c in opens if k in self.freezes]
-        expiry = node.now_ms() + int(random.uniform(0.5, 8) * 1000)
+        due = [(k, c) for k, c in opens if len(self._known(k)) >= world.model.epochs[-1].quorum]
+        expiry = node.now_ms() + int(random.uniform(0.3, 4) * 1000)
         key, lock = self.worker.public_key, max(world.genesis.min_lock, balance // 4)
         kind = random.random()
         if self.style == "equivocator" and kind < 0.7:
             to = [Transfer(world.anybody(random), max(1, balance)) for _ in range(random.choice((2, 2, 3)))]
             return [self._entry(op) for op in to]
-        if self.style == "fouler" and kind < 0.75:
-            if due and kind < 0.35:
-                return [self._foul_reclaim(*random.choice(due))]
+        if self.style == "fouler" and due and kind < 0.7:
+            return [self._foul_reclaim(*random.choice(due))]
+        if self.style == "fouler" and kind < (0.6 if opens else 0.4):
             return [self._foul(balance, lock, expiry, opens)]
         if due and random.random() < 0.5:
             return [self._good_reclaim(random.choice(due)[0])]
@@ -149,9 +149,11 @@ class Crook:
         return liar
 
     def _known(self, key: bytes) -> tuple[Signed, ...]:
-        """The freezes of one epoch that are at hand."""
-        epoch = self.node.random.choice([epoch for epoch, _ in self.freezes[key]])
-        return tuple(signed for (of, _), signed in self.freezes[key].items() if of == epoch)
+        """The freezes of one epoch that are at hand: of the one with most of them."""
+        found = self.freezes.get(key, {})
+        epochs = [epoch for epoch, _ in found]
+        best = max(epochs, key=epochs.count, default=0)
+        return tuple(signed for (epoch, _), signed in found.items() if epoch == best)
 
     def _good_reclaim(self, key: bytes) -> Signed:
         known = self._known(key)
@@ -163,6 +165,7 @@ class Crook:
         good = Reclaim(key, total, known)
         others = [tuple(f.values()) for k, f in sorted(self.freezes.items()) if k != key and f]
         fouls = [
+            (good, good),
             (good, good),
             (Reclaim(key, channel.paid, known),),
             (Reclaim(key, 0, known),),
@@ -218,12 +221,14 @@ class Crook:
         random = node.random
         again: list[Signed] = []
         while True:
-            await trio.sleep(random.expovariate(1 / (node.world.plan.pause_s * 0.8)))
+            await trio.sleep(
+                random.expovariate(1 / (node.world.plan.pause_s * (0.4 if self.style == "fouler" else 0.8)))
+            )
             if not node.world.busy:
                 continue
             if not again or random.random() < 0.5:
                 again = self._entries()
-            await self.spread(node, again)
+            node.nursery.start_soon(self.spread, node, again)
 
     async def _work(self, node: "Node") -> None:
         """Claims of every kind, and freezes asked for as early as possible."""
@@ -236,14 +241,13 @@ class Crook:
                 if channel.signer in node.world.by_key:
                     await self._promise(node, key, channel)
                 elif random.random() < 0.6:
-                    await self.spread(node, [self._claim(key, channel)])
+                    node.nursery.start_soon(self.spread, node, [self._claim(key, channel)])
                 late = node.now_ms() > channel.expiry_ms - 1000
                 if channel.closed_at is None and (late or random.random() < 0.2):
-                    async with trio.open_nursery() as nursery:
-                        for witness in node.world.witnesses():
-                            nursery.start_soon(self._ask_freeze, node, witness, key)
-                        if late and random.random() < 0.6:
-                            nursery.start_soon(self.spread, node, [self._claim(key, channel)])
+                    for witness in node.world.witnesses():
+                        node.nursery.start_soon(self._ask_freeze, node, witness, key)
+                    if late and random.random() < 0.6:
+                        node.nursery.start_soon(self.spread, node, [self._claim(key, channel)])
 
     async def _promise(self, node: "Node", key: bytes, channel: ChannelState) -> None:
         """A good voucher for an honest worker: whoever promised must pay, freeze or not."""

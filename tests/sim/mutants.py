@@ -3,16 +3,21 @@
     python -m tests.sim.mutants                    # what make mutants does
     python -m tests.sim.mutants --only votes       # those whose name contains "votes"; --list shows all
 
-Each mutant runs seeds until it is caught so many times or the seeds are used up. One that is never caught fails the
-command; one that is caught in fewer than 1 of 20 seeds must name a directed test.
+Each mutant runs seeds until it is caught so many times or the seeds are used up. One that is caught in fewer than 1 of
+20 seeds must name a directed test, which must then fail under it; else the command ends non-zero.
 """
 
 import argparse
 import signal
 import sys
 from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
 from multiprocessing import get_context
+from pathlib import Path
 from types import FrameType
+
+import pytest
 
 from tests.sim.catalogue import MUTANTS
 from tests.sim.mutation import Mutant, applied
@@ -20,6 +25,7 @@ from tests.sim.sim import run_seed
 
 SEEDS, CATCHES, RARE = 60, 3, 20
 HANG_S = 120
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Hang(BaseException):
@@ -30,8 +36,11 @@ def _ring(_number: int, _frame: FrameType | None) -> None:
     raise _Hang
 
 
-def hunt(job: tuple[str, int, int, int]) -> tuple[str, int, int, Counter[str], str]:
-    """How many seeds were tried and caught it; by which invariant; the first message."""
+Hunted = tuple[str, int, int, Counter[str], str, bool]
+
+
+def hunt(job: tuple[str, int, int, int]) -> Hunted:
+    """How many seeds were tried and caught it; by which invariant; the first message; whether its test fails."""
     name, first, count, catches = job
     mutant = next(each for each in MUTANTS if each.name == name)
     tried = caught = 0
@@ -54,13 +63,33 @@ def hunt(job: tuple[str, int, int, int]) -> tuple[str, int, int, Counter[str], s
                 example = example or f"seed {seed}: {message}"
                 if caught >= catches:
                     break
-    return name, tried, caught, by, example
+    return name, tried, caught, by, example, _test_fails(mutant)
 
 
-def _line(mutant: Mutant, tried: int, caught: int, by: Counter[str], example: str) -> str:
-    share = f"{caught}/{tried}"
-    rare = " rare" if caught * RARE < tried else ""
-    return f"{mutant.name:34} {share:>7}{rare:5} {'+'.join(sorted(by)):12} {mutant.directed:40} {example[:110]}"
+def _test_fails(mutant: Mutant) -> bool:
+    """Whether the directed test notices the mutant."""
+    if not mutant.directed:
+        return False
+    with applied(mutant), redirect_stdout(StringIO()):
+        code = pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / mutant.directed)])
+    return code == pytest.ExitCode.TESTS_FAILED
+
+
+def _line(mutant: Mutant, found: Hunted) -> str:
+    _, tried, caught, by, example, fails = found
+    rare = "rare" if caught * RARE < tried else ""
+    test = f"test {'fails' if fails else 'PASSES'}" if mutant.directed else ""
+    return f"{mutant.name:32} {caught:>3}/{tried:<3} {rare:5}{'+'.join(sorted(by)):10} {test:12} {example[:110]}"
+
+
+def _wrong(mutant: Mutant, found: Hunted) -> str:
+    """Why a mutant is not caught well enough (empty: it is)."""
+    _, tried, caught, _, _, fails = found
+    if mutant.directed and not fails:
+        return f"{mutant.name}: its test {mutant.directed} does not notice it"
+    if caught * RARE < tried and not mutant.directed:
+        return f"{mutant.name}: caught in {caught} of {tried} seeds: it needs a directed test"
+    return ""
 
 
 def main() -> int:
@@ -82,13 +111,10 @@ def main() -> int:
     wrong: list[str] = []
     by_name = {mutant.name: mutant for mutant in chosen}
     with get_context("spawn").Pool(max(1, options.workers)) as pool:
-        for name, tried, caught, by, example in pool.imap_unordered(hunt, jobs):
-            mutant = by_name[name]
-            print(_line(mutant, tried, caught, by, example), flush=True)
-            if not caught and not mutant.directed:
-                wrong.append(f"{name}: never caught in {tried} seeds, and no directed test")
-            elif caught * RARE < tried and not mutant.directed:
-                wrong.append(f"{name}: caught in {caught} of {tried} seeds only: it needs a directed test")
+        for found in pool.imap_unordered(hunt, jobs):
+            mutant = by_name[found[0]]
+            print(_line(mutant, found), flush=True)
+            wrong += filter(None, [_wrong(mutant, found)])
     print(f"{len(chosen) - len(wrong)} of {len(chosen)} mutants are caught")
     for line in wrong:
         print(line)
