@@ -49,6 +49,11 @@ class Lineage:
         """Whether a witness may have given promises that this database does not know."""
         return key in self._forgotten or _seat(epoch, key) in self._forgotten
 
+    def trust(self, epoch: int, key: bytes) -> Meta:
+        """Take a witness for complete again; commit what it returns."""
+        self._forgotten -= {key, _seat(epoch, key)}
+        return Meta(_FORGOTTEN, _pack(sorted(self._forgotten)))
+
     def promise(self) -> Meta:
         """What to commit with every batch and every freeze."""
         self._promises += 1

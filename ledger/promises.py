@@ -110,6 +110,11 @@ class Promises:
         rows = self._query("SELECT witness, body, signature FROM handovers WHERE epoch = ?", (epoch,))
         return {witness: Signed(body, signature) for witness, body, signature in rows}
 
+    def handover(self, epoch: int, witness: bytes) -> Signed | None:
+        """One of them."""
+        rows = self._query("SELECT body, signature FROM handovers WHERE epoch = ? AND witness = ?", (epoch, witness))
+        return Signed(*rows[0]) if rows else None
+
     def shown(self) -> list[Shown]:
         """Vouchers shown to this witness."""
         rows = self._query("SELECT body, signature FROM shown")
@@ -165,6 +170,6 @@ def recall(promises: Promises, witness: Witness, voted: list[Item], final: list[
     witness.listed |= promises.listed()
     standing = promises.standing(witness.epoch, witness.key)
     if standing is not None:
-        own = promises.handovers(witness.epoch).get(witness.key) if standing.phase == HANDED_OVER else None
+        own = promises.handover(witness.epoch, witness.key) if standing.phase == HANDED_OVER else None
         witness.restore_phase(standing.phase, restored=standing.restored, handover=own)
     witness.forget_final()

@@ -91,6 +91,24 @@ class Seats:
         for witness in self._seats.values():
             witness.listed.add(entry_id)
 
+    async def trust_again(self) -> None:
+        """The operator of the only witness vouches for a database that came from a backup.
+
+        Raises RuleError where others could be harmed: with f > 0 the committee goes on without this witness.
+        """
+        witness = self.witness
+        if witness is None or not witness.restored:
+            raise RuleError("restored", "no witness of this node was restored from a backup")
+        if self._book.state.committees.of(witness.epoch).f:
+            raise RuleError("restored", "it may have voted for other entries; the others go on until the next epoch")
+        await self._book.writer.commit(
+            [
+                self._lineage.trust(witness.epoch, witness.key),
+                Standing(witness.epoch, witness.key, witness.phase, False),
+            ]
+        )
+        witness.restored = False
+
     # taking seats
 
     def _sit(self) -> None:
@@ -111,8 +129,7 @@ class Seats:
 
     def _recall(self, witness: Witness) -> Witness:
         store = self._book.store
-        final = [item for item in store.items() if isinstance(item.object, Claim)]
-        recall(store.promises, witness, store.voted(witness.epoch), final)
+        recall(store.promises, witness, store.voted(witness.epoch), store.final_claims())
         witness.restored = witness.restored or self._lineage.has_forgotten(witness.epoch, witness.key)
         return witness
 
@@ -217,7 +234,7 @@ class Seats:
 
     async def _fetch(self, epoch: int, key: bytes) -> Signed:
         """A handover, from its witness or from whoever has it. Raises RemoteError if nobody has."""
-        own = self._book.store.promises.handovers(epoch).get(key)
+        own = self._book.store.promises.handover(epoch, key)
         if own is not None:
             return own
         others = [peer for peer in self._notes.witnesses(epoch + 1) if peer != self._network.identity.peer_id]
@@ -247,7 +264,7 @@ class Seats:
         epoch, key, offset = (call.header.get(name) for name in ("epoch", "witness", "offset"))
         if type(epoch) is not int or not isinstance(key, bytes) or type(offset) is not int or offset < 0:
             raise RiosError("invalid_request", "'epoch', 'witness' and 'offset' are needed")
-        signed = self._book.store.promises.handovers(epoch).get(key)
+        signed = self._book.store.promises.handover(epoch, key)
         if signed is None:
             raise RiosError("not_found", f"no handover of {key.hex()[:16]} of epoch {epoch} is here (yet)")
         piece = signed.body[offset : offset + PIECE_BYTES]

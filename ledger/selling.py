@@ -137,7 +137,14 @@ class Selling:
         key = call.header.get("channel")
         if not isinstance(key, bytes):
             raise RiosError("invalid_request", "'channel' is needed")
-        await self._book.learn(read_certificates(call.header.get("certificates")))
+        certificates = read_certificates(call.header.get("certificates"))
+        try:
+            await self._book.learn(certificates)
+        except RuleError as error:
+            if error.rule != "epoch" or not error.wait:
+                raise
+            await self._heal(call.peer_id)  # the payer knows of a committee that this node does not
+            await self._book.learn(certificates)
         known = self._book.state.channels.get(key)
         voucher, signature = self._read_voucher(call, key)
         if known is None or voucher.cumulative > known.lock:

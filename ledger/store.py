@@ -388,6 +388,10 @@ class Store:
         rows = self._query("SELECT body, signature, epoch, proof FROM claims WHERE channel = ?", (channel,))
         return self._certificate(Signed(rows[0][0], rows[0][1]), rows[0][2], rows[0][3]) if rows else None
 
+    def final_claims(self) -> list[Item]:
+        """The highest final claim of every channel."""
+        return [self._parse(*row) for row in self._query("SELECT body, signature FROM claims")]
+
     def newest_headers(self, count: int) -> Iterator[Signed]:
         """The headers of batches of votes that became known last."""
         for row in self._query("SELECT body, signature FROM headers ORDER BY id DESC LIMIT ?", (count,)):

@@ -75,6 +75,7 @@ class Wallet:
         then), RemoteError ``unavailable`` when no quorum answers: the entry is kept and sent again.
         """
         async with self._lock:
+            self._drop_overtaken()
             if self._pending is not None:
                 await self._finish(timeout_s)
             self._next(ops)  # what is wrong in any case is said before anybody is asked
@@ -90,6 +91,13 @@ class Wallet:
             self._pending = signed
             await self._finish(timeout_s)
             return parse(signed)
+
+    def _drop_overtaken(self) -> None:
+        """An entry whose place is filled is not sent any more: it is final, or another one is."""
+        if self._pending is not None:
+            entry = parse(self._pending).object
+            if isinstance(entry, Entry) and entry.seq <= self._applied():
+                self._pending = None
 
     def preview(self, ops: Sequence[Op]) -> Entry:
         """The entry that :meth:`append` would sign for ``ops`` now: its id is what operators list beforehand.
@@ -125,6 +133,7 @@ class Wallet:
             if self._pending is not None and not self._lock.locked():
                 try:
                     async with self._lock:
+                        self._drop_overtaken()
                         if self._pending is not None:
                             await self._finish(RESEND_S)
                 except RiosError:

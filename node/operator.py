@@ -15,7 +15,7 @@ from config.errors import ConfigError, IntegrityError, LocalError, RequestError,
 from dmoe.core.manifest import Manifest
 from dmoe.hosting import Bringing
 from ledger.ledger import Ledger
-from node import answering, membership, plan, replicas
+from node import answering, committees, membership, plan, replicas
 from node.cli import VERSION
 from node.control import Command, Send
 from p2p import allow, clock
@@ -67,6 +67,10 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "ledger.settle": _ledger_settle,
             "ledger.grant": _ledger_grant,
             "ledger.transfer": _ledger_transfer,
+            "ledger.committee": committees.committee,
+            "ledger.issuer": committees.issuer,
+            "ledger.allow": committees.allow,
+            "ledger.trust": committees.trust,
         }.items()
     }
 

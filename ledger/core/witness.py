@@ -179,7 +179,10 @@ class Witness:
         if allowed:
             return
         if self.is_restored():
-            raise RuleError("restored", f"this witness was restored from a backup in epoch {self.epoch}")
+            message = f"this witness was restored from a backup in epoch {self.epoch} and is silent for the rest of it"
+            raise RuleError(
+                "restored", message, "where it is the only one its operator may say: rios ledger trust-backup"
+            )
         if self.phase == COLLECTING:
             raise RuleError("ready", f"epoch {self.epoch} begins once the old committee has handed over", wait=True)
         raise RuleError("epoch", f"epoch {self.epoch} is over, a new committee decides", wait=True)

@@ -57,6 +57,10 @@ class Node:
             self.state.add(self.verifier.open(certificate))
             self.state.check_invariants()
         assert not self.state.broken, self.state.broken
+        self.saw(certificates)
+
+    def saw(self, certificates: Iterable[Certificate]) -> None:
+        """What a witness keeps of final objects."""
         if self.witness is not None:
             for certificate in certificates:
                 item = parse(certificate.object)
@@ -173,6 +177,7 @@ class Net:
         for key, node in zip(self.keys[epoch], self.nodes[epoch], strict=True):
             node.learn(self.final)
             node.witness = Witness(key, node.state, epoch)
+            node.saw(self.final)
 
     def handovers(self, epoch: int, who: Sequence[int]) -> list[Signed]:
         """The handovers of honest witnesses of an epoch."""

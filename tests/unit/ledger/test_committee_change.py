@@ -14,7 +14,7 @@ from ledger.core.objects import Committee, Entry, Equivocation, Issuer, Transfer
 from ledger.keys import EpochKeys
 from ledger.ledger import open_ledger
 from p2p.core.identity import Identity
-from tests.unit.ledger.test_network import CREDIT, Swarm, until, work
+from tests.unit.ledger.test_network import CREDIT, Swarm, swarm, until, work
 
 OLD, NEW, USER = range(4), range(4, 8), 8
 
@@ -300,6 +300,39 @@ async def test_whoever_signs_two_entries_is_known_to_all_and_gets_no_new_service
                     ),
                 )
             )
+
+
+async def test_the_only_witness_of_a_network_votes_after_a_backup_if_its_operator_says_so(tmp_path, autojump_clock):
+    async with swarm(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[1].public_key, 100)
+        await s.converged()
+        await s.stop(0)
+        shutil.copy(tmp_path / "0.db", tmp_path / "backup.db")
+        await s.start(0)
+        await s.ledgers[1].transfer(s.ids[2].public_key, 1)
+        await s.stop(0)
+        shutil.copy(tmp_path / "backup.db", tmp_path / "0.db")
+        await s.start(0)
+        with pytest.raises(RemoteError, match="restored from a backup"):
+            await s.ledgers[1].transfer(s.ids[2].public_key, 2)
+        await s.ledgers[0].trust_backup()
+        await until(lambda: not s.ledgers[1].wallet.pending)
+        await s.stop(0)
+        await s.start(0)
+        assert not s.ledgers[0].statistics()["witness"]["restored"]
+        with pytest.raises(RiosError, match="no witness of this node was restored"):
+            await s.ledgers[0].trust_backup()
+        await s.converged()
+        assert s.ledgers[0].balance(s.ids[2].public_key) == 3
+
+
+async def test_nobody_vouches_for_a_witness_among_several(tmp_path, autojump_clock):
+    async with swarm(tmp_path, nodes=4, f=1) as s:
+        await s.stop(1)
+        (tmp_path / "1.db.mark").unlink()
+        await s.start(1)
+        with pytest.raises(RiosError, match="until the next epoch"):
+            await s.ledgers[1].trust_backup()
 
 
 def test_epoch_keys_are_kept_like_the_identity_and_erased_for_good(tmp_path):
