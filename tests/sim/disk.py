@@ -6,6 +6,7 @@ an exception out of SQLite's n-th statement, as the process that dies there neve
 
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -129,25 +130,18 @@ class Disk:
         """A copy of everything."""
         if not self.path:
             return self.memory.serialize()
-        with sqlite3.connect(self.path) as source, sqlite3.connect(":memory:") as copy:
+        with closing(sqlite3.connect(self.path)) as source, closing(sqlite3.connect(":memory:")) as copy:
             source.backup(copy)
-        data = copy.serialize()
-        source.close()
-        copy.close()
-        return data
+            return copy.serialize()
 
     def restore(self, image: bytes) -> None:
         """Overwrite everything with an older copy."""
         if not self.path:
             self.memory.deserialize(image)
             return
-        for tail in ("", "-wal", "-shm"):
+        for tail in ("-wal", "-shm"):
             Path(self.path + tail).unlink(missing_ok=True)
-        with sqlite3.connect(":memory:") as source, sqlite3.connect(self.path) as target:
-            source.deserialize(image)
-            source.backup(target)
-        source.close()
-        target.close()
+        Path(self.path).write_bytes(image)
 
     def destroy(self) -> None:
         """Forget everything."""

@@ -43,9 +43,9 @@ def test_other_seeds_are_other_stories():
 
 
 def test_real_signatures_and_files_are_part_of_it(tmp_path):
-    plan = replace(plan_of(FIRST), real=True)
-    assert plan_of(49).real
-    result = run(FIRST, plan=plan, folder=tmp_path)
+    plan = replace(plan_of(49), restores=1, changes=1)
+    assert plan.real
+    result = run(49, plan=plan, folder=tmp_path)
     assert not result.invariant, result.message
     assert (tmp_path / "w0.db").stat().st_size > 100_000
 
