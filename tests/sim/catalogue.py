@@ -27,6 +27,14 @@ def _trace(name: str) -> str:
     return f"tests/unit/ledger/test_traces.py::test_the_rules_hold_against_every_trace[{name}]"
 
 
+def _rules(name: str) -> str:
+    return f"tests/unit/ledger/test_rules.py::{name}"
+
+
+def _here(name: str) -> str:
+    return f"tests/sim/test_directed.py::test_{name}"
+
+
 def _one(name: str, what: str, where: str, old: str, new: str, directed: str = "") -> Mutant:
     return Mutant(name, what, (Edit(where, old, new),), directed)
 
@@ -73,6 +81,7 @@ QUORUM_MUTANTS = (
         f"{CERTIFICATE}:Verifier.check_vote",
         "header.epoch != epoch",
         "False",
+        _here("votes_of_two_epochs_do_not_add_up"),
     ),
     _one(
         "author-unchecked",
@@ -84,7 +93,14 @@ QUORUM_MUTANTS = (
 )
 
 ENTRY_MUTANTS = (
-    _one("no-scratch", "two reclaims of one channel in one entry", f"{RULES}:Scratch.closes", "any(", "False and any("),
+    _one(
+        "no-scratch",
+        "two reclaims of one channel in one entry",
+        f"{RULES}:Scratch.closes",
+        "any(",
+        "False and any(",
+        _trace("a_channel_reclaimed_twice_in_one_entry"),
+    ),
     _one("no-funds", "entries spend what is not there", f"{RULES}:check_entry", "scratch.spend > balance", "False"),
     _one(
         "own-credit",
@@ -92,6 +108,7 @@ ENTRY_MUTANTS = (
         f"{RULES}:check_entry",
         "scratch.spend > balance",
         "scratch.spend > balance + sum(amount for to, amount in scratch.credits if to == entry.account)",
+        _here("an_entry_spends_final_credits_only"),
     ),
     _one("no-sequence", "entries of any number", f"{RULES}:check_entry", "entry.seq != seq + 1", "entry.seq <= 0"),
     _one("no-prev", "entries that build on nothing", f"{RULES}:check_entry", "entry.prev != head", "False"),
@@ -115,6 +132,7 @@ ENTRY_MUTANTS = (
         f"{RULES}:_grant",
         "scratch.supply + scratch.granted > scratch.genesis.max_supply",
         "scratch.supply + op.amount > scratch.genesis.max_supply",
+        _here("grants_of_one_entry_add_up_to_the_supply"),
     ),
     _one(
         "anybody-grants",
@@ -130,6 +148,7 @@ ENTRY_MUTANTS = (
         f"{RULES}:Scratch.own_channel",
         " or channel.payer != self.entry.account",
         "",
+        _here("a_channel_belongs_to_its_payer"),
     ),
     _one(
         "reclaimed-twice",
@@ -141,14 +160,29 @@ ENTRY_MUTANTS = (
     _one(
         "hostile-signer", "a channel for a key of small order", f"{RULES}:_open", "not is_valid_key(op.signer)", "False"
     ),
-    _one("reclaim-above-lock", "reclaims above the lock", f"{RULES}:_reclaim", "op.total > lock", "False"),
-    _one("reclaim-below-paid", "reclaims below what was paid", f"{RULES}:_reclaim", "op.total < channel.paid", "False"),
+    _one(
+        "reclaim-above-lock",
+        "reclaims above the lock",
+        f"{RULES}:_reclaim",
+        "op.total > lock",
+        "False",
+        _here("a_reclaim_stays_within_the_lock"),
+    ),
+    _one(
+        "reclaim-below-paid",
+        "reclaims below what was paid",
+        f"{RULES}:_reclaim",
+        "op.total < channel.paid",
+        "False",
+        _here("a_reclaim_pays_no_less_than_was_claimed"),
+    ),
     _one(
         "too-many-reclaims",
         "more than 8 reclaims in an entry",
         f"{RULES}:_reclaim",
         "len(scratch.reclaims) > RECLAIMS_MAX",
         "False",
+        _here("an_entry_has_eight_reclaims_at_most"),
     ),
     _one(
         "time-gates-chain",
@@ -176,6 +210,7 @@ CHANNEL_MUTANTS = (
         f"{WITNESS}:Witness.consider_claim",
         "total > channel.lock",
         "False",
+        _here("a_claim_stays_within_the_lock_and_off_closed_channels"),
     ),
     _one(
         "claim-above-freeze",
@@ -183,6 +218,7 @@ CHANNEL_MUTANTS = (
         f"{WITNESS}:Witness.consider_claim",
         "held is not None and total > held.total",
         "False",
+        _here("a_freeze_binds_and_stays_what_it_was"),
     ),
     _one(
         "claim-unsigned",
@@ -190,6 +226,7 @@ CHANNEL_MUTANTS = (
         f"{RULES}:check_claim_signatures",
         'not verify(channel.signer, b"", item.id, item.signed.signature)',
         "False",
+        _here("a_claim_is_signed_by_the_channel_s_signer"),
     ),
     _one(
         "voucher-unsigned",
@@ -197,6 +234,7 @@ CHANNEL_MUTANTS = (
         f"{RULES}:check_voucher_signature",
         "not verify(",
         "False and not verify(",
+        _here("a_claim_carries_the_payer_s_voucher"),
     ),
     _one(
         "claim-of-other-network",
@@ -211,6 +249,7 @@ CHANNEL_MUTANTS = (
         f"{RULES}:check_claim",
         "if claim.voucher.channel != key or",
         "if False and",
+        _here("a_claim_names_the_entry_that_opened_its_channel"),
     ),
     _one(
         "claim-on-closed",
@@ -218,6 +257,7 @@ CHANNEL_MUTANTS = (
         f"{WITNESS}:Witness.consider_claim",
         "channel.closed_at is not None",
         "False",
+        _here("a_claim_stays_within_the_lock_and_off_closed_channels"),
     ),
     _one("early-freeze", "freezes before expiry", f"{WITNESS}:Witness.freeze", "now_ms < channel.expiry_ms", "False"),
     _one(
@@ -226,6 +266,7 @@ CHANNEL_MUTANTS = (
         f"{WITNESS}:Witness.freeze",
         "self._best.get(key, (None, None))",
         "(None, None)",
+        _here("a_freeze_honours_what_was_voted_for"),
     ),
     _one(
         "freeze-changes",
@@ -233,6 +274,7 @@ CHANNEL_MUTANTS = (
         f"{WITNESS}:Witness.freeze",
         "if done is not None:",
         "if False:",
+        _here("a_freeze_binds_and_stays_what_it_was"),
     ),
     _one(
         "freeze-not-kept",
@@ -240,6 +282,7 @@ CHANNEL_MUTANTS = (
         f"{WITNESS}:Witness._remember_freeze",
         "self._held[body.channel] = Held(",
         "Held(",
+        _here("a_freeze_binds_and_stays_what_it_was"),
     ),
     _one(
         "reclaim-not-highest",
@@ -247,6 +290,7 @@ CHANNEL_MUTANTS = (
         f"{RULES}:_check_freeze_set",
         "highest != op.total",
         "False",
+        _here("a_reclaim_pays_the_highest_of_its_freezes"),
     ),
     _one(
         "reclaim-no-quorum",
@@ -254,6 +298,7 @@ CHANNEL_MUTANTS = (
         f"{RULES}:_check_freeze_set",
         "len(witnesses) < needed",
         "False",
+        _here("a_reclaim_needs_a_quorum_of_freezes"),
     ),
     _one(
         "freeze-of-other-channel",
@@ -261,6 +306,7 @@ CHANNEL_MUTANTS = (
         f"{RULES}:check_freeze",
         "freeze.channel != channel",
         "False",
+        _here("freezes_of_another_channel_free_nothing"),
     ),
     _one(
         "freeze-of-stranger",
@@ -268,6 +314,7 @@ CHANNEL_MUTANTS = (
         f"{RULES}:check_freeze",
         " or freeze.witness not in committees.of(freeze.epoch).members",
         "",
+        _here("freezes_of_strangers_free_nothing"),
     ),
     _one("freeze-unsigned", "freezes nobody signed", f"{RULES}:_open_freeze", "not verify(", "False and not verify("),
     _one(
@@ -276,6 +323,7 @@ CHANNEL_MUTANTS = (
         f"{RULES}:proves_total",
         "if total == 0:",
         "if True:",
+        _here("a_freeze_above_nothing_carries_the_payer_s_voucher"),
     ),
 )
 
@@ -468,6 +516,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness.own_locks",
         "if not self._is_filled(slot)",
         "if False",
+        _here("the_handover_says_everything_that_was_signed"),
     ),
     _one(
         "claims-not-handed-over",
@@ -475,6 +524,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness._hand_over",
         "tuple(shown),",
         "(),",
+        _here("the_handover_says_everything_that_was_signed"),
     ),
     _one(
         "freezes-not-handed-over",
@@ -482,6 +532,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness._hand_over",
         "(*self.inherited_freezes(), *self._held.values())",
         "(*self.inherited_freezes(),)",
+        _here("the_handover_says_everything_that_was_signed"),
     ),
     _one(
         "inherited-locks-not-handed-on",
@@ -529,6 +580,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness.receive",
         "self.phase not in (COLLECTING, VOTING)",
         "self.phase != COLLECTING",
+        _here("handovers_that_come_late_still_free_what_a_liar_invented"),
     ),
     _one(
         "shown-forgotten",
@@ -536,6 +588,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness.record_voucher",
         "if self.saw_voucher(voucher, signature):",
         "if False:",
+        _here("a_voucher_shown_on_a_banned_channel_is_kept_and_paid"),
     ),
     _one(
         "unlisted-change",
@@ -543,6 +596,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness.is_listed",
         "item.id in self.listed",
         "True",
+        _trace("a_change_that_no_operator_listed"),
     ),
     _one(
         "freezes-of-two-epochs",
@@ -550,6 +604,7 @@ EPOCH_MUTANTS = (
         f"{RULES}:_check_freeze_set",
         "freeze.epoch != epoch",
         "False",
+        _here("freezes_of_two_epochs_do_not_add_up"),
     ),
     _one(
         "handover-not-kept",
@@ -564,6 +619,7 @@ EPOCH_MUTANTS = (
         f"{SEATS}:Seats.__init__",
         "        self._changed.set()",
         "        pass",
+        "tests/unit/ledger/test_seats_restart.py",
     ),
     _one(
         "certificate-of-any-epoch",
@@ -571,6 +627,7 @@ EPOCH_MUTANTS = (
         f"{CERTIFICATE}:Verifier._open_header",
         "self.committees.of(votes.epoch).members",
         "self.committees.current.members",
+        _here("certificates_of_earlier_epochs_stay_good"),
     ),
 )
 
@@ -589,6 +646,7 @@ RESTORE_MUTANTS = (
         "ledger.mark:Mark.open",
         "known is None or known[0] != lineage or known[1] > promises or known[2] > entries",
         "False",
+        "tests/unit/ledger/test_lineage.py",
     ),
     _one(
         "mark-not-kept",
@@ -596,6 +654,7 @@ RESTORE_MUTANTS = (
         "ledger.mark:Mark.promised",
         "self._write()",
         "pass",
+        "tests/unit/ledger/test_lineage.py",
     ),
     _one(
         "wallet-signs-anew",
@@ -626,6 +685,7 @@ RESTORE_MUTANTS = (
         f"{RECOVERY}:Recovery.__init__",
         "self.began = began",
         "self.began = self._epoch",
+        "tests/unit/ledger/test_lineage.py",
     ),
     _one(
         "mark-after-lineage",
@@ -633,6 +693,79 @@ RESTORE_MUTANTS = (
         f"{LINEAGE}:Lineage.__init__",
         "    mark.follow()  # first: a database that has a lineage has a mark, whenever the process dies\n",
         "    follow_later = mark.follow\n",
+        "tests/unit/ledger/test_lineage.py",
+    ),
+)
+
+
+def _idle(name: str, what: str, where: str, old: str, new: str, directed: str) -> Mutant:
+    return Mutant(name, what, (Edit(where, old, new),), directed, simulated=False)
+
+
+DIRECTED_MUTANTS = (
+    _idle(
+        "committee-certifies-itself",
+        "a committee is certified by its own members",
+        f"{CERTIFICATE}:check_certifier",
+        "op.epoch != epoch + 1",
+        "False",
+        _trace("a_committee_that_its_own_members_certify"),
+    ),
+    _idle(
+        "anybody-changes-committee",
+        "others than root change the committee",
+        f"{RULES}:_root_alone",
+        "scratch.entry.account != scratch.genesis.root",
+        "False",
+        _rules("test_entries_are_refused_by_name"),
+    ),
+    _idle(
+        "change-not-alone",
+        "a change of the committee with other ops beside it",
+        f"{RULES}:_root_alone",
+        "len(scratch.entry.ops) != 1",
+        "False",
+        _rules("test_entries_are_refused_by_name"),
+    ),
+    _idle(
+        "epoch-skipped",
+        "an epoch is left out",
+        "ledger.core.committee:CommitteeChain.check_committee",
+        "op.epoch != self.epoch + 1",
+        "False",
+        _rules("test_entries_are_refused_by_name"),
+    ),
+    _idle(
+        "voucher-falls",
+        "a payer signs a lower voucher after a replayed receipt",
+        "ledger.core.channel:PayerChannel.pay",
+        "max(self.promised, min(self.lock, target))",
+        "min(self.lock, target)",
+        "tests/unit/ledger/test_channel.py::test_vouchers_never_fall_and_stay_inside_the_lock",
+    ),
+    _idle(
+        "lower-voucher-taken",
+        "a worker lets a lower voucher replace the one it holds",
+        "ledger.core.channel:SellerChannel.check_voucher",
+        "voucher.cumulative < self.promised",
+        "False",
+        "tests/unit/ledger/test_channel.py::test_vouchers_never_fall_and_stay_inside_the_lock",
+    ),
+    _idle(
+        "receipts-unchecked",
+        "a payer pays whatever a receipt says",
+        "ledger.core.channel:PayerChannel.excess",
+        "return max(0, receipt.cumulative",
+        "return 0 and max(0, receipt.cumulative",
+        "tests/unit/ledger/test_channel.py::test_the_payer_accepts_one_doubtful_call_but_no_more",
+    ),
+    _idle(
+        "voucher-above-lock",
+        "a payer signs more than it locked",
+        "ledger.core.channel:PayerChannel.pay",
+        "min(self.lock, target)",
+        "target",
+        "tests/unit/ledger/test_channel.py::test_a_payer_never_signs_above_the_lock_nor_far_above_its_count",
     ),
 )
 
@@ -644,4 +777,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *STATE_MUTANTS,
     *EPOCH_MUTANTS,
     *RESTORE_MUTANTS,
+    *DIRECTED_MUTANTS,
 )

@@ -46,13 +46,12 @@ class SimStore(Store):
         if self is not self._disk.current:
             raise Crash("a process that is dead already wrote")
         place, number = self._disk.fault(records) or ("", 0)
+        if place:
+            self._disk.current = None  # whatever else this process had begun never gets to its next commit
         if place == "before":
             raise Crash(place)
         self._fuse = number if place == "middle" else -1
-        try:
-            super().commit(records)
-        finally:
-            self._fuse = -1
+        super().commit(records)
         self._disk.wrote(records)
         if place:
             raise Crash(place)

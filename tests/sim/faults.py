@@ -83,6 +83,7 @@ class Faults:
         """The node is about to start with the older copy."""
         node.disk.restore(node.image)
         self.restored_nodes.add(node.name)
+        self.world.checker.from_backup.add(node.identity.public_key)
         lost = []
         for (key, epoch), count in self.world.checker.released.items():
             seats = self.world.root.members[epoch] if epoch < len(self.world.root.members) else {}

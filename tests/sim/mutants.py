@@ -48,7 +48,7 @@ def hunt(job: tuple[str, int, int, int]) -> Hunted:
     example = ""
     signal.signal(signal.SIGALRM, _ring)
     with applied(mutant):
-        for seed in range(first, first + count):
+        for seed in range(first, first + count if mutant.simulated else first):
             tried += 1
             signal.alarm(HANG_S)
             try:
@@ -87,7 +87,7 @@ def _wrong(mutant: Mutant, found: Hunted) -> str:
     _, tried, caught, _, _, fails = found
     if mutant.directed and not fails:
         return f"{mutant.name}: its test {mutant.directed} does not notice it"
-    if caught * RARE < tried and not mutant.directed:
+    if caught * RARE < max(1, tried) and not mutant.directed:
         return f"{mutant.name}: caught in {caught} of {tried} seeds: it needs a directed test"
     return ""
 

@@ -25,12 +25,14 @@ class Edit:
 
 @dataclass(frozen=True)
 class Mutant:
-    """One way to break the protocol. ``directed`` names the test that catches it where seeds seldom do."""
+    """One way to break the protocol. ``directed`` names the test that catches what seeds seldom do; ``simulated`` is
+    false where no seed can get there (metering, which runs idle in the simulation)."""
 
     name: str
     what: str
     edits: tuple[Edit, ...]
     directed: str = ""
+    simulated: bool = True
 
 
 def _find(where: str) -> FunctionType:

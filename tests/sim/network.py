@@ -46,6 +46,10 @@ class SimNetwork:
         self.handlers: dict[str, Handler] = {}
         self.topics: dict[str, GossipHandler] = {}
 
+    def _alive(self) -> bool:
+        """Whether this is the process that runs: one that died sends nothing, though its tasks end a little later."""
+        return self._node.up and self._node.network is self
+
     # the port
 
     def serve(self, method: str, handler: Handler, **_: Any) -> None:
@@ -66,6 +70,8 @@ class SimNetwork:
 
     async def publish(self, topic: str, payload: bytes) -> None:
         """Tell everybody, as far as it gets."""
+        if not self._alive():
+            await trio.sleep_forever()
         for node in self._world.nodes:
             if node is not self._node:
                 delay = self._world.faults.way(self._node, node, f"gossip {len(payload)}")
@@ -91,6 +97,8 @@ class SimNetwork:
         world, target = self._world, self._world.by_peer.get(peer_id)
         if target is None:
             raise RemoteError("unavailable", f"no way to {peer_id} is known", peer_id=peer_id)
+        if not self._alive():
+            await trio.sleep_forever()
         deadline_s = trio.current_time() + min(deadline_ms, DEADLINE_MS_MAX) / 1000
         if method == "ledger.submit" and not self._node.crooked:
             world.checker.submitted(self.identity.public_key, read_signed(header["object"]))
@@ -136,8 +144,11 @@ class SimNetwork:
 async def handle(node: "Node", handler: Handler, call: Call, box: Box) -> None:
     """Run a handler; whatever happens, whoever waits is told."""
     try:
-        box.reply = await handler(call)
-        node.released(call, box.reply)
+        network = node.network
+        reply = await handler(call)
+        if node.up and node.network is network:
+            box.reply = reply
+            node.released(call, reply)
     except RiosError as error:
         box.error = error
     finally:
