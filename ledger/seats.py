@@ -10,6 +10,7 @@ have forgotten promises (a database from a backup) stays silent for its epoch: n
 certificates that come in later.
 """
 
+import logging
 import random
 
 import trio
@@ -36,9 +37,12 @@ from ledger.notes import Notes
 from ledger.promises import Handed, Listed, Standing, recall
 from p2p.face import Call, Network, Reply
 
+log = logging.getLogger(__name__)
+
 PIECE_BYTES = 1 << 20
 DEADLINE_MS = 10_000
 PAUSE_S = 1.0
+RETRY_S = 5.0
 LATE_PAUSE_S = 30.0
 """Between rounds for handovers that are not needed to begin."""
 
@@ -163,12 +167,20 @@ class Seats:
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            await self.advance()
+            try:
+                await self.advance()
+            except RiosError as error:
+                log.error("this node's witness cannot go on: %s", error)
+                await trio.sleep(RETRY_S)
+                self._changed.set()
 
     async def _run_rounds(self) -> None:
         while True:
             for witness in list(self._seats.values()):
-                await self._tend(witness)
+                try:
+                    await self._tend(witness)
+                except RiosError as error:
+                    log.error("the witness of epoch %d: %s", witness.epoch, error)
             with trio.move_on_after(self._pause_s()):
                 await self._joined.wait()
             self._joined = trio.Event()
