@@ -378,7 +378,7 @@ async def test_a_liar_that_hands_over_nonsense_holds_nobody_up(tmp_path, autojum
 
         async def batches(call):
             forged = sign(s.ids[3], Votes(net, 0, call.header["witness"], 999, bytes(32), bytes(32)))
-            return Reply({"header": forged.body, "signature": forged.signature})
+            return Reply({"newest": 0, "header": forged.body, "signature": forged.signature})
 
         liar.serve("ledger.handover", hand_over)
         liar.serve("ledger.batches", batches)
