@@ -1,7 +1,7 @@
 # Everything a developer or a curious stranger needs. `make help` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools run test check bench faults soak fuzz netns clean
+.PHONY: help setup tools run test check bench faults soak sim mutants fuzz netns clean
 PY := .venv/bin/python
 ARGS ?=
 
@@ -41,6 +41,12 @@ faults: setup tools  ## the fault suite, longer than in make test, with what was
 
 soak: setup  ## churn in a swarm of twelve daemons (MINUTES=60; ARGS="--seed 7 --keep FOLDER")
 	@$(PY) -m tests.soak.churn --minutes $(or $(MINUTES),60) $(ARGS)
+
+sim: setup  ## the ledger under 10,000 seeds of faults and lies (SEEDS=100 FIRST_SEED=0; ARGS="--replay 7")
+	@$(PY) -m tests.sim.sim --seeds $(or $(SEEDS),10000) --first-seed $(or $(FIRST_SEED),0) $(ARGS)
+
+mutants: setup  ## every known way to break the ledger's protocol is caught by the simulator (SEEDS=60)
+	@$(PY) -m tests.sim.mutants --seeds $(or $(SEEDS),60) $(ARGS)
 
 fuzz: setup  ## a million hostile inputs of each kind (ARGS="frames --count 1000 --seed 7")
 	@$(PY) -m tests.fuzz.fuzz $(ARGS)
