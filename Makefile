@@ -1,7 +1,7 @@
 # Everything a developer or a curious stranger needs. `make help` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools run test check bench faults soak fuzz netns clean
+.PHONY: help setup tools run test check bench faults soak bank model fuzz netns clean
 PY := .venv/bin/python
 ARGS ?=
 
@@ -37,6 +37,9 @@ faults: setup tools  ## the fault suite, longer than in make test, with what was
 
 soak: setup  ## churn in a swarm of twelve daemons (MINUTES=60; ARGS="--seed 7 --keep FOLDER")
 	@$(PY) -m tests.soak.churn --minutes $(or $(MINUTES),60) $(ARGS)
+
+bank: setup  ## the ledger's bank test: 4 witnesses, 3 clients, a thief, kill -9, partitions (MINUTES=5; ARGS="--seed 7")
+	@$(PY) -m tests.soak.bank --minutes $(or $(MINUTES),5) $(ARGS)
 
 fuzz: setup  ## a million hostile inputs of each kind (ARGS="frames --count 1000 --seed 7")
 	@$(PY) -m tests.fuzz.fuzz $(ARGS)
