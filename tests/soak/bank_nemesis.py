@@ -49,6 +49,7 @@ class Nemesis(threading.Thread):
         kinds = ["kill witness", "kill witness", "kill client", "stop"]
         if self._bank.rig is not None:
             kinds += ["part", "part", "slow"]
+        self._do("kill witness")  # also the shortest run has one
         while not self.ended.wait(self._random.uniform(*PAUSE_S)):
             self._due(time.monotonic())
             self._look()

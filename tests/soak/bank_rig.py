@@ -97,24 +97,28 @@ class Member:
                 cwd=REPOSITORY,
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
             )
-        threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
+        self._listener.start()
 
     def _listen(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            told = json.loads(line)
-            if "up" in told:
-                self._up.set()
-                continue
-            with self._lock:
-                waiting = self._waiting.pop(told["id"], None)
-            if waiting is not None:
-                waiting.answer = told
-                waiting.event.set()
+        with process.stdout:
+            for line in process.stdout:
+                self._heard(json.loads(line))
         self._up.clear()
         with self._lock:
             lost, self._waiting = list(self._waiting.values()), {}
         for waiting in lost:
+            waiting.event.set()
+
+    def _heard(self, told: dict[str, Any]) -> None:
+        if "up" in told:
+            self._up.set()
+            return
+        with self._lock:
+            waiting = self._waiting.pop(told["id"], None)
+        if waiting is not None:
+            waiting.answer = told
             waiting.event.set()
 
     def wait_up(self, seconds: float = START_SECONDS_MAX) -> None:
@@ -157,6 +161,7 @@ class Member:
         if process is not None:
             process.kill()
             process.wait()
+            self._listener.join()  # what it still had to say belongs to this process, not to the next one
             with contextlib.suppress(OSError):
                 assert process.stdin is not None
                 process.stdin.close()
