@@ -140,7 +140,8 @@ class Thief(threading.Thread):
             self.judge.claimed(item.object.voucher.channel.hex(), item.object.voucher.cumulative)
 
     def show(self, wanted: _Wanted) -> None:
-        """To one node after the other until one has taken it: what is final must not get lost with the thief."""
+        """To one node after the other until one has taken it (or has taken another in its place, which is judged
+        elsewhere): what is final must not get lost with the thief."""
         if wanted.certificate is None:
             return
         self.counts["certificates it got"] += 1
@@ -167,9 +168,9 @@ class Thief(threading.Thread):
             )
         if told is None or "error" in told:
             rule = told["error"][1].partition(":")[0] if told else ""
-            if rule in ("equivocation", "frozen"):
+            if rule in ("equivocation", "frozen", "fork"):
                 self.counts[f"refused: {rule}"] += 1
-            return _NOTHING
+            return {"fork": True} if rule == "fork" else _NOTHING
         return dict(told["ok"])
 
     def now_ms(self) -> int | None:
