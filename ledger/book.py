@@ -30,7 +30,7 @@ class Book:
         self.writer = writer
         self.now_ms = now_ms
         self.state = State(genesis)
-        self.verifier = Verifier(genesis)
+        self.verifier = Verifier(genesis, self.state.committees)
         self.listeners: list[Listener] = []
         self.announcer: Callable[[Sequence[Certificate]], None] | None = None
         self.refused = 0

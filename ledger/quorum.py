@@ -68,7 +68,7 @@ class Quorum:
             try:
                 reply = await self._network.call(witness, "ledger.freeze", header, deadline_ms=VOTE_DEADLINE_MS)
                 signed = codec.decode(Signed, _field(reply.header, "freeze"), bytes_max=VOTE_BYTES_MAX)
-                check_freeze(self._book.genesis, payer, signed, channel)
+                check_freeze(self._book.state.committees, payer, signed, channel)
             except RiosError:
                 continue  # the others may be enough
             found[witness] = signed

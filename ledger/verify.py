@@ -68,7 +68,8 @@ def verify_file(path: Path | str, genesis: Genesis) -> Report:
 
 
 def _verify(store: Store, genesis: Genesis) -> Report:
-    state, verifier = State(genesis), Verifier(genesis)
+    state = State(genesis)
+    verifier = Verifier(genesis, state.committees)
     entries = claims = certificates = 0
     problems: list[str] = []
     for item, certificate, _ in store.finals():

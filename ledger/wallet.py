@@ -83,7 +83,7 @@ class Wallet:
         known = state.account(self.account)
         entry = Entry(state.genesis.net, self.account, known.seq + 1, known.head, tuple(ops))
         try:
-            check_entry(state.genesis, state.accounts, state.channels, state.supply, entry)
+            check_entry(state.committees, state.accounts, state.channels, state.supply, entry)
         except RuleError as error:
             code = {"funds": "payment_required", "issuer": "forbidden"}.get(error.rule, "invalid_request")
             hint = "ask the network's issuer for a grant, or somebody for a transfer" if error.rule == "funds" else ""
