@@ -5,7 +5,8 @@ witnesses of one epoch have one name: they are interchangeable (symmetry), and a
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -25,6 +26,16 @@ class Names:
 
     def __init__(self) -> None:
         self._names: dict[bytes, str] = {}
+        self._fields: dict[type, tuple[str, ...]] = {}
+        self._kinds: dict[type, Callable[[Any], Canon]] = {
+            **dict.fromkeys((int, str, bool, type(None)), lambda value: value),
+            bytes: self.__getitem__,
+            Item: lambda item: self[item.id],
+            Signed: lambda signed: self[parse(signed).id],
+            CommitteeChain: lambda chain: chain.epoch,
+            **dict.fromkeys((tuple, list), lambda value: tuple(map(self.canon, value))),
+            **dict.fromkeys((set, frozenset), lambda value: _unordered(map(self.canon, value))),
+        }
 
     def give(self, key: bytes, name: str) -> None:
         """Call it so."""
@@ -35,37 +46,30 @@ class Names:
 
     def canon(self, value: Any) -> Canon:
         """Hashable; equal for states that behave alike."""
-        if value is None or isinstance(value, int | str):
-            return value
-        if isinstance(value, bytes):
-            return self[value]
-        if isinstance(value, Item):
-            return self[value.id]
-        if isinstance(value, Signed):
-            return self[parse(value).id]
-        if isinstance(value, CommitteeChain):
-            return value.epoch
+        kind = self._kinds.get(type(value))
+        if kind is not None:
+            return kind(value)
         if isinstance(value, Mapping):
-            return _sorted((self.canon(key), self.canon(each)) for key, each in value.items())
-        if isinstance(value, set | frozenset):
-            return _sorted(map(self.canon, value))
-        if isinstance(value, tuple | list):
-            return tuple(map(self.canon, value))
-        return (type(value).__name__, *(self.canon(each) for each in _fields(value)))
+            return _unordered((self.canon(key), self.canon(each)) for key, each in value.items())
+        fields = self._fields.get(type(value))
+        if fields is None:
+            fields = self._fields[type(value)] = tuple(sorted(set(_fields(value)) - _SKIPPED))
+        return (type(value).__name__, *[self.canon(getattr(value, name)) for name in fields])
 
 
-def _sorted(values: Any) -> tuple[Any, ...]:
-    return tuple(sorted(values, key=repr))
+def _unordered(values: Iterable[Canon]) -> Canon:
+    """Keys of honest witnesses have one name, so the same value may be there more than once."""
+    every = list(values)
+    once = frozenset(every)
+    return once if len(once) == len(every) else frozenset(Counter(every).items())
 
 
-def _fields(value: Any) -> list[Any]:
+def _fields(value: Any) -> Iterable[str]:
     if isinstance(value, msgspec.Struct):
-        names: Any = value.__struct_fields__
-    elif dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-    else:
-        names = getattr(value, "__dict__", None) or [n for kind in type(value).__mro__ for n in _slots(kind)]
-    return [getattr(value, name) for name in sorted(names) if name not in _SKIPPED]
+        return value.__struct_fields__
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value)]
+    return getattr(value, "__dict__", None) or [name for kind in type(value).__mro__ for name in _slots(kind)]
 
 
 def _slots(kind: type) -> tuple[str, ...]:

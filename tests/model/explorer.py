@@ -108,15 +108,18 @@ class Explorer:
         while level and not result.violation:
             following: list[Global] = []
             for state in level:
+                if len(self._parents) > states_max or time.monotonic() - began > seconds_max:
+                    break
                 final = self._final(state)
                 result.violation = self._wrong(state, final) or self._expand(state, final, following, result)
                 if result.violation:
                     result.trace = tuple(self._trace(state))
                     break
-            result.depth += bool(following)
-            level = following
-            if len(self._parents) > states_max or time.monotonic() - began > seconds_max:
-                break
+            else:
+                result.depth += bool(following)
+                level = following
+                continue
+            break
         result.complete = not level or bool(result.violation)
         result.states, result.locals, result.core_runs = len(self._parents), len(self.locals.all), self.locals.runs
         result.seconds = time.monotonic() - began
@@ -202,7 +205,8 @@ class Explorer:
         for epoch in (0, 1) if self.scope.new else (0,):
             frozen = [f for n in state[epoch] if (f := self.locals.all[n].froze) is not None]
             frozen = sorted(frozen * (self.scope.twins if epoch else 1))[:3]
-            found |= {name for total in (0, CLAIMED) if (name := self.things.reclaim(total, epoch, tuple(frozen)))}
+            # one that pays the whole claim can contradict nothing
+            found |= {name} if (name := self.things.reclaim(0, epoch, tuple(frozen))) else set()
         return found
 
     # what is final
@@ -212,15 +216,13 @@ class Explorer:
 
     def _final(self, state: Global) -> Final:
         """What can be certified now, and in which epochs."""
-        key = (*(tuple(sorted(g for n in part if (g := self._gave(n)))) for part in state[:2]), state[2])
+        gave = [[g for number in part if (g := self.locals.all[number].gave)] for part in state[:2]]
+        key = (*(tuple(sorted(part)) for part in gave), state[2])
         known = self._known_final.get(key)
         if known is None:
             certified = {name: tuple(self._epochs_of(state, name)) for name in self._names(state[2])}
             known = self._known_final[key] = {name: epochs for name, epochs in certified.items() if epochs}
         return known
-
-    def _gave(self, number: int) -> tuple[str, ...]:
-        return tuple(sorted(self.locals.all[number].gave))
 
     def _epochs_of(self, state: Global, name: str) -> Iterator[int]:
         for epoch in (0, 1) if self.scope.new else (0,):

@@ -7,6 +7,7 @@ Events, as tuples: ``("vote", name)``, ``("freeze",)``, ``("learn", name)`` a ce
 a handover of the epoch before, ``("restart",)`` from what was persisted.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ class Local:
     epoch: int
     history: tuple[Event, ...]
     phase: str
-    gave: frozenset[str]
+    gave: tuple[str, ...]
     """Names of what it voted for in its epoch."""
     froze: int | None
     learned: frozenset[str]
@@ -144,7 +145,10 @@ class _Live:
     def canon(self) -> Canon:
         """Everything that decides what it will do, and what it has given to others."""
         canon = self.things.names.canon
-        parts = (self.witness, self.state, self.gave, self.froze, self.learned, sorted(map(repr, self.received)))
+        if self.witness._identity is None and not self.bad:  # it can do nothing any more: what it left is all
+            return canon(self.gave), self.froze, self.handover(), self.restarts
+        honest = Counter(content for who, content in self.received if who == "honest")
+        parts = (self.witness, self.state, self.gave, self.froze, self.learned, honest, len(self.received))
         return (*map(canon, parts), self.handover(), self.restarts, self.bad)
 
 
@@ -156,6 +160,7 @@ class Locals:
         self.all: list[Local] = []
         self._known: dict[tuple[int, Canon], Local] = {}
         self._digests: dict[tuple[int, frozenset[str]], bytes] = {}
+        self._last: tuple[Local | None, _Live | None] = (None, None)
         self.runs = 0
 
     def first(self, epoch: int) -> Local:
@@ -171,11 +176,15 @@ class Locals:
 
     def _run(self, local: Local, event: Event) -> Local:
         self.runs += 1
-        live = _Live(self.things, local.epoch)
-        for past in local.history:
-            self._happen(live, past)
+        last, live = self._last
+        if last is not local or live is None:
+            live = _Live(self.things, local.epoch)
+            for past in local.history:
+                self._happen(live, past)
         self._happen(live, event)
-        return self._keep(live, (*local.history, event))
+        then = self._keep(live, (*local.history, event))
+        self._last = (then, live)  # where the event changed nothing, the next one can begin here
+        return then
 
     @staticmethod
     def _happen(live: _Live, event: Event) -> None:
@@ -190,7 +199,7 @@ class Locals:
         if known is None:
             self._check_digest(live)
             known = Local(
-                len(self.all), live.epoch, history, live.witness.phase, frozenset(live.gave), live.froze,
+                len(self.all), live.epoch, history, live.witness.phase, tuple(sorted(live.gave)), live.froze,
                 frozenset(live.learned), live.handover(), tuple(live.received), live.restarts, live.bad,
             )  # fmt: skip
             self._known[key] = known

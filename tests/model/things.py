@@ -224,4 +224,5 @@ class Things:
                 )
             )
             for some, vouchers, freezes in product(locks, shown, held)
+            if not (vouchers and freezes and freezes[0].shown)  # the freeze brings the same voucher
         ]  # fmt: skip
