@@ -101,7 +101,7 @@ def _verify(store: Store, genesis: Genesis) -> Report:
         locked=locked,
         balances={peer_id_of(key): a.balance for key, a in sorted(state.accounts.items()) if a.balance or a.seq},
         digest=state.digest().hex(),
-        tolerance=genesis.tolerance,
+        tolerance=state.committees.current.tolerance,
         problems=tuple(problems[:PROBLEMS_MAX]),
     )
 

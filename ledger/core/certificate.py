@@ -82,10 +82,10 @@ class Verifier:
         elif body.voucher.net != self.genesis.net:  # type: ignore[union-attr] # the only other kind is a claim
             raise RuleError("network", "the claim belongs to another network")
         epoch, check_vote = certificate.epoch, self.check_vote
-        committee = self.committees.of(epoch)
-        witnesses = quorums.distinct([check_vote(item.id, vote, epoch) for vote in certificate.votes])
-        if len(witnesses) < committee.quorum:
-            raise RuleError("quorum", f"{len(witnesses)} distinct witnesses, {committee.quorum} are needed")
+        needed, item_id = self.committees.of(epoch).quorum, item.id
+        witnesses = quorums.distinct([check_vote(item_id, vote, epoch) for vote in certificate.votes])
+        if len(witnesses) < needed:
+            raise RuleError("quorum", f"{len(witnesses)} distinct witnesses, {needed} are needed")
 
     def check_vote(self, item_id: bytes, vote: Vote, epoch: int = 0) -> bytes:
         """The witness of ``epoch`` that voted for ``item_id`` by ``vote``."""
@@ -93,7 +93,7 @@ class Verifier:
         if header is None or header.signature != vote.signature:
             header = self._open_header(vote)
         if header.epoch != epoch:
-            raise RuleError("epoch", f"a vote of epoch {header.epoch} stands among those of epoch {epoch}")
+            raise RuleError("epoch", f"a vote of epoch {header.epoch} stands among those of epoch {epoch}", wait=True)
         if vote.index >> len(vote.path):
             raise RuleError("path", "a vote's index does not fit its path")
         if not _leads_to(header, item_id, vote):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from ledger.core import quorums
 from ledger.core.errors import RuleError
-from ledger.core.genesis import Genesis
+from ledger.core.genesis import Genesis, tolerance_of
 from ledger.core.objects import Committee, Issuer
 from p2p.core.identity import is_valid_key
 
@@ -36,6 +36,11 @@ class EpochCommittee:
         """Fill in what follows from the rest."""
         object.__setattr__(self, "members", frozenset(self.keys))
         object.__setattr__(self, "quorum", quorums.quorum_of(self.f))
+
+    @property
+    def tolerance(self) -> str:
+        """What the committee withstands, for people."""
+        return tolerance_of(len(self.keys), self.f)
 
 
 class CommitteeChain:

@@ -93,9 +93,7 @@ class Genesis:
     @property
     def tolerance(self) -> str:
         """What the committee withstands, for people."""
-        if self.f == 0:
-            return "one witness, no Byzantine tolerance"
-        return f"{len(self.witnesses)} witnesses, {self.f} may fail or lie"
+        return tolerance_of(len(self.witnesses), self.f)
 
     def to_json(self) -> str:
         """The genesis file."""
@@ -108,6 +106,11 @@ class Genesis:
             **{name: getattr(self, name) for name in _AMOUNTS},
         }
         return json.dumps(record, indent=2) + "\n"
+
+
+def tolerance_of(n: int, f: int) -> str:
+    """What ``n`` witnesses of which ``f`` may lie withstand, for people."""
+    return f"{n} witnesses, {f} may fail or lie" if f else "one witness, no Byzantine tolerance"
 
 
 def _wrong(what: str, hint: str) -> ConfigError:

@@ -56,11 +56,6 @@ def open_handover(state: State, signed: Signed) -> Handover:
     return body
 
 
-def frontier_applied(state: State, handover: Handover) -> bool:
-    """Rule 7: whether everything that was final for the old witness is applied here."""
-    return next(_unapplied(state, handover), None) is None
-
-
 def lock_evidence(state: State, signed: Signed) -> Item | None:
     """Rule 7: a lock counts only as an entry that its payer signed."""
     try:
@@ -101,8 +96,8 @@ class _Counted:
     shown: tuple[Shown, ...]
 
 
-class _Arriving:
-    """A handover on its way to its frontier: looks at each line once it is reached, in order."""
+class Arriving:
+    """A handover on its way to its frontier: each line is looked at once it is reached, in order, never again."""
 
     __slots__ = ("_left", "_next", "handover")
 
@@ -111,11 +106,16 @@ class _Arriving:
         self._left = _lines(state, handover)
         self._next = next(self._left, None)
 
-    def reached(self) -> bool:
+    def advance(self) -> bool:
         """Whether nothing is missing any more."""
         while self._next is not None and _is_applied(*self._next):
             self._next = next(self._left, None)
         return self._next is None
+
+
+def is_reached(arriving: Arriving) -> bool:
+    """Rule 7: whether everything that was final for the old witness is applied here."""
+    return arriving.advance()
 
 
 def _lines(state: State, handover: Handover) -> Iterator[tuple[State, bytes, int, bool]]:
@@ -133,17 +133,13 @@ def _is_applied(state: State, key: bytes, value: int, is_account: bool) -> bool:
     return channel is not None and (channel.paid >= value or channel.closed_at is not None)
 
 
-def _unapplied(state: State, handover: Handover) -> Iterator[bytes]:
-    return (line[1] for line in _lines(state, handover) if not _is_applied(*line))
-
-
 class Inheritance:
     """The handovers of epoch ``epoch - 1`` as a witness of ``epoch`` has them."""
 
     def __init__(self, state: State, epoch: int) -> None:
         self._state = state
         self.old = state.committees.of(epoch - 1)
-        self._arriving: dict[bytes, _Arriving] = {}
+        self._arriving: dict[bytes, Arriving] = {}
         self._counted: dict[bytes, _Counted] = {}
         self.locks: dict[Slot, dict[bytes, Item]] = {}
         """Slots with the ids that may have been certified there."""
@@ -174,23 +170,25 @@ class Inheritance:
 
     # transitions
 
-    def receive(self, signed: Signed) -> bool:
-        """Take a handover; whether it was new. The caller persists it. Raises IntegrityError for a wrong one."""
+    def receive(self, signed: Signed) -> bytes | None:
+        """Take a handover: who handed over, None if it is known. The caller persists it.
+
+        Raises :class:`config.errors.IntegrityError` for a wrong one.
+        """
         body = open_handover(self._state, signed)
         if body.epoch != self.old.epoch:
             raise RuleError("epoch", f"a handover of epoch {body.epoch} where {self.old.epoch} is due")
         if body.witness in self.received:
-            return False
-        self._arriving[body.witness] = _Arriving(self._state, body)
-        return True
+            return None
+        self._arriving[body.witness] = Arriving(self._state, body)
+        return body.witness
 
     def settle(self) -> bool:
         """Count what has reached its frontier since; whether anything changed."""
-        done = [each.handover for each in self._arriving.values() if each.reached()]
+        done = [each.handover for each in self._arriving.values() if is_reached(each)]
         for handover in done:
-            if frontier_applied(self._state, handover):
-                del self._arriving[handover.witness]
-                self._counted[handover.witness] = self._weigh(handover)
+            del self._arriving[handover.witness]
+            self._counted[handover.witness] = self._weigh(handover)
         if done:
             self._count()
         return bool(done)

@@ -17,13 +17,15 @@ from ledger.core.state import State
 class Recovery:
     """The search for the next entry of ``account``."""
 
-    def __init__(self, state: State, account: bytes, *, fresh: bool = False) -> None:
+    def __init__(self, state: State, account: bytes, *, fresh: bool = False, began: int | None = None) -> None:
         self._state = state
         self.account = account
         self.fresh = fresh
         """Whether nothing says that this key was ever used: a quorum that never saw it is then enough."""
         self._epoch = state.committees.epoch
-        self._began = self._epoch
+        self.began = began
+        """An epoch that was the present one after the loss, to be kept across attempts: a quorum of it answered, so
+        none of the next had begun. The own copy of the ledger may be older and proves nothing."""
         self._slot = self.slot
         self._silent: set[bytes] = set()
         self._shown: dict[bytes, Item] = {}
@@ -39,12 +41,14 @@ class Recovery:
         self._refresh()
         if epoch != self._epoch or seq != self._slot or witness not in self._state.committees.current.members:
             return
-        if signed is None:
-            self._silent.add(witness)
-            return
-        item = self._own(signed)
+        item = self._own(signed) if signed is not None else None
         if item is not None:
             self._shown[witness] = item
+        elif signed is None:
+            self._silent.add(witness)
+        answered = len(self._silent | self._shown.keys())
+        if self.began is None and answered >= quorums.quorum_of(self._state.committees.current.f):
+            self.began = self._epoch
 
     def _refresh(self) -> None:
         if (self._epoch, self._slot) != (self._state.committees.epoch, self.slot):
@@ -64,6 +68,11 @@ class Recovery:
             return None
         return item if entry.net == self._state.committees.net else None
 
+    @property
+    def answers(self) -> int:
+        """How many witnesses said that they have nothing."""
+        return len(self._silent)
+
     def to_complete(self) -> Signed | None:
         """Rule 9: the entry that must be completed: of several, the one that most witnesses voted for."""
         self._refresh()
@@ -77,6 +86,6 @@ class Recovery:
         if self._shown:
             return False
         committee = self._state.committees.current
-        settled = self._epoch > self._began or (self.fresh and self._slot == 1)
+        settled = (self.began is not None and self._epoch > self.began) or (self.fresh and self._slot == 1)
         needed = quorums.quorum_of(committee.f) if settled else len(committee.keys)
         return len(self._silent) >= needed

@@ -66,14 +66,13 @@ class Scratch:
     """What an entry would do."""
 
     __slots__ = (
+        "change",
         "channels",
-        "committee",
         "committees",
         "credits",
         "entry",
         "genesis",
         "granted",
-        "issuer",
         "opens",
         "reclaims",
         "spend",
@@ -90,11 +89,11 @@ class Scratch:
         self.spend = 0
         self.granted = 0
         self.credits: list[tuple[bytes, int]] = []
-        self.opens: list[tuple[int, Open]] = []
-        self.topups: list[tuple[bytes, int]] = []
-        self.reclaims: list[tuple[bytes, int]] = []
-        self.committee: Committee | None = None
-        self.issuer: Issuer | None = None
+        # most entries have none of these: no list is made for them
+        self.opens: tuple[tuple[int, Open], ...] = ()
+        self.topups: tuple[tuple[bytes, int], ...] = ()
+        self.reclaims: tuple[tuple[bytes, int], ...] = ()
+        self.change: Committee | Issuer | None = None
 
     def own_channel(self, key: bytes) -> ChannelState:
         """A channel this entry may top up or reclaim: known, its own, not closed, also not by this very entry."""
@@ -137,14 +136,14 @@ def _open(scratch: Scratch, index: int, op: Open) -> None:
     if not is_valid_key(op.signer):
         raise RuleError("signer", "the channel's signer is not a valid Ed25519 key")
     scratch.spend += op.amount
-    scratch.opens.append((index, op))
+    scratch.opens += ((index, op),)
 
 
 def _topup(scratch: Scratch, index: int, op: TopUp) -> None:
     scratch.own_channel(op.channel)
     scratch.need_amount(op.amount, scratch.genesis.min_amount)
     scratch.spend += op.amount
-    scratch.topups.append((op.channel, op.amount))
+    scratch.topups += ((op.channel, op.amount),)
 
 
 def _reclaim(scratch: Scratch, index: int, op: Reclaim) -> None:
@@ -154,7 +153,7 @@ def _reclaim(scratch: Scratch, index: int, op: Reclaim) -> None:
         raise RuleError("lock", f"reclaim with {op.total} exceeds the channel's lock of {lock}")
     if op.total < channel.paid:
         raise RuleError("paid", f"reclaim with {op.total} is below the {channel.paid} already paid")
-    scratch.reclaims.append((op.channel, op.total))
+    scratch.reclaims += ((op.channel, op.total),)
     if len(scratch.reclaims) > RECLAIMS_MAX:
         raise RuleError("reclaims", f"more than {RECLAIMS_MAX} reclaims in one entry")
 
@@ -162,13 +161,13 @@ def _reclaim(scratch: Scratch, index: int, op: Reclaim) -> None:
 def _committee(scratch: Scratch, index: int, op: Committee) -> None:
     _root_alone(scratch)
     scratch.committees.check_committee(op)
-    scratch.committee = op
+    scratch.change = op
 
 
 def _issuer(scratch: Scratch, index: int, op: Issuer) -> None:
     _root_alone(scratch)
     scratch.committees.check_issuer(op)
-    scratch.issuer = op
+    scratch.change = op
 
 
 def _root_alone(scratch: Scratch) -> None:
@@ -210,6 +209,17 @@ def check_entry(
     if scratch.spend > balance:
         raise RuleError("funds", f"the entry spends {scratch.spend}, the account has {balance}", wait=True)
     return scratch
+
+
+def check_grants_now(committees: CommitteeChain, entry: Entry) -> None:
+    """For votes only: an issuer that was replaced grants no more.
+
+    The one gate that can be revoked, on purpose: a stolen issuer key must stop counting. The state itself takes a final
+    grant of any issuer, present or past, so that it does not depend on the order in which objects come.
+    """
+    replaced = entry.account in committees.issuers and entry.account != committees.issuer
+    if replaced and any(type(op) is Grant for op in entry.ops):
+        raise RuleError("issuer", "this account is not the network's issuer any more")
 
 
 def check_entry_signature(item: Item, entry: Entry) -> None:

@@ -16,7 +16,7 @@ from config.errors import IntegrityError
 from ledger.core.committee import CommitteeChain
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Claim, Entry, Item, channel_id
+from ledger.core.objects import Claim, Committee, Entry, Issuer, Item, channel_id
 from ledger.core.rules import AccountState, ChannelState, Scratch, check_claim, check_claim_signatures, check_entry
 
 WAITING_MAX = 1 << 20
@@ -199,11 +199,12 @@ class State:
             channel.paid = channel.closed_at = total
             touched.add(key)
             wake += [channel.payout, *self._settle(key)]
-        if scratch.committee is not None:
-            self.committees.adopt(scratch.committee, item.id)
-        if scratch.issuer is not None:
-            self.committees.replace_issuer(scratch.issuer)
-            wake.append(scratch.issuer.key)
+        change = scratch.change
+        if type(change) is Committee:
+            self.committees.adopt(change, item.id)
+        elif type(change) is Issuer:
+            self.committees.replace_issuer(change)
+            wake.append(change.key)
         return wake
 
     def _settle(self, key: bytes) -> list[bytes]:

@@ -40,7 +40,14 @@ from ledger.core.objects import (
     Voucher,
     sign,
 )
-from ledger.core.rules import check_claim, check_claim_signatures, check_entry, check_entry_signature, check_freezes
+from ledger.core.rules import (
+    check_claim,
+    check_claim_signatures,
+    check_entry,
+    check_entry_signature,
+    check_freezes,
+    check_grants_now,
+)
 from ledger.core.state import State
 from p2p.core import codec
 from p2p.core.identity import Identity
@@ -118,6 +125,10 @@ class Witness:
         """Rule 9: a copy from a backup has forgotten promises."""
         return self.restored
 
+    def may_hand_over(self) -> bool:
+        """Rules 7, 9: only a witness that is ready knows what there is to hand over, and only if it forgot nothing."""
+        return self.phase == VOTING and not self.is_restored()
+
     def must_stop(self) -> bool:
         """Rule 6: the next committee is final."""
         return self._state.committees.epoch > self.epoch
@@ -168,7 +179,10 @@ class Witness:
         if allowed:
             return
         if self.is_restored():
-            raise RuleError("restored", f"this witness was restored from a backup in epoch {self.epoch}")
+            message = f"this witness was restored from a backup in epoch {self.epoch} and is silent for the rest of it"
+            raise RuleError(
+                "restored", message, "where it is the only one its operator may say: rios ledger trust-backup"
+            )
         if self.phase == COLLECTING:
             raise RuleError("ready", f"epoch {self.epoch} begins once the old committee has handed over", wait=True)
         raise RuleError("epoch", f"epoch {self.epoch} is over, a new committee decides", wait=True)
@@ -182,13 +196,10 @@ class Witness:
         raise RuleError("locked", "the committee before this one may have certified another entry here", wait=True)
 
     def _check_change(self, item: Item, entry: Entry) -> None:
-        """Rule 6 and the one gate that can be revoked: who grants now."""
+        """Rule 6, and who grants now."""
         if type(entry.ops[0]) in (Committee, Issuer) and not self.is_listed(item):
             raise RuleError("listed", f"the operator of this witness has not listed {item.id.hex()}", wait=True)
-        committees = self._state.committees
-        replaced = entry.account in committees.issuers and entry.account != committees.issuer
-        if replaced and any(type(op) is Grant for op in entry.ops):
-            raise RuleError("issuer", "this account is not the network's issuer any more")
+        check_grants_now(self._state.committees, entry)
 
     def _promised_grants(self, entry: Entry) -> int:
         """Grants of other issuers that may become final without this witness seeing them first."""
@@ -324,13 +335,13 @@ class Witness:
 
     # the epoch's end and beginning
 
-    def receive(self, signed: Signed) -> bool:
-        """Take a handover of the epoch before; whether it was new (then persist it, and :meth:`advance`).
+    def receive(self, signed: Signed) -> bytes | None:
+        """Take a handover of the epoch before: whose, if it was new (then persist it, and :meth:`advance`).
 
         Raises :class:`config.errors.IntegrityError` for a wrong one.
         """
         if self.inheritance is None or self.phase not in (COLLECTING, VOTING):
-            return False
+            return None
         return self.inheritance.receive(signed)
 
     def advance(self) -> HandedOver | None:
@@ -340,7 +351,7 @@ class Witness:
                 self.saw_voucher(shown.voucher, shown.signature)
             if self.inheritance.ready:
                 self.phase = VOTING
-        if self.phase == VOTING and self.must_stop() and not self.is_restored():
+        if self.may_hand_over() and self.must_stop():
             self.phase = STOPPED
             self._pending.clear()
         if self.phase != STOPPED:
