@@ -41,6 +41,9 @@ soak: setup  ## churn in a swarm of twelve daemons (MINUTES=60; ARGS="--seed 7 -
 bank: setup  ## the ledger's bank test: 4 witnesses, 3 clients, a thief, kill -9, partitions (MINUTES=5; ARGS="--seed 7")
 	@$(PY) -m tests.soak.bank --minutes $(or $(MINUTES),5) $(ARGS)
 
+model: setup  ## every interleaving of certificates, freezes and a committee change, n = 4, f = 1 (ARGS="--scope slot")
+	@$(PY) -m tests.model.explorer $(ARGS)
+
 fuzz: setup  ## a million hostile inputs of each kind (ARGS="frames --count 1000 --seed 7")
 	@$(PY) -m tests.fuzz.fuzz $(ARGS)
 

@@ -39,6 +39,11 @@ class Paths:
         return self.data / "ledger.db"
 
     @property
+    def epoch_keys(self) -> Path:
+        """Keys of a witness, one file per epoch, mode 0600; erased when their epoch is over."""
+        return self.data / "epoch-keys"
+
+    @property
     def accounts(self) -> Path:
         """The gateway's embedded accounts database."""
         return self.data / "gateway.db"

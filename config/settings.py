@@ -244,7 +244,11 @@ class LedgerSettings:
     """``[ledger]``"""
 
     genesis_file: str = _setting("", "The network's genesis file. Empty: <data dir>/genesis.json.")
-    witness: bool = _setting(False, "Vote as a witness (the genesis must name this node's key).")
+    witness: bool = _setting(
+        False,
+        "Vote as a witness in every epoch whose committee names a key of this node: its own, or one made by "
+        "rios ledger epoch-key.",
+    )
     microcredits_per_tflop: int = _setting(
         1_000_000, "Price of 1 TFLOP of expert work here.", minimum=0, maximum=1 << 40
     )

@@ -12,13 +12,15 @@ from config.errors import RiosError
 from ledger.core.certificate import Verifier
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Certificate, Item
+from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Item, Signed, Votes
 from ledger.core.state import State
 from ledger.store import Final, Store, Writer
+from p2p.core import codec
 
 Listener = Callable[[Item, Certificate], None]
 CHUNK = 64
 """Certificates verified before other tasks get a turn (about 5 ms)."""
+HEADERS_SEARCHED = 4096
 
 
 class Book:
@@ -30,7 +32,7 @@ class Book:
         self.writer = writer
         self.now_ms = now_ms
         self.state = State(genesis)
-        self.verifier = Verifier(genesis)
+        self.verifier = Verifier(genesis, self.state.committees)
         self.listeners: list[Listener] = []
         self.announcer: Callable[[Sequence[Certificate]], None] | None = None
         self.refused = 0
@@ -46,17 +48,20 @@ class Book:
         are counted and skipped, unless there is only one: then its error is raised.
         """
         fresh: list[Final] = []
+        early: list[Certificate] = []
         for position, certificate in enumerate(certificates):
             if position % CHUNK == CHUNK - 1:
                 await trio.lowlevel.checkpoint()
             try:
-                item = self.verifier.open(certificate)
-                if self.state.add(item):
-                    fresh.append(Final(item, certificate, self.now_ms()))
+                self._take(certificate, fresh)
             except RiosError as error:
+                if isinstance(error, RuleError) and error.rule == "epoch" and error.wait and len(certificates) > 1:
+                    early.append(certificate)
+                    continue
                 self.refused += 1
                 if len(certificates) == 1 or (isinstance(error, RuleError) and error.rule == "fork"):
                     raise
+        self._take_early(early, fresh)
         if not fresh:
             return []
         await self.writer.commit(fresh)
@@ -69,6 +74,39 @@ class Book:
         if announce and self.announcer is not None:
             self.announcer(new)
         return new
+
+    def _take(self, certificate: Certificate, fresh: list[Final]) -> None:
+        item = self.verifier.open(certificate)
+        if self.state.add(item):
+            fresh.append(Final(item, certificate, self.now_ms()))
+
+    def _take_early(self, early: list[Certificate], fresh: list[Final]) -> None:
+        """Certificates of epochs that were not known: whoever sent them may have sent the committees as well."""
+        known = -1
+        while early and known < self.state.committees.epoch:
+            known = self.state.committees.epoch
+            again, early = early, []
+            for certificate in again:
+                try:
+                    self._take(certificate, fresh)
+                except RuleError as error:
+                    if error.rule == "epoch" and error.wait:
+                        early.append(certificate)
+                    elif error.rule == "fork":
+                        raise
+                    else:
+                        self.refused += 1
+                except RiosError:
+                    self.refused += 1
+
+    def newest_batch(self, epoch: int, witness: bytes) -> Signed | None:
+        """The header of the latest batch of votes of a witness that is known here."""
+        best: tuple[int, Signed] | None = None
+        for signed in self.store.newest_headers(HEADERS_SEARCHED):
+            votes = codec.decode(Votes, signed.body, bytes_max=SMALL_BYTES_MAX)
+            if (votes.epoch, votes.witness) == (epoch, witness) and (best is None or votes.batch_no > best[0]):
+                best = votes.batch_no, signed
+        return best[1] if best is not None else None
 
     async def wait_change(self) -> None:
         """Return after the next new final object."""

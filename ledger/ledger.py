@@ -1,7 +1,7 @@
 """The package's face: one node's ledger, started and stopped as a whole.
 
-Everything is joined here and nowhere else: book, wallet, witness (if the genesis names this node's key and the setting
-says so), replication, metering.
+Everything is joined here and nowhere else: book, wallet, witness (if the genesis or a committee since names a key of
+this node and the setting says so), replication, metering.
 """
 
 import time
@@ -17,16 +17,22 @@ from config.settings import LedgerSettings
 from ledger.book import Book
 from ledger.buying import Buying
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Grant, Item, Transfer
+from ledger.core.objects import Committee, Grant, Issuer, Item, Transfer, id_of
+from ledger.keys import EpochKeys
+from ledger.lineage import Lineage
+from ledger.mark import Mark
 from ledger.meter import Meter
+from ledger.notes import Notes
 from ledger.quorum import Quorum
+from ledger.recovering import Recovering
 from ledger.replicate import Replicator
+from ledger.seats import Seats
 from ledger.selling import Selling
 from ledger.store import Store, Writer
 from ledger.verify import Line, Report, statement, verify_file
 from ledger.voting import Voting
 from ledger.wallet import Wallet
-from p2p.core.identity import Identity
+from p2p.core.identity import Identity, peer_id_of
 from p2p.face import Network
 
 T = TypeVar("T")
@@ -50,6 +56,7 @@ class Ledger:
         payout: bytes | None,
         in_thread: bool,
         now_ms: Callable[[], int],
+        epoch_keys: EpochKeys | None,
     ) -> None:
         assert network.identity.public_key == identity.public_key
         self.genesis = genesis
@@ -61,11 +68,16 @@ class Ledger:
         self.book = Book(genesis, self._store, self._writer, now_ms)
         self.replicator = Replicator(network, self.book, settings.sync_seconds)
         self.book.announcer = self.replicator.announce
-        quorum = Quorum(network, self.book, self.replicator.sync_with)
-        self.wallet = Wallet(identity, self.book, quorum)
-        self.voting = self._make_voting(network, settings)
+        self.notes = Notes(network, self.book, settings.sync_seconds)
+        self._keys = epoch_keys or EpochKeys(identity)
+        self._lineage = Lineage(self._store, Mark(path), self._keys.public_keys())
         heal = self.replicator.sync_with
-        self.seller = Selling(network, self.book, quorum, heal, settings, payout or identity.public_key)
+        quorum = Quorum(network, self.book, self.notes, heal)
+        recovering = Recovering(network, self.book, quorum, self._lineage, heal)
+        self.wallet = Wallet(identity, self.book, quorum, self._lineage, recovering)
+        self.seats = Seats(network, self.book, self.notes, self._keys, self._lineage, active=settings.witness)
+        self.voting = self._make_voting(network, settings)
+        self.seller = Selling(network, self.book, quorum, heal, settings, payout or identity.public_key, self.notes)
         self.buyer = Buying(network, self.book, self.wallet, quorum, settings)
         self._meter = Meter(self.seller, self.buyer)
         self._scope = trio.CancelScope()
@@ -74,23 +86,28 @@ class Ledger:
     def _make_voting(self, network: Network, settings: LedgerSettings) -> Voting | None:
         if not settings.witness:
             return None
-        if self._identity.public_key not in self.genesis.witnesses:
+        named = {key for committee in self.book.state.committees.epochs for key in committee.keys}
+        if not self._keys.epoch_keys() and self._identity.public_key not in named:
             raise ConfigError(
                 "config",
-                f"ledger.witness is on, but the genesis does not name {self._identity.peer_id}",
-                "turn ledger.witness off, or use the genesis that names this node",
+                f"ledger.witness is on, but neither the genesis nor a committee since names {self._identity.peer_id}",
+                "turn ledger.witness off, use the genesis that names this node, or make a key for the next committee: "
+                "rios ledger epoch-key",
             )
-        return Voting(network, self.book)
+        return Voting(network, self.book, self.seats, self.notes, self._lineage)
 
     async def _run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self.replicator.run)
+                    nursery.start_soon(self.notes.run)
+                    nursery.start_soon(self.seats.run)
                     nursery.start_soon(self.wallet.run)
                     nursery.start_soon(self._meter.run)
                     task_status.started()
         finally:
+            self._lineage.close()
             self._store.close()
             self._ended.set()
 
@@ -142,10 +159,18 @@ class Ledger:
         state = self.book.state
         witness = None
         if self.voting is not None:
-            witness = {"votes": self.voting.votes, "equivocations": len(self.voting.witness.proofs)}
+            seat = self.voting.witness
+            witness = {
+                "votes": self.voting.votes,
+                "equivocations": len(self.notes.offenders),
+                "phase": seat.phase if seat is not None else "no seat",
+                "restored": seat is not None and seat.is_restored(),
+            }
         return {
             "net": self.net.hex(),
-            "tolerance": self.genesis.tolerance,
+            "tolerance": self.book.state.committees.current.tolerance,
+            "epoch": state.committees.epoch,
+            "offenders": [peer_id_of(account) for account in sorted(self.notes.offenders)],
             "balance": self.balance(),
             "entries": state.applied,
             "accounts": len(state.accounts),
@@ -173,6 +198,30 @@ class Ledger:
         """Send credits of this node's account."""
         return await self.wallet.append([Transfer(to, amount)])
 
+    def change_id(self, op: Committee | Issuer) -> bytes:
+        """The id of the entry that :meth:`change` would sign now, for the operators of the witnesses to list."""
+        return id_of(self.wallet.preview([op]))
+
+    async def change(self, op: Committee | Issuer, *, timeout_s: float = 30.0) -> Item:
+        """Change the committee or the issuer (the root only), once enough operators have listed it.
+
+        Raises RequestError ``forbidden`` for others, RemoteError ``unavailable`` while too few have: the entry stays
+        under way, and nothing else of this account is final before it.
+        """
+        return await self.wallet.append([op], timeout_s=timeout_s)
+
+    async def allow(self, entry_id: bytes) -> None:
+        """List a change that this node's witness may vote for."""
+        await self.seats.allow(entry_id)
+
+    async def trust_backup(self) -> None:
+        """Let the only witness of a network (f = 0) vote again though its database came from a backup."""
+        await self.seats.trust_again()
+
+    def new_epoch_key(self) -> bytes:
+        """Make a key for a committee to come; its public part."""
+        return bytes(self._keys.create().public_key)
+
     async def settle_all(self) -> int:
         """Put every voucher this node holds on the ledger now; microcredits that were paid out."""
         return await self.seller.settle_all()
@@ -189,14 +238,25 @@ async def open_ledger(
     payout: bytes | None = None,
     in_thread: bool = True,
     now_ms: Callable[[], int] = _now_ms,
+    epoch_keys: EpochKeys | None = None,
 ) -> Ledger:
     """Start a node's ledger in ``nursery``; it continues with the chains, votes and vouchers found at ``path``.
 
-    ``payout`` is the account that is paid for this node's work (its own by default). Raises ConfigError, LocalError
+    ``payout`` is the account that is paid for this node's work (its own by default); ``epoch_keys`` are the keys it
+    may vote with (its identity by default). Raises ConfigError, LocalError
     or IntegrityError when the file cannot be used.
     """
     make = partial(
-        Ledger, network, identity, genesis, path, settings, payout=payout, in_thread=in_thread, now_ms=now_ms
+        Ledger,
+        network,
+        identity,
+        genesis,
+        path,
+        settings,
+        payout=payout,
+        in_thread=in_thread,
+        now_ms=now_ms,
+        epoch_keys=epoch_keys,
     )
     ledger = make()
     await nursery.start(ledger._run)

@@ -1,7 +1,8 @@
 """Brings one signed object to a certificate: asks every witness at once until a quorum has voted.
 
 Owns retries and the healing of gaps: a witness that lacks something first is brought up to date (``heal``) and asked
-again. The same bytes are sent every time.
+again. The same bytes are sent every time. When the committee changes meanwhile, the new one is asked: what the old one
+voted for it knows from the handovers.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,10 +15,11 @@ from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core import certificate as certificates
 from ledger.core.certificate import Collector
+from ledger.core.committee import EpochCommittee
 from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Signed, Vote, parse
 from ledger.core.rules import check_freeze
+from ledger.notes import Notes
 from p2p.core import codec
-from p2p.core.identity import peer_id_of
 from p2p.face import Network
 
 VOTE_DEADLINE_MS = 5_000
@@ -31,11 +33,20 @@ Heal = Callable[[PeerId], Awaitable[Any]]
 class Quorum:
     """Collects votes over the network."""
 
-    def __init__(self, network: Network, book: Book, heal: Heal) -> None:
+    def __init__(self, network: Network, book: Book, notes: Notes, heal: Heal) -> None:
         self._network = network
         self._book = book
+        self._notes = notes
         self._heal = heal
-        self.witnesses = tuple(peer_id_of(key) for key in book.genesis.witnesses)
+
+    @property
+    def committee(self) -> EpochCommittee:
+        """Who decides now."""
+        return self._book.state.committees.current
+
+    def peer_of(self, witness: bytes, epoch: int) -> PeerId:
+        """Where a witness is asked."""
+        return self._notes.peer_of(epoch, witness)
 
     async def certify(
         self, signed: Signed, *, before: tuple[Certificate, ...] = (), timeout_s: float = 10.0
@@ -44,72 +55,84 @@ class Quorum:
 
         Raises RemoteError ``unavailable`` when no quorum answers in time, or the rule that a quorum cannot be had for.
         """
-        run = _Run(Collector(self._book.verifier, signed), before, len(self.witnesses))
+        run = _Run(Collector(self._book.verifier, signed), before, self.committee)
         with trio.move_on_after(timeout_s):
-            async with trio.open_nursery() as nursery:
-                for witness in self.witnesses:
-                    nursery.start_soon(self._ask, run, witness, nursery.cancel_scope)
+            while run.final is None and not run.hopeless():
+                run = _Run(Collector(self._book.verifier, signed), before, self.committee)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch_epoch, run.committee.epoch, nursery.cancel_scope)
+                    for witness in run.committee.keys:
+                        nursery.start_soon(self._ask, run, witness, nursery.cancel_scope)
         if run.final is None:
-            run.raise_failure(self._book.genesis.quorum, timeout_s)
+            run.raise_failure(timeout_s)
         assert run.final is not None
         await self._book.learn([run.final], announce=True)
         return run.final
+
+    async def _watch_epoch(self, epoch: int, done: trio.CancelScope) -> None:
+        while self._book.state.committees.epoch == epoch:
+            await self._book.wait_change()
+        done.cancel()
 
     async def freezes(self, channel: bytes, payer: bytes, voucher: Signed | None) -> tuple[Signed, ...]:
         """A quorum's freezes of an expired channel, shown the payer's newest voucher.
 
         Raises RemoteError ``unavailable`` when too few witnesses answer.
         """
-        found: dict[PeerId, Signed] = {}
+        committee = self.committee
+        found: dict[bytes, Signed] = {}
         header: dict[str, Any] = {"channel": channel}
         if voucher is not None:
             header["voucher"] = codec.encode(voucher)
-        for witness in self.witnesses:
+        for witness in committee.keys:
+            peer_id = self.peer_of(witness, committee.epoch)
             try:
-                reply = await self._network.call(witness, "ledger.freeze", header, deadline_ms=VOTE_DEADLINE_MS)
+                reply = await self._network.call(peer_id, "ledger.freeze", header, deadline_ms=VOTE_DEADLINE_MS)
                 signed = codec.decode(Signed, _field(reply.header, "freeze"), bytes_max=VOTE_BYTES_MAX)
-                check_freeze(self._book.genesis, payer, signed, channel)
+                freeze = check_freeze(self._book.state.committees, payer, signed, channel)
             except RiosError:
                 continue  # the others may be enough
-            found[witness] = signed
-            if len(found) == self._book.genesis.quorum:
+            if (freeze.epoch, freeze.witness) == (committee.epoch, witness):
+                found[witness] = signed
+            if len(found) == committee.quorum:
                 return tuple(found.values())
         raise RemoteError(
-            "unavailable", f"{len(found)} of {self._book.genesis.quorum} witnesses froze channel {channel.hex()[:16]}"
+            "unavailable", f"{len(found)} of {committee.quorum} witnesses froze channel {channel.hex()[:16]}"
         )
 
-    async def _ask(self, run: "_Run", witness: PeerId, done: trio.CancelScope) -> None:
+    async def _ask(self, run: "_Run", witness: bytes, done: trio.CancelScope) -> None:
         pause_s = RETRY_FIRST_S
         while True:
+            peer_id = self.peer_of(witness, run.committee.epoch)
             try:
-                await self._ask_once(run, witness)
+                await self._ask_once(run, peer_id)
                 if run.final is not None:
                     done.cancel()
                 return
             except RiosError as error:
-                run.errors[witness] = error
+                run.errors[peer_id] = error
                 if error.code in ("integrity", "forbidden", "not_found", "invalid_request"):
-                    run.refusals.add(witness)
-                    if run.hopeless(self._book.genesis.f):
+                    run.refusals.add(peer_id)
+                    if run.hopeless():
                         done.cancel()
                     return
-            if run.errors[witness].code == "conflict":
-                await self._try_heal(witness)
+            if run.errors[peer_id].code == "conflict":
+                await self._try_heal(peer_id)
             await trio.sleep(pause_s)
             pause_s = min(RETRY_MAX_S, pause_s * 2)
 
-    async def _try_heal(self, witness: PeerId) -> None:
+    async def _try_heal(self, peer_id: PeerId) -> None:
         try:
-            await self._heal(witness)
+            await self._heal(peer_id)
         except RiosError:
             return  # the next attempt shows whether it still matters
 
-    async def _ask_once(self, run: "_Run", witness: PeerId) -> None:
+    async def _ask_once(self, run: "_Run", peer_id: PeerId) -> None:
         signed = run.collector.item.signed
         header: dict[str, Any] = {"object": codec.encode(signed)}
         if run.before:
             header["before"] = [certificates.encode(c) for c in run.before]
-        reply = await self._network.call(witness, "ledger.submit", header, deadline_ms=VOTE_DEADLINE_MS)
+        reply = await self._network.call(peer_id, "ledger.submit", header, deadline_ms=VOTE_DEADLINE_MS)
         final, vote = reply.header.get("certificate"), reply.header.get("vote")
         if isinstance(final, bytes):
             certificate = certificates.decode(final)
@@ -126,7 +149,7 @@ class Quorum:
             if not run.collector.missing:
                 run.final = run.collector.certificate()
         else:
-            raise RemoteError("protocol", f"{witness} answered neither with a vote nor a certificate", peer_id=witness)
+            raise RemoteError("protocol", f"{peer_id} answered neither with a vote nor a certificate", peer_id=peer_id)
 
 
 def _field(header: Mapping[str, Any], name: str) -> bytes:
@@ -137,21 +160,21 @@ def _field(header: Mapping[str, Any], name: str) -> bytes:
 
 
 class _Run:
-    """One object on its way to a certificate."""
+    """One object on its way to a certificate of one committee."""
 
-    def __init__(self, collector: Collector, before: tuple[Certificate, ...], n: int) -> None:
+    def __init__(self, collector: Collector, before: tuple[Certificate, ...], committee: EpochCommittee) -> None:
         self.collector = collector
         self.before = before
-        self.n = n
+        self.committee = committee
         self.final: Certificate | None = None
         self.errors: dict[PeerId, RiosError] = {}
         self.refusals: set[PeerId] = set()
 
-    def hopeless(self, f: int) -> bool:
+    def hopeless(self) -> bool:
         """Whether more than f witnesses refused for good: no quorum can come."""
-        return len(self.refusals) > f
+        return len(self.refusals) > self.committee.f
 
-    def raise_failure(self, quorum: int, timeout_s: float) -> None:
+    def raise_failure(self, timeout_s: float) -> None:
         """Say why there is no certificate."""
         for witness in self.refusals:
             error = self.errors[witness]
@@ -159,6 +182,8 @@ class _Run:
         reasons = "; ".join(f"{peer}: {error.message}" for peer, error in self.errors.items()) or "no answer"
         raise RemoteError(
             "unavailable",
-            f"{self.collector.missing} of {quorum} votes missing after {timeout_s:g} s ({reasons})"[:500],
+            f"{self.collector.missing} of {self.committee.quorum} votes missing after {timeout_s:g} s ({reasons})"[
+                :500
+            ],
             "are enough witnesses running and reachable?",
         )

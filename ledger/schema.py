@@ -90,7 +90,33 @@ def _create_first(db: Database) -> None:
     db.table("entries").create_index(["account", "seq"], unique=True)
 
 
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (_create_first,)
+_SECOND: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "votes": (
+        {"epoch": int, "account": int, "seq": int, "object_id": bytes, "body": bytes, "signature": bytes},
+        {"pk": ("epoch", "account", "seq")},
+    ),
+    "freezes": ({"epoch": int, "channel": bytes, "body": bytes, "signature": bytes}, {"pk": ("epoch", "channel")}),
+    # how far this node's witnesses are in their epochs' lives
+    "witnesses": ({"epoch": int, "key": bytes, "phase": str, "restored": int}, {"pk": ("epoch", "key")}),
+    "handovers": ({"epoch": int, "witness": bytes, "body": bytes, "signature": bytes}, {"pk": ("epoch", "witness")}),
+    "shown": ({"channel": bytes, "cumulative": int, "body": bytes, "signature": bytes}, {"pk": "channel"}),
+    "seats": ({"epoch": int, "witness": bytes, "body": bytes, "signature": bytes}, {"pk": ("epoch", "witness")}),
+    "listed": ({"entry_id": bytes}, {"pk": "entry_id"}),
+}
+
+
+def _add_epochs(db: Database) -> None:
+    """Votes and freezes belong to an epoch (all so far to the first); what a change of the committee needs."""
+    for name in ("votes", "freezes"):
+        db.execute(f"ALTER TABLE {name} RENAME TO {name}_1")
+    for name, (columns, options) in _SECOND.items():
+        db.create_table(name, columns, not_null=set(columns), strict=True, **options)
+    for name in ("votes", "freezes"):
+        db.execute(f"INSERT INTO {name} SELECT 0, * FROM {name}_1")
+        db.execute(f"DROP TABLE {name}_1")
+
+
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (_create_first, _add_epochs)
 """``MIGRATIONS[i]`` brings version i to i + 1. Append only."""
 
 

@@ -19,6 +19,7 @@ from ledger.core.channel import NANO, RECEIPT_MS, STOP_BEFORE_EXPIRY_MS, Price, 
 from ledger.core.errors import RuleError
 from ledger.core.objects import SMALL_BYTES_MAX, Claim, Signed, Voucher, open_signed, sign
 from ledger.core.rules import ChannelState
+from ledger.notes import Notes
 from ledger.quorum import Heal, Quorum
 from ledger.store import ChannelRow
 from ledger.voting import read_certificates, read_signed
@@ -31,6 +32,7 @@ RETRY_S = 1.0
 RETRY_MAX_S = 60.0
 CHANNELS_MAX = 65536
 TICK_S = 30.0
+OFFENDER_HINT = "an account that equivocates gets no new service: rios ledger audit shows the evidence"
 
 
 class Selling:
@@ -44,6 +46,7 @@ class Selling:
         heal: Heal,
         settings: LedgerSettings,
         payout: bytes,
+        notes: Notes,
     ) -> None:
         self._network = network
         self._book = book
@@ -51,6 +54,7 @@ class Selling:
         self._heal = heal
         self._settings = settings
         self._payout = payout
+        self._notes = notes
         self._me = network.identity.public_key
         self._channels: dict[bytes, SellerChannel] = {}
         self._dirty: dict[bytes, SellerChannel] = {}
@@ -64,6 +68,7 @@ class Selling:
         self.receipts = 0
         for row in book.store.channels("sell"):
             self._restore(row)
+        notes.listeners.append(self._refuse)
         network.serve("ledger.terms", self._terms)
         network.serve("ledger.channel", self._hello)
 
@@ -79,7 +84,15 @@ class Selling:
         channel.accept(voucher, row.signature)
         channel.due_calls += channel.calls
         channel.stopped = row.stopped or self._expired(known)
+        if self._notes.is_offender(known.payer):
+            channel.stopped = OFFENDER_HINT
         self._channels[row.channel] = channel
+
+    def _refuse(self, account: bytes) -> None:
+        """No new service for an account that is proven to equivocate; what it promised is claimed as ever."""
+        for channel in self._channels.values():
+            if channel.payer == account:
+                channel.stopped = OFFENDER_HINT
 
     def _expired(self, known: ChannelState) -> str:
         if known.closed_at is not None:
@@ -124,7 +137,14 @@ class Selling:
         key = call.header.get("channel")
         if not isinstance(key, bytes):
             raise RiosError("invalid_request", "'channel' is needed")
-        await self._book.learn(read_certificates(call.header.get("certificates")))
+        certificates = read_certificates(call.header.get("certificates"))
+        try:
+            await self._book.learn(certificates)
+        except RuleError as error:
+            if error.rule != "epoch" or not error.wait:
+                raise
+            await self._heal(call.peer_id)  # the payer knows of a committee that this node does not
+            await self._book.learn(certificates)
         known = self._book.state.channels.get(key)
         voucher, signature = self._read_voucher(call, key)
         if known is None or voucher.cumulative > known.lock:
@@ -154,6 +174,8 @@ class Selling:
         reason = self._expired(known)
         if reason:
             raise RemoteError("payment_required", "the channel cannot be used", reason)
+        if self._notes.is_offender(known.payer):
+            raise RemoteError("forbidden", "the payer signed two entries for one place of its chain", OFFENDER_HINT)
 
     def _read_voucher(self, call: Call, channel: bytes) -> tuple[Voucher, bytes]:
         from_peer = read_signed(call.header.get("voucher"))

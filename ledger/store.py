@@ -20,6 +20,7 @@ import trio
 
 from config.errors import ConfigError, IntegrityError, LocalError
 from ledger.core.objects import Certificate, Claim, Entry, Item, Signed, Vote, parse
+from ledger.promises import Handed, Kept, Listed, Promises, Seated, Standing, add_row
 from ledger.schema import MIGRATIONS, migrate
 
 GROUP_RECORDS_MAX = 1000
@@ -42,6 +43,7 @@ class Voted:
     """A witness's vote for an entry or a claim."""
 
     item: Item
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Frozen:
 
     channel: bytes
     signed: Signed
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ class ChannelRow:
     stopped: str
 
 
-Record = Final | Voted | Frozen | Proof | Own | Meta | ChannelRow
+Record = Final | Voted | Frozen | Proof | Own | Meta | ChannelRow | Standing | Handed | Kept | Seated | Listed
 
 _ENTRY = "INSERT OR IGNORE INTO entries (account, seq, object_id, body, signature, epoch, proof, seen_ms) "
 _ENTRY += "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -108,7 +111,7 @@ _CLAIM += "WHERE excluded.cumulative > claims.cumulative"
 _CLAIM_VOTE = "INSERT INTO claim_votes VALUES (?, ?, ?, ?) ON CONFLICT (channel) DO UPDATE SET "
 _CLAIM_VOTE += "cumulative = excluded.cumulative, body = excluded.body, signature = excluded.signature "
 _CLAIM_VOTE += "WHERE excluded.cumulative > claim_votes.cumulative"
-_VOTE = "INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?)"
+_VOTE = "INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?, ?)"
 _ACCOUNT = "INSERT INTO accounts (id, key) VALUES (?, ?)"
 _HEADER = "INSERT INTO headers (id, body, signature) VALUES (?, ?, ?)"
 _CHANNEL = f"INSERT OR REPLACE INTO channels VALUES ({', '.join('?' * 13)})"
@@ -154,6 +157,7 @@ class Store:
             if not read_only:
                 self._writer = opened.enter_context(closing(self._connect()))
             self._reader = opened.enter_context(closing(self._connect(read_only=True)))
+            self.promises = Promises(self._query)
             self._prepare(net)
             self._accounts: dict[bytes, int] = {}
             self._headers: dict[bytes, int] = {}
@@ -249,23 +253,25 @@ class Store:
                 )
             )
         elif type(record) is Voted:
-            self._vote_row(record.item, rows)
+            self._vote_row(record.item, record.epoch, rows)
         elif type(record) is Own:
             rows["INSERT OR IGNORE INTO wallet VALUES (?, ?, ?)"].append(
                 (record.seq, record.signed.body, record.signed.signature)
             )
         elif type(record) is Frozen:
-            rows["INSERT OR IGNORE INTO freezes VALUES (?, ?, ?)"].append(
-                (record.channel, record.signed.body, record.signed.signature)
+            rows["INSERT OR IGNORE INTO freezes VALUES (?, ?, ?, ?)"].append(
+                (record.epoch, record.channel, record.signed.body, record.signed.signature)
             )
         elif type(record) is Proof:
             a, b = record.a, record.b
             rows["INSERT OR IGNORE INTO proofs VALUES (?, ?, ?, ?, ?, ?)"].append(
                 (record.account, record.seq, a.body, a.signature, b.body, b.signature)
             )
-        else:
-            assert type(record) is Meta
+        elif type(record) is Meta:
             rows["INSERT OR REPLACE INTO meta VALUES (?, ?)"].append((record.key, record.value))
+        else:
+            assert isinstance(record, Standing | Handed | Kept | Seated | Listed)
+            add_row(record, rows)
 
     def _final_row(self, record: Final, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         item, certificate = record.item, record.certificate
@@ -287,11 +293,11 @@ class Store:
                 (key, cumulative, signed.body, signed.signature, certificate.epoch, proof, record.seen_ms)
             )
 
-    def _vote_row(self, item: Item, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+    def _vote_row(self, item: Item, epoch: int, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         body, signed = item.object, item.signed
         if isinstance(body, Entry):
             account = self._account_id(body.account, rows)
-            rows[_VOTE].append((account, body.seq, item.id, signed.body, signed.signature))
+            rows[_VOTE].append((epoch, account, body.seq, item.id, signed.body, signed.signature))
         else:
             voucher = body.voucher
             rows[_CLAIM_VOTE].append((voucher.channel, voucher.cumulative, signed.body, signed.signature))
@@ -382,20 +388,26 @@ class Store:
         rows = self._query("SELECT body, signature, epoch, proof FROM claims WHERE channel = ?", (channel,))
         return self._certificate(Signed(rows[0][0], rows[0][1]), rows[0][2], rows[0][3]) if rows else None
 
-    def voted(self) -> Iterator[Item]:
-        """Every vote for an entry or a claim this node gave as a witness."""
-        rows = self._query("SELECT body, signature FROM votes")
-        rows += self._query("SELECT body, signature FROM claim_votes")
-        for body, signature in rows:
-            yield self._parse(body, signature)
+    def final_claims(self) -> list[Item]:
+        """The highest final claim of every channel."""
+        return [self._parse(*row) for row in self._query("SELECT body, signature FROM claims")]
 
-    def freezes(self) -> list[Signed]:
-        """Every freeze this node gave as a witness."""
-        return [Signed(*row) for row in self._query("SELECT body, signature FROM freezes")]
+    def newest_headers(self, count: int) -> Iterator[Signed]:
+        """The headers of batches of votes that became known last."""
+        for row in self._query("SELECT body, signature FROM headers ORDER BY id DESC LIMIT ?", (count,)):
+            yield Signed(*row)
+
+    def voted(self, epoch: int = 0) -> list[Item]:
+        """Every vote for an entry this node gave as a witness of an epoch, and for a claim in any."""
+        return [self._parse(signed.body, signed.signature) for signed in self.promises.votes(epoch)]
 
     def wallet(self) -> list[Signed]:
         """The own chain as it was signed, in order."""
         return [Signed(*row) for row in self._query("SELECT body, signature FROM wallet ORDER BY seq")]
+
+    def last_own(self) -> int:
+        """The seq of the newest entry of the own chain that was signed here (0: none)."""
+        return int(self._query("SELECT coalesce(max(seq), 0) FROM wallet")[0][0])
 
     def channels(self, side: str) -> list[ChannelRow]:
         """The newest voucher of every channel of one side."""

@@ -68,7 +68,8 @@ def verify_file(path: Path | str, genesis: Genesis) -> Report:
 
 
 def _verify(store: Store, genesis: Genesis) -> Report:
-    state, verifier = State(genesis), Verifier(genesis)
+    state = State(genesis)
+    verifier = Verifier(genesis, state.committees)
     entries = claims = certificates = 0
     problems: list[str] = []
     for item, certificate, _ in store.finals():
@@ -100,7 +101,7 @@ def _verify(store: Store, genesis: Genesis) -> Report:
         locked=locked,
         balances={peer_id_of(key): a.balance for key, a in sorted(state.accounts.items()) if a.balance or a.seq},
         digest=state.digest().hex(),
-        tolerance=genesis.tolerance,
+        tolerance=state.committees.current.tolerance,
         problems=tuple(problems[:PROBLEMS_MAX]),
     )
 

@@ -1,6 +1,7 @@
-"""A witness on the network: answers ``ledger.submit`` with a vote and ``ledger.freeze`` with a freeze.
+"""Votes and freezes on the network: answers ``ledger.submit``, ``ledger.freeze``, ``ledger.next``.
 
-Nothing leaves before it is durable. Requests that come in while a batch is being written share the next one.
+Nothing leaves before it is durable. Requests that come in while a batch is being written share the next one. Which
+witness answers is said by ``seats``; one that stops takes the votes that wait with it.
 """
 
 import trio
@@ -12,8 +13,8 @@ from ledger.core.errors import RuleError
 from ledger.core.objects import (
     CERTIFICATE_BYTES_MAX,
     Certificate,
-    Claim,
     Entry,
+    Equivocation,
     Item,
     Signed,
     Vote,
@@ -22,51 +23,36 @@ from ledger.core.objects import (
 )
 from ledger.core.rules import check_voucher_signature
 from ledger.core.witness import Witness
-from ledger.store import Frozen, Meta, Proof, Record, Voted
+from ledger.lineage import Lineage
+from ledger.notes import Notes
+from ledger.promises import Kept, chain_key
+from ledger.seats import Seats
+from ledger.store import Frozen, Meta, Record, Voted
 from p2p.core import codec
 from p2p.face import Call, Network, Reply
 
 BEFORE_MAX = 64
-_CHAIN = "witness_chain"
 
 
 class Voting:
-    """Serves the votes of this node's witness."""
+    """Serves the votes of this node's witnesses."""
 
-    def __init__(self, network: Network, book: Book) -> None:
+    def __init__(self, network: Network, book: Book, seats: Seats, notes: Notes, lineage: Lineage) -> None:
         self._book = book
-        self.witness = Witness(network.identity, book.state)
+        self._seats = seats
+        self._notes = notes
+        self._lineage = lineage
         self._waiting: dict[bytes, _Pending] = {}
         self._lock = trio.Lock()
         self.votes = 0
-        self._restore()
-        book.listeners.append(self._on_final)
         network.serve("ledger.submit", self._submit)
         network.serve("ledger.freeze", self._freeze)
+        network.serve("ledger.next", self._next)
 
-    def _restore(self) -> None:
-        store, witness = self._book.store, self.witness
-        for item in store.voted():
-            if isinstance(item.object, Entry):
-                witness.restore_entry_vote(item)
-            else:
-                witness.saw_voucher(item.object.voucher, item.object.voucher_signature)
-        for item in store.items():
-            self._saw(item)
-        for signed in store.freezes():
-            witness.restore_freeze(signed)
-        chain = store.meta(_CHAIN)
-        if chain is not None:
-            witness.restore_chain(int.from_bytes(chain[:8], "big"), chain[8:])
-        witness.forget_final()
-
-    def _saw(self, item: Item) -> None:
-        if isinstance(item.object, Claim):
-            self.witness.saw_voucher(item.object.voucher, item.object.voucher_signature)
-
-    def _on_final(self, item: Item, certificate: Certificate) -> None:
-        self._saw(item)
-        self.witness.forget_slot(item)
+    @property
+    def witness(self) -> Witness | None:
+        """The witness of the newest epoch, if this node is one."""
+        return self._seats.witness
 
     async def _submit(self, call: Call) -> Reply:
         before = call.header.get("before", [])
@@ -93,47 +79,64 @@ class Voting:
 
         Raises :class:`RuleError` when a rule forbids it.
         """
-        body = item.object
+        body, witness = item.object, self._seats.present()
         try:
             if isinstance(body, Entry):
-                self.witness.consider_entry(item)
+                witness.consider_entry(item)
             else:
-                self.witness.consider_claim(item)
+                witness.consider_claim(item)
         except RuleError as error:
-            if error.rule == "equivocation" and isinstance(body, Entry):
-                a, b = self.witness.proofs[body.account, body.seq]
-                await self._book.writer.commit([Proof(body.account, body.seq, a, b)])
+            await self._keep_evidence(witness, item, error)
             raise
         pending = self._waiting.setdefault(item.id, _Pending())
         with trio.CancelScope(shield=True):
             async with self._lock:
                 while not pending.done:
-                    await self._seal()
+                    await self._seal(witness)
         if pending.vote is None:
             assert pending.error is not None
             raise pending.error
         return pending.vote
 
-    async def _seal(self) -> None:
-        batch = self.witness.seal()
-        assert batch is not None, "somebody waits for a vote that nobody promised"
-        records: list[Record] = [Voted(item) for item in batch.items]
-        records.append(Meta(_CHAIN, batch.batch_no.to_bytes(8, "big") + batch.head))
+    async def _keep_evidence(self, witness: Witness, item: Item, error: RuleError) -> None:
+        """What a refusal teaches: a second entry in a slot, a voucher that a later freeze must honour."""
+        body = item.object
+        if error.rule in ("equivocation", "locked") and isinstance(body, Entry):
+            proof = witness.proofs.get((body.account, body.seq))
+            if proof is not None:
+                await self._notes.add_proof(Equivocation(*proof), announce=True)
+        await self._book.writer.commit([Kept(shown) for shown in witness.take_shown()])
+
+    async def _seal(self, witness: Witness) -> None:
+        batch = witness.seal()
+        if batch is None:  # the witness stopped meanwhile
+            stopped = RuleError("epoch", f"epoch {witness.epoch} ended before the vote was signed", wait=True)
+            for item_id in list(self._waiting):
+                self._settle(item_id, None, stopped)
+            return
+        records: list[Record] = [Voted(item, witness.epoch) for item in batch.items]
+        records.append(Meta(chain_key(witness.epoch), batch.batch_no.to_bytes(8, "big") + batch.head))
+        records.append(self._lineage.promise())
         error: RiosError | None = None
         try:
             await self._book.writer.commit(records)
+            self._lineage.promised()
             self.votes += len(batch.items)
         except RiosError as failure:
             error = failure
         for item, vote in zip(batch.items, batch.votes, strict=True):
-            pending = self._waiting.pop(item.id, None)
-            if pending is not None:
-                pending.done, pending.error, pending.vote = True, error, None if error else vote
+            self._settle(item.id, None if error else vote, error)
+
+    def _settle(self, item_id: bytes, vote: Vote | None, error: RiosError | None) -> None:
+        pending = self._waiting.pop(item_id, None)
+        if pending is not None:
+            pending.done, pending.error, pending.vote = True, error, vote
 
     async def _freeze(self, call: Call) -> Reply:
         channel = call.header.get("channel")
         if not isinstance(channel, bytes) or len(channel) != 32:
             raise RiosError("invalid_request", "'channel' must be 32 bytes")
+        witness = self._seats.present()
         known = self._book.state.channels.get(channel)
         shown = call.header.get("voucher")
         if shown is not None and known is not None:
@@ -142,10 +145,24 @@ class Voting:
             check_voucher_signature(known, voucher, signed.signature)
             if voucher.channel != channel or voucher.net != self._book.genesis.net or voucher.cumulative > known.lock:
                 raise RuleError("voucher", "the voucher shown does not fit the channel")
-            self.witness.saw_voucher(voucher, signed.signature)
-        frozen = self.witness.freeze(channel, self._book.now_ms())
-        await self._book.writer.commit([Frozen(channel, frozen.signed)])
+            witness.record_voucher(voucher, signed.signature)
+        frozen = witness.freeze(channel, self._book.now_ms())
+        kept = [Kept(each) for each in witness.take_shown()]
+        record = Frozen(channel, frozen.signed, witness.epoch)
+        await self._book.writer.commit([record, *kept, self._lineage.promise()])
+        self._lineage.promised()
         return Reply({"freeze": codec.encode(frozen.signed)})
+
+    async def _next(self, call: Call) -> Reply:
+        """What a restored wallet must complete (rule 9)."""
+        account, seq = call.header.get("account"), call.header.get("seq")
+        if not isinstance(account, bytes) or len(account) != 32 or type(seq) is not int:
+            raise RiosError("invalid_request", "'account' (32 bytes) and 'seq' are needed")
+        witness = self._seats.present()
+        signed = witness.next_of(account, seq)
+        known = self._book.state.accounts.get(account)
+        answer = {"epoch": witness.epoch, "head": known.seq if known is not None else 0}
+        return Reply(answer | ({"entry": codec.encode(signed)} if signed is not None else {}))
 
 
 class _Pending:

@@ -1,8 +1,9 @@
 """The node's own chain: one writer.
 
 Invariants: an entry is durable before it is first sent; until it is final the same bytes are sent again, also after a
-restart, and nothing else is signed for its slot. What is spent is in the own state already (final credits), so no
-honest witness can refuse an entry for ever; what a witness could not even read is refused before it is kept.
+restart, and nothing else is signed for its slot. A wallet that may have lost an entry asks first (``recovering``). What
+is spent is in the own state already (final credits), so no honest witness can refuse an entry for ever; what a witness
+could not even read is refused before it is kept.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from config.errors import IntegrityError, RequestError, RiosError
 from ledger.book import Book
 from ledger.core.errors import RuleError
 from ledger.core.objects import Certificate, Entry, Item, Op, Open, Signed, TopUp, Transfer, parse, sign
-from ledger.core.rules import check_entry
+from ledger.core.rules import check_entry, check_grants_now
+from ledger.lineage import Lineage
 from ledger.quorum import Quorum
+from ledger.recovering import Recovering
 from ledger.store import Own
 from p2p.core.identity import Identity
 
@@ -24,8 +27,12 @@ RESEND_S = 5.0
 class Wallet:
     """Appends entries to the chain of ``identity``."""
 
-    def __init__(self, identity: Identity, book: Book, quorum: Quorum) -> None:
+    def __init__(
+        self, identity: Identity, book: Book, quorum: Quorum, lineage: Lineage, recovering: Recovering
+    ) -> None:
         self._identity = identity
+        self._lineage = lineage
+        self._recovering = recovering
         self._book = book
         self._quorum = quorum
         self._lock = trio.Lock()
@@ -68,26 +75,50 @@ class Wallet:
         then), RemoteError ``unavailable`` when no quorum answers: the entry is kept and sent again.
         """
         async with self._lock:
+            self._drop_overtaken()
             if self._pending is not None:
                 await self._finish(timeout_s)
+            self._next(ops)  # what is wrong in any case is said before anybody is asked
+            while self._recovering.due:
+                self._pending = await self._recovering.next_entry(timeout_s)
+                if self._pending is not None:
+                    await self._finish(timeout_s)
             entry = self._next(ops)
             signed = sign(self._identity, entry)
             _check_form(signed)
             await self._book.writer.commit([Own(entry.seq, signed)])
+            self._lineage.signed(entry.seq)
             self._pending = signed
             await self._finish(timeout_s)
             return parse(signed)
+
+    def _drop_overtaken(self) -> None:
+        """An entry whose place is filled is not sent any more: it is final, or another one is."""
+        if self._pending is not None:
+            entry = parse(self._pending).object
+            if isinstance(entry, Entry) and entry.seq <= self._applied():
+                self._pending = None
+
+    def preview(self, ops: Sequence[Op]) -> Entry:
+        """The entry that :meth:`append` would sign for ``ops`` now: its id is what operators list beforehand.
+
+        Raises RequestError when a rule forbids it.
+        """
+        if self._pending is not None:
+            raise RequestError("conflict", "an entry of this account is still under way", "wait until it is final")
+        return self._next(ops)
 
     def _next(self, ops: Sequence[Op]) -> Entry:
         state = self._book.state
         known = state.account(self.account)
         entry = Entry(state.genesis.net, self.account, known.seq + 1, known.head, tuple(ops))
         try:
-            check_entry(state.genesis, state.accounts, state.channels, state.supply, entry)
+            check_entry(state.committees, state.accounts, state.channels, state.supply, entry)
+            check_grants_now(state.committees, entry)
         except RuleError as error:
-            code = {"funds": "payment_required", "issuer": "forbidden"}.get(error.rule, "invalid_request")
+            codes = {"funds": "payment_required", "issuer": "forbidden", "root": "forbidden"}
             hint = "ask the network's issuer for a grant, or somebody for a transfer" if error.rule == "funds" else ""
-            raise RequestError(code, error.message, hint) from error
+            raise RequestError(codes.get(error.rule, "invalid_request"), error.message, hint) from error
         return entry
 
     async def _finish(self, timeout_s: float) -> None:
@@ -102,6 +133,7 @@ class Wallet:
             if self._pending is not None and not self._lock.locked():
                 try:
                     async with self._lock:
+                        self._drop_overtaken()
                         if self._pending is not None:
                             await self._finish(RESEND_S)
                 except RiosError:

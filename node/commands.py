@@ -302,6 +302,56 @@ def _ledger_commands(command: Command, top: Any) -> None:  # noqa: ANN401
         made = command(ledger, name, _online(f"ledger_{name}"), text)
         made.add_argument("to", help="a peer id")
         made.add_argument("credits", help="credits, e.g. 12.5")
+    _committee_commands(command, ledger)
+
+
+def _committee_commands(command: Command, ledger: Any) -> None:  # noqa: ANN401
+    group = command(ledger, "genesis", None, "Networks.").add_subparsers(
+        metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    new = command(
+        group, "new", _command("committee_commands", "genesis_new"), "Make a network's genesis file from public keys."
+    )
+    new.add_argument("file", metavar="FILE", help="a new file")
+    new.add_argument("--issuer", required=True, metavar="PEER", help="who grants credits")
+    new.add_argument("--root", required=True, metavar="PEER", help="who may propose other witnesses or another issuer")
+    new.add_argument("--witness", required=True, action="append", metavar="PEER", help="3f + 1 times")
+    new.add_argument("--f", type=int, default=0, help="how many witnesses may fail or lie (0: one witness, trusted)")
+    for flag, text in (
+        ("max-supply", "credits that can ever be granted"),
+        ("min-amount", "least credits of a transfer"),
+        ("min-lock", "least credits of a channel"),
+        ("min-claim-step", "least credits by which a settlement rises"),
+    ):
+        new.add_argument(f"--{flag}", default="", metavar="CREDITS", help=text)
+    new.add_argument("--force", action="store_true", help="replace the file")
+    command(
+        ledger, "epoch-key", _command("committee_commands", "epoch_key"), "Make a witness key for the next committee."
+    )
+    committee = command(
+        ledger,
+        "committee",
+        _command("committee_commands", "committee"),
+        "Who decides, epoch by epoch; with keys, change it (the root only).",
+    )
+    committee.add_argument("keys", nargs="*", metavar="KEY", help="the next committee's epoch keys")
+    committee.add_argument("--f", type=int, default=0, help="how many of them may fail or lie")
+    issuer = command(
+        ledger, "issuer", _command("committee_commands", "issuer"), "Let another account grant (the root only)."
+    )
+    issuer.add_argument("issuer", metavar="PEER", help="the new issuer")
+    for made in (committee, issuer):
+        made.add_argument("--submit", action="store_true", help="sign it: enough operators have listed its entry")
+    allow = command(
+        ledger, "allow", _command("committee_commands", "allow"), "Let this node's witness vote for a change."
+    )
+    command(
+        ledger,
+        "trust-backup",
+        _command("committee_commands", "trust_backup"),
+        "Let the only witness of a network vote again after its ledger came from a backup (f = 0 only).",
+    )
+    allow.add_argument("entry", metavar="ID", help="the entry's id, as rios ledger committee or issuer prints it")
 
 
 def _gateway_commands(command: Command, top: Any) -> None:  # noqa: ANN401

@@ -61,6 +61,7 @@ from dmoe.store import ModelStore
 from dmoe.trust import Trust
 from dmoe.worker import Worker
 from ledger.core.genesis import Genesis
+from ledger.keys import EpochKeys
 from ledger.ledger import Ledger, open_ledger
 from node import control, founding, membership, metrics, operator
 from node.cli import VERSION, root_cause
@@ -174,7 +175,8 @@ def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes
     with _only_daemon(paths.lock):
         identity = keyfile.load(paths.key, passphrase=passphrase)
         try:
-            trio.run(_main, settings, paths, identity, until_stdin_closes)
+            keys = EpochKeys(identity, paths.epoch_keys, passphrase)
+            trio.run(_main, settings, paths, identity, keys, until_stdin_closes)
         except Exception as error:
             if not isinstance(root_cause(error), RiosError | OSError):
                 log.exception("the node ends: a fault in it")
@@ -182,7 +184,9 @@ def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes
     return EXIT_OK
 
 
-async def _main(settings: Settings, paths: Paths, identity: Identity, until_stdin_closes: bool) -> None:
+async def _main(
+    settings: Settings, paths: Paths, identity: Identity, keys: EpochKeys, until_stdin_closes: bool
+) -> None:
     up = False
     stop = trio.Event()
 
@@ -198,7 +202,7 @@ async def _main(settings: Settings, paths: Paths, identity: Identity, until_stdi
         await nursery.start(_watch_signals, end)
         if until_stdin_closes:
             nursery.start_soon(_watch_stdin, end)
-        async with open_node(settings, paths, identity) as node:
+        async with open_node(settings, paths, identity, keys) as node:
             up = True
             _announce(node)
             await stop.wait()
@@ -252,7 +256,7 @@ def _exit_at_the_latest(seconds: float) -> None:
 
 
 @asynccontextmanager
-async def open_node(settings: Settings, paths: Paths, identity: Identity) -> AsyncIterator[Node]:
+async def open_node(settings: Settings, paths: Paths, identity: Identity, keys: EpochKeys) -> AsyncIterator[Node]:
     """A running node with all its parts."""
     check_version()
     node = Node(settings, paths, identity)
@@ -292,7 +296,7 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity) -> Asy
         nursery = await stack.enter_async_context(_background())
         if genesis is not None:
             node.ledger = await open_ledger(
-                node.network, identity, genesis, paths.ledger, settings.ledger, nursery=nursery
+                node.network, identity, genesis, paths.ledger, settings.ledger, nursery=nursery, epoch_keys=keys
             )
             stack.push_async_callback(node.ledger.aclose)
         else:

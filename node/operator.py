@@ -15,7 +15,7 @@ from config.errors import ConfigError, IntegrityError, LocalError, RequestError,
 from dmoe.core.manifest import Manifest
 from dmoe.hosting import Bringing
 from ledger.ledger import Ledger
-from node import answering, membership, plan, replicas
+from node import answering, committees, membership, plan, replicas
 from node.cli import VERSION
 from node.control import Command, Send
 from p2p import allow, clock
@@ -67,6 +67,10 @@ def commands(node: "Node") -> Mapping[str, Command]:
             "ledger.settle": _ledger_settle,
             "ledger.grant": _ledger_grant,
             "ledger.transfer": _ledger_transfer,
+            "ledger.committee": committees.committee,
+            "ledger.issuer": committees.issuer,
+            "ledger.allow": committees.allow,
+            "ledger.trust": committees.trust,
         }.items()
     }
 
@@ -148,8 +152,8 @@ def _ledger_summary(node: "Node") -> Any:  # noqa: ANN401 - JSON
         return None
     return {
         **node.ledger.statistics(),
-        "f": node.ledger.genesis.f,
-        "issuer": peer_id_of(node.ledger.genesis.issuer),
+        "f": node.ledger.book.state.committees.current.f,
+        "issuer": peer_id_of(node.ledger.book.state.committees.issuer),
         "account": node.identity.peer_id,
     }
 

@@ -9,12 +9,15 @@ from hashlib import sha256
 import msgspec
 
 from config.errors import IntegrityError
+from ledger.core import quorums
+from ledger.core.committee import CommitteeChain
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
 from ledger.core.objects import (
     CERTIFICATE_BYTES_MAX,
     SMALL_BYTES_MAX,
     Certificate,
+    Committee,
     Entry,
     Item,
     Signed,
@@ -33,20 +36,27 @@ _decoder = msgspec.msgpack.Decoder(Certificate)
 class _Header:
     """A proven batch header: who signed it, its root, and the tree nodes shown so far by (level, index)."""
 
-    __slots__ = ("nodes", "root", "signature", "witness")
+    __slots__ = ("batch_no", "epoch", "nodes", "root", "signature", "witness")
 
-    def __init__(self, witness: bytes, root: bytes, signature: bytes) -> None:
-        self.witness = witness
-        self.root = root
+    def __init__(self, votes: Votes, signature: bytes) -> None:
+        self.witness = votes.witness
+        self.epoch = votes.epoch
+        self.batch_no = votes.batch_no
+        self.root = votes.root
         self.signature = signature
         self.nodes: dict[int, bytes] = {}
 
 
 class Verifier:
-    """Checks certificates of one network. Remembers proven headers (bounded); holds no other state."""
+    """Checks certificates of one network against the committee of their epoch.
 
-    def __init__(self, genesis: Genesis) -> None:
+    ``committees`` is the chain of a state, which grows with it; without one only epoch 0 is known. Remembers proven
+    headers (bounded); holds no other state.
+    """
+
+    def __init__(self, genesis: Genesis, committees: CommitteeChain | None = None) -> None:
         self.genesis = genesis
+        self.committees = committees or CommitteeChain(genesis)
         self._headers: dict[bytes, _Header] = {}
 
     def open(self, certificate: Certificate) -> Item:
@@ -66,20 +76,24 @@ class Verifier:
             if body.net != self.genesis.net:
                 raise RuleError("network", "the entry belongs to another network")
             check_entry_signature(item, body)
-            check_freezes(self.genesis, body)
+            check_freezes(self.committees, body)
+            if type(body.ops[0]) is Committee:
+                check_certifier(body.ops[0], certificate.epoch)
         elif body.voucher.net != self.genesis.net:  # type: ignore[union-attr] # the only other kind is a claim
             raise RuleError("network", "the claim belongs to another network")
-        if certificate.epoch != 0:
-            raise RuleError("epoch", f"no committee of epoch {certificate.epoch} is known")
-        witnesses = {self.check_vote(item.id, vote) for vote in certificate.votes}
-        if len(witnesses) < self.genesis.quorum:
-            raise RuleError("quorum", f"{len(witnesses)} distinct witnesses, {self.genesis.quorum} are needed")
+        epoch, check_vote = certificate.epoch, self.check_vote
+        needed, item_id = self.committees.of(epoch).quorum, item.id
+        witnesses = quorums.distinct([check_vote(item_id, vote, epoch) for vote in certificate.votes])
+        if len(witnesses) < needed:
+            raise RuleError("quorum", f"{len(witnesses)} distinct witnesses, {needed} are needed")
 
-    def check_vote(self, item_id: bytes, vote: Vote) -> bytes:
-        """The witness that voted for ``item_id`` by ``vote``."""
+    def check_vote(self, item_id: bytes, vote: Vote, epoch: int = 0) -> bytes:
+        """The witness of ``epoch`` that voted for ``item_id`` by ``vote``."""
         header = self._headers.get(vote.header)
         if header is None or header.signature != vote.signature:
             header = self._open_header(vote)
+        if header.epoch != epoch:
+            raise RuleError("epoch", f"a vote of epoch {header.epoch} stands among those of epoch {epoch}", wait=True)
         if vote.index >> len(vote.path):
             raise RuleError("path", "a vote's index does not fit its path")
         if not _leads_to(header, item_id, vote):
@@ -88,14 +102,26 @@ class Verifier:
 
     def _open_header(self, vote: Vote) -> _Header:
         votes = codec.decode(Votes, vote.header, bytes_max=SMALL_BYTES_MAX)
-        if votes.net != self.genesis.net or votes.epoch != 0 or votes.witness not in self.genesis.witnesses:
+        if votes.net != self.genesis.net or votes.witness not in self.committees.of(votes.epoch).members:
             raise RuleError("witness", "a vote is not by a witness of this network's epoch")
         if not verify(votes.witness, b"", codec.digest(Votes.TAG, vote.header), vote.signature):
             raise RuleError("signature", "a batch of votes is not signed by its witness")
         if len(self._headers) >= _HEADERS_MAX:
             self._headers.pop(next(iter(self._headers)))
-        header = self._headers[vote.header] = _Header(votes.witness, votes.root, vote.signature)
+        header = self._headers[vote.header] = _Header(votes, vote.signature)
         return header
+
+    def batch_no(self, vote: Vote, witness: bytes, epoch: int) -> int | None:
+        """The number of the batch a checked vote stands in, if it is by ``witness`` in ``epoch``."""
+        header = self._headers.get(vote.header)
+        mine = header is not None and header.witness == witness and header.epoch == epoch
+        return header.batch_no if header is not None and mine else None
+
+
+def check_certifier(op: Committee, epoch: int) -> None:
+    """Rule 6: a committee is certified by the one before it."""
+    if op.epoch != epoch + 1:
+        raise RuleError("epoch", f"the committee of epoch {op.epoch} is certified by epoch {epoch}")
 
 
 def _leads_to(header: _Header, item_id: bytes, vote: Vote) -> bool:
@@ -143,11 +169,13 @@ def decode(data: bytes) -> Certificate:
 
 
 class Collector:
-    """Collects votes for one object until they are a certificate."""
+    """Collects votes of one epoch (the newest unless told) for one object until they are a certificate."""
 
-    def __init__(self, verifier: Verifier, signed: Signed) -> None:
+    def __init__(self, verifier: Verifier, signed: Signed, epoch: int | None = None) -> None:
         self.item = parse(signed)
+        self.epoch = verifier.committees.epoch if epoch is None else epoch
         self._verifier = verifier
+        self._committee = verifier.committees.of(self.epoch)
         self._votes: dict[bytes, Vote] = {}
 
     def add(self, vote: Vote) -> None:
@@ -155,15 +183,15 @@ class Collector:
 
         Raises :class:`config.errors.IntegrityError` if it proves nothing.
         """
-        self._votes[self._verifier.check_vote(self.item.id, vote)] = vote
+        self._votes[self._verifier.check_vote(self.item.id, vote, self.epoch)] = vote
 
     @property
     def missing(self) -> int:
         """How many distinct witnesses are still needed."""
-        return max(0, self._verifier.genesis.quorum - len(self._votes))
+        return max(0, self._committee.quorum - len(self._votes))
 
     def certificate(self) -> Certificate:
         """The certificate; call it when nothing is missing."""
         if self.missing:
             raise IntegrityError("integrity", f"{self.missing} votes are missing")
-        return Certificate(self.item.signed, 0, tuple(self._votes.values()))
+        return Certificate(self.item.signed, self.epoch, tuple(self._votes.values()))

@@ -16,7 +16,9 @@ from msgspec import Meta
 
 from config.errors import ConfigError, IntegrityError
 from config.vocabulary import Account
-from ledger.core.objects import AMOUNT_MAX, COMMITTEE_MAX, F_MAX, Amount, Key, _Array
+from ledger.core import quorums
+from ledger.core.objects import AMOUNT_MAX, Amount, Key, _Array
+from ledger.core.quorums import COMMITTEE_MAX, F_MAX
 from p2p.core import codec
 from p2p.core.identity import is_valid_key, peer_id_of, public_key_of
 
@@ -53,7 +55,7 @@ class Genesis:
     def __post_init__(self) -> None:
         """Refuse a genesis that breaks an invariant (:class:`ConfigError`)."""
         n = len(self.witnesses)
-        if not 0 <= self.f <= F_MAX or n != 3 * self.f + 1:
+        if not quorums.is_exact(n, self.f):
             raise _wrong(
                 f"f = {self.f} needs exactly {3 * self.f + 1} witnesses, not {n}", f"f is 0..{F_MAX}, n = 3f+1"
             )
@@ -86,14 +88,12 @@ class Genesis:
     @property
     def quorum(self) -> int:
         """How many distinct witnesses make an object final."""
-        return 2 * self.f + 1
+        return quorums.quorum_of(self.f)
 
     @property
     def tolerance(self) -> str:
         """What the committee withstands, for people."""
-        if self.f == 0:
-            return "one witness, no Byzantine tolerance"
-        return f"{len(self.witnesses)} witnesses, {self.f} may fail or lie"
+        return tolerance_of(len(self.witnesses), self.f)
 
     def to_json(self) -> str:
         """The genesis file."""
@@ -106,6 +106,11 @@ class Genesis:
             **{name: getattr(self, name) for name in _AMOUNTS},
         }
         return json.dumps(record, indent=2) + "\n"
+
+
+def tolerance_of(n: int, f: int) -> str:
+    """What ``n`` witnesses of which ``f`` may lie withstand, for people."""
+    return f"{n} witnesses, {f} may fail or lie" if f else "one witness, no Byzantine tolerance"
 
 
 def _wrong(what: str, hint: str) -> ConfigError:

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, TypeVar
 import msgspec
 from msgspec import Meta
 
+from ledger.core.quorums import COMMITTEE_MAX, F_MAX
 from p2p.core import codec
 from p2p.core.identity import Identity, verify
 
@@ -20,11 +21,10 @@ AMOUNT_MAX = 1 << 62
 OPS_MAX = 64
 RECLAIMS_MAX = 8
 VOTES_PER_BATCH_MAX = 256
-F_MAX = 16
-COMMITTEE_MAX = 3 * F_MAX + 1
 SMALL_BYTES_MAX = 4096
 ENTRY_BYTES_MAX = 256 << 10
 CERTIFICATE_BYTES_MAX = 320 << 10
+HANDOVER_BYTES_MAX = 64 << 20
 
 Net = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -189,6 +189,63 @@ class Freeze(_Array, tag=6, frozen=True):
     voucher_signature: Signature | None
 
 
+class Frontier(_Array, frozen=True):
+    """What a witness has applied: accounts with their last ``seq``, channels with what was paid. Sorted by key."""
+
+    accounts: tuple[tuple[Key, Seq], ...]
+    channels: tuple[tuple[Hash, Amount], ...]
+
+
+class Shown(_Array, frozen=True):
+    """A voucher and its payer's signature."""
+
+    voucher: Voucher
+    signature: Signature
+
+
+class Held(_Array, frozen=True):
+    """A freeze as it is handed over: own or inherited. ``total`` > 0 comes with the payer's voucher of it."""
+
+    channel: Hash
+    total: Amount
+    shown: Shown | None
+
+
+class Handover(_Array, tag=7, frozen=True):
+    """Everything an old witness leaves to the next committee, signed by it with the key of ``epoch``.
+
+    ``locks`` are entries as their payers signed them, that this witness voted for or inherited, and that are not final.
+    """
+
+    TAG: ClassVar[bytes] = b"rios/handover/1\0"
+
+    net: Net
+    epoch: Epoch
+    witness: Key
+    frontier: Frontier
+    locks: tuple[Signed, ...]
+    claims: tuple[Shown, ...]
+    freezes: tuple[Held, ...]
+
+
+class Seat(_Array, tag=9, frozen=True):
+    """Where a witness is found: the node (its identity) that holds the key of ``epoch``; signed by that key."""
+
+    TAG: ClassVar[bytes] = b"rios/seat/1\0"
+
+    net: Net
+    epoch: Epoch
+    witness: Key
+    node: Key
+
+
+class Equivocation(_Array, frozen=True):
+    """Two entries that one account signed for one slot: proves itself (``equivocation``)."""
+
+    a: Signed
+    b: Signed
+
+
 class Vote(_Array, frozen=True):
     """One witness's part of a certificate: the signed batch header and the way from the object's id to its root."""
 
@@ -206,7 +263,8 @@ class Certificate(_Array, frozen=True):
     votes: Annotated[tuple[Vote, ...], Meta(min_length=1, max_length=COMMITTEE_MAX)]
 
 
-Body = TypeVar("Body", Entry, Receipt, Voucher, Claim, Votes, Freeze)
+Body = TypeVar("Body", Entry, Receipt, Voucher, Claim, Votes, Freeze, Handover, Seat)
+AnyBody = Entry | Receipt | Voucher | Claim | Votes | Freeze | Handover | Seat
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
@@ -217,7 +275,7 @@ class Item(msgspec.Struct, frozen=True, gc=False):
     signed: Signed
 
 
-def id_of(body: Entry | Receipt | Voucher | Claim | Votes | Freeze) -> bytes:
+def id_of(body: AnyBody) -> bytes:
     """The id of an object."""
     return codec.digest(body.TAG, codec.encode(body))
 
@@ -227,18 +285,18 @@ def channel_id(entry_id: bytes, op_index: int) -> bytes:
     return codec.digest(CHANNEL_TAG, entry_id + op_index.to_bytes(1, "big"))
 
 
-def sign(identity: Identity, body: Entry | Receipt | Voucher | Claim | Votes | Freeze) -> Signed:
+def sign(identity: Identity, body: AnyBody) -> Signed:
     """Sign one's own object."""
     data = codec.encode(body)
     return Signed(data, identity.sign(b"", codec.digest(body.TAG, data)))
 
 
-def open_signed(kind: type[Body], signed: Signed, signer: bytes) -> Body | None:
+def open_signed(kind: type[Body], signed: Signed, signer: bytes, bytes_max: int = SMALL_BYTES_MAX) -> Body | None:
     """The body if ``signer`` signed it, None if the signature is wrong.
 
     Raises :class:`config.errors.IntegrityError` if the body is malformed.
     """
-    body = codec.decode(kind, signed.body, bytes_max=SMALL_BYTES_MAX)
+    body = codec.decode(kind, signed.body, bytes_max=bytes_max)
     return body if verify(signer, b"", codec.digest(kind.TAG, signed.body), signed.signature) else None
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
+from ledger.core import quorums
+from ledger.core.committee import CommitteeChain
 from ledger.core.errors import RuleError
-from ledger.core.genesis import Genesis
 from ledger.core.objects import (
     NO_HEAD,
     RECLAIMS_MAX,
@@ -64,28 +65,48 @@ Channels = Mapping[bytes, ChannelState]
 class Scratch:
     """What an entry would do."""
 
-    __slots__ = ("channels", "credits", "entry", "genesis", "granted", "opens", "reclaims", "spend", "supply", "topups")
+    __slots__ = (
+        "change",
+        "channels",
+        "committees",
+        "credits",
+        "entry",
+        "genesis",
+        "granted",
+        "opens",
+        "reclaims",
+        "spend",
+        "supply",
+        "topups",
+    )
 
-    def __init__(self, genesis: Genesis, channels: Channels, supply: int, entry: Entry) -> None:
-        self.genesis = genesis
+    def __init__(self, committees: CommitteeChain, channels: Channels, supply: int, entry: Entry) -> None:
+        self.committees = committees
+        self.genesis = committees.genesis
         self.channels = channels
         self.supply = supply
         self.entry = entry
         self.spend = 0
         self.granted = 0
         self.credits: list[tuple[bytes, int]] = []
-        self.opens: list[tuple[int, Open]] = []
-        self.topups: list[tuple[bytes, int]] = []
-        self.reclaims: list[tuple[bytes, int]] = []
+        # most entries have none of these: no list is made for them
+        self.opens: tuple[tuple[int, Open], ...] = ()
+        self.topups: tuple[tuple[bytes, int], ...] = ()
+        self.reclaims: tuple[tuple[bytes, int], ...] = ()
+        self.change: Committee | Issuer | None = None
 
     def own_channel(self, key: bytes) -> ChannelState:
         """A channel this entry may top up or reclaim: known, its own, not closed, also not by this very entry."""
         channel = self.channels.get(key)
         if channel is None or channel.payer != self.entry.account:
             raise RuleError("ownership", f"channel {key.hex()} was not opened by this account")
-        if channel.closed_at is not None or any(key == closed for closed, _ in self.reclaims):
+        if channel.closed_at is not None or self.closes(key):
             raise RuleError("closed", f"channel {key.hex()} is closed already")
         return channel
+
+    def closes(self, key: bytes) -> bool:
+        """Whether an earlier op of this very entry reclaims the channel: two reclaims in one entry would mint."""
+        return any(key == closed for closed, _ in self.reclaims)
 
     def need_amount(self, amount: int, minimum: int) -> None:
         """Refuse dust."""
@@ -94,8 +115,9 @@ class Scratch:
 
 
 def _grant(scratch: Scratch, index: int, op: Grant) -> None:
-    if scratch.entry.account != scratch.genesis.issuer:
-        raise RuleError("issuer", "only the network's issuer grants credits")
+    if scratch.entry.account not in scratch.committees.issuers:
+        # waits: the entry that makes this account the issuer may not have arrived
+        raise RuleError("issuer", "only the network's issuer grants credits", wait=True)
     scratch.need_amount(op.amount, scratch.genesis.min_amount)
     scratch.granted += op.amount
     if scratch.supply + scratch.granted > scratch.genesis.max_supply:
@@ -114,14 +136,14 @@ def _open(scratch: Scratch, index: int, op: Open) -> None:
     if not is_valid_key(op.signer):
         raise RuleError("signer", "the channel's signer is not a valid Ed25519 key")
     scratch.spend += op.amount
-    scratch.opens.append((index, op))
+    scratch.opens += ((index, op),)
 
 
 def _topup(scratch: Scratch, index: int, op: TopUp) -> None:
     scratch.own_channel(op.channel)
     scratch.need_amount(op.amount, scratch.genesis.min_amount)
     scratch.spend += op.amount
-    scratch.topups.append((op.channel, op.amount))
+    scratch.topups += ((op.channel, op.amount),)
 
 
 def _reclaim(scratch: Scratch, index: int, op: Reclaim) -> None:
@@ -131,13 +153,28 @@ def _reclaim(scratch: Scratch, index: int, op: Reclaim) -> None:
         raise RuleError("lock", f"reclaim with {op.total} exceeds the channel's lock of {lock}")
     if op.total < channel.paid:
         raise RuleError("paid", f"reclaim with {op.total} is below the {channel.paid} already paid")
-    scratch.reclaims.append((op.channel, op.total))
+    scratch.reclaims += ((op.channel, op.total),)
     if len(scratch.reclaims) > RECLAIMS_MAX:
         raise RuleError("reclaims", f"more than {RECLAIMS_MAX} reclaims in one entry")
 
 
-def _unsupported(scratch: Scratch, index: int, op: Committee | Issuer) -> None:
-    raise RuleError("epoch", "committee and issuer changes are not supported in this epoch")
+def _committee(scratch: Scratch, index: int, op: Committee) -> None:
+    _root_alone(scratch)
+    scratch.committees.check_committee(op)
+    scratch.change = op
+
+
+def _issuer(scratch: Scratch, index: int, op: Issuer) -> None:
+    _root_alone(scratch)
+    scratch.committees.check_issuer(op)
+    scratch.change = op
+
+
+def _root_alone(scratch: Scratch) -> None:
+    if scratch.entry.account != scratch.genesis.root:
+        raise RuleError("root", "only the network's root changes the committee or the issuer")
+    if len(scratch.entry.ops) != 1:
+        raise RuleError("alone", "a change of the committee or the issuer stands alone in its entry")
 
 
 _OPS: dict[type, Callable[[Scratch, int, Any], None]] = {
@@ -146,17 +183,19 @@ _OPS: dict[type, Callable[[Scratch, int, Any], None]] = {
     Open: _open,
     TopUp: _topup,
     Reclaim: _reclaim,
-    Committee: _unsupported,
-    Issuer: _unsupported,
+    Committee: _committee,
+    Issuer: _issuer,
 }
 
 
-def check_entry(genesis: Genesis, accounts: Accounts, channels: Channels, supply: int, entry: Entry) -> Scratch:
+def check_entry(
+    committees: CommitteeChain, accounts: Accounts, channels: Channels, supply: int, entry: Entry
+) -> Scratch:
     """What ``entry`` does to the state, if it may be next on its chain.
 
     Raises :class:`RuleError`; its ``wait`` says that later final objects may still make it valid.
     """
-    if entry.net != genesis.net:
+    if entry.net != committees.net:
         raise RuleError("network", "the entry belongs to another network")
     account = accounts.get(entry.account)
     seq, head, balance = (account.seq, account.head, account.balance) if account is not None else (0, NO_HEAD, 0)
@@ -164,12 +203,23 @@ def check_entry(genesis: Genesis, accounts: Accounts, channels: Channels, supply
         raise RuleError("sequence", f"entry {entry.seq} does not follow {seq}", wait=entry.seq > seq)
     if entry.prev != head:
         raise RuleError("prev", f"entry {entry.seq} does not build on the chain's head")
-    scratch = Scratch(genesis, channels, supply, entry)
+    scratch = Scratch(committees, channels, supply, entry)
     for index, op in enumerate(entry.ops):
         _OPS[type(op)](scratch, index, op)
     if scratch.spend > balance:
         raise RuleError("funds", f"the entry spends {scratch.spend}, the account has {balance}", wait=True)
     return scratch
+
+
+def check_grants_now(committees: CommitteeChain, entry: Entry) -> None:
+    """For votes only: an issuer that was replaced grants no more.
+
+    The one gate that can be revoked, on purpose: a stolen issuer key must stop counting. The state itself takes a final
+    grant of any issuer, present or past, so that it does not depend on the order in which objects come.
+    """
+    replaced = entry.account in committees.issuers and entry.account != committees.issuer
+    if replaced and any(type(op) is Grant for op in entry.ops):
+        raise RuleError("issuer", "this account is not the network's issuer any more")
 
 
 def check_entry_signature(item: Item, entry: Entry) -> None:
@@ -178,46 +228,52 @@ def check_entry_signature(item: Item, entry: Entry) -> None:
         raise RuleError("signature", f"entry {entry.seq} is not signed by its account")
 
 
-def check_freezes(genesis: Genesis, entry: Entry) -> None:
+def check_freezes(committees: CommitteeChain, entry: Entry) -> None:
     """Every reclaim carries a quorum of freezes that support its total (rule 5)."""
     for op in entry.ops:
         if type(op) is Reclaim:
-            _check_freeze_set(genesis, entry.account, op)
+            _check_freeze_set(committees, entry.account, op)
 
 
-def _check_freeze_set(genesis: Genesis, payer: bytes, op: Reclaim) -> None:
-    witnesses: set[bytes] = set()
-    highest = 0
-    for signed in op.freezes:
-        freeze = check_freeze(genesis, payer, signed, op.channel)
-        witnesses.add(freeze.witness)
-        highest = max(highest, freeze.total)
-    if len(witnesses) < genesis.quorum:
-        raise RuleError("quorum", f"{len(witnesses)} distinct freezes, {genesis.quorum} are needed")
+def _check_freeze_set(committees: CommitteeChain, payer: bytes, op: Reclaim) -> None:
+    freezes = [check_freeze(committees, payer, signed, op.channel) for signed in op.freezes]
+    epoch = freezes[0].epoch
+    if any(freeze.epoch != epoch for freeze in freezes):
+        raise RuleError("epoch", "a reclaim's freezes are of different epochs")
+    witnesses, needed = quorums.distinct(freeze.witness for freeze in freezes), committees.of(epoch).quorum
+    if len(witnesses) < needed:
+        raise RuleError("quorum", f"{len(witnesses)} distinct freezes, {needed} are needed")
+    highest = max(freeze.total for freeze in freezes)
     if highest != op.total:
         raise RuleError("freeze", f"reclaim with {op.total}, but the freezes say {highest}")
 
 
-def check_freeze(genesis: Genesis, payer: bytes, signed: Signed, channel: bytes) -> Freeze:
-    """One freeze of ``channel``: by a witness, with the payer's voucher of exactly its total."""
+def check_freeze(committees: CommitteeChain, payer: bytes, signed: Signed, channel: bytes) -> Freeze:
+    """One freeze of ``channel``: by a witness of its epoch, with the payer's voucher of exactly its total."""
     freeze = _open_freeze(signed)
-    if freeze.net != genesis.net or freeze.epoch != 0 or freeze.witness not in genesis.witnesses:
+    if freeze.net != committees.net or freeze.witness not in committees.of(freeze.epoch).members:
         raise RuleError("freeze", "a freeze is not by a witness of this network's epoch")
     if freeze.channel != channel:
         raise RuleError("freeze", "a freeze is about another channel")
-    if freeze.total == 0:
-        return freeze
-    voucher, signature = freeze.voucher, freeze.voucher_signature
-    if (
-        voucher is None
-        or signature is None
-        or voucher.channel != channel
-        or voucher.net != genesis.net
-        or voucher.cumulative != freeze.total
-        or not verify(payer, b"", id_of(voucher), signature)
-    ):
+    if not proves_total(committees.net, payer, channel, freeze.total, freeze.voucher, freeze.voucher_signature):
         raise RuleError("freeze", f"a freeze at {freeze.total} lacks the payer's voucher of that amount")
     return freeze
+
+
+def proves_total(
+    net: bytes, payer: bytes, channel: bytes, total: int, voucher: Voucher | None, signature: bytes | None
+) -> bool:
+    """Whether a frozen total has its evidence: the payer's voucher of exactly that amount, none for zero."""
+    if total == 0:
+        return True
+    return (
+        voucher is not None
+        and signature is not None
+        and voucher.channel == channel
+        and voucher.net == net
+        and voucher.cumulative == total
+        and verify(payer, b"", id_of(voucher), signature)
+    )
 
 
 def _open_freeze(signed: Signed) -> Freeze:

@@ -1,7 +1,7 @@
 """The replicated state: a pure function of the *set* of final objects.
 
-Owns balances, chains' heads, channels, and the objects that wait for what they build on. Everything handed to
-:meth:`State.add` must carry a certificate that was checked before (``certificate``).
+Owns balances, chains' heads, channels, the committee chain, and the objects that wait for what they build on.
+Everything handed to :meth:`State.add` must carry a certificate that was checked before (``certificate``).
 
 Invariants:
 I1 one final entry per (account, seq). I2 balances + open locks - paid = supply. I3 no negative balance.
@@ -13,22 +13,24 @@ from collections.abc import Iterator
 from hashlib import sha256
 
 from config.errors import IntegrityError
+from ledger.core.committee import CommitteeChain
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Claim, Entry, Item, channel_id
+from ledger.core.objects import Claim, Committee, Entry, Issuer, Item, channel_id
 from ledger.core.rules import AccountState, ChannelState, Scratch, check_claim, check_claim_signatures, check_entry
 
 WAITING_MAX = 1 << 20
 
 
 class State:
-    """Accounts, channels, supply; see the module's invariants."""
+    """Accounts, channels, supply, committees; see the module's invariants."""
 
     __slots__ = (
         "accounts",
         "applied",
         "broken",
         "channels",
+        "committees",
         "genesis",
         "supply",
         "touched",
@@ -38,6 +40,7 @@ class State:
 
     def __init__(self, genesis: Genesis) -> None:
         self.genesis = genesis
+        self.committees = CommitteeChain(genesis)
         self.accounts: dict[bytes, AccountState] = {}
         self.channels: dict[bytes, ChannelState] = {}
         self.supply = 0
@@ -159,7 +162,7 @@ class State:
     def _apply(self, item: Item, entry: Entry) -> list[bytes] | None:
         """Apply one entry; the accounts whose waiting entries may go on, or None if it has to wait itself."""
         try:
-            scratch = check_entry(self.genesis, self.accounts, self.channels, self.supply, entry)
+            scratch = check_entry(self.committees, self.accounts, self.channels, self.supply, entry)
         except RuleError as error:
             if error.wait:
                 return None
@@ -196,6 +199,12 @@ class State:
             channel.paid = channel.closed_at = total
             touched.add(key)
             wake += [channel.payout, *self._settle(key)]
+        change = scratch.change
+        if type(change) is Committee:
+            self.committees.adopt(change, item.id)
+        elif type(change) is Issuer:
+            self.committees.replace_issuer(change)
+            wake.append(change.key)
         return wake
 
     def _settle(self, key: bytes) -> list[bytes]:
@@ -235,7 +244,7 @@ class State:
     # computations
 
     def digest(self) -> bytes:
-        """One hash over accounts, channels and supply: equal on every node that knows the same objects."""
+        """One hash over all of it: equal on every node that knows the same objects."""
         total = sha256(b"rios/state/1\0" + self.genesis.net)
         for part in self._lines():
             total.update(part)
@@ -251,6 +260,7 @@ class State:
             closed = b"\1" if c.closed_at is not None else b"\0"
             yield key + c.payer + c.payout + c.lock.to_bytes(8, "big") + c.paid.to_bytes(8, "big") + closed
         yield self.supply.to_bytes(8, "big")
+        yield from self.committees.lines()
 
     def check_invariants(self) -> None:
         """Raise :class:`IntegrityError` naming the first broken invariant (I2, I3, I4)."""

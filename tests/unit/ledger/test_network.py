@@ -263,6 +263,7 @@ async def test_without_a_quorum_nothing_is_final_and_the_entry_is_sent_again(tmp
     async with swarm(tmp_path, nodes=5, f=1) as s:
         await s.ledgers[0].grant(s.ids[4].public_key, 30 * CREDIT)
         await s.converged()
+        await s.ledgers[4].transfer(s.ids[0].public_key, 1)  # with a quorum, a new database learns that it is new
         await s.stop(2)
         await s.stop(3)
         with pytest.raises(RiosError, match="votes missing") as caught:

@@ -100,11 +100,17 @@ def test_entries_are_refused_by_name(world):
         "amount": world.entry(B, Open(C.public_key, C.public_key, 9, 0)),
         "ownership": world.entry(B, TopUp(key, 5)),
         "signer": world.entry(B, Open(bytes(32), C.public_key, 10, 0)),
-        "epoch": world.entry(A, Committee(1, (B.public_key,), 0)),
+        "epoch": world.entry(A, Committee(2, (B.public_key,), 0)),
+        "committee": world.entry(A, Committee(1, (B.public_key, C.public_key), 0)),
+        "keys": world.entry(A, Committee(1, (B.public_key,) * 4, 1)),
+        "listed": world.entry(A, Committee(1, (B.public_key,), 0)),
+        "alone": world.entry(A, Issuer(B.public_key), Transfer(C.public_key, 1)),
+        "root": world.entry(B, Issuer(B.public_key)),
         "signature": Signed(world.entry(B, Transfer(C.public_key, 1)).body, bytes(64)),
     }.items():
         assert world.refused(signed).rule == rule
-    assert world.refused(world.entry(A, Issuer(B.public_key))).rule == "epoch"
+    assert world.refused(world.entry(A, Issuer(A.public_key))).rule == "issuer"
+    assert world.refused(world.entry(A, Issuer(B.public_key))).wait, "the operator may list it later"
     assert world.refused(world.entry(B, Transfer(C.public_key, 101))).wait, "credits may still arrive"
 
 

@@ -15,11 +15,13 @@ from ledger.core.genesis import Genesis, from_json
 from ledger.core.objects import (
     NO_HEAD,
     Claim,
+    Committee,
     Entry,
     Grant,
     Open,
     Receipt,
     Reclaim,
+    Seat,
     Signed,
     TopUp,
     Transfer,
@@ -33,7 +35,8 @@ from ledger.core.witness import Witness
 from p2p.core.identity import Identity
 
 FILE = Path(__file__).parents[2] / "vectors" / "ledger.json"
-SEEDS = {name: bytes([n]) * 32 for n, name in enumerate(("issuer", "payer", "worker", "cold", "w0", "w1", "w2", "w3"))}
+NAMES = ("issuer", "payer", "worker", "cold", "w0", "w1", "w2", "w3", "v0", "v1", "v2", "v3")
+SEEDS = {name: bytes([n]) * 32 for n, name in enumerate(NAMES)}
 WHO = {name: Identity.from_seed(seed) for name, seed in SEEDS.items()}
 
 
@@ -44,7 +47,8 @@ def produce() -> dict:
     genesis = Genesis(
         issuer=issuer.public_key, root=issuer.public_key, witnesses=tuple(w.public_key for w in committee), f=1
     )
-    state, verifier = State(genesis), Verifier(genesis)
+    state = State(genesis)
+    verifier = Verifier(genesis, state.committees)
     witnesses = [Witness(w, state) for w in committee]
     steps = []
 
@@ -84,6 +88,22 @@ def produce() -> dict:
     receipt = sign(worker, Receipt(genesis.net, channel, 1, 250_000, 32, 250_000_000, 0, bytes(32)))
     good = entry(payer, Reclaim(channel, 250_000, freezes))
     final("reclaim", good)
+    lock = entry(payer, Transfer(cold.public_key, 9))
+    witnesses[0].consider_entry(parse(lock))
+    witnesses[0].seal()
+    successors = [WHO[f"v{n}"] for n in range(4)]
+    change = entry(issuer, Committee(1, tuple(v.public_key for v in successors), 1))
+    for witness in witnesses:
+        witness.listed.add(parse(change).id)
+    final("committee", change)
+    handovers = [effect.signed for effect in (witness.advance() for witness in witnesses[:3]) if effect is not None]
+    witnesses = [Witness(v, state, 1) for v in successors]
+    for witness in witnesses:
+        for handover in handovers:
+            witness.receive(handover)
+        witness.advance()
+    final("transfer that one old witness had voted for", lock)
+    seat = sign(successors[0], Seat(genesis.net, 1, successors[0].public_key, worker.public_key))
     wide = entry(payer, Transfer(worker.public_key, 1))
     return {
         "seeds": {name: seed.hex() for name, seed in SEEDS.items()},
@@ -94,6 +114,8 @@ def produce() -> dict:
         "receipt": {"body": receipt.body.hex(), "signature": receipt.signature.hex()},
         "voucher": {"body": promise.body.hex(), "signature": promise.signature.hex()},
         "freezes": [{"body": f.body.hex(), "signature": f.signature.hex()} for f in freezes],
+        "handovers": [{"body": h.body.hex(), "signature": h.signature.hex()} for h in handovers],
+        "seat": {"body": seat.body.hex(), "signature": seat.signature.hex()},
         "steps": steps,
         "refused": {
             "amount 1 in three bytes": (wide.body[:-1] + b"\xcd\x00\x01").hex(),
@@ -114,7 +136,8 @@ def test_the_vectors_alone_lead_to_the_same_state():
     vectors = json.loads(FILE.read_text())
     genesis = from_json(json.dumps(vectors["genesis"]))
     assert genesis.net.hex() == vectors["net"]
-    state, verifier = State(genesis), Verifier(genesis)
+    state = State(genesis)
+    verifier = Verifier(genesis, state.committees)
     for step in vectors["steps"]:
         item = verifier.open(certificates.decode(bytes.fromhex(step["certificate"])))
         assert item.id.hex() == step["id"]

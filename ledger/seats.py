@@ -1,0 +1,328 @@
+"""This node's seats in the committees: from taking one to erasing its key.
+
+Owns the :class:`~ledger.core.witness.Witness` of every epoch in which this node holds a key, brings it back after a
+restart, fetches and serves handovers, stops and hands over when the next committee is final, erases the epoch's key.
+``voting`` serves the votes of whichever seat is the present one.
+
+Invariants: a handover leaves only when it and the stop are durable, and its key is erased after that. A seat that may
+have forgotten promises (a database from a backup) stays silent for its epoch: noticed by the mark outside the database
+(``mark``), by peers that know later batches of it, which are asked before the first vote after every start, and by
+certificates that come in later.
+"""
+
+import logging
+import random
+
+import trio
+
+from config.errors import IntegrityError, RemoteError, RiosError
+from config.vocabulary import PeerId
+from ledger.book import Book
+from ledger.core.errors import RuleError
+from ledger.core.objects import (
+    HANDOVER_BYTES_MAX,
+    Certificate,
+    Claim,
+    Item,
+    Seat,
+    Signed,
+    Votes,
+    open_signed,
+    sign,
+)
+from ledger.core.witness import COLLECTING, HANDED_OVER, HandedOver, Witness
+from ledger.keys import EpochKeys
+from ledger.lineage import Lineage
+from ledger.notes import Notes
+from ledger.promises import Handed, Listed, Standing, recall
+from p2p.face import Call, Network, Reply
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES = 1 << 20
+DEADLINE_MS = 10_000
+PAUSE_S = 1.0
+RETRY_S = 5.0
+LATE_PAUSE_S = 30.0
+"""Between rounds for handovers that are not needed to begin."""
+
+
+class Seats:
+    """The witnesses that this node is."""
+
+    def __init__(
+        self, network: Network, book: Book, notes: Notes, keys: EpochKeys, lineage: Lineage, *, active: bool
+    ) -> None:
+        self._network = network
+        self._book = book
+        self._notes = notes
+        self._keys = keys
+        self._lineage = lineage
+        self._active = active
+        self._seats: dict[int, Witness] = {}
+        self._vouched: set[int] = set()
+        self._handing = trio.Lock()
+        self._changed = trio.Event()
+        self._joined = trio.Event()
+        self._random = random.Random()
+        self._seen_epoch = -1
+        if active:
+            self._sit()
+            self._changed.set()  # what was collected before the restart may be enough
+        book.listeners.append(self._on_final)
+        network.serve("ledger.handover", self._serve_handover)
+        network.serve("ledger.batches", self._serve_batches)
+
+    # accessors
+
+    @property
+    def witness(self) -> Witness | None:
+        """The witness of the newest epoch, if this node is one."""
+        return self._seats.get(self._book.state.committees.epoch)
+
+    def present(self) -> Witness:
+        """The same. Raises :class:`RuleError`: ``epoch`` (waits) if this node has no seat, or the reason to wait."""
+        epoch, witness = self._book.state.committees.epoch, self.witness
+        if witness is None:
+            raise RuleError("epoch", f"this node is no witness of epoch {epoch}", wait=True)
+        if epoch not in self._vouched:
+            raise RuleError("restart", "this witness asks its peers whether it has forgotten anything", wait=True)
+        return witness
+
+    async def allow(self, entry_id: bytes) -> None:
+        """The operator agrees to a change of the committee or the issuer (rule 6)."""
+        await self._book.writer.commit([Listed(entry_id)])
+        for witness in self._seats.values():
+            witness.listed.add(entry_id)
+
+    async def trust_again(self) -> None:
+        """The operator of the only witness vouches for a database that came from a backup.
+
+        Raises RuleError where others could be harmed: with f > 0 the committee goes on without this witness.
+        """
+        witness = self.witness
+        if witness is None or not witness.restored:
+            raise RuleError("restored", "no witness of this node was restored from a backup")
+        if self._book.state.committees.of(witness.epoch).f:
+            raise RuleError("restored", "it may have voted for other entries; the others go on until the next epoch")
+        await self._book.writer.commit(
+            [
+                self._lineage.trust(witness.key),
+                Standing(witness.epoch, witness.key, witness.phase, False),
+            ]
+        )
+        witness.restored = False
+
+    # taking seats
+
+    def _sit(self) -> None:
+        """Take every seat there is a key for, old ones too while they have not handed over."""
+        committees = self._book.state.committees
+        for committee in committees.epochs[self._seen_epoch + 1 :]:
+            for key in committee.keys:
+                standing = self._book.store.promises.standing(committee.epoch, key)
+                if standing is not None and standing.phase == HANDED_OVER:
+                    self._keys.erase(key)  # if the last run ended between the two
+                    continue
+                identity = self._keys.find(key)
+                if identity is not None:
+                    self._seats[committee.epoch] = self._recall(Witness(identity, self._book.state, committee.epoch))
+                    if not committee.f:
+                        self._vouched.add(committee.epoch)  # alone: nobody to ask
+        self._seen_epoch = committees.epoch
+
+    def _recall(self, witness: Witness) -> Witness:
+        store = self._book.store
+        recall(store.promises, witness, store.voted(witness.epoch), store.final_claims())
+        witness.restored = witness.restored or self._lineage.has_forgotten(witness.key)
+        return witness
+
+    # what is going on
+
+    def _on_final(self, item: Item, certificate: Certificate) -> None:
+        for witness in self._seats.values():
+            if isinstance(item.object, Claim):
+                witness.saw_voucher(item.object.voucher, item.object.voucher_signature)
+            witness.forget_slot(item)
+            if certificate.epoch == witness.epoch:
+                self._compare(witness, certificate)
+        begins = self._book.state.committees.epoch != self._seen_epoch
+        if self._active and (begins or any(w.phase == COLLECTING for w in self._seats.values())):
+            self._changed.set()
+
+    def _compare(self, witness: Witness, certificate: Certificate) -> None:
+        for vote in certificate.votes:
+            number = self._book.verifier.batch_no(vote, witness.key, witness.epoch)
+            if number is not None and witness.notice(number):
+                self._vouched.discard(witness.epoch)  # the next round makes it durable
+
+    async def run(self) -> None:
+        """Take seats, collect handovers, hand over, until cancelled."""
+        if self._active:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._run_steps)
+                nursery.start_soon(self._run_rounds)
+
+    async def _run_steps(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            try:
+                await self.advance()
+            except RiosError as error:
+                log.error("this node's witness cannot go on: %s", error)
+                await trio.sleep(RETRY_S)
+                self._changed.set()
+
+    async def _run_rounds(self) -> None:
+        while True:
+            for witness in list(self._seats.values()):
+                try:
+                    await self._tend(witness)
+                except RiosError as error:
+                    log.error("the witness of epoch %d: %s", witness.epoch, error)
+            with trio.move_on_after(self._pause_s()):
+                await self._joined.wait()
+            self._joined = trio.Event()
+
+    def _pause_s(self) -> float:
+        busy = any(w.epoch not in self._vouched or w.phase == COLLECTING for w in self._seats.values())
+        return (PAUSE_S if busy else LATE_PAUSE_S) * self._random.uniform(0.5, 1.5)
+
+    async def _tend(self, witness: Witness) -> None:
+        if witness.epoch not in self._vouched and await self._ask_about(witness):
+            self._vouched.add(witness.epoch)
+        if witness.key != self._network.identity.public_key:
+            await self._announce(witness)
+        if witness.inheritance is not None:
+            await self._collect(witness)
+
+    # handing over
+
+    async def advance(self) -> None:
+        """Every step that is due after a change of the state."""
+        async with self._handing:
+            if self._active and self._book.state.committees.epoch != self._seen_epoch:
+                self._sit()
+                self._joined.set()
+            for witness in list(self._seats.values()):
+                effect = witness.advance()
+                if effect is not None:
+                    await self._hand_over(witness, effect)
+
+    async def _hand_over(self, witness: Witness, effect: HandedOver) -> None:
+        standing = Standing(effect.epoch, effect.witness, HANDED_OVER, False)
+        await self._book.writer.commit([standing, Handed(effect.epoch, effect.witness, effect.signed)])
+        witness.confirm_handover()
+        del self._seats[effect.epoch]
+        self._keys.erase(effect.witness)
+
+    async def _announce(self, witness: Witness) -> None:
+        """Tell where this witness is found, as long as it holds its key."""
+        identity = self._keys.find(witness.key)
+        if identity is None or self._notes.peer_of(witness.epoch, witness.key) == self._network.identity.peer_id:
+            return
+        net, node = self._book.genesis.net, self._network.identity.public_key
+        seat = sign(identity, Seat(net, witness.epoch, witness.key, node))
+        await self._notes.add_seat(seat, announce=True)
+
+    # collecting
+
+    async def _collect(self, witness: Witness) -> None:
+        inheritance = witness.inheritance
+        assert inheritance is not None
+        for key in [key for key in inheritance.old.keys if key not in inheritance.received]:
+            try:
+                await self.receive(witness, await self._fetch(inheritance.old.epoch, key))
+            except RiosError:
+                continue  # the others may be enough; the next round asks again
+
+    async def receive(self, witness: Witness, signed: Signed) -> None:
+        """Take a handover for ``witness``. Raises IntegrityError for a wrong one."""
+        author = witness.receive(signed)
+        if author is not None:
+            await self._book.writer.commit([Handed(witness.epoch - 1, author, signed)])
+            await self.advance()
+
+    async def _fetch(self, epoch: int, key: bytes) -> Signed:
+        """A handover, from its witness or from whoever has it. Raises RemoteError if nobody has."""
+        own = self._book.store.promises.handover(epoch, key)
+        if own is not None:
+            return own
+        others = [peer for peer in self._notes.witnesses(epoch + 1) if peer != self._network.identity.peer_id]
+        self._random.shuffle(others)
+        for peer_id in (self._notes.peer_of(epoch, key), *others):
+            try:
+                return await self._fetch_from(peer_id, epoch, key)
+            except RiosError:
+                continue  # the others may have it
+        raise RemoteError("unavailable", f"nobody has the handover of {key.hex()[:16]} yet")
+
+    async def _fetch_from(self, peer_id: PeerId, epoch: int, key: bytes) -> Signed:
+        body = bytearray()
+        while True:
+            ask = {"net": self._book.genesis.net, "epoch": epoch, "witness": key, "offset": len(body)}
+            reply = await self._network.call(peer_id, "ledger.handover", ask, deadline_ms=DEADLINE_MS)
+            size, signature = reply.header.get("bytes"), reply.header.get("signature")
+            piece = bytes(reply.buffers[0]) if len(reply.buffers) == 1 else b""
+            if type(size) is not int or size > HANDOVER_BYTES_MAX or not piece or not isinstance(signature, bytes):
+                raise IntegrityError("integrity", f"{peer_id} sent a malformed handover")
+            body += piece
+            if len(body) >= size:
+                return Signed(bytes(body), signature)
+
+    async def _serve_handover(self, call: Call) -> Reply:
+        self._check_net(call)
+        epoch, key, offset = (call.header.get(name) for name in ("epoch", "witness", "offset"))
+        if type(epoch) is not int or not isinstance(key, bytes) or type(offset) is not int or offset < 0:
+            raise RiosError("invalid_request", "'epoch', 'witness' and 'offset' are needed")
+        signed = self._book.store.promises.handover(epoch, key)
+        if signed is None:
+            raise RiosError("not_found", f"no handover of {key.hex()[:16]} of epoch {epoch} is here (yet)")
+        piece = signed.body[offset : offset + PIECE_BYTES]
+        return Reply({"bytes": len(signed.body), "signature": signed.signature}, [piece])
+
+    def _check_net(self, call: Call) -> None:
+        if call.header.get("net") != self._book.genesis.net:
+            raise RiosError("conflict", "this node belongs to another ledger network", "compare the genesis files")
+
+    # has this witness forgotten anything?
+
+    async def _ask_about(self, witness: Witness) -> bool:
+        """Ask the committee for later batches of this witness; whether enough answered: f + 1, one of them honest.
+
+        Who knows a newer epoch does not count: this copy of the ledger has to catch up first.
+        """
+        committee = self._book.state.committees.of(witness.epoch)
+        answered = 0
+        for key in committee.keys:
+            if key != witness.key:
+                try:
+                    await self._ask_batches(witness, self._notes.peer_of(witness.epoch, key))
+                    answered += 1
+                except RiosError:
+                    continue  # who is not up cannot warn; enough others must
+        if witness.restored:
+            await self._book.writer.commit([Standing(witness.epoch, witness.key, witness.phase, True)])
+        return answered > committee.f or not committee.f
+
+    async def _ask_batches(self, witness: Witness, peer_id: PeerId) -> None:
+        ask = {"net": self._book.genesis.net, "epoch": witness.epoch, "witness": witness.key}
+        reply = await self._network.call(peer_id, "ledger.batches", ask, deadline_ms=DEADLINE_MS)
+        newest = reply.header.get("newest")
+        if type(newest) is not int or newest > self._book.state.committees.epoch:
+            raise RemoteError("conflict", f"{peer_id} knows a newer committee")
+        header, signature = reply.header.get("header"), reply.header.get("signature")
+        if isinstance(header, bytes) and isinstance(signature, bytes) and len(signature) == 64:
+            votes = open_signed(Votes, Signed(header, signature), witness.key)
+            if votes is not None and (votes.witness, votes.epoch) == (witness.key, witness.epoch):
+                witness.notice(votes.batch_no)
+
+    async def _serve_batches(self, call: Call) -> Reply:
+        self._check_net(call)
+        epoch, key = call.header.get("epoch"), call.header.get("witness")
+        if type(epoch) is not int or not isinstance(key, bytes):
+            raise RiosError("invalid_request", "'epoch' and 'witness' are needed")
+        known = {"newest": self._book.state.committees.epoch}
+        batch = self._book.newest_batch(epoch, key)
+        return Reply(known | ({"header": batch.body, "signature": batch.signature} if batch is not None else {}))
