@@ -1,7 +1,7 @@
 # Everything a developer or a curious stranger needs. `make help` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools run test check bench faults soak sim mutants fuzz netns clean
+.PHONY: help setup tools run test check bench faults soak bank sim mutants model fuzz netns clean
 PY := .venv/bin/python
 ARGS ?=
 
@@ -47,6 +47,12 @@ sim: setup  ## the ledger under 10,000 seeds of faults and lies (SEEDS=100 FIRST
 
 mutants: setup  ## every known way to break the ledger's protocol is caught by the simulator (SEEDS=60)
 	@$(PY) -m tests.sim.mutants --seeds $(or $(SEEDS),60) $(ARGS)
+
+bank: setup  ## the ledger's bank test: 4 witnesses, 3 clients, a thief, kill -9, partitions (MINUTES=5; ARGS="--seed 7")
+	@$(PY) -m tests.soak.bank --minutes $(or $(MINUTES),5) $(ARGS)
+
+model: setup  ## every interleaving of certificates, freezes and a committee change, n = 4, f = 1 (ARGS="--scope slot")
+	@$(PY) -m tests.model.explorer $(ARGS)
 
 fuzz: setup  ## a million hostile inputs of each kind (ARGS="frames --count 1000 --seed 7")
 	@$(PY) -m tests.fuzz.fuzz $(ARGS)

@@ -26,12 +26,15 @@ class Pool:
         self.busy = 0
 
     def submit(self, job: Job) -> None:
-        """Run ``job`` soon, in the task that became idle last."""
+        """Run ``job`` soon, in the task that became idle last. Once the nursery has ended it is left undone."""
         self.busy += 1
         if self._idle:
             trio.lowlevel.reschedule(self._idle.pop(), outcome.Value(job))
-        else:
+            return
+        try:
             self._nursery.start_soon(self._work, job)
+        except RuntimeError:  # trio's word for a nursery that ended: the node stops, its connections close next
+            self.busy -= 1
 
     async def _work(self, job: Job) -> None:
         while True:
