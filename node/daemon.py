@@ -346,6 +346,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         seller=node.ledger.seller if node.ledger else None,
         limits=_stage_limits(settings, ram_bytes_max),
         paused=lambda: node.worker.paused,
+        device=node.worker.device,
     )
     privacy = privacy_rule(settings.dmoe)
     node.hosting = Hosting(
@@ -389,6 +390,7 @@ async def _start_work(node: Node, nursery: trio.Nursery, genesis: Genesis | None
         timeout_ms=settings.dmoe.call_timeout_ms,
         measured=partial(_measured, node.planner),
         may_forward=settings.dmoe.stage_forwarding,
+        auditor=node.caller.audit,
     )
     node.engine = Engine(
         models,

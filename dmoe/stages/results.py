@@ -15,6 +15,7 @@ import trio
 from config.errors import RequestError, RiosError
 from config.vocabulary import PeerId
 from dmoe.core import stagecalls
+from dmoe.core.wire import FloatRows
 from p2p.face import Call, Network, Reply
 
 
@@ -28,6 +29,8 @@ class Expected:
     header: dict[str, Any] | None = None
     buffer: memoryview | None = None
     error: RiosError | None = None
+    rows: FloatRows | None = None
+    """What came, as numbers."""
 
     def fail(self, error: RiosError) -> None:
         """It will not come. Does nothing if it has come."""
