@@ -95,6 +95,8 @@ class StageAudits:
         self._random = random or Random()
         self._manifests: dict[str, Manifest] = {}
         self._next_fetch = 0.0
+        self.is_idle = True
+        """No audit is being made."""
         self._put, self._queue = trio.open_memory_channel[Taken](QUEUE_MAX)
         self._nursery: trio.Nursery | None = None
 
@@ -206,6 +208,7 @@ class StageAudits:
             self._nursery = nursery
             task_status.started()
             async for taken in self._queue:
+                self.is_idle = False
                 try:
                     await self._audit(taken)
                 except RiosError as error:
@@ -217,6 +220,7 @@ class StageAudits:
                     for heard in taken.heard.values():
                         if self.auditor.trust.trusted(heard.link.peer):
                             self._drop(heard, taken.manifest)
+                    self.is_idle = True
 
     async def _audit(self, taken: Taken) -> None:
         """From the first stage on, as long as it is known what came into each."""

@@ -1,8 +1,8 @@
 """Serves stages: keeps sequences' caches, runs rows through whole layers, gives the rows on, and meters it.
 
 Owns: the RPCs ``stage.open``, ``stage.run``, ``stage.show`` and ``stage.close``, which stages are loaded, admission,
-what is metered. Does not own: what runs together (``loaded``), whose caches are here (``tickets``), which shards come here
-(``dmoe.hosting``), what work costs (the ledger, behind :class:`dmoe.ports.Seller`).
+what is metered. Does not own: what runs together (``loaded``), whose caches are here (``tickets``), which shards come
+here (``dmoe.hosting``), what work costs (the ledger, behind :class:`dmoe.ports.Seller`).
 
 Who opens a ticket pays for it, by the channel and at the quote named then. A run may come from anybody who knows its
 tickets: that is how the host before this one gives its rows on. The answer to a run follows when the hosts behind this
