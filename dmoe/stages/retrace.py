@@ -12,9 +12,9 @@ hardly anything proves guilt. Where they do not, the copies lie close.
 Invariants:
 1. Guilty is only an element that is further from the exact answer than :data:`MARGIN` times the spread of the copies,
    beyond what the wire's rounding explains. Honest answers stay below a third of that (``tests/bench/bench_trust.py``).
-2. A row whose experts honest machines may choose differently is not judged; what its choices mean for the rows behind
-   it is in the spread, since the copies make them differently. Where groups of experts or a threshold are undecided,
-   nothing behind that row is judged.
+2. Where honest machines may choose other experts, the copies do, each expert on the edge in one of them at least: what
+   that means for the row and for those behind it is in the spread. Where groups of experts or a threshold are
+   undecided, that row and all behind it are not judged.
 3. What overflows, or is no number, is not judged.
 """
 
@@ -36,10 +36,12 @@ from dmoe.core.wire import FloatRows
 from dmoe.latent import NORM_EPS
 from dmoe.weights import GroupedWeights, LatentWeights, LayerWeights, OwnWeights
 
-MARGIN = 4.0
+MARGIN = 8.0
 """Times the spread of the copies: float weights. Their noise alone is several times what honest machines show."""
 CODED_MARGIN = 8.0
 """The same where activations are rounded to codes: there honest machines are as far apart as the copies are."""
+TURNS = 3
+"""Copies choose independently in so many layers: they are eight."""
 NEAR = 6.0
 """Choices are undecided within so many times what the copies' ranks differ by."""
 ROWS_AT_ONCE = 128
@@ -138,7 +140,7 @@ class _Run:
             return jitter.relative(x + self._expert(layer.experts[0], h))
         if trunk.own is not None:
             x = jitter.relative(x + self._own(trunk.own, h))
-        return jitter.relative(x + self._routed(layer, h, judged)) if trunk.is_sparse else x
+        return jitter.relative(x + self._routed(index, layer, h, judged)) if trunk.is_sparse else x
 
     # --- attention
 
@@ -231,12 +233,12 @@ class _Run:
             return y
         return jitter.relative(y * jitter.sigmoid(jitter.product(h, own.gate.astype(np.float64))))
 
-    def _routed(self, layer: Layer, h: Exact, judged: NDArray[np.bool_]) -> Exact:
+    def _routed(self, index: int, layer: Layer, h: Exact, judged: NDArray[np.bool_]) -> Exact:
         """The experts that each copy chose: partial sums per group, rounded as they travel."""
         manifest, jitter, trunk = self._manifest, self._jitter, layer.trunk
         assert trunk.router is not None
         scores = jitter.linear(h, trunk.router)
-        chosen, weights = choose(self._arch.router, scores, trunk.choice_bias, judged)
+        chosen, weights = choose(self._arch.router, scores, trunk.choice_bias, judged, index % TURNS)
         seen = jitter.sent(h, manifest.wire_dtype)
         total = np.zeros_like(h)
         for members in manifest.sum_groups:
@@ -256,10 +258,12 @@ class _Run:
 
 
 def choose(
-    router: Router, scores: Exact, bias: NDArray[np.float32] | None, judged: NDArray[np.bool_]
+    router: Router, scores: Exact, bias: NDArray[np.float32] | None, judged: NDArray[np.bool_], turn: int = 0
 ) -> tuple[Choice, Exact]:
-    """The experts and weights of every copy, ``[R, N, k]`` each, from ``scores f64[R, N, experts]``. Rows that honest
-    machines may choose for differently are struck from ``judged``; of these every copy takes another choice."""
+    """The experts and weights of every copy, ``[R, N, k]`` each, from ``scores f64[R, N, experts]``. Where honest
+    machines may choose differently, the copies do: all but the first one after the other take the experts on the edge,
+    ``turn`` makes that independent of what they do in other layers. Rows whose groups are undecided, and all behind
+    them, are struck from ``judged``."""
     copies, count, experts = scores.shape
     flat = scores.reshape(-1, experts)
     ranks, shares = routing.ranks_of(router, flat, bias)
@@ -276,9 +280,8 @@ def choose(
         edge = (base[places, order[:, top - 1]] + base[places, order[:, top]]) / 2
         near = np.abs(base - edge[:, None]) < NEAR * spread[:, None]
         for row in np.flatnonzero(near.sum(axis=1) > 1):
-            judged[row] = False
             for copy in range(copies):
-                chosen[copy, row] = _turned(order[row], near[row], top, copy)
+                chosen[copy, row] = _turned(order[row], near[row], top, copy >> turn if copy else 0)
     judged[np.cumsum(lost) > 0] = False
     weighed = routing.weighed(router, flat, shares, chosen.reshape(-1, top))
     assert weighed.weights is not None

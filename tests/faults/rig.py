@@ -226,14 +226,17 @@ def swarm_of(
     routes: Sequence[str] = ("experts",),
     places: Sequence[Place] = (),
     settings: Mapping[str, Any] | None = None,
+    kind: str = "Q4_1",
+    prefixes: Sequence[tuple[str, ...]] = (),
 ) -> Iterator[Rig]:
     """A running swarm that holds the model: one orchestrator for each of ``routes``, then the workers. ``places`` are
-    those of the nodes in this order (default: loopback)."""
+    those of the nodes in this order (default: loopback). ``kind``: of the model's weights. ``prefixes``: what the
+    workers' commands begin with."""
     places = [*places, *[Place()] * (len(routes) + workers - len(places))]
     with Swarm(folder / "swarm") as swarm:
         rig = Rig(swarm, replicas=replicas, mode=mode)
         rig.add_orchestrator(routes[0], places[0], **(settings or {}))
-        gguf = write_gguf(folder / "tiny.gguf")
+        gguf = write_gguf(folder / "tiny.gguf", kind=kind)
         imported = rios(rig.first, "model", "import", str(gguf), "--name", MODEL, "--layers-per-shard", "1", "--json")
         rig.model = json.loads(imported)["model_id"]
         rig.start(rig.first)
@@ -242,6 +245,8 @@ def swarm_of(
         rig.start(*rig.orchestrators[1:])
         for number, place in enumerate(places[len(routes) :]):
             rig.add_worker(f"worker-{number}", place, **(settings or {}))
+        for worker, prefix in zip(rig.workers, prefixes, strict=False):
+            worker.prefix = prefix
         rig.start(*rig.workers)
         for node in rig.orchestrators:
             created = rios(node, "gateway", "key", "create", "--user", "u", "--json")

@@ -69,18 +69,14 @@ def rewritten(store, manifest, stage, kind):
         dmoe.runtime.merged = dmoe.segment.merged = honest
 
 
-def through(segment, rows, pieces=None):
-    """``rows`` through a loaded stage in pieces, as they come out: rounded as they travel."""
-
-    async def run():
-        cache, found, at = await segment.open(len(rows) + 1), [], 0
-        for size in pieces or [len(rows)]:
-            found.append((await segment.run(rows[at : at + size], [Part(cache, size)])).copy())
-            at += size
-        cache.close()
-        return np.concatenate(found)
-
-    return run
+async def through(segment, rows, pieces=None):
+    """``rows`` through a loaded stage in pieces, as they come out."""
+    cache, found, at = await segment.open(len(rows) + 1), [], 0
+    for size in pieces or [len(rows)]:
+        found.append((await segment.run(rows[at : at + size], [Part(cache, size)])).copy())
+        at += size
+    cache.close()
+    return np.concatenate(found)
 
 
 class LyingStage:
