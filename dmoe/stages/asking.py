@@ -6,6 +6,7 @@ To the host it is an ordinary sequence: a ticket, the rows in pieces, paid for, 
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,8 @@ class Asking:
     def __init__(self, network: Network, host: StageHost, chains: Chains, purse: Purse, timeout_ms: int) -> None:
         self._network, self._host, self._chains, self._purse = network, host, chains, purse
         self._timeout_ms = timeout_ms
+        self.watch: Callable[[Heard, Manifest], None] = lambda heard, manifest: None
+        """Told of what a host signs for, as soon as it is known: its receipt may come any moment."""
 
     def quote_of(self, peer: PeerId, manifest: Manifest) -> Quote:
         """What a peer asks now."""
@@ -105,6 +108,8 @@ class Asking:
 
         def told(account: Account) -> None:
             heard.append(Heard(link, account.parts[0], account.device, account.said[0]))
+            if heard[-1].end == len(rows):
+                self.watch(heard[-1], manifest)
 
         way = Way(manifest.model_id, manifest.wire_dtype, manifest.architecture.hidden, (link,), forward=False)
         found = []

@@ -89,6 +89,7 @@ class StageAudits:
         self, network: Network, auditor: Auditor, asking: Asking, device: str, random: Random | None = None
     ) -> None:
         self.asking, self.auditor = asking, auditor
+        asking.watch = self._watch
         self.rows_audited = self.rows_asked = 0
         """Rows times layers: computed again, and of all passes."""
         self._network, self._device = network, device
@@ -164,10 +165,6 @@ class StageAudits:
         for stage in wanted:
             if (known := sequence.heard.get((stage, length))) is not None:
                 hear(known)
-
-    def watch(self, answer: Answered) -> None:
-        """Keep the host's signature for an answer."""
-        self._watch(answer.heard, answer.manifest)
 
     def _watch(self, heard: Heard, manifest: Manifest) -> None:
         notary, channel = self.auditor.notary, heard.link.channel
@@ -280,7 +277,6 @@ class StageAudits:
             except RiosError as error:
                 log.debug("%s is asked for no comparison: %s", peer, error)
                 continue
-            self._watch(answer.heard, manifest)
             return answer.went, answer
         rows = await self.asking.here(manifest, stage, x)
         if rows is None:
@@ -344,9 +340,7 @@ class StageAudits:
                 if taken.is_whole:
                     self.doubt(peer, "it shows other rows than those it signed for")
                 return None
-        answer = await self.asking.at(peer, manifest, stage, x)
-        self._watch(answer.heard, manifest)
-        return answer
+        return await self.asking.at(peer, manifest, stage, x)
 
     # --- what a difference leads to
 
@@ -380,7 +374,6 @@ class StageAudits:
                     other = await self.asking.at(peer, manifest, stage, answer.came, synthetic=True)
                 except RiosError:
                     continue
-                self._watch(other.heard, manifest)
                 rows = other.went
                 break
         if rows is None:

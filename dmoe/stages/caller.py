@@ -174,7 +174,9 @@ class StageRunner:
             if not todo:
                 break
             for failed in failures:
-                self._legs.blame(failed, [sequence_of(feeds[n]) for n in todo])
+                concerned = [sequence_of(feeds[n]) for n in todo]
+                if attempt == TRIES_MAX - 1 or not await self._legs.pay(failed, concerned):
+                    self._legs.blame(failed, concerned)
             if attempt == TRIES_MAX - 1 or trio.current_time() > limit:
                 raise self._legs.exhausted(failures)
             await self._pause(failures, attempt)

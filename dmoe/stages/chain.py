@@ -158,7 +158,12 @@ class Chains:
                 raise RemoteError("protocol", f"{link.peer} does not say what it did", peer_id=link.peer)
             rows = _rows_of(reply.header, reply.buffers, way, parts)
         except RiosError as error:
+            if error.code == "deadline":
+                self._lost((link,), parts)
             raise StageError(link, error) from error
+        except BaseException:
+            self._lost((link,), parts)
+            raise
         self._count(way, index, own, trail[0], tell)
         self._compare(link, parts, trail[0], rows)
         self._compare_came(link, index, parts, trail[0], x)
@@ -227,6 +232,8 @@ class Chains:
                 reply = await self._network.call(*call, deadline_ms=left_ms)
             trail, failure = _answer_of(reply, first, len(way.links) - 1, len(parts))
         except RiosError as error:
+            # the first host may have refused it, but not for lack of time; of the others nobody tells
+            self._lost(way.links if error.code in ("deadline", "unavailable") else (), parts)
             failed.append(StageError(first, error))
             expected.fail(error)
             return
@@ -241,6 +248,8 @@ class Chains:
         if len(trail) == len(way.links) and expected.rows is not None:
             self._compare(way.links[-1], parts, trail[-1], expected.rows)
         if failure is not None:
+            if failure.code in ("deadline", "unavailable"):
+                self._lost(way.links[len(trail) :], parts)
             failed.append(_failure_of(way, failure, len(trail)))
             expected.fail(failed[0].error)
 
@@ -254,6 +263,14 @@ class Chains:
             work = stagecalls.kflop(link.flops_per_row, part)
             leaf = stagecalls.leaf(way.model_id, link.layers, part, step.device, said.came, said.went)
             self._buyer.used(link.peer, link.channel, link.quote, work, leaf)
+
+    def _lost(self, links: Sequence[Link], parts: Sequence[Rows]) -> None:
+        """Hosts that may have computed their part, of which nobody will tell."""
+        for link in links if self._buyer is not None else ():
+            if link.channel:
+                assert self._buyer is not None
+                rows = sum(part.rows for part in parts)
+                self._buyer.lost(link.peer, link.channel, link.quote, link.flops_per_row * rows // 1000)
 
     def _compare(self, link: Link, parts: Sequence[Rows], step: Step, rows: FloatRows) -> None:
         """Whether rows that came home are those that their host says it sent."""

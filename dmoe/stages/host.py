@@ -45,6 +45,8 @@ HOP_PATIENCE = 0.9
 """Each host gives the next one this part of the time it has left, so that the one that is late is named, not those who
 wait for it."""
 DELIVERY_SHARE_MS = 50
+CREDIT_SECONDS = 3.0
+"""How long a run waits for a voucher, where the payer owes as much as is lent."""
 ORDER_SECONDS = 1.0
 """How long a run waits for the rows in front of it, if none of its sequence is being computed."""
 
@@ -315,7 +317,10 @@ class StageHost:
             asked = stagecalls.parse_run(call.header, call.buffers)
             tickets = [self._tickets.find(part.ticket) for part in asked.parts]
             self._check_run(asked, tickets)
+            await self._credit(tickets[0], call.deadline)
             await self._turn(asked.parts, tickets, call.deadline)
+            if any(ticket.closed for ticket in tickets):
+                raise RequestError("not_found", "a ticket was closed while its run waited", "open another one")
             return await self._answer(call, asked, tickets)
         finally:
             self._active -= 1
@@ -348,8 +353,15 @@ class StageHost:
             raise RequestError("invalid_request", f"rows are {found}; the model needs {plan.width} in {plan.dtype}")
         if asked.reply and asked.hops:
             raise RequestError("invalid_request", "an answer with rows and a next host exclude each other")
-        if first.channel and self._seller is not None:
-            self._seller.admit(first.owner, first.channel, first.quote)
+
+    async def _credit(self, ticket: Ticket, deadline: float) -> None:
+        """Wait for the voucher that is missing, if it is only that: receipts and vouchers travel apart from runs, and
+        the runs of a prompt come faster. Raises RemoteError ``payment_required``."""
+        if not ticket.channel or self._seller is None:
+            return
+        left = min(CREDIT_SECONDS, deadline - trio.current_time())
+        await self._seller.credited(ticket.channel, left)
+        self._seller.admit(ticket.owner, ticket.channel, ticket.quote)
 
     def _admit(self, payer: PeerId, channel: bytes, quote: int) -> bool:
         """Whether the ticket's work is metered. Work that is free here needs no channel."""

@@ -266,6 +266,25 @@ class Legs:
 
     # --- failures
 
+    async def pay(self, failed: StageError, sequences: Sequence[StageSequence]) -> bool:
+        """Show a host that ran out of credit the newest voucher: receipts come apart from runs, and under load later.
+        Whether it may be asked again."""
+        link, purse = failed.link, self._shared.purse
+        if failed.error.code != "payment_required" or purse.buyer is None or not link.channel:
+            return False
+        with trio.move_on_after(OPEN_TIMEOUT_MS / 1000):
+            try:
+                channel = await purse.channel(link.peer, link.quote, reopen=True)
+            except RiosError as error:
+                log.info("%s takes no voucher: %s", link.peer, error)
+                return False
+            if channel != link.channel:  # tickets are paid by the channel that was named when they were opened
+                for sequence in sequences:
+                    for stage in [stage for stage, leg in sequence.legs.items() if leg.link.peer == link.peer]:
+                        sequence.drop(stage)
+            return True
+        return False
+
     def _refused_now(self) -> dict[int, set[PeerId]]:
         now = trio.current_time()
         refused = {stage: {p for p, until in peers.items() if now < until} for stage, peers in self._refused.items()}

@@ -18,7 +18,7 @@ async def model(folder, **kwargs):
 
 async def until(check, seconds=30):
     with trio.fail_after(seconds):
-        while not check():
+        while not check():  # noqa: ASYNC110
             await trio.sleep(0.02)
 
 

@@ -1,4 +1,4 @@
-"""What a stage signs for: the same digests whatever the pieces, others for other rows, and forks that cannot be mixed."""
+"""What a stage signs for: the same digests whatever the pieces, others for other rows; forks go their own way."""
 
 import numpy as np
 import pytest
