@@ -18,7 +18,7 @@ Invariants:
 import logging
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -130,6 +130,8 @@ class Auditor:
         self._random = random or Random()
         self._dice = self._random.random
         self._manifests: dict[str, tuple[Manifest, ModelMap]] = {}
+        self.stages: Callable[[], Mapping[str, int]] = dict
+        """What is told of audits of stages."""
         self._staged: dict[str, Manifest] = {}
         self._begun = perf_counter()
         self._next_fetch = 0.0
@@ -227,6 +229,7 @@ class Auditor:
             "outcomes": dict(self.counts),
             "rows": self.rows_audited,
             "busy_seconds": round(self.busy_seconds, 3),
+            "stages": self.stages(),
             "peers": self.trust.table(),
         }
 

@@ -75,6 +75,8 @@ class Taken:
     heard: dict[int, Heard] = field(default_factory=dict)
     forks: dict[int, bytes] = field(default_factory=dict)
     all_heard: trio.Event = field(default_factory=trio.Event)
+    over: bool = False
+    """It was looked at."""
 
     @property
     def is_whole(self) -> bool:
@@ -90,6 +92,7 @@ class StageAudits:
     ) -> None:
         self.asking, self.auditor = asking, auditor
         asking.watch = self._watch
+        auditor.stages = self.statistics
         self.rows_audited = self.rows_asked = 0
         """Rows times layers: computed again, and of all passes."""
         self._network, self._device = network, device
@@ -99,6 +102,8 @@ class StageAudits:
         self.is_idle = True
         """No audit is being made."""
         self._put, self._queue = trio.open_memory_channel[Taken](QUEUE_MAX)
+        self._holding: dict[bytes, trio.Event] = {}
+        """Tickets that are about to be forked."""
         self._nursery: trio.Nursery | None = None
 
     def know(self, manifest: Manifest) -> None:
@@ -110,22 +115,33 @@ class StageAudits:
         """The models whose stages may be audited."""
         return tuple(self._manifests.values())
 
+    def statistics(self) -> dict[str, int]:
+        """Rows times layers that were computed for audits, and in all passes elsewhere."""
+        return {"rows_audited": self.rows_audited, "rows": self.rows_asked}
+
     # --- picking
 
-    def offer(
-        self,
-        sequence: StageSequence,
-        rows: int,
-        manifest: Manifest,
-        privacy: Privacy,
-        embed: Callable[[int], FloatRows],
+    def picks(self, sequence: StageSequence, rows: int, manifest: Manifest) -> bool:
+        """Whether a sequence is to be looked at once the next ``rows`` rows are computed, none of them a guess. If so,
+        signatures are kept from now on: receipts may come before the pass is over."""
+        if self._random.random() * (sequence.length + rows) >= self.auditor.rules.share * rows:
+            return False
+        sequence.hearing = lambda heard: self._watch(heard, manifest)
+        return True
+
+    def count(self, sequence: StageSequence, rows: int) -> None:
+        """So many rows of a sequence were computed."""
+        for leg in sequence.legs.values():
+            if leg.here is None:
+                self.rows_asked += rows * (leg.link.layers[1] - leg.link.layers[0] + 1)
+
+    def take(
+        self, sequence: StageSequence, manifest: Manifest, privacy: Privacy, embed: Callable[[int], FloatRows]
     ) -> None:
-        """The last ``rows`` rows of a sequence were computed; none of them is a guess. Perhaps look at all of it.
-        ``embed``: its first tokens, as they travel."""
+        """Look at a sequence that was picked. ``embed``: its first tokens, as they travel."""
         away = [leg.link for leg in sequence.legs.values() if leg.here is None]
-        layers = sum(link.layers[1] - link.layers[0] + 1 for link in away)
-        self.rows_asked += rows * layers
-        if not away or self._random.random() * sequence.length >= self.auditor.rules.share * rows:
+        sequence.hearing = None
+        if not away:
             return
         length = _length(sequence, rows_max(manifest), [link.stage for link in away])
         if not length or self._nursery is None:
@@ -144,7 +160,9 @@ class StageAudits:
         except trio.WouldBlock:
             self.auditor.counts["dropped"] += 1
             return
-        self._nursery.start_soon(self._fork, taken)
+        forked = trio.Event()
+        self._holding.update((leg.ticket, forked) for leg in taken.legs if leg.peer is not None)
+        self._nursery.start_soon(self._fork, taken, forked)
 
     def _listen(self, taken: Taken) -> None:
         """Take what the hosts say about this pass: it may be here, or come any moment."""
@@ -176,7 +194,12 @@ class StageAudits:
         if notary is not None and channel:
             notary.forget(channel, heard.leaf(manifest.model_id))
 
-    async def _fork(self, taken: Taken) -> None:
+    async def released(self, ticket: bytes) -> None:
+        """Wait until a ticket is not needed for an audit any more (soon)."""
+        if (forked := self._holding.get(ticket)) is not None:
+            await forked.wait()
+
+    async def _fork(self, taken: Taken, forked: trio.Event) -> None:
         """Freeze what the hosts have: sequences go on, and take drafts back."""
 
         async def one(leg: Leg) -> None:
@@ -187,15 +210,23 @@ class StageAudits:
                 heard = taken.heard.get(leg.stage)
                 if heard is not None:
                     ticket = await self.asking.ticket(heard.link, taken.manifest, len(taken.rows), leg.ticket)
-                    taken.forks[leg.stage] = ticket
+                    if taken.over:
+                        await self.asking.close(leg.peer, ticket)
+                    else:
+                        taken.forks[leg.stage] = ticket
             except RiosError as error:
                 log.debug("%s forks no cache: %s", leg.peer, error)
 
-        with trio.move_on_after(FORK_SECONDS):
-            async with trio.open_nursery() as nursery:
-                for leg in taken.legs:
-                    if leg.peer is not None:
-                        nursery.start_soon(one, leg)
+        try:
+            with trio.move_on_after(FORK_SECONDS):
+                async with trio.open_nursery() as nursery:
+                    for leg in taken.legs:
+                        if leg.peer is not None:
+                            nursery.start_soon(one, leg)
+        finally:
+            for leg in taken.legs:
+                self._holding.pop(leg.ticket, None)
+            forked.set()
 
     # --- one audit
 
@@ -212,6 +243,7 @@ class StageAudits:
                     self.auditor.counts["failed"] += 1
                     log.debug("an audit of %s failed: %s", taken.manifest.name, error)
                 finally:
+                    taken.over = True
                     for stage, ticket in taken.forks.items():
                         nursery.start_soon(self.asking.close, taken.heard[stage].link.peer, ticket)
                     for heard in taken.heard.values():

@@ -159,6 +159,10 @@ class StageRunner:
         for feed in feeds:
             self._check(feed)
             self._legs.forsake(sequence_of(feed))
+        audits, rule, picked = self._audits, self._rule, list[StageSequence]()
+        if audits is not None:  # where more is wanted of a feed, its tokens may be guesses
+            sure = [(sequence_of(feed), len(feed.tokens)) for feed in feeds if feed.outputs <= 1]
+            picked = [sequence for sequence, rows in sure if audits.picks(sequence, rows, self._manifest)]
         found: dict[int, FloatRows] = {}
         todo = list(range(len(feeds)))
         limit = trio.current_time() + 2 * self._passes.pass_seconds(len(self._manifest.stages))
@@ -185,9 +189,10 @@ class StageRunner:
             sequence.tokens += feed.tokens
             for leg in sequence.legs.values():
                 leg.held = sequence.length
-            if self._audits is not None and feed.outputs <= 1:  # else some of its tokens are guesses
-                embed = partial(self._passes.embedded, sequence.tokens)
-                self._audits.offer(sequence, len(feed.tokens), self._manifest, self._rule, embed)
+            if audits is not None:
+                audits.count(sequence, len(feed.tokens))
+                if sequence in picked:
+                    audits.take(sequence, self._manifest, rule, partial(self._passes.embedded, sequence.tokens))
         return [found[n] for n in range(len(feeds))]
 
     def _check(self, feed: Feed) -> None:

@@ -258,6 +258,8 @@ class Legs:
             self._shared.chains.nursery.start_soon(self._close_there, leg)
 
     async def _close_there(self, leg: Leg) -> None:
+        if self._shared.audits is not None:
+            await self._shared.audits.released(leg.ticket)
         header = {"tickets": [leg.ticket]}
         try:
             await self._shared.network.call(leg.link.peer, stagecalls.CLOSE, header, deadline_ms=CLOSE_TIMEOUT_MS)

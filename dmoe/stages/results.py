@@ -15,7 +15,6 @@ import trio
 from config.errors import RequestError, RiosError
 from config.vocabulary import PeerId
 from dmoe.core import stagecalls
-from dmoe.core.wire import FloatRows
 from p2p.face import Call, Network, Reply
 
 
@@ -29,8 +28,6 @@ class Expected:
     header: dict[str, Any] | None = None
     buffer: memoryview | None = None
     error: RiosError | None = None
-    rows: FloatRows | None = None
-    """What came, as numbers."""
 
     def fail(self, error: RiosError) -> None:
         """It will not come. Does nothing if it has come."""

@@ -8,8 +8,8 @@ Invariants:
 2. A worker runs work only while it is owed at most W, and no more than 10 % of what the channel has paid or, if that
    is more, what it lends to everybody: a hundredth of what the payer has locked.
 3. A payer never signs more than its own count, plus the doubt bound of each receipt (one call or 1 % of the window),
-   plus what it gave up itself after it had left (some calls at a time, or 1 % of everything), plus at most ``W0`` ahead,
-   and never above the lock. To a worker that lends it promises nothing ahead: vouchers stay behind by the last
+   plus what it gave up itself after it had left (some calls at a time, or 1 % of everything), plus at most ``W0``
+   ahead, and never above the lock. To a worker that lends it promises nothing ahead: vouchers stay behind by the last
    ``lag_calls`` calls (half of what is lent at most) until these had time to be audited.
 """
 
