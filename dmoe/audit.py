@@ -18,7 +18,7 @@ Invariants:
 import logging
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -30,12 +30,13 @@ import trio
 
 from config.errors import IntegrityError, RemoteError, RiosError
 from config.vocabulary import MIB, PeerId
-from dmoe.core import calls, evidence, wire
+from dmoe.core import calls, evidence, stageevidence, wire
 from dmoe.core.calls import Bytes
 from dmoe.core.evidence import Asked, Evidence
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.routes import ModelMap
 from dmoe.core.routing import NOBODY
+from dmoe.core.stageevidence import StageEvidence
 from dmoe.core.verdict import Likeness, alike
 from dmoe.judging import Judging
 from dmoe.ports import Notary, Quote
@@ -129,6 +130,9 @@ class Auditor:
         self._random = random or Random()
         self._dice = self._random.random
         self._manifests: dict[str, tuple[Manifest, ModelMap]] = {}
+        self.stages: Callable[[], Mapping[str, int]] = dict
+        """What is told of audits of stages."""
+        self._staged: dict[str, Manifest] = {}
         self._begun = perf_counter()
         self._next_fetch = 0.0
         self._put, self._queue = trio.open_memory_channel[Owed](QUEUE_MAX)
@@ -140,6 +144,10 @@ class Auditor:
     def know(self, manifest: Manifest, model: ModelMap) -> None:
         """Calls of this model may be audited."""
         self._manifests.setdefault(manifest.model_id, (manifest, model))
+
+    def know_stages(self, manifest: Manifest) -> None:
+        """Evidence about stages of this model may be judged."""
+        self._staged.setdefault(manifest.model_id, manifest)
 
     def models(self) -> Sequence[tuple[Manifest, ModelMap]]:
         """The models whose calls may be audited."""
@@ -190,6 +198,30 @@ class Auditor:
         finally:
             self.trust.save()
 
+    @property
+    def rules(self) -> Rules:
+        """What is audited."""
+        return self._rules
+
+    @property
+    def judging(self) -> Judging:
+        """Where verdicts are made."""
+        return self._judging
+
+    @property
+    def notary(self) -> Notary | None:
+        """What workers signed for."""
+        return self._notary
+
+    @property
+    def fetch(self) -> Fetch | None:
+        """Brings a shard."""
+        return self._fetch
+
+    def may_compute(self) -> bool:
+        """Whether what nobody suspects may be computed here in fp64 now."""
+        return self.busy_seconds <= LOCAL_TIME_SHARE * max(1e-3, perf_counter() - self._begun)
+
     def statistics(self) -> dict[str, Any]:
         """Counts by outcome, JSON-able."""
         return {
@@ -197,6 +229,7 @@ class Auditor:
             "outcomes": dict(self.counts),
             "rows": self.rows_audited,
             "busy_seconds": round(self.busy_seconds, 3),
+            "stages": self.stages(),
             "peers": self.trust.table(),
         }
 
@@ -224,8 +257,7 @@ class Auditor:
             self.rows_audited += own.shape[0] * own.shape[1]
             await self._weigh(sample, own, worker.device, None)
             return True
-        spent = self.busy_seconds / max(1e-3, perf_counter() - self._begun)
-        if not sample.synthetic and spent > LOCAL_TIME_SHARE:
+        if not sample.synthetic and not self.may_compute():
             return False
         if not await trio.to_thread.run_sync(self._judging.has, sample.manifest, owed.layer, sample.groups):
             return False
@@ -374,7 +406,7 @@ class Auditor:
             self.trust.unclear(owed.peer)
             log.info("%s: %s is off by %.3g, but how %r rounds is not known", owed.peer, what, worst, owed.device)
             return False
-        await self._convict(sample, f"{what}: {worst:.3g} times as far off as an honest machine's answer may be")
+        self._accuse(sample, f"{what}: {worst:.3g} times as far off as an honest machine's answer may be")
         return True
 
     def _pass(self, sample: Sample) -> None:
@@ -387,32 +419,41 @@ class Auditor:
         if self._notary is not None and sample.owed.channel:
             self._notary.forget(sample.owed.channel, sample.owed.leaf())
 
-    async def _convict(self, sample: Sample, why: str) -> None:
+    def _accuse(self, sample: Sample, why: str) -> None:
+        owed = sample.owed
+        case = Case(
+            owed.peer,
+            owed.channel,
+            owed.leaf(),
+            lambda proof: evidence.write(evidence_of(owed, proof)),
+            sample.synthetic,
+        )
+        self.convict(case, why)
+
+    def convict(self, case: "Case", why: str) -> None:
         """This node's own verdict: the peer is not called any more; the rest once its signature is here."""
         self.counts["guilty"] += 1
-        peer = sample.owed.peer
-        first = self.trust.trusted(peer)
-        self.trust.guilty(peer, why)
-        security.error("%s gave a wrong answer: %s", peer, why)
+        first = self.trust.trusted(case.peer)
+        self.trust.guilty(case.peer, why)
+        security.error("%s gave a wrong answer: %s", case.peer, why)
         if first:
             assert self._nursery is not None
-            self._nursery.start_soon(self._prosecute, sample, why)
+            self._nursery.start_soon(self._prosecute, case, why)
 
-    async def _prosecute(self, sample: Sample, why: str) -> None:
-        owed = sample.owed
-        leaf, notary = owed.leaf(), self._notary
-        proof = await notary.proof(owed.channel, leaf, PROOF_SECONDS) if notary is not None and owed.channel else None
+    async def _prosecute(self, case: "Case", why: str) -> None:
+        notary, channel = self._notary, case.channel
+        proof = await notary.proof(channel, case.leaf, PROOF_SECONDS) if notary is not None and channel else None
         try:
             if proof is None:
-                security.error("%s did not sign for that answer: it can be proved to nobody else", owed.peer)
+                security.error("%s did not sign for that answer: it can be proved to nobody else", case.peer)
             else:
-                data = evidence.write(evidence_of(owed, proof))
-                await self._keep(owed.peer, leaf, data)
-                if sample.synthetic and len(data) <= GOSSIP_BYTES_MAX:
+                data = case.write(proof)
+                await self._keep(case.peer, case.leaf, data)
+                if case.synthetic and len(data) <= GOSSIP_BYTES_MAX:
                     await self._network.publish(TOPIC, data)
         except RiosError as error:
-            log.warning("evidence against %s: %s", owed.peer, error)
-        await self._punish(owed.peer, why)
+            log.warning("evidence against %s: %s", case.peer, error)
+        await self._punish(case.peer, why)
 
     async def _punish(self, peer: PeerId, why: str) -> None:
         self._blame(peer, "cheat", why)
@@ -458,18 +499,20 @@ class Auditor:
 
     async def _verify_gossip(self, sender: PeerId, data: bytes) -> None:
         """Raises IntegrityError if the sender should have known better."""
-        found = evidence.read(data)
-        leaf, peer = found.leaf, PeerId(found.worker)
-        if leaf in self._seen or self._notary is None or not self.trust.trusted(peer):
+        found = stageevidence.read(data) if stageevidence.is_stage(data) else evidence.read(data)
+        peer, manifest = PeerId(found.worker), self._manifest_of(found)
+        if manifest is None or self._notary is None or not self.trust.trusted(peer):
+            return
+        leaf = found.leaf_of(manifest) if isinstance(found, StageEvidence) else found.leaf
+        if leaf in self._seen:
             return
         self._notary.check(peer, leaf, found.receipt, found.signature, found.index, found.path)
         self._seen[leaf] = None
         if len(self._seen) > SEEN_MAX:
             del self._seen[next(iter(self._seen))]
-        known = self._manifests.get(found.model_id.hex())
-        if known is None or peer == self._network.peer_id:
+        if peer == self._network.peer_id:
             return
-        if not await trio.to_thread.run_sync(self._judging.has, known[0], found.layer, found.groups):
+        if not await trio.to_thread.run_sync(self._can_judge, manifest, found):
             self.counts["gossip not judged"] += 1
             return
         begun = perf_counter()
@@ -483,6 +526,29 @@ class Auditor:
             security.error("%s gave %s a wrong answer: %s", peer, sender, judgement.why)
             await self._keep(peer, leaf, data)
             await self._punish(peer, judgement.why)
+
+    def _manifest_of(self, found: Evidence | StageEvidence) -> Manifest | None:
+        model_id = found.model_id.hex()
+        if isinstance(found, StageEvidence):
+            return self._staged.get(model_id)
+        known = self._manifests.get(model_id)
+        return known[0] if known is not None else None
+
+    def _can_judge(self, manifest: Manifest, found: Evidence | StageEvidence) -> bool:
+        if isinstance(found, StageEvidence):
+            return self._judging.has_stage(manifest, found.stage(manifest))
+        return self._judging.has(manifest, found.layer, found.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A wrong answer, and how it is written down once its signature is here."""
+
+    peer: PeerId
+    channel: bytes
+    leaf: bytes
+    write: Callable[[Any], bytes]
+    synthetic: bool
 
 
 def sample_of(manifest: Manifest, owed: Owed, *, synthetic: bool = False) -> Sample:

@@ -85,6 +85,8 @@ class Job:
     pending: Pending | None = None
     race: "Race | None" = None
     scope: trio.CancelScope | None = None
+    is_counted: bool = False
+    """Its answer, or that there will be none, was counted for payment."""
     late: bool = False
     """Others have answered, and its own answer is taken elsewhere (:meth:`Jobs.take_late`)."""
 
@@ -157,9 +159,20 @@ class Jobs:
     def drop(self, job: Job) -> None:
         """Nobody waits for a job's answer any more."""
         if job.pending is not None:
+            self._lost(job)
             job.pending.cancel()
             job.pending = None
             self._dispatcher.ended(job.peer, job.group_rows)
+
+    def _lost(self, job: Job) -> None:
+        """A call that has left is given up: its peer may compute and count it all the same."""
+        request = job.request
+        if job.is_counted or request is None or not job.channel:
+            return
+        job.is_counted = True
+        members, costs = [place.experts for place in job.places], [place.flops_per_row for place in job.places]
+        kflop = calls.kflop(members, costs, request.rows, request.experts)
+        self._shared.purse.lost(job.peer, job.channel, job.quote, kflop)
 
     async def ask(self, work: Work, job: Job) -> None:
         """Let one peer answer its groups; puts partial sums, or the failure, into ``work``. Never raises RiosError."""
@@ -174,6 +187,7 @@ class Jobs:
             if self._shared.hedges.later(self, work, job):
                 return
         except BaseException:
+            self._lost(job)
             self._over(job)
             raise
         self._over(job)
@@ -187,6 +201,9 @@ class Jobs:
         """The answer of a job that was beaten, for its payment and for what it says about the peer."""
         try:
             await self._take(work, job)
+        except BaseException:
+            self._lost(job)
+            raise
         finally:
             self._over(job)
             self.settle()
@@ -224,6 +241,8 @@ class Jobs:
 
     def _failed(self, work: Work, job: Job, error: RiosError) -> None:
         peer, places = job.peer, job.places
+        if error.code == "deadline":
+            self._lost(job)
         log.debug("layer %d at %s failed: %s", work.layer, peer, error)
         shards = [place.shard for place in places]
         pause_ms = max(5, error.retry_after_ms) if isinstance(error, BusyError) else 0
@@ -286,6 +305,7 @@ class Jobs:
         if job.channel or picked:
             owed = self._owed_of(work, job, request, reply)
             if job.channel:
+                job.is_counted = True
                 self._owed.append(owed)
             if picked and audit is not None:
                 audit.take(owed)

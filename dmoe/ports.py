@@ -30,6 +30,10 @@ class Seller(Protocol):
         expired, stopped) with a hint that says which.
         """
 
+    async def credited(self, channel: bytes, seconds: float) -> None:
+        """Wait, but not longer than this, while nothing but a newer voucher is missing for the next call: one may be on
+        its way."""
+
     def served(self, payer: PeerId, channel: bytes, quote: Quote, kflop: int, leaf: bytes) -> None:
         """Count a call that was answered. ``leaf`` is the 32-byte digest of what was answered."""
 
@@ -49,6 +53,9 @@ class Buyer(Protocol):
 
     def used(self, worker: PeerId, channel: bytes, quote: Quote, kflop: int, leaf: bytes) -> None:
         """Count a call whose answer arrived (also one that was not needed any more)."""
+
+    def lost(self, worker: PeerId, channel: bytes, quote: Quote, kflop: int) -> None:
+        """A call was given up here after it had left: the worker may have answered it all the same, and count it."""
 
 
 class Proof(Protocol):

@@ -71,6 +71,11 @@ class Purse:
             channel = None if reopen else self.buyer.channel(worker)
             return channel if channel is not None else await self.buyer.open_channel(worker)
 
+    def lost(self, peer: PeerId, channel: bytes, quote: Quote, kflop: int) -> None:
+        """A call was given up after it had left; nothing where nothing is paid."""
+        if self.buyer is not None and channel:
+            self.buyer.lost(peer, channel, quote, kflop)
+
     def count(self, owed: Owed) -> None:
         """Count an answer for payment."""
         assert self.buyer is not None

@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from config.files import write_whole
 from config.vocabulary import PeerId
-from dmoe.core.dispatch import Replica
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,16 @@ PEERS_MAX = 4096
 FILE_BYTES_MAX = 4 << 20
 UNCLEAR_MAX = 3
 """Answers far off the own ones by machines whose arithmetic is not known here: then others are asked instead."""
+
+
+class Offering(Protocol):
+    """Who offers a shard."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+
+OfferingT = TypeVar("OfferingT", bound=Offering)
 
 
 @dataclass(slots=True)
@@ -104,7 +114,7 @@ class Trust:
         """Forget the replicas of peers that have gone: what comes back is tried out again."""
         self._probed = {key for key in self._probed if key[0] in peers}
 
-    def choose(self, me: PeerId, model_id: str, shard: int, found: Sequence[Replica]) -> Sequence[Replica]:
+    def choose(self, me: PeerId, model_id: str, shard: int, found: Sequence[OfferingT]) -> Sequence[OfferingT]:
         """The replicas of a shard that may be used: trusted ones, of these the tried ones if there are any."""
         trusted = [replica for replica in found if replica.peer_id == me or self.trusted(replica.peer_id)]
         tried = [r for r in trusted if r.peer_id == me or self.is_probed(r.peer_id, model_id, shard)]

@@ -123,6 +123,12 @@ class Buying:
             self._low.add(worker)
             self._wake.set()
 
+    def lost(self, worker: PeerId, channel: bytes, quote: Price, kflop: int) -> None:
+        """A call was given up here after it had left: a receipt may count it."""
+        known = self._by_id.get(channel)
+        if known is not None:
+            known.lost(quote, kflop)
+
     # opening
 
     async def open_channel(self, worker: PeerId) -> bytes:

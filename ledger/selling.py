@@ -63,6 +63,8 @@ class Selling:
         self._busy: set[bytes] = set()
         self._failures: dict[bytes, int] = {}
         self._taking: dict[bytes, trio.Lock] = {}
+        self._credited = trio.Event()
+        """Set, and replaced, with every voucher."""
         self._wake = trio.Event()
         self._urgent = trio.Event()
         self._claim_now = trio.Event()
@@ -117,6 +119,14 @@ class Selling:
                 "open a channel to this worker and show its certificate",
             )
         known.admit()
+
+    async def credited(self, channel: bytes, seconds: float) -> None:
+        """Wait while nothing but a newer voucher is missing for the next call."""
+        known = self._channels.get(channel)
+        if known is not None and known.owed:
+            with trio.move_on_after(max(0.0, seconds)):
+                while known.owed:
+                    await self._credited.wait()
 
     def served(self, payer: PeerId, channel: bytes, quote: Price, kflop: int, leaf: bytes) -> None:
         """Count an answered call."""
@@ -198,6 +208,8 @@ class Selling:
             channel.check_voucher(voucher)
             await self._book.writer.commit([self._row(channel, voucher, signature)])
             channel.accept(voucher, signature, leaves)
+            self._credited.set()
+            self._credited = trio.Event()
         if voucher.cumulative - known.paid >= known.lock // 2:
             self._claim_now.set()
 

@@ -12,11 +12,12 @@ from node.table import table
 
 if TYPE_CHECKING:
     from dmoe.core.evidence import Evidence, Judgement
+    from dmoe.core.stageevidence import StageEvidence
 
 
 def verify(context: Context) -> Output:
     """``rios audit verify``: exit code 0 if the evidence proves guilt, 1 if it does not or if nobody can tell here."""
-    from dmoe.core import evidence  # noqa: PLC0415
+    from dmoe.core import evidence, stageevidence  # noqa: PLC0415
 
     file = Path(context.args.file)
     try:
@@ -26,40 +27,49 @@ def verify(context: Context) -> Output:
         data = file.read_bytes()
     except OSError as error:
         raise LocalError("local", f"cannot read {file}: {error.strerror}", "rios audit ls names the files") from error
-    found = evidence.read(data)
-    judgement, cumulative = _judged(context, found)
+    found = stageevidence.read(data) if stageevidence.is_stage(data) else evidence.read(data)
+    judgement, cumulative, leaf = _judged(context, found)
     shown = {
         "outcome": judgement.outcome,
         "why": judgement.why,
         "worker": found.worker,
         "model_id": found.model_id.hex(),
-        "layer": found.layer,
-        "groups": list(found.groups),
+        **_place(found),
         "rows": found.rows,
         "device": found.device,
         "worst": judgement.worst,
-        "leaf": found.leaf.hex(),
+        "leaf": leaf.hex(),
         "receipt_cumulative": cumulative,
     }
-    text = f"{judgement.outcome}: {judgement.why}\n  worker {found.worker}, signed under leaf {found.leaf.hex()[:16]}"
+    text = f"{judgement.outcome}: {judgement.why}\n  worker {found.worker}, signed under leaf {leaf.hex()[:16]}"
     return Output(shown, text, EXIT_OK if judgement.outcome == "guilty" else EXIT_FAILED)
 
 
-def _judged(context: Context, found: "Evidence") -> tuple["Judgement", int]:
-    """The verdict with the shards on this disk, and the receipt's amount. Raises RiosError if the evidence is
-    refused."""
+def _place(found: "Evidence | StageEvidence") -> dict[str, Any]:
+    """What the answer was of."""
+    if found.version == 1:
+        return {"layer": found.layer, "groups": list(found.groups)}  # type: ignore[union-attr]
+    return {"layers": list(found.layers)}  # type: ignore[union-attr]
+
+
+def _judged(context: Context, found: "Evidence | StageEvidence") -> tuple["Judgement", int, bytes]:
+    """The verdict with the shards on this disk, the receipt's amount and the leaf. Raises RiosError if the evidence is
+    refused, or nothing is known of the model here."""
     from dmoe.core.evidence import Judgement  # noqa: PLC0415
+    from dmoe.core.stageevidence import StageEvidence  # noqa: PLC0415
     from dmoe.judging import Judging  # noqa: PLC0415
     from dmoe.store import ModelStore  # noqa: PLC0415
     from ledger.core import proof  # noqa: PLC0415
 
-    receipt = proof.check(found.worker, found.leaf, found.receipt, found.signature, found.index, found.path)
-    judging = Judging(ModelStore(context.paths().models))
+    store = ModelStore(context.paths().models)
+    # what a leaf says of rows depends on the model's width
+    leaf = found.leaf_of(store.manifest(found.model_id.hex())) if isinstance(found, StageEvidence) else found.leaf
+    receipt = proof.check(found.worker, leaf, found.receipt, found.signature, found.index, found.path)
     try:
-        return judging.judge(found), receipt.cumulative
+        return Judging(store).judge(found), receipt.cumulative, leaf
     except LocalError as error:
         why = f"the shard is not here: {error.message}"
-        return Judgement("cannot tell", why), receipt.cumulative
+        return Judgement("cannot tell", why), receipt.cumulative, leaf
 
 
 def ls(context: Context) -> Output:

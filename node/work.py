@@ -102,6 +102,7 @@ def _stage_host(node: "Node", quote: Quote) -> StageHost:
         seller=node.ledger.seller if node.ledger else None,
         limits=_stage_limits(node.settings),
         paused=lambda: node.worker.paused,
+        device=node.worker.device,
     )
 
 
@@ -271,6 +272,7 @@ def _stage_caller(node: "Node") -> StageCaller:
         timeout_ms=dmoe.call_timeout_ms,
         measured=partial(_measured, node.planner),
         may_forward=dmoe.stage_forwarding,
+        auditor=node.caller.audit,
     )
 
 

@@ -150,11 +150,14 @@ def ratios(
 def is_known(device: str, weights: Mapping[int, Expert]) -> bool:
     """Whether it is known how honest machines of a class compute: sums of floats on any CPU, quantised products as
     ONNX Runtime multiplies them on x86-64. GPUs may shorten floats (TF32)."""
-    machine, _, provider = device.rpartition("-")
-    if provider != "cpu":
-        return False
     quantised = any(layer.bits for expert in weights.values() for layer in (expert.gate_up, expert.down))
-    return machine == "x86_64" or not quantised
+    return is_known_class(device, quantised=quantised)
+
+
+def is_known_class(device: str, *, quantised: bool) -> bool:
+    """The same of weights that are known to be quantised or not."""
+    machine, _, provider = device.rpartition("-")
+    return provider == "cpu" and (machine == "x86_64" or not quantised)
 
 
 def _shape(manifest: Manifest, rows: int, bf16: bytes) -> dict[str, object]:

@@ -10,6 +10,7 @@ Invariants:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from dmoe.core.architecture import Router
 
 FloatRows = NDArray[np.float32]
+Rows = NDArray[Any]
+"""Of one floating type: fp32 where it counts, fp64 where an answer is checked."""
 IntRows = NDArray[np.int32]
 _Indices = NDArray[np.intp]
 
@@ -42,24 +45,42 @@ def route(router: Router, scores: FloatRows, bias: FloatRows | None = None) -> R
     its scores for the choice, not for the weights."""
     if router.kind == "all":
         return ALL_EXPERTS
+    ranks, shares = ranks_of(router, scores, bias)
+    chosen = largest(in_used_groups(router, ranks), router.top_k)
+    return weighed(router, scores, shares, chosen)
+
+
+def ranks_of(router: Router, scores: Rows, bias: FloatRows | None = None) -> tuple[Rows, Rows]:
+    """What experts are chosen by, before groups count, and what they are weighed by: ``[N, experts]`` each."""
     if router.kind == "topk_softmax":
-        chosen = _largest(scores, router.top_k)
-        return _routing(router, chosen, _softmax(np.take_along_axis(scores, chosen, axis=-1)))
+        return scores, scores
     if router.kind == "sigmoid_topk":
         shares = _sigmoid(scores)
-        ranks = shares if bias is None else shares + bias
-        ranks = _in_groups(router, ranks, best=2, fill=-np.inf)
-    else:
-        shares = _softmax(scores)
-        ranks = _in_groups(router, shares, best=1, fill=0.0)
-    chosen = _largest(ranks, router.top_k)
+        return shares if bias is None else shares + bias, shares
+    shares = _softmax(scores)
+    return shares, shares
+
+
+def group_ranks(router: Router, ranks: Rows) -> Rows:
+    """What groups are chosen by, ``[N, groups]``: the sum of a group's largest ranks (DeepSeek-V2, arXiv:2405.04434,
+    2.1.2: the largest; DeepSeek-V3, arXiv:2412.19437: the two largest)."""
+    groups, _ = router.grouping
+    best = 2 if router.kind == "sigmoid_topk" else 1
+    found: Rows = np.sort(ranks.reshape(len(ranks), groups, -1), axis=-1)[:, :, -best:].sum(axis=-1)
+    return found
+
+
+def weighed(router: Router, scores: Rows, shares: Rows, chosen: "_Indices") -> Routing:
+    """The weights of the experts ``chosen [N, k]``."""
+    if router.kind == "topk_softmax":
+        return _routing(router, chosen, _softmax(np.take_along_axis(scores, chosen, axis=-1)))
     weights = np.take_along_axis(shares, chosen, axis=-1)
     if router.kind == "threshold":
         chosen, weights = _above(router, chosen, weights)
     return _routing(router, chosen, weights)
 
 
-def _routing(router: Router, chosen: _Indices, weights: FloatRows) -> Routing:
+def _routing(router: Router, chosen: _Indices, weights: Rows) -> Routing:
     if router.normalise:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + _SMALLEST)
     if router.factor != 1.0:
@@ -67,7 +88,7 @@ def _routing(router: Router, chosen: _Indices, weights: FloatRows) -> Routing:
     return Routing(chosen.astype(np.int32), weights)
 
 
-def _above(router: Router, chosen: _Indices, weights: FloatRows) -> tuple[_Indices, FloatRows]:
+def _above(router: Router, chosen: _Indices, weights: Rows) -> tuple[_Indices, Rows]:
     """Only those at or above the threshold; always the first."""
     assert isinstance(router.threshold, float)
     kept = weights >= np.float32(router.threshold)
@@ -75,30 +96,30 @@ def _above(router: Router, chosen: _Indices, weights: FloatRows) -> tuple[_Indic
     return np.where(kept, chosen, NOBODY), np.where(kept, weights, np.float32(0))
 
 
-def _in_groups(router: Router, ranks: FloatRows, *, best: int, fill: float) -> FloatRows:
-    """The ranks, with ``fill`` for experts outside the groups used. A group ranks by the sum of its ``best`` largest
-    (DeepSeek-V2, arXiv:2405.04434, 2.1.2: the largest; DeepSeek-V3, arXiv:2412.19437: the two largest)."""
+def in_used_groups(router: Router, ranks: Rows) -> Rows:
+    """The ranks, with the least there is for experts outside the groups used."""
     groups, used = router.grouping
-    if groups == 1:
+    if groups == 1 or router.kind == "topk_softmax":
         return ranks
-    grouped = ranks.reshape(len(ranks), groups, -1)
-    group_ranks = np.sort(grouped, axis=-1)[:, :, -best:].sum(axis=-1)
-    chosen = _largest(group_ranks, used)
+    chosen = largest(group_ranks(router, ranks), used)
     is_used = (chosen[:, :, None] == np.arange(groups)).any(axis=1)
-    return np.where(is_used[:, :, None], grouped, np.float32(fill)).reshape(ranks.shape)
+    fill = np.float32(-np.inf if router.kind == "sigmoid_topk" else 0.0)
+    grouped = ranks.reshape(len(ranks), groups, -1)
+    return np.where(is_used[:, :, None], grouped, fill).reshape(ranks.shape)
 
 
-def _largest(ranks: FloatRows, count: int) -> _Indices:
+def largest(ranks: Rows, count: int) -> _Indices:
+    """The columns of the ``count`` largest of each row, the lower of equal ones first."""
     return np.argsort(-ranks, axis=-1, kind="stable")[:, :count]
 
 
-def _softmax(scores: FloatRows) -> FloatRows:
+def _softmax(scores: Rows) -> Rows:
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    shares: FloatRows = powers / powers.sum(axis=-1, keepdims=True)
+    shares: Rows = powers / powers.sum(axis=-1, keepdims=True)
     return shares
 
 
-def _sigmoid(scores: FloatRows) -> FloatRows:
+def _sigmoid(scores: Rows) -> Rows:
     with np.errstate(over="ignore"):  # exp of much is infinite, and 1 / infinite is the right 0
-        shares: FloatRows = np.float32(1) / (np.float32(1) + np.exp(-scores))
+        shares: Rows = np.float32(1) / (np.float32(1) + np.exp(-scores))
     return shares

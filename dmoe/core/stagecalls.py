@@ -10,10 +10,11 @@ A run that was overtaken by a later pass (``pass`` numbers grow) is refused, so 
 The path of a run stands in it: ``next`` lists the hosts behind this one with their tickets. A host gives its rows to
 the first of them; the last one sends each part's last ``outputs`` rows to the orchestrator (``stage.result``), or puts
 them into its answer if ``reply`` is set. Every host's answer carries a **trail**: what it and those behind it did, by
-digest, so that the orchestrator counts the same leaf as each host, and what went wrong, by stage.
+digest (``core/history``), so that the orchestrator counts the same leaves as each host, and what went wrong, by stage.
+``stage.show`` asks a host for rows that it sent: the orchestrator does not see what hosts give on to each other.
 
 Invariants:
-1. Orchestrator and host compute the same kFLOP and the same leaf of a run.
+1. Orchestrator and host compute the same kFLOP and the same leaf of every part of a run.
 2. Every size is bounded before anything is allocated for it.
 3. A header that was built is parsed into what it was built from.
 """
@@ -27,9 +28,12 @@ from typing import Any
 from config.errors import CODES, RequestError
 from config.vocabulary import PeerId
 from dmoe.core import wire
-from dmoe.core.calls import CHANNEL_BYTES_MAX, Buffer
+from dmoe.core.calls import CHANNEL_BYTES_MAX, Buffer, device_of
+from dmoe.core.history import DIGEST_BYTES, Said
 
 OPEN, RUN, RESULT, CLOSE = "stage.open", "stage.run", "stage.result", "stage.close"
+SHOW = "stage.show"
+SHOWN_ROWS_MAX = 512
 TICKET_BYTES = 16
 PARTS_MAX = 1024
 HOPS_MAX = 128
@@ -37,7 +41,7 @@ LAYERS_MAX = 1 << 16
 POSITIONS_MAX = 1 << 22
 TEXT_MAX = 2000
 NUMBER_MAX = 1 << 62
-_LEAF_TAG = b"rios/stage-leaf/1\0"
+_LEAF_TAG = b"rios/stage-leaf/2\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +89,12 @@ class RunCall:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one host did of a run. ``waited_us`` of its ``service_us`` were spent in its queue."""
+    """What one host did of a run. ``waited_us`` of its ``service_us`` were spent in its queue. ``said``: per part."""
 
     service_us: int
     waited_us: int
-    request: bytes
-    answer: bytes
+    device: str
+    said: tuple[Said, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,33 +191,45 @@ def kept_rows(parts: Sequence[Part]) -> list[slice]:
 
 def answer_header(trail: Sequence[Step], failure: Failure | None) -> dict[str, Any]:
     """The header of an answer to ``stage.run``, without the shape of rows in it."""
-    header: dict[str, Any] = {"trail": [[s.service_us, s.waited_us, s.request, s.answer] for s in trail]}
+    header: dict[str, Any] = {"trail": [[s.service_us, s.waited_us, s.device, _joined(s.said)] for s in trail]}
     if failure is not None:
         f = failure
         header["failed"] = [f.hop, f.code, f.message[:TEXT_MAX], f.hint[:TEXT_MAX], f.retry_after_ms]
     return header
 
 
-def parse_answer(header: Mapping[str, Any], hops: int) -> tuple[list[Step], Failure | None]:
-    """The trail and the failure in an answer of a host with ``hops`` hosts behind it. Raises RequestError
-    ``protocol``."""
+def parse_answer(header: Mapping[str, Any], hops: int, parts: int) -> tuple[list[Step], Failure | None]:
+    """The trail and the failure in an answer of a host with ``hops`` hosts behind it to a run of so many parts. Raises
+    RequestError ``protocol``."""
     trail, failed = header.get("trail"), header.get("failed")
     if not isinstance(trail, list) or len(trail) > hops + 1:
         raise RequestError("protocol", f"{RUN}: the answer's trail is malformed")
-    return [_step(item) for item in trail], None if failed is None else _failure(failed, hops)
+    return [_step(item, parts) for item in trail], None if failed is None else _failure(failed, hops)
 
 
-def leaf(model_id: str, layers: tuple[int, int], parts: Sequence[Part], request: bytes, answer: bytes) -> bytes:
-    """The 32-byte digest of a run at one host: which layers, which rows of which positions, and the sha256 of what went
-    in and what came out."""
-    places = b"".join(pack("<3I", part.position, part.rows, part.outputs) for part in parts)
-    what = pack("<3I", *layers, len(parts))
-    return sha256(b"".join((_LEAF_TAG, bytes.fromhex(model_id), what, places, request, answer))).digest()
+def leaf(model_id: str, layers: tuple[int, int], part: Part, device: str, came: bytes, went: bytes) -> bytes:
+    """The 32-byte digest of a run's part at one host: what a machine of which class made of which layers and of all
+    rows that the sequence has had there (``came``, ``went``: see :class:`Said`). The last leaf of a sequence stands for
+    everything that was computed of it. Beside whom it ran, and in which pieces, is not in it."""
+    kind = device.encode()
+    what = pack("<B5I", len(kind), *layers, part.position, part.rows, part.outputs)
+    return sha256(b"".join((_LEAF_TAG, bytes.fromhex(model_id), what, kind, came, went))).digest()
 
 
-def kflop(flops_per_row: int, parts: Sequence[Part]) -> int:
-    """Whole kFLOP of a run at one host."""
-    return flops_per_row * sum(part.rows for part in parts) // 1000
+def kflop(flops_per_row: int, part: Part) -> int:
+    """Whole kFLOP of a run's part at one host."""
+    return flops_per_row * part.rows // 1000
+
+
+def show_header(ticket: bytes, first: int, rows: int) -> dict[str, Any]:
+    """The header of ``stage.show``: rows that went out, from position ``first`` on."""
+    return {"ticket": ticket, "first": first, "rows": rows}
+
+
+def parse_show(header: Mapping[str, Any]) -> tuple[bytes, int, int]:
+    """Read ``stage.show``: ticket, first, rows. Raises RequestError."""
+    first = _integer(SHOW, header, "first", 0, POSITIONS_MAX)
+    return _ticket(SHOW, header.get("ticket")), first, _integer(SHOW, header, "rows", 1, SHOWN_ROWS_MAX)
 
 
 def tickets_of(header: Mapping[str, Any]) -> tuple[bytes, ...]:
@@ -242,11 +258,19 @@ def _hop(item: object, parts: int) -> Hop:
     return Hop(PeerId(peer), tuple(_ticket(RUN, ticket) for ticket in tickets))
 
 
-def _step(item: object) -> Step:
-    ok = isinstance(item, list) and len(item) == 4 and all(_within(n, 0, NUMBER_MAX) for n in item[:2])
-    if not ok or not all(isinstance(d, bytes) and len(d) == 32 for d in item[2:]):  # type: ignore[index]
+def _joined(said: Sequence[Said]) -> bytes:
+    return b"".join(digest for each in said for digest in (each.came, each.before, each.went))
+
+
+def _step(item: object, parts: int) -> Step:
+    if not isinstance(item, list) or len(item) != 4 or not all(_within(n, 0, NUMBER_MAX) for n in item[:2]):
         raise RequestError("protocol", f"{RUN}: a step of the answer's trail is malformed")
-    return Step(*item)  # type: ignore[misc]
+    service_us, waited_us, device, joined = item
+    if not isinstance(joined, bytes) or len(joined) != 3 * DIGEST_BYTES * parts:
+        raise RequestError("protocol", f"{RUN}: a step of the answer's trail does not say what came and went")
+    cut = [joined[at : at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES)]
+    said = tuple(Said(*cut[at : at + 3]) for at in range(0, len(cut), 3))
+    return Step(service_us, waited_us, device_of({"device": device}), said)
 
 
 def _failure(item: object, hops: int) -> Failure:

@@ -348,7 +348,7 @@ def _ties(rows: FloatRows, block: int) -> NDArray[np.intp]:
 def _ratio(answer: FloatRows, honest: Recomputed, dtype: Dtype) -> Exact:
     """Per row: how far the nearest number that rounds to the answer is from ``y``, over the bound (norms)."""
     y, bound = np.where(np.isfinite(honest.y), honest.y, 0.0), honest.bound
-    half = _half_steps(answer, y, bound, dtype)
+    half = half_steps(answer, y, bound, dtype)
     if honest.flips:
         y, bound = y.copy(), bound.copy()
         for row, changes in honest.flips.items():
@@ -384,7 +384,7 @@ def _solved(changes: Exact, apart: Exact) -> Exact | None:
     return solved
 
 
-def _half_steps(answer: FloatRows, y: Exact, bound: Exact, dtype: Dtype) -> Exact:
+def half_steps(answer: FloatRows, y: Exact, bound: Exact, dtype: Dtype) -> Exact:
     """Half of the wire's step at each element: that of fp16, or of bf16 in rows that do not fit (or may not)."""
     size = np.maximum(np.abs(answer.astype(np.float64)), np.abs(y))
     if dtype == "fp32":

@@ -20,11 +20,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from collections.abc import Sequence as Items
 from functools import partial
 from itertools import groupby
+from random import Random
 
 import trio
 
 from config.errors import RequestError, RiosError
 from dmoe import runner as seam
+from dmoe.audit import Auditor
 from dmoe.core.dispatch import Dispatcher
 from dmoe.core.manifest import Manifest
 from dmoe.core.privacy import Privacy
@@ -32,12 +34,15 @@ from dmoe.core.wire import FloatRows
 from dmoe.ports import Buyer
 from dmoe.purse import Purse
 from dmoe.runner import Feed
+from dmoe.stages.asking import Asking
+from dmoe.stages.audits import StageAudits
 from dmoe.stages.chain import Account, Chains, StageError
 from dmoe.stages.directions import Directions
 from dmoe.stages.host import StageHost
 from dmoe.stages.legs import Legs, Shared
 from dmoe.stages.loaded import LoadedStage
 from dmoe.stages.passes import StagePasses, Work, sequence_of
+from dmoe.stages.probing import StageProber
 from dmoe.stages.segment import Ends
 from dmoe.stages.sequence import StageSequence
 from p2p.face import Network
@@ -61,10 +66,20 @@ class StageCaller:
         timeout_ms: int = 10_000,
         measured: Callable[[str, Account], None] = lambda model_id, account: None,
         may_forward: bool = True,
+        auditor: Auditor | None = None,
+        random: Random | None = None,
     ) -> None:
-        chains = Chains(network, buyer)
+        """``auditor`` (running already): who looks at answers; None: nothing is audited."""
+        chains, purse = Chains(network, buyer), Purse(buyer)
+        audits = None
+        self._prober: StageProber | None = None
+        if auditor is not None:
+            asking = Asking(network, host, chains, purse, timeout_ms)
+            audits = StageAudits(network, auditor, asking, host.device, random)
+            chains.disputed, directions.trust = audits.doubt, auditor.trust
+            self._prober = StageProber(audits, network, random)
         self.shared = Shared(
-            network, host, chains, directions, dispatcher, Purse(buyer), timeout_ms, measured, may_forward
+            network, host, chains, directions, dispatcher, purse, timeout_ms, measured, may_forward, audits
         )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -72,6 +87,9 @@ class StageCaller:
         try:
             async with trio.open_nursery() as nursery:
                 self.shared.chains.nursery = nursery
+                if self.shared.audits is not None and self._prober is not None:
+                    await nursery.start(self.shared.audits.run)
+                    await nursery.start(self._prober.run)
                 task_status.started()
                 try:
                     await trio.sleep_forever()
@@ -93,6 +111,8 @@ class StageCaller:
     ) -> "StageRunner":
         """A model by its stages. ``load`` opens one in this process (called in a thread). ``privacy``: the rule its
         sequences keep; None: the operator's."""
+        if self.shared.audits is not None:
+            self.shared.audits.know(manifest)
         return StageRunner(self.shared, manifest, ends, load, privacy)
 
 
@@ -107,8 +127,8 @@ class StageRunner:
         load: Callable[[int], LoadedStage],
         privacy: Privacy | None = None,
     ) -> None:
-        self._manifest = manifest
-        rule = shared.directions.privacy if privacy is None else privacy
+        self._manifest, self._audits = manifest, shared.audits
+        self._rule = rule = shared.directions.privacy if privacy is None else privacy
         self._legs = Legs(shared, manifest, load, rule)
         self._passes = StagePasses(shared, manifest, ends, rule)
 
@@ -138,6 +158,11 @@ class StageRunner:
         """See :class:`dmoe.runner.Runner`."""
         for feed in feeds:
             self._check(feed)
+            self._legs.forsake(sequence_of(feed))
+        audits, rule, picked = self._audits, self._rule, list[StageSequence]()
+        if audits is not None:  # where more is wanted of a feed, its tokens may be guesses
+            sure = [(sequence_of(feed), len(feed.tokens)) for feed in feeds if feed.outputs <= 1]
+            picked = [sequence for sequence, rows in sure if audits.picks(sequence, rows, self._manifest)]
         found: dict[int, FloatRows] = {}
         todo = list(range(len(feeds)))
         limit = trio.current_time() + 2 * self._passes.pass_seconds(len(self._manifest.stages))
@@ -153,7 +178,9 @@ class StageRunner:
             if not todo:
                 break
             for failed in failures:
-                self._legs.blame(failed, [sequence_of(feeds[n]) for n in todo])
+                concerned = [sequence_of(feeds[n]) for n in todo]
+                if attempt == TRIES_MAX - 1 or not await self._legs.pay(failed, concerned):
+                    self._legs.blame(failed, concerned)
             if attempt == TRIES_MAX - 1 or trio.current_time() > limit:
                 raise self._legs.exhausted(failures)
             await self._pause(failures, attempt)
@@ -162,6 +189,10 @@ class StageRunner:
             sequence.tokens += feed.tokens
             for leg in sequence.legs.values():
                 leg.held = sequence.length
+            if audits is not None:
+                audits.count(sequence, len(feed.tokens))
+                if sequence in picked:
+                    audits.take(sequence, self._manifest, rule, partial(self._passes.embedded, sequence.tokens))
         return [found[n] for n in range(len(feeds))]
 
     def _check(self, feed: Feed) -> None:

@@ -10,18 +10,22 @@ Otherwise every host answers with its rows, one round trip each: the way for hos
 Invariants:
 1. Every step that a host says it took is counted for payment once, with the same kFLOP and leaf as there.
 2. A failure names the stage: :class:`StageError`.
+3. A host that gives rows which are not those it signs for is told of (``disputed``), once the rows are here: off the
+   token's path.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import trio
 
 from config.errors import BusyError, IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
-from dmoe.core import stagecalls, wire
+from dmoe.core import history, stagecalls, wire
+from dmoe.core.history import Said
 from dmoe.core.stagecalls import Failure, Hop, Part, Step
 from dmoe.core.wire import Dtype, FloatRows
 from dmoe.ports import Buyer, Quote
@@ -56,22 +60,27 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The next ``rows`` rows of a pass: one sequence's, with its tickets per link. The last ``outputs`` come back."""
+    """The next ``rows`` rows of a pass: one sequence's, with its tickets per link. The last ``outputs`` come back.
+    ``came``: per link the digest of what the host has had so far; empty if that is not known."""
 
     tickets: tuple[bytes, ...]
     position: int
     rows: int
     outputs: int
+    came: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What a host did, for estimates and reports."""
+    """What a host did, for estimates, reports and audits. ``said``: of every one of ``parts``, by digest."""
 
     link: Link
     rows: int
     service_us: int
     waited_us: int
+    device: str = ""
+    parts: tuple[Part, ...] = ()
+    said: tuple[Said, ...] = ()
 
 
 class StageError(Exception):
@@ -91,9 +100,13 @@ class Chains:
     """Runs passes. ``nursery`` outlives them: what the hosts answer is read there."""
 
     def __init__(self, network: Network, buyer: Buyer | None) -> None:
+        self.disputed: Callable[[PeerId, str], None] = lambda peer, why: None
         self.nursery: trio.Nursery | None = None
         self.leaving = False
         """The nursery is about to close."""
+        self.contradicted: set[tuple[PeerId, PeerId]] = set()
+        """Neighbours on a way that said different things about the rows between them. Who of the two lies is found out
+        where their rows pass this node."""
         self._network = network
         self._buyer = buyer
         self._results = Results(network)
@@ -118,7 +131,7 @@ class Chains:
             return await self._forwarded(way, parts, x, deadline, tell, sent)
         for index in range(len(way.links)):
             is_last = index == len(way.links) - 1
-            wanted = [p if is_last else Rows(p.tickets, p.position, p.rows, p.rows) for p in parts]
+            wanted = [p if is_last else replace(p, outputs=p.rows) for p in parts]
             x = await self._one(way, index, wanted, x, deadline, tell, sent if is_last else lambda: None)
         return x
 
@@ -141,12 +154,20 @@ class Chains:
             left_ms = max(1, int((deadline - trio.current_time()) * 1000))
             sent()
             reply = await self._network.call(link.peer, stagecalls.RUN, header, (buffer,), deadline_ms=left_ms)
-            trail, _ = _answer_of(reply, link, 0)
+            trail, _ = _answer_of(reply, link, 0, len(parts))
+            if len(trail) != 1:
+                raise RemoteError("protocol", f"{link.peer} does not say what it did", peer_id=link.peer)
             rows = _rows_of(reply.header, reply.buffers, way, parts)
         except RiosError as error:
+            if error.code == "deadline":
+                self._lost((link,), parts)
             raise StageError(link, error) from error
-        if len(trail) == 1:
-            self._count(way, index, own, trail[0], tell)
+        except BaseException:
+            self._lost((link,), parts)
+            raise
+        self._count(way, index, own, trail[0], tell)
+        self._compare(link, parts, trail[0], rows)
+        self._compare_came(link, index, parts, trail[0], x)
         return rows
 
     async def _forwarded(
@@ -209,36 +230,77 @@ class Chains:
                 reply = await pending.wait()
             else:
                 reply = await self._network.call(*call, deadline_ms=left_ms)
-            trail, failure = _answer_of(reply, first, len(way.links) - 1)
+            trail, failure = _answer_of(reply, first, len(way.links) - 1, len(parts))
         except RiosError as error:
+            # the first host may have refused it, but not for lack of time; of the others nobody tells
+            self._lost(way.links if error.code in ("deadline", "unavailable") else (), parts)
             failed.append(StageError(first, error))
             expected.fail(error)
             return
         for index, step in enumerate(trail):
             self._count(way, index, _parts(parts, index), step, tell)
-        if any(a.answer != b.request for a, b in pairwise(trail)):
-            log.warning("hosts of one pass disagree about the rows between them")
+        for index, (one, other) in enumerate(pairwise(trail)):
+            if any(a.went != b.came for a, b in zip(one.said, other.said, strict=True)):
+                giver, taker = way.links[index].peer, way.links[index + 1].peer
+                if (giver, taker) not in self.contradicted:
+                    log.warning("%s and %s disagree about the rows between them", giver, taker)
+                self.contradicted.add((giver, taker))
+        if len(trail) == len(way.links) and expected.header is not None and expected.buffer is not None:
+            with suppress(RiosError):  # what is malformed ends the pass
+                rows = _rows_of(expected.header, (expected.buffer,), way, parts)
+                self._compare(way.links[-1], parts, trail[-1], rows)
         if failure is not None:
+            if failure.code in ("deadline", "unavailable"):
+                self._lost(way.links[len(trail) :], parts)
             failed.append(_failure_of(way, failure, len(trail)))
             expected.fail(failed[0].error)
 
     def _count(self, way: Way, index: int, parts: Sequence[Part], step: Step, tell: Tell) -> None:
-        link = way.links[index]
-        tell(Account(link, sum(part.rows for part in parts), step.service_us, min(step.waited_us, step.service_us)))
+        link, waited_us = way.links[index], min(step.waited_us, step.service_us)
+        rows = sum(part.rows for part in parts)
+        tell(Account(link, rows, step.service_us, waited_us, step.device, tuple(parts), step.said))
         if self._buyer is None or not link.channel:
             return
-        work = stagecalls.kflop(link.flops_per_row, parts)
-        leaf = stagecalls.leaf(way.model_id, link.layers, parts, step.request, step.answer)
-        self._buyer.used(link.peer, link.channel, link.quote, work, leaf)
+        for part, said in zip(parts, step.said, strict=True):
+            work = stagecalls.kflop(link.flops_per_row, part)
+            leaf = stagecalls.leaf(way.model_id, link.layers, part, step.device, said.came, said.went)
+            self._buyer.used(link.peer, link.channel, link.quote, work, leaf)
+
+    def _lost(self, links: Sequence[Link], parts: Sequence[Rows]) -> None:
+        """Hosts that may have computed their part, of which nobody will tell."""
+        for link in links if self._buyer is not None else ():
+            if link.channel:
+                assert self._buyer is not None
+                rows = sum(part.rows for part in parts)
+                self._buyer.lost(link.peer, link.channel, link.quote, link.flops_per_row * rows // 1000)
+
+    def _compare(self, link: Link, parts: Sequence[Rows], step: Step, rows: FloatRows) -> None:
+        """Whether rows that came home are those that their host says it sent."""
+        first = 0
+        for part, said in zip(parts, step.said, strict=True):
+            if history.digest(rows[first : first + part.outputs], said.before) != said.went:
+                self.disputed(link.peer, "it sent other rows than those it signed for")
+                return
+            first += part.outputs
+
+    def _compare_came(self, link: Link, index: int, parts: Sequence[Rows], step: Step, x: FloatRows) -> None:
+        """Whether a host signs for the rows that this node sent it."""
+        first = 0
+        for part, said in zip(parts, step.said, strict=True):
+            before = part.came[index] if part.came else b""
+            if before and history.digest(x[first : first + part.rows], before) != said.came:
+                self.disputed(link.peer, "it signed for other rows than those it was sent")
+                return
+            first += part.rows
 
 
 def _parts(parts: Sequence[Rows], index: int) -> list[Part]:
     return [Part(p.tickets[index], p.position, p.rows, p.outputs) for p in parts]
 
 
-def _answer_of(reply: Reply, link: Link, hops: int) -> tuple[list[Step], Failure | None]:
+def _answer_of(reply: Reply, link: Link, hops: int, parts: int) -> tuple[list[Step], Failure | None]:
     try:
-        return stagecalls.parse_answer(reply.header, hops)
+        return stagecalls.parse_answer(reply.header, hops, parts)
     except RiosError as error:
         raise RemoteError(error.code, f"{link.peer}: {error.message}", peer_id=link.peer) from error
 

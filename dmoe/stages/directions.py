@@ -6,12 +6,13 @@ happens after a failure (``caller``).
 Invariants:
 1. Stages that a sequence has already stay where they are. One at this node may have its experts elsewhere.
 2. A peer that the privacy rule keeps from a stage never gets it, whatever stands already or failed.
-3. A peer that was refused for a stage is not chosen for it; a stage that nobody is left for is named with its layers
+3. A peer that gave wrong answers is never chosen, one that was not tried out yet only where no other was.
+4. A peer that was refused for a stage is not chosen for it; a stage that nobody is left for is named with its layers
    and with who had it, when each was last seen and when it last answered.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import trio
@@ -26,6 +27,7 @@ from dmoe.core.spans import Ask
 from dmoe.planning import Planner
 from dmoe.replicas import now_us
 from dmoe.sightings import KNOWN_MAX, answered_ago
+from dmoe.trust import Trust
 from p2p.face import Network
 
 ASK = Ask(prompt_tokens=256, answer_tokens=256)
@@ -41,6 +43,8 @@ class Directions:
     """Paths over the stages of a node's models."""
 
     def __init__(self, planner: Planner, network: Network) -> None:
+        self.trust: Trust | None = None
+        """Whom this node trusts; None: everybody."""
         self.legs: Counter[PeerId] = Counter()
         """Stages of this node's own sequences at each peer."""
         self._planner = planner
@@ -67,7 +71,7 @@ class Directions:
         RemoteError ``no_replica`` naming stage and layers, LocalError ``unavailable`` for a model without stages."""
         if not manifest.stages:
             raise without_stages(manifest)
-        view = self._view(manifest, refused, resting=resting)
+        view = self._view(manifest, refused, fixed, resting=resting)
         wishes = self._planner.wishes
         pins = [pin for pin in wishes.pins if not self._is_fixed(manifest, pin, fixed)]
         for stage, peer in fixed.items():
@@ -124,7 +128,7 @@ class Directions:
         spans = (manifest.stages[stage].layers for stage in fixed)
         return any(pin.first <= last and first <= pin.last for first, last in spans)
 
-    def _view(self, manifest: Manifest, refused: Refused, *, resting: bool) -> View:
+    def _view(self, manifest: Manifest, refused: Refused, fixed: Mapping[int, PeerId], *, resting: bool) -> View:
         """What the planner sees, without those who are refused and with this node's own load."""
         without: dict[PeerId, set[int]] = {}
         for stage, peers in refused.items():
@@ -132,6 +136,8 @@ class Directions:
                 without.setdefault(peer, set()).add(manifest.shard_index(manifest.stages[stage].id))
         view, adverts = self._planner.view(manifest), self._directory.adverts()
         self._remember(manifest, view)
+        for peer, shards in self._mistrusted(manifest, view.peers, fixed).items():
+            without.setdefault(peer, set()).update(shards)
 
         def seen(host: Host) -> Host:
             shards = host.shards - without.get(host.peer_id, set())
@@ -148,6 +154,24 @@ class Directions:
             shard = manifest.shard_index(stage.id)
             holders = [host.peer_id for host in view.peers if shard in host.shards]
             self._sightings.saw(manifest.model_id, shard, holders[:KNOWN_MAX], now)
+
+    def _mistrusted(
+        self, manifest: Manifest, hosts: Sequence[Host], fixed: Mapping[int, PeerId]
+    ) -> Mapping[PeerId, set[int]]:
+        """Stages that a peer offers and shall not be asked for: it gave wrong answers, or others were tried out and it
+        was not yet."""
+        found: dict[PeerId, set[int]] = {}
+        if self.trust is None:
+            return found
+        for number, stage in enumerate(manifest.stages):
+            index = manifest.shard_index(stage.id)
+            offering = [host for host in hosts if index in host.shards]
+            chosen = {host.peer_id for host in self.trust.choose(self._me, manifest.model_id, index, offering)}
+            for host in offering:
+                stands = fixed.get(number) == host.peer_id and self.trust.trusted(host.peer_id)
+                if host.peer_id not in chosen and not stands:
+                    found.setdefault(host.peer_id, set()).add(index)
+        return found
 
 
 def without_stages(manifest: Manifest) -> LocalError:

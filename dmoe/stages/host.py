@@ -1,8 +1,8 @@
 """Serves stages: keeps sequences' caches, runs rows through whole layers, gives the rows on, and meters it.
 
-Owns: the RPCs ``stage.open``, ``stage.run`` and ``stage.close``, which stages are loaded, admission, what is metered.
-Does not own: what runs together (``loaded``), whose caches are here (``tickets``), which shards come here
-(``dmoe.hosting``), what work costs (the ledger, behind :class:`dmoe.ports.Seller`).
+Owns: the RPCs ``stage.open``, ``stage.run``, ``stage.show`` and ``stage.close``, which stages are loaded, admission,
+what is metered. Does not own: what runs together (``loaded``), whose caches are here (``tickets``), which shards come
+here (``dmoe.hosting``), what work costs (the ledger, behind :class:`dmoe.ports.Seller`).
 
 Who opens a ticket pays for it, by the channel and at the quote named then. A run may come from anybody who knows its
 tickets: that is how the host before this one gives its rows on. The answer to a run follows when the hosts behind this
@@ -19,7 +19,6 @@ Invariants:
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from config.errors import BusyError, RemoteError, RequestError, RiosError
 from config.vocabulary import PeerId
 from dmoe.core import stagecalls, wire
 from dmoe.core.demand import Use
+from dmoe.core.history import History, position_bytes
 from dmoe.core.stagecalls import Failure, Hop, Part, RunCall, Step
 from dmoe.core.wire import FloatRows
 from dmoe.kv import Cache
@@ -46,6 +46,8 @@ HOP_PATIENCE = 0.9
 """Each host gives the next one this part of the time it has left, so that the one that is late is named, not those who
 wait for it."""
 DELIVERY_SHARE_MS = 50
+CREDIT_SECONDS = 3.0
+"""How long a run waits for a voucher, where the payer owes as much as is lent."""
 ORDER_SECONDS = 1.0
 """How long a run waits for the rows in front of it, if none of its sequence is being computed."""
 
@@ -73,8 +75,11 @@ class StageHost:
         seller: Seller | None = None,
         limits: Limits | None = None,
         paused: Callable[[], bool] = lambda: False,
+        device: str = "",
     ) -> None:
         self.quote = quote
+        self.device = device
+        """The class of machine that the answers are signed for."""
         self.changes = 0
         """Counts loads and unloads."""
         self._network = network
@@ -95,6 +100,7 @@ class StageHost:
         network.serve(stagecalls.OPEN, self._open)
         network.serve(stagecalls.RUN, self._run)
         network.serve(stagecalls.CLOSE, self._close)
+        network.serve(stagecalls.SHOW, self._show)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled (call :meth:`drain` first to finish what is in flight), then free every stage."""
@@ -190,14 +196,22 @@ class StageHost:
     # --- this node's own sequences
 
     async def open(
-        self, stage: LoadedStage, owner: PeerId, capacity: int, *, like: bytes = b"", length: int = 0
+        self,
+        stage: LoadedStage,
+        owner: PeerId,
+        capacity: int,
+        *,
+        like: bytes = b"",
+        length: int = 0,
+        signed: bool = False,
     ) -> Ticket:
-        """A cache at a stage here. Raises RequestError or BusyError if there is no room for it."""
+        """A cache at a stage here; ``signed``: what comes and goes is remembered. Raises RequestError or BusyError if
+        there is no room for it."""
         plan = stage.plan
         if capacity > plan.context:
             message = f"{capacity} positions exceed the model's context of {plan.context}"
             raise RequestError("context_length_exceeded", message)
-        kv_bytes = plan.position_bytes * capacity
+        kv_bytes = (plan.position_bytes + (position_bytes(plan.width, plan.dtype) if signed else 0)) * capacity
         source = self._tickets.find(like) if like else None
         if source is not None and (source.owner != owner or source.stage is not stage):
             raise RequestError("not_found", "that ticket is another's, or of other layers")
@@ -205,27 +219,43 @@ class StageHost:
             message = f"{length} positions are wanted of a cache that holds {source.cache.length}"
             raise RequestError("conflict", message, "run what is missing first")
         now = trio.current_time()
+        histories: list[History] = []
+
+        def remember() -> None:
+            known = source.history if source is not None else None
+            histories.append(known.fork(length) if known is not None else History(plan.width, plan.dtype))
+
         self._tickets.begin([source] if source else [])  # it must not make room for its own copy
         try:
             self._tickets.make_room(owner, kv_bytes, now)
             if self.ram_bytes() + kv_bytes > self._limits.ram_bytes_max:
                 raise BusyError("this node's memory for models is in use", "ask another replica", retry_after_ms=1000)
-            cache = await self._cache(stage, kv_bytes, capacity, source.cache if source else None, length)
+            like_cache = source.cache if source else None
+            cache = await self._cache(stage, kv_bytes, capacity, like_cache, length, remember)
         finally:
             self._tickets.end([source] if source else [], now)
         if stage.closed:
             cache.close()
             raise RequestError("not_found", f"{plan.shard_id} is not served here any more", "ask another replica")
         ticket = Ticket(owner, stage, cache, kv_bytes, b"", self.quote, now)
+        ticket.history = histories[0] if signed else None
         self._tickets.add(ticket)
         return ticket
 
-    async def _cache(self, stage: LoadedStage, kv_bytes: int, capacity: int, like: Cache | None, length: int) -> Cache:
+    async def _cache(
+        self,
+        stage: LoadedStage,
+        kv_bytes: int,
+        capacity: int,
+        like: Cache | None,
+        length: int,
+        copied: Callable[[], None],
+    ) -> Cache:
         """A cache whose room is kept while one waits for it."""
         self._tickets.kv_bytes += kv_bytes
         self._tickets.opening += 1
         try:
-            return await stage.open(capacity, like, length)
+            return await stage.open(capacity, like, length, copied)
         finally:
             self._tickets.kv_bytes -= kv_bytes
             self._tickets.opening -= 1
@@ -261,7 +291,7 @@ class StageHost:
             raise RequestError("not_found", f"{what} is not served here", "read this node's advert again")
         paid = self._admit(call.peer_id, asked.channel, asked.quote)
         quote = self.quote  # it may change meanwhile
-        ticket = await self.open(stage, call.peer_id, asked.capacity, like=asked.like, length=asked.length)
+        ticket = await self.open(stage, call.peer_id, asked.capacity, like=asked.like, length=asked.length, signed=True)
         ticket.channel, ticket.quote = asked.channel if paid else b"", quote
         return Reply({"ticket": ticket.token})
 
@@ -275,6 +305,17 @@ class StageHost:
                 self.close(ticket)
         return Reply({})
 
+    async def _show(self, call: Call) -> Reply:
+        """Rows that went out, for whoever pays for them and did not see them."""
+        token, first, rows = stagecalls.parse_show(call.header)
+        ticket = self._tickets.find(token)
+        if ticket.owner != call.peer_id or ticket.history is None:
+            raise RequestError("not_found", "there is no such ticket here (any more)", "open another one")
+        if first + rows > ticket.history.length:
+            raise RequestError("conflict", f"{ticket.history.length} positions are known, not {first + rows}")
+        shape, buffer = ticket.history.sent(first, rows)
+        return Reply(shape, (buffer,))
+
     async def _run(self, call: Call) -> Reply:
         self._check_open()
         self._active += 1
@@ -282,7 +323,10 @@ class StageHost:
             asked = stagecalls.parse_run(call.header, call.buffers)
             tickets = [self._tickets.find(part.ticket) for part in asked.parts]
             self._check_run(asked, tickets)
+            await self._credit(tickets[0], call.deadline)
             await self._turn(asked.parts, tickets, call.deadline)
+            if any(ticket.closed for ticket in tickets):
+                raise RequestError("not_found", "a ticket was closed while its run waited", "open another one")
             return await self._answer(call, asked, tickets)
         finally:
             self._active -= 1
@@ -315,8 +359,15 @@ class StageHost:
             raise RequestError("invalid_request", f"rows are {found}; the model needs {plan.width} in {plan.dtype}")
         if asked.reply and asked.hops:
             raise RequestError("invalid_request", "an answer with rows and a next host exclude each other")
-        if first.channel and self._seller is not None:
-            self._seller.admit(first.owner, first.channel, first.quote)
+
+    async def _credit(self, ticket: Ticket, deadline: float) -> None:
+        """Wait for the voucher that is missing, if it is only that: receipts and vouchers travel apart from runs, and
+        the runs of a prompt come faster. Raises RemoteError ``payment_required``."""
+        if not ticket.channel or self._seller is None:
+            return
+        left = min(CREDIT_SECONDS, deadline - trio.current_time())
+        await self._seller.credited(ticket.channel, left)
+        self._seller.admit(ticket.owner, ticket.channel, ticket.quote)
 
     def _admit(self, payer: PeerId, channel: bytes, quote: int) -> bool:
         """Whether the ticket's work is metered. Work that is free here needs no channel."""
@@ -338,7 +389,7 @@ class StageHost:
         sending = None if asked.reply else self._send(asked, tickets[0].owner, shape, buffer, call.deadline)
         # from here on nobody waits for this host
         started = sending.begin() if sending is not None else None
-        step = _step(job, call.buffers[0], buffer)
+        step = self._step(job, asked.parts)
         self._count(tickets[0], asked.parts, step)
         if sending is None:
             return Reply({**stagecalls.answer_header([step], None), **shape}, (buffer,))
@@ -358,15 +409,24 @@ class StageHost:
         parts = _next_parts(asked.parts, hop)
         header = stagecalls.run_header(asked.number, parts, behind, shape, reply=False)
         left_ms = HOP_PATIENCE * left_ms - DELIVERY_SHARE_MS
-        return _Sending(self._network, hop.peer_id, stagecalls.RUN, header, buffer, left_ms, len(behind))
+        return _Sending(self._network, hop.peer_id, stagecalls.RUN, header, buffer, left_ms, len(behind), len(parts))
+
+    def _step(self, job: Job, parts: Sequence[Part]) -> Step:
+        service_us, waited_us = int((job.ended - job.queued) * 1e6), int((job.started - job.queued) * 1e6)
+        said = []
+        for part, added in zip(parts, job.added, strict=True):
+            assert added is not None, "tickets of others have a history"
+            said.append(added.said(part.outputs))
+        return Step(service_us, waited_us, self.device, tuple(said))
 
     def _count(self, ticket: Ticket, parts: Sequence[Part], step: Step) -> None:
         if not ticket.channel or self._seller is None:
             return
         plan = ticket.stage.plan
-        work = stagecalls.kflop(plan.flops_per_row, parts)
-        leaf = stagecalls.leaf(plan.model_id, plan.layers, parts, step.request, step.answer)
-        self._seller.served(ticket.owner, ticket.channel, ticket.quote, work, leaf)
+        for part, said in zip(parts, step.said, strict=True):
+            work = stagecalls.kflop(plan.flops_per_row, part)
+            leaf = stagecalls.leaf(plan.model_id, plan.layers, part, step.device, said.came, said.went)
+            self._seller.served(ticket.owner, ticket.channel, ticket.quote, work, leaf)
 
 
 class _Sending:
@@ -381,12 +441,13 @@ class _Sending:
         buffer: memoryview,
         left_ms: float,
         behind: int,
+        parts: int = 0,
     ) -> None:
         self._network = network
         self._peer = peer
         self._call = (peer, method, header, (buffer,))
         self._left_ms = max(1, int(left_ms))
-        self._behind = behind
+        self._behind, self._parts = behind, parts
 
     def begin(self) -> Any:  # noqa: ANN401 - p2p.face.Pending or None
         """Send at once what can be sent at once."""
@@ -404,7 +465,7 @@ class _Sending:
                 reply = await self._network.call(*self._call, deadline_ms=self._left_ms)
             if self._behind < 0:
                 return [], None
-            trail, failure = stagecalls.parse_answer(reply.header, self._behind)
+            trail, failure = stagecalls.parse_answer(reply.header, self._behind, self._parts)
         except RiosError as error:
             log.debug("giving rows to %s: %s", self._peer, error)
             retry_ms = error.retry_after_ms if isinstance(error, BusyError) else 0
@@ -425,8 +486,3 @@ def _kept(rows: FloatRows, parts: Sequence[Part]) -> FloatRows:
     if len(wanted) == 1:
         return rows[wanted[0]]
     return np.concatenate([rows[each] for each in wanted])
-
-
-def _step(job: Job, request: memoryview, answer: memoryview) -> Step:
-    service_us, waited_us = int((job.ended - job.queued) * 1e6), int((job.started - job.queued) * 1e6)
-    return Step(service_us, waited_us, sha256(request).digest(), sha256(answer).digest())

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import trio
 
@@ -26,6 +27,7 @@ from dmoe.core.stagecalls import OpenCall
 from dmoe.ports import Quote
 from dmoe.purse import Purse
 from dmoe.replicas import now_us
+from dmoe.stages.audits import StageAudits
 from dmoe.stages.chain import Account, Chains, Link, StageError
 from dmoe.stages.directions import Directions
 from dmoe.stages.host import StageHost
@@ -63,6 +65,7 @@ class Shared:
     timeout_ms: int
     measured: Callable[[str, Account], None] = lambda model_id, account: None
     may_forward: bool = True
+    audits: StageAudits | None = None
 
 
 class Legs:
@@ -111,10 +114,33 @@ class Legs:
         if failed:
             raise failed[0]
 
+    def forsake(self, sequence: StageSequence) -> None:
+        """Give up legs at peers that are not trusted any more; where two neighbours contradicted each other, rows pass
+        this node from now on, which sees who of them is wrong."""
+        audits = self._shared.audits
+        if audits is None:
+            return
+        for stage in [stage for stage, leg in sequence.legs.items() if not self._is_trusted(leg.link.peer)]:
+            sequence.drop(stage)
+        contradicted = self._shared.chains.contradicted
+        if contradicted and not sequence.hub:
+            peers = [sequence.legs[stage].link.peer for stage in sorted(sequence.legs)]
+            for stage, pair in enumerate(pairwise(peers)):
+                if pair in contradicted:
+                    sequence.hub = True
+                    sequence.drop(stage)  # what they have of it is computed again
+                    sequence.drop(stage + 1)
+
+    def _is_trusted(self, peer: PeerId) -> bool:
+        audits = self._shared.audits
+        return audits is None or peer == self._me or audits.auditor.trust.trusted(peer)
+
     def _is_offered(self, stage: int, peer: PeerId) -> bool:
         """Whether a peer says that it runs a stage: one that died, paused or dropped the stage does not."""
         if peer == self._me:
             return True
+        if not self._is_trusted(peer):
+            return False
         manifest, advert = self._manifest, self._shared.network.directory.adverts().get(peer)
         offer = advert.offer(manifest.model_id) if advert is not None and not advert.paused else None
         return offer is not None and offer.holds(manifest.shard_index(manifest.stages[stage].id))
@@ -232,6 +258,8 @@ class Legs:
             self._shared.chains.nursery.start_soon(self._close_there, leg)
 
     async def _close_there(self, leg: Leg) -> None:
+        if self._shared.audits is not None:
+            await self._shared.audits.released(leg.ticket)
         header = {"tickets": [leg.ticket]}
         try:
             await self._shared.network.call(leg.link.peer, stagecalls.CLOSE, header, deadline_ms=CLOSE_TIMEOUT_MS)
@@ -239,6 +267,25 @@ class Legs:
             log.debug("closing a ticket at %s: %s; it expires there", leg.link.peer, error)
 
     # --- failures
+
+    async def pay(self, failed: StageError, sequences: Sequence[StageSequence]) -> bool:
+        """Show a host that ran out of credit the newest voucher: receipts come apart from runs, and under load later.
+        Whether it may be asked again."""
+        link, purse = failed.link, self._shared.purse
+        if failed.error.code != "payment_required" or purse.buyer is None or not link.channel:
+            return False
+        with trio.move_on_after(OPEN_TIMEOUT_MS / 1000):
+            try:
+                channel = await purse.channel(link.peer, link.quote, reopen=True)
+            except RiosError as error:
+                log.info("%s takes no voucher: %s", link.peer, error)
+                return False
+            if channel != link.channel:  # tickets are paid by the channel that was named when they were opened
+                for sequence in sequences:
+                    for stage in [stage for stage, leg in sequence.legs.items() if leg.link.peer == link.peer]:
+                        sequence.drop(stage)
+            return True
+        return False
 
     def _refused_now(self) -> dict[int, set[PeerId]]:
         now = trio.current_time()

@@ -24,6 +24,7 @@ import numpy as np
 import trio
 
 from config.errors import BusyError, RemoteError, RequestError, RiosError
+from dmoe.core.history import Added, History
 from dmoe.core.manifest import Manifest
 from dmoe.core.manifest import Shard as ManifestShard
 from dmoe.core.wire import Dtype, FloatRows
@@ -89,10 +90,11 @@ class Place:
 
 
 class Numbered(Protocol):
-    """What is kept of a sequence here: its cache, and the number of the last pass that ran on it."""
+    """What is kept of a sequence here: its cache, the number of the last pass that ran on it, what came and went."""
 
     cache: Cache
     newest: int
+    history: History | None
 
 
 @dataclass(slots=True, eq=False)
@@ -106,6 +108,8 @@ class Job:
     started: float = 0.0
     ended: float = 0.0
     answer: FloatRows | None = None
+    added: list[Added | None] = field(default_factory=list)
+    """Of every place, once there is an answer."""
     error: BaseException | None = None
     done: trio.Event = field(default_factory=trio.Event)
     after: list[Callable[[], None]] = field(default_factory=list)
@@ -116,6 +120,14 @@ class Job:
         self.done.set()
         for call in self.after:
             call()
+
+    def answered(self, y: FloatRows, ended: float) -> None:
+        """These rows came of it. In the order of the runs, whoever is woken first."""
+        self.answer, self.ended, end = y, ended, 0
+        for place in self.places:
+            start, end = end, end + place.rows
+            history, rows = place.ticket.history, slice(start, end)
+            self.added.append(history.append(place.position, self.x[rows], y[rows]) if history else None)
 
     def prepare(self) -> None:
         """Cut the caches to their positions. Raises RequestError if one has less, or has not the room, or has been
@@ -158,10 +170,21 @@ class LoadedStage:
         """What runs."""
         self._passes = trio.Lock()
 
-    async def open(self, capacity: int, like: Cache | None = None, length: int = 0) -> Cache:
-        """A cache in these layers, as :meth:`Segment.open` makes it, between two batches."""
+    async def open(
+        self,
+        capacity: int,
+        like: Cache | None = None,
+        length: int = 0,
+        copied: Callable[[], None] = lambda: None,
+    ) -> Cache:
+        """A cache in these layers, as :meth:`Segment.open` makes it, between two batches. ``copied``: called before the
+        next one. Raises RequestError if runs that came first have shortened ``like``."""
         async with self._passes:
-            return await self.segment.open(capacity, like, length)
+            if like is not None and like.length < length:
+                raise RequestError("conflict", f"{length} positions are wanted of a cache that holds {like.length}")
+            cache = await self.segment.open(capacity, like, length)
+            copied()
+            return cache
 
     async def close(self) -> None:
         """Wait for the runs that are queued, then free the layers."""
@@ -219,7 +242,7 @@ class LoadedStage:
             return False
         if y is None:
             return False
-        job.answer, job.ended = y.copy(), perf_counter()
+        job.answered(y.copy(), perf_counter())
         if job.ended - start > INLINE_SECONDS_MAX + LOOP_SECONDS_LOST:
             self._away.begin(job.ended)
         self._ran(len(job.x), job.ended - start)
@@ -306,13 +329,13 @@ class LoadedStage:
     async def _compute(self, jobs: Sequence[Job], start: float) -> None:
         x = jobs[0].x if len(jobs) == 1 else np.concatenate([job.x for job in jobs])
         parts = [Part(place.cache, place.rows) for job in jobs for place in job.places]
-        async with self._passes:
+        async with self._passes:  # held until it is known what came of it: a cache is copied with its history
             y = (await self.segment.run(x, parts)).copy()
-        end, first = perf_counter(), 0
-        self._ran(len(x), end - start)
-        for job in jobs:
-            job.answer, job.ended = y[first : first + len(job.x)], end
-            first += len(job.x)
+            end, first = perf_counter(), 0
+            self._ran(len(x), end - start)
+            for job in jobs:
+                job.answered(y[first : first + len(job.x)], end)
+                first += len(job.x)
 
     def _ran(self, rows: int, seconds: float) -> None:
         """Count a batch and learn from how long it took."""

@@ -29,7 +29,7 @@ from dmoe.stages.legs import Shared
 from dmoe.stages.patience import Patience
 from dmoe.stages.pieces import PIECES_AT_ONCE, Turn, one_behind_the_other
 from dmoe.stages.segment import Ends
-from dmoe.stages.sequence import StageSequence, spread_report
+from dmoe.stages.sequence import Heard, StageSequence, spread_report
 
 CHUNK_ROWS = 256
 """Rows of one sequence in one message: bounds the length of a step at a host."""
@@ -120,6 +120,10 @@ class StagePasses:
         await one_behind_the_other(len(pieces), through)
         return found
 
+    def embedded(self, tokens: Items[int], count: int) -> FloatRows:
+        """The first ``count`` tokens as rows, as they travel to the first stage."""
+        return wire.rounded(self._embedded(tokens[:count]), self._manifest.wire_dtype)
+
     def _embedded(self, tokens: Items[int]) -> FloatRows:
         rows: FloatRows = self._ends.embedding.gather(np.array(tokens, np.int64))
         return rows
@@ -205,16 +209,18 @@ class StagePasses:
                 each.position,
                 len(each.tokens),
                 each.outputs if is_last else len(each.tokens),
+                tuple(each.sequence.came(stage, each.position) for stage in stages),
             )
             for each in work
         ]
         for each in work:
             for stage in stages:
                 each.sequence.count(each.sequence.legs[stage].link, len(each.tokens))
+        told = partial(self._told, work, [each.sequence.cuts for each in work])
         started = trio.current_time()
         deadline = latest if first.patient else self._patience.until(way.links, ahead + len(x), latest)
         try:
-            found = await self._shared.chains.run(way, parts, x, deadline, self._told, sent)
+            found = await self._shared.chains.run(way, parts, x, deadline, told, sent)
         except StageError as failed:
             if deadline < latest and failed.error.code == "deadline":
                 self._patience.gave_up()
@@ -230,8 +236,10 @@ class StagePasses:
                 f"layers {link.layers} are not for {link.peer}"
             )
 
-    def _told(self, account: Account) -> None:
+    def _told(self, work: Sequence[Work], cuts: Sequence[int], account: Account) -> None:
         """A host says what it did: it is there."""
+        for each, before, part, said in zip(work, cuts, account.parts, account.said, strict=True):
+            each.sequence.hear(Heard(account.link, part, account.device, said), before)
         self._shared.dispatcher.seen(account.link.peer, now_us())
         self._shared.directions.ran(self._manifest, account.link.stage, account.link.peer)
         self._shared.measured(self._manifest.model_id, account)

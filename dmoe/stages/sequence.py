@@ -12,10 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from config.vocabulary import PeerId
+from dmoe.core import history, stagecalls
+from dmoe.core.history import Said
+from dmoe.core.stagecalls import Part
 from dmoe.runner import Report
 from dmoe.stages.chain import Account, Link
 from dmoe.stages.loading import SpreadLayers
 from dmoe.stages.tickets import Ticket
+
+HEARD_MAX = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +59,25 @@ def joined(reports: Sequence[Report]) -> Report:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a host says it did of a sequence's rows, by digest, and what it signs for."""
+
+    link: Link
+    part: Part
+    device: str
+    said: Said
+
+    @property
+    def end(self) -> int:
+        """Positions it stands for."""
+        return self.part.position + self.part.rows
+
+    def leaf(self, model_id: str) -> bytes:
+        """What its receipt covers."""
+        return stagecalls.leaf(model_id, self.link.layers, self.part, self.device, self.said.came, self.said.went)
+
+
 @dataclass(slots=True, eq=False)
 class StageSequence:
     """A sequence (:class:`dmoe.runner.Sequence`)."""
@@ -72,6 +96,12 @@ class StageSequence:
     closed: bool = False
     rows: Counter[PeerId] = field(default_factory=Counter)
     served: dict[PeerId, set[int]] = field(default_factory=dict)
+    heard: dict[tuple[int, int], Heard] = field(default_factory=dict)
+    """By stage and position: the last that was heard."""
+    hearing: Callable[[Heard], None] | None = None
+    """Told of what is heard, until it wants no more."""
+    cuts: int = 0
+    """How often it was shortened: what is heard of a pass from before that counts no more."""
     before: list[Report] = field(default_factory=list)
     """Of legs here with their experts elsewhere that were given up."""
 
@@ -84,6 +114,9 @@ class StageSequence:
         """See :class:`dmoe.runner.Sequence`."""
         assert 0 <= length <= len(self.tokens)
         del self.tokens[length:]
+        self.cuts += 1
+        for key in [key for key in self.heard if key[1] > length]:
+            del self.heard[key]
         for leg in self.legs.values():
             leg.held = min(leg.held, length)
 
@@ -105,6 +138,25 @@ class StageSequence:
         first, last = link.layers
         self.rows[link.peer] += rows * (last - first + 1)
         self.served.setdefault(link.peer, set()).update(range(first, last + 1))
+
+    def hear(self, heard: Heard, cuts: int) -> None:
+        """A host of this sequence said what it did, in a pass before which the sequence had been shortened so often."""
+        if cuts != self.cuts:
+            return
+        key = (heard.link.stage, heard.end)
+        self.heard.pop(key, None)
+        self.heard[key] = heard
+        while len(self.heard) > HEARD_MAX:
+            del self.heard[next(iter(self.heard))]
+        if self.hearing is not None:
+            self.hearing(heard)
+
+    def came(self, stage: int, position: int) -> bytes:
+        """The digest of what a stage's host has had before a position; empty if that is not known."""
+        if not position:
+            return history.START
+        heard, leg = self.heard.get((stage, position)), self.legs.get(stage)
+        return heard.said.came if heard is not None and leg is not None and heard.part.ticket == leg.ticket else b""
 
     def told(self, account: Account) -> None:
         """As :meth:`count`."""

@@ -18,6 +18,7 @@ import trio
 
 from config.errors import BusyError, RequestError
 from config.vocabulary import PeerId
+from dmoe.core.history import History
 from dmoe.core.stagecalls import TICKET_BYTES
 from dmoe.kv import Cache
 from dmoe.ports import Quote
@@ -40,6 +41,8 @@ class Ticket:
     quote: Quote
     used_at: float
     token: bytes = field(default_factory=lambda: secrets.token_bytes(TICKET_BYTES))
+    history: History | None = None
+    """What it has gone through; None: a cache of this node's own, which nobody signs for."""
     newest: int = 0
     """The number of the last pass that ran on it."""
     users: int = 0

@@ -8,8 +8,9 @@ Invariants:
 2. A worker runs work only while it is owed at most W, and no more than 10 % of what the channel has paid or, if that
    is more, what it lends to everybody: a hundredth of what the payer has locked.
 3. A payer never signs more than its own count, plus the doubt bound of each receipt (one call or 1 % of the window),
-   plus at most ``W0`` ahead, and never above the lock. To a worker that lends it promises nothing ahead: vouchers stay
-   behind by the last ``lag_calls`` calls (half of what is lent at most) until these had time to be audited.
+   plus what it gave up itself after it had left (some calls at a time, or 1 % of everything), plus at most ``W0``
+   ahead, and never above the lock. To a worker that lends it promises nothing ahead: vouchers stay behind by the last
+   ``lag_calls`` calls (half of what is lent at most) until these had time to be audited.
 """
 
 from collections import deque
@@ -25,6 +26,8 @@ NANO = KFLOP_PER_TFLOP
 RECEIPT_CALLS = 32
 RECEIPT_MS = 100
 LEAVES_MAX = 1 << 16
+LOST_CALLS_MAX = 16
+"""Of the largest ones: so many may be given up by the payer between two receipts, and be counted by the worker."""
 LENDING_SHARE = 100
 """A payer can run away with a hundredth of what it had to lock."""
 STOP_BEFORE_EXPIRY_MS = 3600 * 1000
@@ -105,6 +108,11 @@ class SellerChannel:
         """Microcredits of work that are done before anything is paid."""
         return lent(self.credit, self.lock)
 
+    @property
+    def owed(self) -> bool:
+        """Whether work stands still until a voucher comes that the lock still covers."""
+        return not self.stopped and self.nano > self.limit_nano and self.promised < self.lock
+
     def admit(self) -> None:
         """Refuse (``payment_required``) when stopped or out of credit. The hint says which."""
         if self.stopped:
@@ -175,6 +183,7 @@ class PayerChannel:
         "largest_nano",
         "lends",
         "lock",
+        "lost_nano",
         "nano",
         "net",
         "prepay",
@@ -196,6 +205,7 @@ class PayerChannel:
         self.largest_nano = 0
         self.doubt_nano = 0
         self.allowance_nano = 0
+        self.lost_nano = 0
         self.lends = 0
         self.recent: deque[int] = deque()
         self.recent_nano = 0
@@ -227,6 +237,13 @@ class PayerChannel:
         if len(self.recent) > self.lag_calls:
             self.recent_nano -= self.recent.popleft()
 
+    def lost(self, quote: Price, kflop: int) -> None:
+        """A call was given up here that the worker may have answered."""
+        nano = kflop * quote.microcredits_per_tflop
+        self.lost_nano += nano
+        most = max(LOST_CALLS_MAX * max(self.largest_nano, nano), self.nano // 100)
+        self.lost_nano = min(self.lost_nano, most)
+
     @property
     def holds_back(self) -> bool:
         """Whether vouchers stay behind instead of running ahead."""
@@ -248,7 +265,7 @@ class PayerChannel:
         # of a worker whose first answers were lost nothing is known, but W0 is promised to it in any case: within a
         # third of that no receipt raises the promise
         first = 0 if self.calls else max(0, self.prepay // 3 * NANO - self.doubt_nano)
-        bound = max(self.largest_nano, window // 100, first) + self.allowance_nano
+        bound = max(self.largest_nano, window // 100, first) + self.allowance_nano + self.lost_nano
         return max(0, receipt.cumulative - (self.nano + self.doubt_nano + bound) // NANO)
 
     def first_voucher(self) -> Voucher:
@@ -275,7 +292,8 @@ class PayerChannel:
         assert not self.excess(receipt)
         step = max(0, receipt.cumulative - self.receipt_cumulative)
         if receipt.cumulative * NANO > self.nano:
-            self.doubt_nano = receipt.cumulative * NANO - self.nano
+            before, self.doubt_nano = self.doubt_nano, receipt.cumulative * NANO - self.nano
+            self.lost_nano = max(0, self.lost_nano - max(0, self.doubt_nano - before))
             self.allowance_nano = 0
         else:
             self.doubt_nano = 0

@@ -9,6 +9,7 @@ Invariants:
 3. A proof needs nobody's word but the worker's signature.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,13 +43,13 @@ class Answers:
     __slots__ = ("_arrived", "_proved", "_watched")
 
     def __init__(self) -> None:
-        self._arrived: dict[bytes, None] = {}
+        self._arrived: dict[bytes, int] = {}
         self._watched: dict[bytes, None] = {}
         self._proved: dict[bytes, Proof] = {}
 
     def arrived(self, leaf: bytes) -> None:
         """An answer came."""
-        self._arrived[leaf] = None
+        self._arrived[leaf] = self._arrived.get(leaf, 0) + 1  # the same work done twice has one leaf
         if len(self._arrived) > LEAVES_MAX:
             del self._arrived[next(iter(self._arrived))]
 
@@ -69,7 +70,7 @@ class Answers:
 
     def foreign(self, leaves: Sequence[bytes]) -> int:
         """How many of these never came, if they are most of many; else 0: a few are answers that were given up."""
-        unknown = sum(leaf not in self._arrived for leaf in leaves)
+        unknown = sum(max(0, count - self._arrived.get(leaf, 0)) for leaf, count in Counter(leaves).items())
         return unknown if len(leaves) >= FOREIGN_FROM and unknown * 2 > len(leaves) else 0
 
     def check(self, receipt: Receipt, leaves: Sequence[bytes], *, all_known: bool = True) -> None:
@@ -86,13 +87,15 @@ class Answers:
         levels = merkle.build(leaves) if wanted else []
         for index in wanted:
             leaf = leaves[index]
-            del self._watched[leaf]
+            self._watched.pop(leaf, None)
             path = merkle.path_of(levels, index)
             self._proved[leaf] = Proof(signed.body, signed.signature, index, path)
             if len(self._proved) > PROVED_MAX:
                 del self._proved[next(iter(self._proved))]
-        for leaf in leaves:
-            self._arrived.pop(leaf, None)
+        for leaf, count in Counter(leaves).items():
+            left = self._arrived.pop(leaf, 0) - count
+            if left > 0:
+                self._arrived[leaf] = left
 
 
 def split(data: bytes | bytearray | memoryview) -> list[bytes]:

@@ -1,4 +1,5 @@
-"""A whole daemon that lies: its experts' answers are altered before they are encoded, paid for and signed.
+"""A whole daemon that lies: its experts' and its stages' answers are altered before they are encoded, paid for and
+signed.
 
 Not a test, and no part of the product. Stands before the usual command, as ``NodeProcess.prefix`` does it: arguments
 are the lie, then ``python -P -m node`` and what ``rios`` takes. A lie is a kind and a share of the calls, such as
@@ -11,6 +12,7 @@ import sys
 
 import numpy as np
 
+from dmoe.stages.loaded import Job
 from dmoe.worker import Worker
 from node import cli
 
@@ -34,14 +36,17 @@ def altered(answer: np.ndarray) -> np.ndarray:
 
 
 def main() -> int:
-    honest = Worker._reply
+    honest, truth = Worker._reply, Job.answered
 
     def lying(self, call, asked, shards, partials, *more, **named):
         if DICE.random() < float(SHARE or 1):
             partials = [altered(partial) for partial in partials]
         return honest(self, call, asked, shards, partials, *more, **named)
 
-    Worker._reply = lying
+    def untrue(self, y, ended):
+        truth(self, altered(y) if DICE.random() < float(SHARE or 1) else y, ended)
+
+    Worker._reply, Job.answered = lying, untrue
     return cli.main(sys.argv[sys.argv.index("node") + 1 :])
 
 

@@ -247,20 +247,23 @@ def swarm_of(
     routes: Sequence[str] = ("experts",),
     places: Sequence[Place] = (),
     settings: Mapping[str, Any] | None = None,
+    kind: str = "Q4_1",
+    prefixes: Sequence[tuple[str, ...]] = (),
     layers_per_shard: int = 1,
     asks_with: tuple[str, ...] = (),
     grant: bool = True,
     nice: int = 0,
 ) -> Iterator[Rig]:
     """A running swarm that holds the model: one orchestrator for each of ``routes``, then the workers. ``places`` are
-    those of the nodes in this order (default: loopback). ``asks_with`` starts the orchestrators' commands; without
-    ``grant`` they have no money; by ``nice`` all of them give way to other processes."""
+    those of the nodes in this order (default: loopback). ``kind``: of the model's weights. ``prefixes``: what the
+    workers' commands begin with. ``asks_with`` starts the orchestrators' commands; without ``grant`` they have no
+    money; by ``nice`` all of them give way to other processes."""
     places = [*places, *[Place()] * (len(routes) + workers - len(places))]
     with Swarm(folder / "swarm") as swarm:
         rig = Rig(swarm, replicas=replicas, mode=mode)
         rig.starts_with = ("nice", "-n", str(nice)) if nice else ()
         rig.add_orchestrator(routes[0], places[0], **(settings or {}))
-        gguf = write_gguf(folder / "tiny.gguf")
+        gguf = write_gguf(folder / "tiny.gguf", kind=kind)
         cut = ("--layers-per-shard", str(layers_per_shard))
         rig.model = json.loads(rios(rig.first, "model", "import", str(gguf), "--name", MODEL, *cut, "--json"))[
             "model_id"
@@ -272,6 +275,8 @@ def swarm_of(
         rig.start(*rig.orchestrators[1:])
         for number, place in enumerate(places[len(routes) :]):
             rig.add_worker(f"worker-{number}", place, **(settings or {}))
+        for worker, prefix in zip(rig.workers, prefixes, strict=False):
+            worker.prefix += prefix
         rig.start(*rig.workers)
         for node in rig.orchestrators:
             created = rios(node, "gateway", "key", "create", "--user", "u", "--json")

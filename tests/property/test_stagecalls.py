@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from config.errors import RiosError
 from dmoe.core import stagecalls, wire
+from dmoe.core.history import Said
 from dmoe.core.stagecalls import Failure, Hop, OpenCall, Part, Step
 
 MODEL = "ab" * 32
@@ -72,25 +73,29 @@ def test_an_opening_that_is_wrong_is_named(change):
 
 @given(st.integers(0, 3), st.integers(0, 3))
 def test_an_answer_is_read_back(steps, hop):
-    trail = [Step(n, 1, bytes([n]) * 32, bytes(32)) for n in range(steps + 1)]
+    said = (Said(b"c" * 32, b"b" * 32, b"w" * 32), Said(bytes(32), bytes(32), b"x" * 32))
+    trail = [Step(n, 1, "x86_64-cpu", said) for n in range(steps + 1)]
     failure = Failure(hop, "busy", "later", "", 7)
-    assert stagecalls.parse_answer(stagecalls.answer_header(trail, failure), 3) == (trail, failure)
-    assert stagecalls.parse_answer(stagecalls.answer_header(trail, None), 3) == (trail, None)
+    assert stagecalls.parse_answer(stagecalls.answer_header(trail, failure), 3, 2) == (trail, failure)
+    assert stagecalls.parse_answer(stagecalls.answer_header(trail, None), 3, 2) == (trail, None)
     with pytest.raises(RiosError, match="malformed"):
-        stagecalls.parse_answer(stagecalls.answer_header(trail, Failure(2, "busy", "")), 1 if steps < 2 else 0)
+        stagecalls.parse_answer(stagecalls.answer_header(trail, Failure(2, "busy", "")), 1 if steps < 2 else 0, 2)
+    with pytest.raises(RiosError, match="what came and went"):
+        stagecalls.parse_answer(stagecalls.answer_header(trail, None), 3, 1)
 
 
 def test_a_leaf_speaks_of_layers_places_and_rows():
-    part = Part(b"t" * 16, 5, 2, 1)
-    base = stagecalls.leaf(MODEL, (0, 9), [part], b"r" * 32, b"a" * 32)
+    part, came, went = Part(b"t" * 16, 5, 2, 1), b"c" * 32, b"w" * 32
+    base = stagecalls.leaf(MODEL, (0, 9), part, "x86_64-cpu", came, went)
     others = [
-        stagecalls.leaf("cd" * 32, (0, 9), [part], b"r" * 32, b"a" * 32),
-        stagecalls.leaf(MODEL, (0, 8), [part], b"r" * 32, b"a" * 32),
-        stagecalls.leaf(MODEL, (0, 9), [Part(b"t" * 16, 6, 2, 1)], b"r" * 32, b"a" * 32),
-        stagecalls.leaf(MODEL, (0, 9), [part], b"s" * 32, b"a" * 32),
-        stagecalls.leaf(MODEL, (0, 9), [part], b"r" * 32, b"b" * 32),
+        stagecalls.leaf("cd" * 32, (0, 9), part, "x86_64-cpu", came, went),
+        stagecalls.leaf(MODEL, (0, 8), part, "x86_64-cpu", came, went),
+        stagecalls.leaf(MODEL, (0, 9), Part(b"t" * 16, 6, 2, 1), "x86_64-cpu", came, went),
+        stagecalls.leaf(MODEL, (0, 9), part, "x86_64-cuda", came, went),
+        stagecalls.leaf(MODEL, (0, 9), part, "x86_64-cpu", b"s" * 32, went),
+        stagecalls.leaf(MODEL, (0, 9), part, "x86_64-cpu", came, b"b" * 32),
     ]
-    assert base not in others
+    assert len({base, *others}) == 7
     # a ticket is a secret between two peers: another one for the same work makes no other leaf
-    assert stagecalls.leaf(MODEL, (0, 9), [Part(b"u" * 16, 5, 2, 1)], b"r" * 32, b"a" * 32) == base
-    assert stagecalls.kflop(1500, [part, part]) == 6
+    assert stagecalls.leaf(MODEL, (0, 9), Part(b"u" * 16, 5, 2, 1), "x86_64-cpu", came, went) == base
+    assert stagecalls.kflop(1500, part) == 3

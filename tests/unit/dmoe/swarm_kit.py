@@ -187,6 +187,9 @@ class CountingSeller:
     kflop: Counter = field(default_factory=Counter)
     leaves: list[bytes] = field(default_factory=list)
 
+    async def credited(self, channel, seconds):
+        pass
+
     def admit(self, payer, channel, quote):
         if channel not in self.channels:
             raise RemoteError("payment_required", "unknown channel", "open a channel")
@@ -205,6 +208,7 @@ class CountingBuyer:
     opened: list = field(default_factory=list)
     poor: set = field(default_factory=set)
     kflop: Counter = field(default_factory=Counter)
+    given_up: Counter = field(default_factory=Counter)
     leaves: dict = field(default_factory=dict)
 
     def channel(self, worker):
@@ -218,6 +222,9 @@ class CountingBuyer:
         self.open[worker] = channel
         self.sellers[worker].channels.add(channel)
         return channel
+
+    def lost(self, worker, channel, quote, kflop):
+        self.given_up[worker] += kflop
 
     def used(self, worker, channel, quote, kflop, leaf):
         self.kflop[worker] += kflop

@@ -110,7 +110,7 @@ async def test_pieces_that_reach_a_host_in_another_order_wait_for_each_other(man
         node = await net.node(0)
         runner = await net.runner()
         stage = node.host.local(manifest.model_id, manifest.stages[0].layers)
-        ticket = await node.host.open(stage, runner.node.peer_id, 100)
+        ticket = await node.host.open(stage, runner.node.peer_id, 100, signed=True)
         chains, width = runner._passes._shared.chains, manifest.architecture.hidden
         numbers = iter((2, 1, 3))  # who was sent later, comes first
         chains.number = lambda: next(numbers)

@@ -5,7 +5,7 @@ import pytest
 from config.errors import IntegrityError
 from ledger.core import merkle, proof
 from ledger.core.errors import RuleError
-from ledger.core.objects import Receipt, sign
+from ledger.core.objects import Receipt, Signed, sign
 from p2p.core.identity import Identity
 
 WORKER = Identity.from_seed(b"w" * 32)
@@ -91,3 +91,15 @@ def test_tables_are_bounded_and_malformed_leaves_refused(monkeypatch):
         with pytest.raises(RuleError, match="leaves"):
             proof.split(data)
     assert proof.split(memoryview(bytes(64))) == [bytes(32)] * 2
+
+
+def test_the_same_answer_twice_is_known_twice_and_proved_once():
+    answers = proof.Answers()
+    for _ in range(3):
+        answers.arrived(b"a" * 32)
+    answers.watch(b"a" * 32)
+    first, second = [b"a" * 32] * 2, [b"a" * 32] * proof.FOREIGN_FROM
+    assert not answers.foreign(first)
+    answers.covered(Signed(b"receipt", b"s" * 64), first)
+    assert answers.proof(b"a" * 32) is not None
+    assert answers.foreign(second) == proof.FOREIGN_FROM - 1
