@@ -355,7 +355,7 @@ class Buying:
 
     async def stop(self, worker: PeerId, reason: str) -> None:
         """Pay a worker no more: it was proved to be wrong about its work."""
-        for key, channel in self._by_id.items():
+        for key, channel in list(self._by_id.items()):
             if self._worker_of[key] == worker and not channel.stopped:
                 await self._stop(worker, channel, reason)
 

@@ -32,6 +32,8 @@ GRANT = 10_000_000_000
 SECONDS_MAX = 60.0
 """No question may take longer, whatever fails."""
 PRICE = 100_000_000
+LENT_MAX = 110_000
+"""Microcredits that a worker may be owed: what it lends, what it tolerates unpaid, and calls in flight."""
 FAST = {
     "ledger.microcredits_per_tflop": PRICE,
     "ledger.sync_seconds": 1,
@@ -226,12 +228,14 @@ class Rig:
         for each in sold:
             assert each["paid"] <= bought[each["channel"]]["promised"] <= each["lock"], each
             assert not each["stopped"], each
+            assert each["earned"] - each["paid"] <= LENT_MAX + step, f"nobody works for long without pay: {each}"
         balances = reports[0]["balances"]
         assert sum(balances.values()) + reports[0]["locked"] == GRANT * len(self.orchestrators)
         earned = {worker.peer_id: balances.get(worker.peer_id, 0) for worker in self.workers}
         paid = sum(each["paid"] for each in sold)
         assert sum(earned.values()) == paid
-        return {"paid": paid, "locked": reports[0]["locked"], "channels": len(sold)}
+        least = min((each["paid"] for each in sold), default=0)
+        return {"paid": paid, "locked": reports[0]["locked"], "channels": len(sold), "least_paid": least}
 
     def _channels(self, nodes: Sequence[NodeProcess], side: str) -> list[Any]:
         return [each for node in nodes for each in node.ask("ledger.channels") if each["side"] == side]
@@ -261,7 +265,7 @@ def swarm_of(
     places = [*places, *[Place()] * (len(routes) + workers - len(places))]
     with Swarm(folder / "swarm") as swarm:
         rig = Rig(swarm, replicas=replicas, mode=mode)
-        rig.starts_with = ("nice", "-n", str(nice)) if nice else ()
+        rig.starts_with = _nicely(nice) if nice else ()
         rig.add_orchestrator(routes[0], places[0], **(settings or {}))
         gguf = write_gguf(folder / "tiny.gguf", kind=kind)
         cut = ("--layers-per-shard", str(layers_per_shard))
@@ -287,6 +291,11 @@ def swarm_of(
         rig.first.ask("model.deploy", model=rig.model, replicas=replicas, mode=mode)
         rig.wait_replicas(min(replicas, workers))
         yield rig
+
+
+def _nicely(nice: int) -> tuple[str, ...]:
+    """What begins a command that gives way: also where the kernel weighs sessions, each daemon being one of its own."""
+    return ("sh", "-c", f'{{ echo {nice} > /proc/self/autogroup; }} 2>/dev/null; exec nice -n {nice} "$@"', "sh")
 
 
 @contextmanager

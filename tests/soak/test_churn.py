@@ -11,7 +11,7 @@ import pytest
 
 from tests.soak.churn import run
 
-NICE = 10
+NICE = 5
 MINUTES = float(os.environ.get("SOAK_MINUTES", "3"))
 
 

@@ -205,6 +205,25 @@ async def test_a_worker_that_is_stopped_keeps_what_was_paid_and_loses_the_last_h
             await payer.buyer.open_channel(s.ids[1].peer_id)
 
 
+async def test_another_channel_may_be_opened_while_a_worker_is_stopped(tmp_path):
+    async with swarm(tmp_path) as s:
+        payer = s.ledgers[0]
+        await payer.grant(s.ids[0].public_key, 20 * CREDIT)
+        await payer.buyer.open_channel(s.ids[1].peer_id)
+        stop = payer.buyer._stop
+
+        async def busy_stop(*args):
+            await stop(*args)
+            await payer.buyer.open_channel(s.ids[2].peer_id)  # as an answer under way does
+
+        payer.buyer._stop = busy_stop
+        await payer.buyer.stop(s.ids[1].peer_id, "proved wrong")
+        assert {each["peer_id"]: bool(each["stopped"]) for each in payer.channels()} == {
+            s.ids[1].peer_id: True,
+            s.ids[2].peer_id: False,
+        }
+
+
 async def test_a_worker_that_overcounts_is_stopped_and_both_see_why(tmp_path, autojump_clock):
     async with swarm(tmp_path) as s:
         payer, worker = s.ledgers[0], s.ledgers[1]
