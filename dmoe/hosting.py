@@ -150,7 +150,7 @@ class Hosting:
         try:
             async with trio.open_nursery() as self._nursery:
                 await self._nursery.start(self.deployments.run)
-                self._cells.on_withdrawn = partial(trio.lowlevel.current_trio_token().run_sync_soon, self.wake)
+                self._cells.on_withdrawn = partial(self._wake_from_afar, trio.lowlevel.current_trio_token())
                 await self._taker.measure_disk()
                 self._resume()
                 self._advertise()
@@ -172,6 +172,12 @@ class Hosting:
     def wake(self) -> None:
         """Look again soon."""
         self._wake.set()
+
+    def _wake_from_afar(self, token: trio.lowlevel.TrioToken) -> None:
+        try:
+            token.run_sync_soon(self.wake)
+        except trio.RunFinishedError:
+            return  # the node has ended
 
     # --- what the operator says and sees
 

@@ -114,7 +114,6 @@ class Company:
                 self._make()
             except BaseException:
                 self._members.remove(shard)
-                self._is_stale = True
                 raise
 
     def leave(self, shard: "BlockShard") -> None:
@@ -155,14 +154,19 @@ class Company:
 
     def _make(self) -> None:
         """New sessions for the members there are, one layer after the other."""
-        members = {expert: shard for shard in self._members for expert in shard.experts}
-        files = [file for shard in self._members for file in shard.files]
-        for layer in self._manifest.layers_of(self._members[0].shard):
-            joint = Joint(self._manifest, merged(files), layer, sorted(members))
-            joint.warm_up()
-            self._layers[layer] = joint
-            release(files)
-        self._is_stale = False
+        self._is_stale = False  # until somebody leaves, also meanwhile
+        members = list(self._members)
+        experts = sorted({expert for shard in members for expert in shard.experts})
+        files = [file for shard in members for file in shard.files]
+        try:
+            for layer in self._manifest.layers_of(members[0].shard):
+                joint = Joint(self._manifest, merged(files), layer, experts)
+                joint.warm_up()
+                self._layers[layer] = joint
+                release(files)
+        except BaseException:
+            self._is_stale = True
+            raise
 
 
 class BlockShard:

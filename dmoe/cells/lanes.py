@@ -184,7 +184,7 @@ class ParentLane(_Side):
         padding = _PADDING[len(numbers) + 1 :]
         _NUMBERS.pack_into(self._memory, self._start, self._number, *numbers, *padding)
         try:
-            self._bell.send(_BELL.pack(self._number))
+            self._bell.send(_BELL.pack(self._number), socket.MSG_DONTWAIT)  # a cell need not listen
         except OSError as error:
             raise LaneLost(f"it takes no call: {error.strerror}", gone=True) from error
         self._asked_rang[0] = self._number

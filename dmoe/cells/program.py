@@ -273,8 +273,8 @@ class Program:
                 self._pages.use_huge_pages()
             case "drop":
                 if (shard_inside := self._shards.pop(message["number"], None)) is not None:
-                    self._forget_ready()
                     shard_inside.close()
+                    self._forget_ready()
             case "forget":
                 stage = self._shards.get(message["number"])
                 if isinstance(stage, Keeping):

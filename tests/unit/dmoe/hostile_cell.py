@@ -18,7 +18,7 @@ import numpy as np
 
 from dmoe.cells import launch, program
 
-HONEST, ATTEMPTS, LOOP, BOMB, LEAVE, CRASH, EXEC, TRACE, SCRIBBLE, RING, NAN, LIE, SHARED_BOMB, MINE = range(14)
+HONEST, ATTEMPTS, LOOP, BOMB, LEAVE, CRASH, EXEC, TRACE, SCRIBBLE, RING, NAN, LIE, SHARED_BOMB, MINE, DEAF = range(15)
 BOOT = launch.boot("tests.unit.dmoe.hostile_cell")
 
 
@@ -110,6 +110,8 @@ class Hostile(program.ExpertsInside):
         elif deed == RING:
             for _ in range(200):
                 lane._bell.send(b"\0" * 8)
+        elif deed == DEAF:
+            _answer_unheard(lane, rows, width)
         elif deed == NAN:
             lane.give(np.full((rows, width), np.nan, np.float32))
         elif deed == LIE:
@@ -131,6 +133,15 @@ def _scribble(lane):
     end = time.monotonic() + 5
     while time.monotonic() < end:
         whole[: 1 << 20] = random.integers(0, 255, 1 << 20, np.uint8)
+
+
+def _answer_unheard(lane, rows, width):
+    """Answer every call from now on, and never take a bell out of the socket."""
+    while True:
+        lane.give(np.zeros((rows, width), np.float32))
+        while lane._asked_rang[0] == lane._number:
+            time.sleep(0)
+        lane._number = lane._asked_rang[0]
 
 
 def _mine():

@@ -314,6 +314,22 @@ def test_a_cell_that_computes_for_itself_is_ended(model, monkeypatch):
         assert (again(shard, h) == here(model).partial(0, h)).all()
 
 
+async def test_a_cell_that_hears_no_bell_holds_up_nobody(model):
+    with hostile(model) as (cell, shard, _):
+        h = rows(deed=hostile_cell.DEAF)
+
+        def ask_on():  # on the event loop
+            for _ in range(5000):
+                shard.partial(0, h)
+
+        with pytest.raises(RemoteError, match="takes no call"):
+            ask_on()
+        await trio.to_thread.run_sync(until, lambda: cell.restarts == 1)
+        h = rows()
+        found = await trio.to_thread.run_sync(again, shard, h)
+        assert (found == here(model).partial(0, h)).all()
+
+
 async def test_the_event_loop_is_not_held_up_by_a_late_cell(model, monkeypatch):
     monkeypatch.setattr("dmoe.cells.cell.LOOP_SECONDS", 0.05)
     _store, _manifest = model

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import trio
 
 from config.errors import RemoteError
 from dmoe import hosting, taking
+from dmoe.caller import Caller
 from dmoe.cells import sandbox
 from dmoe.cells.blame import ENDS_MAX, WINDOW_SECONDS, Blame
 from dmoe.cells.cells import Cells
@@ -19,7 +21,7 @@ from dmoe.ports import Quote
 from dmoe.runtime import ExpertShard, RuntimeOptions
 from dmoe.taking import Withdrawal
 from dmoe.worker import Worker
-from node import online
+from node import online, replicas
 from p2p.memory import MemoryHub
 from tests.unit.dmoe import hostile_cell
 from tests.unit.dmoe.model_kit import HIDDEN, PUBLISHER, made
@@ -129,6 +131,14 @@ async def test_a_shard_that_keeps_ending_its_cell_is_withdrawn_and_tried_again(t
         assert (row["shard"], row["times"]) == (shard_id, 1)
         assert f"ended {ENDS_MAX} times" in row["why"]
         assert shard_id in online._withdrawn_line(row)
+        shown = SimpleNamespace(
+            store=host.store,
+            network=host.network,
+            hosting=host.hosting,
+            caller=Caller(host.network, worker=host.worker),
+        )
+        listed = await replicas.shards(shown, {"model": host.manifest.name}, None)
+        assert [each["id"] for each in listed["shards"] if "withdrawn here" in online._remarks(each)] == [shard_id]
         assert host.cells.statistics()["withdrawn"] == 1
         said = [r for r in caplog.records if r.name == "rios.security.cells" and "is not served for" in r.getMessage()]
         assert len(said) == 1
