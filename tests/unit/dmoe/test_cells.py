@@ -201,7 +201,7 @@ def test_nothing_outside_can_be_reached(model):
 def test_a_cell_holds_no_descriptor_but_its_own(model):
     with hostile(model) as (cell, _, _):
         held = {os.readlink(path) for path in Path(f"/proc/{cell.pid}/fd").iterdir()}
-        strange = [each for each in held if not each.startswith("socket:") and each != "/dev/null"]
+        strange = [each for each in held if not each.startswith("socket:") and each not in ("/dev/null", "/null")]
         store, manifest = model
         files = {str(store.path(manifest.model_id, file)) for file in manifest.expert_shard(0, 0).files}
         assert set(strange) <= files
