@@ -30,7 +30,7 @@ from config import generation
 from config.errors import BusyError, LocalError, RequestError
 from dmoe.aside import NO_WALLS_HINT
 from dmoe.cells import launch
-from dmoe.cells.frames import exactly, frame, receive
+from dmoe.cells.frames import frame, receive
 from dmoe.cells.sandbox import Wall
 from dmoe.core.constraint import FloatRow, masked
 from dmoe.grammarwork import (
@@ -58,7 +58,7 @@ _MORE_SECONDS = 2.0
 """What is waited for a constraint longer than its process's own alarm."""
 _ANSWER_BYTES_MAX = 1 << 20
 _MESSAGE_BYTES_MAX = 1 << 11
-_HEAD_BYTES, _FIRST_BYTES = 4, 40 << 10
+_HEAD_BYTES, _READ_BYTES = 4, 40 << 10
 _NAMES: Final = {"json": "JSON schema", "regex": "regular expression", "choice": "choice", "grammar": "grammar"}
 _BOOT = launch.boot("dmoe.grammarwork")
 
@@ -227,6 +227,7 @@ class _Copy:
         self._pid = pid
         self.line = line
         self._waiting: deque[Constrained] = deque()
+        self._heard = bytearray()
         self.end = weakref.finalize(self, _end_copy, host, pid, line)
 
     def ask(self, what: int, state: "Constrained", token: int = 0) -> None:
@@ -249,14 +250,23 @@ class _Copy:
 
     def answer(self) -> bytes:
         """The next answer. Raises OSError, EOFError."""
-        head = self.line.recv(_FIRST_BYTES)
-        if len(head) < _HEAD_BYTES:
+        while (size := self._size()) is None or len(self._heard) < _HEAD_BYTES + size:
+            part = self.line.recv(_READ_BYTES)
+            if not part:
+                raise EOFError
+            self._heard += part
+        answer = bytes(self._heard[_HEAD_BYTES : _HEAD_BYTES + size])
+        del self._heard[: _HEAD_BYTES + size]  # the beginning of another may have come with it
+        return answer
+
+    def _size(self) -> int | None:
+        """Of the answer that has begun to come."""
+        if len(self._heard) < _HEAD_BYTES:
+            return None
+        size = int.from_bytes(self._heard[:_HEAD_BYTES], "little")
+        if not 0 < size <= _ANSWER_BYTES_MAX:
             raise EOFError
-        size = int.from_bytes(head[:_HEAD_BYTES], "little")
-        body = head[_HEAD_BYTES:]
-        if not 0 < size <= _ANSWER_BYTES_MAX or len(body) > size:
-            raise EOFError
-        return body + exactly(self.line, size - len(body))
+        return size
 
 
 class Compiled:

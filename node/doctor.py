@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -326,9 +327,14 @@ def _sandbox(patient: Patient) -> Iterator[Finding]:
         yield Finding("warn", f"dmoe.gvisor is on, and there is no {gvisor.BINARY} in PATH", why, _GVISOR_FIX)
     if sandbox.missing():
         return
-    for kind, trial in walls.trials().items():
-        if not (kind.startswith("cells") and (lacks or dmoe.sandbox == "off")):
-            yield from _walls_of(kind, trial())
+    asked = {
+        kind: trial
+        for kind, trial in walls.trials().items()
+        if not (kind.startswith("cells") and (lacks or dmoe.sandbox == "off"))
+    }
+    with ThreadPoolExecutor(len(asked)) as threads:  # each mostly waits for an interpreter to start
+        for kind, found in zip(asked, threads.map(lambda trial: trial(), asked.values()), strict=True):
+            yield from _walls_of(kind, found)
 
 
 def _walls_of(kind: str, found: "Sequence[Wall]") -> Iterator[Finding]:

@@ -165,7 +165,7 @@ def _see_no_files() -> Wall:
 def _become_nobody(user: int) -> Wall:
     """Root's cell is nobody's process: it owns nothing and may signal nobody."""
     if user:
-        return Wall("user", False, f"the cell runs as user {user}, like its node: only root can change that")
+        return Wall("user", False, "the cell runs as its node's user: only root can change that")
     try:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)

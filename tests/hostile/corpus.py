@@ -10,7 +10,7 @@ import shutil
 import socket
 import struct
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import msgspec
 import numpy as np
@@ -680,10 +680,15 @@ GRAMMARS = {
 }
 
 
+@cache
+def constraints():
+    """One process for all of them: what one does harms no other."""
+    return Constraints(Tokenizer(tokenizer_json()), ())
+
+
 def constraining(kind, text):
     def compile_it():
-        made = Constraints(Tokenizer(tokenizer_json()), ())
-        state = made.compile_here(Constraint(kind=kind, text=text)).begin()
+        state = constraints().compile_here(Constraint(kind=kind, text=text)).begin()
         for _ in range(3):
             scores = state.mask(np.zeros(94, np.float32))
             state.accept(int(np.argmax(scores)))

@@ -100,7 +100,7 @@ def test_a_tokenizer_says_what_keeps_it_in(monkeypatch):
         assert "Seccomp:\t2" in status
         assert "CapEff:\t0000000000000000" in status
         links = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
-        assert all(link.startswith("socket:") or link == "/dev/null" for link in links)
+        assert all(link.startswith("socket:") or link in ("/dev/null", "/null") for link in links)
 
 
 def test_where_walls_are_demanded_and_none_can_be_had_nothing_is_read(monkeypatch):
@@ -196,7 +196,7 @@ def test_from_a_grammars_process_nothing_outside_can_be_reached(monkeypatch):
             with pytest.raises(RequestError, match="the regular expression cannot be used: ") as caught:
                 made.compile_here(Constraint(kind="regex", text=deed, where="guided_regex"))
             assert caught.value.param == "guided_regex"
-            assert said(honest.begin()) == [2, 2, 2]
+            assert said(honest.begin()) == [0, 1, 0]
 
 
 def test_a_bomb_is_refused_by_name_while_others_go_on(grammars, monkeypatch):
@@ -216,7 +216,7 @@ def test_a_bomb_is_refused_by_name_while_others_go_on(grammars, monkeypatch):
     thread.start()
     answers = 0
     while thread.is_alive():
-        assert said(other.begin()) == [2, 2, 2]
+        assert said(other.begin()) == [0, 1, 0]
         answers += 1
     assert answers > 1
     assert outcome[0].message.startswith("guided_regex: the regular expression cannot be used: ")
@@ -234,16 +234,22 @@ def test_a_step_that_never_ends_ends_its_answer_alone(monkeypatch):
         nonsense = made.compile_here(Constraint(kind="regex", text="nonsense")).begin()
         with pytest.raises(RequestError, match=r"nonsense|ended"):
             nonsense.mask(np.zeros(3, np.float32))
-        assert said(honest) == [2, 2, 2]
+        assert said(honest) == [0, 1, 0]
 
 
 def test_copies_end_with_whoever_uses_them(grammars):
     host = psutil.Process(grammars._host._process.walled_pid)
+
+    def copies():
+        return {each.pid for each in host.children() if each.status() != "zombie"}
+
+    before = copies()
     kept = [grammars.compile_here(Constraint(kind="regex", text="a*")) for _ in range(3)]
-    assert len([each for each in host.children() if each.status() != "zombie"]) >= 3
+    mine = copies() - before
+    assert len(mine) == 3
     kept.clear()
-    end = time.monotonic() + 20
-    while [each for each in host.children() if each.status() != "zombie"]:
+    end = time.monotonic() + 30
+    while copies() & mine:
         assert time.monotonic() < end
         time.sleep(0.02)
 
