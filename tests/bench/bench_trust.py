@@ -1,7 +1,8 @@
 """How soon liars are exposed, whether honest workers are ever accused, and what audits cost.
 
-``python -m tests.bench.bench_trust [honest] [size] [framing] [cost] [liars]`` (default: all, about five minutes on two
-quiet cores): each part is told on stderr, the last line of stdout is one JSON object.
+``python -m tests.bench.bench_trust [honest] [size] [framing] [cost] [liars] [stages] [stagecost] [stageliars]``
+(default: all, about ten minutes on two quiet cores): each part is told on stderr, the last line of stdout is one JSON
+object.
 
 With share p of the calls audited, a liar that is wrong in a share s of its calls is exposed within
 ``ln(0.01) / ln(1 - p s)`` of them in 99 of 100 runs; ``liars`` prints that bound beside what happened. It is sooner
@@ -22,6 +23,7 @@ import numpy as np
 import trio
 
 from dmoe.core import wire
+from tests.bench import stage_trust as bench_stages
 from tests.unit.dmoe.model_kit import tiny
 from tests.unit.dmoe.trust_kit import (
     Routing,
@@ -182,7 +184,7 @@ def _short(value: object) -> object:
 def main(parts: list[str]) -> None:
     """Run the parts that were asked for."""
     logging.disable(logging.CRITICAL)
-    wanted = parts or ["honest", "size", "framing", "cost", "liars"]
+    wanted = parts or ["honest", "size", "framing", "cost", "liars", "stages", "stagecost", "stageliars"]
     figures: dict[str, object] = {}
 
     def found(name: str, value: dict[str, object]) -> None:
@@ -202,7 +204,17 @@ def main(parts: list[str]) -> None:
         if "liars" in wanted:
             for wrong in (1.0, 0.05):
                 found(f"liars_{wrong:g}", trio.run(liars, folder, wrong))
-    ratios = {"audit_cost": spent["audit_cost"]} if isinstance(spent := figures.get("cost"), dict) else {}
+        if "stages" in wanted:
+            found("stages", trio.run(bench_stages.verdicts, folder))
+        if "stagecost" in wanted:
+            found("stagecost", trio.run(bench_stages.cost, folder, SHARE))
+        if "stageliars" in wanted:
+            for wrong in (1.0, 0.05):
+                found(f"stageliars_{wrong:g}", trio.run(bench_stages.liars, folder, SHARE, wrong))
+    ratios = {}
+    for part, name in (("cost", "audit_cost"), ("stagecost", "stage_audit_cost")):
+        if isinstance(spent := figures.get(part), dict):
+            ratios[name] = spent[name]
     print(json.dumps({"figures": figures, "ratios": ratios}))
 
 
