@@ -43,7 +43,7 @@ CONFIDENCE = 0.99
 
 
 async def verdicts(folder: Path) -> dict[str, Any]:
-    """Honest sequences of all lengths, pieces, threads and scales, judged; of each lie the share of rows found guilty."""
+    """Honest sequences of all lengths, pieces, threads and scales, judged; of lies the share of rows found guilty."""
     out: dict[str, Any] = {}
     for kind, options_of in KINDS.items():
         store, manifest = await trio.to_thread.run_sync(partial(tiny, folder / f"stage-{kind}", **options_of))

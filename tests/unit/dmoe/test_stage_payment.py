@@ -1,5 +1,7 @@
 """Stages and a real ledger: prompts at high prices wait for vouchers, calls that are left stop no channel."""
 
+import time
+
 import numpy as np
 import trio
 
@@ -7,7 +9,7 @@ from dmoe.ports import Quote
 from tests.unit.dmoe import stage_trust_kit
 from tests.unit.dmoe.stage_trust_kit import answer, stage_trust_swarm
 from tests.unit.dmoe.stages_kit import staged
-from tests.unit.dmoe.trust_kit import Routing, trust_swarm
+from tests.unit.dmoe.trust_kit import QUOTE, Routing, trust_swarm
 
 CALLS = 6
 
@@ -38,25 +40,41 @@ async def test_calls_that_are_left_while_they_are_computed_stop_no_channel(tmp_p
         caller = await s.caller(share=0.0)
         h = np.ones((1, manifest.architecture.hidden), np.float32)
         await caller.session(manifest).run(0, h, Routing())
-        seller = s.ledgers[1].seller
-        served, scopes = seller.served, []
+        seller, buyer = s.ledgers[1].seller, s.ledgers[0].buyer
+        (sold,) = seller.channels()
+        channel = bytes.fromhex(sold["channel"])
+        each = sold["kflop"]
+        lost, told = buyer.lost, []
 
-        def counted(*args):
-            served(*args)
-            scopes[-1].cancel()  # it is counted, and nobody will hear of it
+        def counted(worker, key, quote, kflop):
+            told.append(kflop)
+            lost(worker, key, quote, kflop)
 
-        seller.served = counted
-        for _ in range(CALLS):
-            with trio.CancelScope() as scope:
-                scopes.append(scope)
+        buyer.lost = counted
+        for shard in s.workers[1]._shards.values():
+            slow(shard)
+        for number in range(CALLS):
+            with trio.move_on_after(0.05) as scope:
                 await caller.session(manifest).run(0, h, Routing())
             assert scope.cancelled_caught
-        seller.served = served
-        (sold,), (bought,) = seller.channels(), s.ledgers[0].buyer.channels()
-        assert sold["calls"] == bought["calls"] + CALLS
+            # the worker was as quick as the payer's change of mind
+            seller.served(caller._shared.network.peer_id, channel, QUOTE, each, bytes([number]) * 32)
+        assert told == [each] * CALLS
         with trio.fail_after(10):
-            while seller._channels[bytes.fromhex(sold["channel"])].leaves:
+            while seller._channels[channel].leaves:
                 await trio.sleep(0.05)
                 assert not seller.channels()[0]["stopped"]
-        assert not s.ledgers[0].buyer.channels()[0]["stopped"]
-        await caller.session(manifest).run(0, h, Routing())
+        assert not buyer.channels()[0]["stopped"]
+        assert seller.channels()[0]["calls"] == 1 + CALLS
+
+
+def slow(loaded):
+    """A shard that takes its time."""
+    honest = loaded.shard.partial
+
+    def late(*args):
+        time.sleep(0.3)
+        return honest(*args)
+
+    loaded.shard.partial = late
+    loaded.row_seconds = 1.0  # so it runs in a thread
