@@ -113,8 +113,8 @@ class StageSequence:
     def truncate(self, length: int) -> None:
         """See :class:`dmoe.runner.Sequence`."""
         assert 0 <= length <= len(self.tokens)
+        self.cuts += length < len(self.tokens)
         del self.tokens[length:]
-        self.cuts += 1
         for key in [key for key in self.heard if key[1] > length]:
             del self.heard[key]
         for leg in self.legs.values():

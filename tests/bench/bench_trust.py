@@ -1,7 +1,8 @@
 """How soon liars are exposed, whether honest workers are ever accused, and what audits cost.
 
-``python -m tests.bench.bench_trust [honest] [size] [framing] [cost] [liars]`` (default: all, about five minutes on two
-quiet cores): each part is told on stderr, the last line of stdout is one JSON object.
+``python -m tests.bench.bench_trust [honest] [size] [framing] [cost] [liars] [stages] [stagecost] [stageliars]``
+(default: all, about ten minutes on two quiet cores): each part is told on stderr, the last line of stdout is one JSON
+object.
 
 With share p of the calls audited, a liar that is wrong in a share s of its calls is exposed within
 ``ln(0.01) / ln(1 - p s)`` of them in 99 of 100 runs; ``liars`` prints that bound beside what happened. It is sooner
@@ -24,6 +25,7 @@ import numpy as np
 import trio
 
 from dmoe.core import wire
+from tests.bench import stage_trust as bench_stages
 from tests.unit.dmoe.model_kit import tiny
 from tests.unit.dmoe.trust_kit import (
     Routing,
@@ -181,7 +183,7 @@ def _short(value: object) -> object:
     return float(f"{float(value):.3g}")  # type: ignore[arg-type]
 
 
-PARTS = ("honest", "size", "framing", "cost", "liars")
+PARTS = ("honest", "size", "framing", "cost", "liars", "stages", "stagecost", "stageliars")
 
 
 def measure(parts: Sequence[str] = PARTS) -> dict[str, Any]:
@@ -206,6 +208,13 @@ def measure(parts: Sequence[str] = PARTS) -> dict[str, Any]:
         if "liars" in parts:
             for wrong in (1.0, 0.05):
                 found(f"liars_{wrong:g}", trio.run(liars, folder, wrong))
+        if "stages" in parts:
+            found("stages", trio.run(bench_stages.verdicts, folder))
+        if "stagecost" in parts:
+            found("stagecost", trio.run(bench_stages.cost, folder, SHARE))
+        if "stageliars" in parts:
+            for wrong in (1.0, 0.05):
+                found(f"stageliars_{wrong:g}", trio.run(bench_stages.liars, folder, SHARE, wrong))
     logging.disable(logging.NOTSET)
     return figures
 
@@ -213,7 +222,8 @@ def measure(parts: Sequence[str] = PARTS) -> dict[str, Any]:
 def main(parts: list[str]) -> None:
     """Run the parts that were asked for."""
     figures = measure(parts or PARTS)
-    ratios = {"audit_cost": figures["cost"]["audit_cost"]} if "cost" in figures else {}
+    costs = {"cost": "audit_cost", "stagecost": "stage_audit_cost"}
+    ratios = {name: figures[part][name] for part, name in costs.items() if part in figures}
     print(json.dumps({"figures": figures, "ratios": ratios}))
 
 

@@ -258,7 +258,7 @@ def rows_of(manifest, count, seed=0, scale=1.0):
     return wire.rounded(rows, manifest.wire_dtype)
 
 
-async def quiet(runner, seconds=30):
+async def quiet(runner, seconds=90):
     """Wait until no audit waits or runs."""
     with trio.fail_after(seconds):
         while runner.audits._queue.statistics().current_buffer_used or not runner.audits.is_idle:  # noqa: ASYNC110

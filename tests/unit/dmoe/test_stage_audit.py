@@ -20,14 +20,13 @@ async def model(folder, **kwargs):
     return await trio.to_thread.run_sync(lambda: staged(folder / "model", **kwargs))
 
 
-async def until(check, seconds=30):
+async def until(check, seconds=90):
     with trio.fail_after(seconds):
         while not check():  # noqa: ASYNC110
             await trio.sleep(0.02)
 
 
-@pytest.mark.parametrize("may_forward", [True, False])
-@pytest.mark.parametrize("lie", ["zeros", "fp16", "int8", "nudge"])
+@pytest.mark.parametrize(("lie", "may_forward"), [("fp16", True), ("int8", False), ("nudge", True)])
 async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path, lie, may_forward):
     store, manifest = await model(tmp_path, kind="F32")
     async with stage_trust_swarm(tmp_path, store, manifest) as s:
@@ -37,10 +36,10 @@ async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path
             await s.node(*stages)
         runner = await s.runner(share=0.5, may_forward=may_forward)
         trust = runner.auditor.trust
-        for seed, prompt in enumerate(prompts(40)):
+        for seed, prompt in enumerate(prompts(40, most=16)):
             if not trust.trusted(liar):
                 break
-            await answer(runner, prompt, seed=seed)
+            await answer(runner, prompt, 3, seed=seed)
             await quiet(runner)
         assert not trust.trusted(liar)
         assert [peer for peer in trust.table() if not trust.trusted(peer)] == [liar]

@@ -72,9 +72,9 @@ async def test_no_honest_answer_is_near_to_guilt(found):
     for threads in (1, 2):
         segment = loaded(store, manifest, threads)
         for scale in (0.05, 1.0, 20.0):
-            rows = rows_of(manifest, 36, seed=int(scale * 100), scale=scale)
-            cuts = sorted(random.choice(range(1, 36), 6, replace=False).tolist())
-            pieces = np.diff([0, *cuts, 36]).tolist()
+            rows = rows_of(manifest, 20, seed=int(scale * 100), scale=scale)
+            cuts = sorted(random.choice(range(1, 20), 5, replace=False).tolist())
+            pieces = np.diff([0, *cuts, 20]).tolist()
             answer = await through(segment, rows, pieces)
             worst = max(worst, float(judge(store, manifest, rows, answer, threads).max()))
         segment.close()
@@ -86,13 +86,12 @@ async def test_nobody_is_framed_by_inputs_that_were_chosen(found):
     segment = loaded(store, manifest)
     for name, given in hard_inputs(manifest.architecture.hidden).items():
         rows = wire.rounded(given.astype(np.float32), manifest.wire_dtype)
-        for seed in range(3):
-            assert judge(store, manifest, rows, await through(segment, rows), seed).max() < HONEST_MAX, name
+        assert judge(store, manifest, rows, await through(segment, rows)).max() < HONEST_MAX, name
 
 
 async def test_what_is_far_off_is_guilty(found):
     kind, store, manifest = found
-    rows, segment = rows_of(manifest, 30, seed=4), loaded(store, manifest)
+    rows, segment = rows_of(manifest, 16, seed=4), loaded(store, manifest)
     true = await through(segment, rows)
     assert judge(store, manifest, rows, np.zeros_like(true)).max() > 1
     assert judge(store, manifest, rows, rows).max() > 1, "what came in, given on as it is"
@@ -119,7 +118,7 @@ async def test_what_somebody_else_was_given_proves_nothing(found):
     assert not ratios[3:].any(), "nobody is judged by what is no number, nor behind it"
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2_lite", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 async def test_every_family_is_computed_as_its_graph_does_it(tmp_path, family):
     store, manifest = await imported(tmp_path, family, "fp32")
     rows = rows_of(manifest, 30, seed=2)

@@ -6,7 +6,7 @@ import pytest
 
 from config.errors import RiosError
 from ledger.core import merkle
-from ledger.core.channel import RECEIPT_CALLS, PayerChannel, SellerChannel
+from ledger.core.channel import LOST_CALLS_MAX, RECEIPT_CALLS, PayerChannel, SellerChannel
 from ledger.core.objects import Voucher
 
 NET, KEY, PAYER = b"n" * 16, b"c" * 32, b"p" * 32
@@ -154,6 +154,34 @@ def test_a_worker_whose_first_answers_were_lost_is_no_cheat_and_gains_nothing_by
     assert payer.excess(seller.receipt()) > 0, "a third of W0, all lost answers together"
     payer.used(ONE, GFLOP)
     assert payer.excess(seller.receipt()) == 0
+
+
+def test_what_the_payer_gave_up_itself_stops_no_channel():
+    """Hedges, timeouts and requests that were left: the worker may have computed them, and counts them."""
+    seller, payer = pair(lock=100_000_000, credit=10_000_000)
+    for _ in range(20):
+        call(seller, payer)
+    exchange(seller, payer)
+    for _ in range(5):  # between two receipts
+        seller.served(ONE, GFLOP, bytes(32))
+        payer.lost(ONE, GFLOP)
+    receipt, voucher = exchange(seller, payer)
+    assert payer.spent == 20_000
+    assert receipt.cumulative == seller.earned == 25_000
+    assert payer.lost_nano == 0, "it is used up"
+    for _ in range(3):  # what nobody gave up is no more in doubt than before
+        seller.served(ONE, GFLOP, bytes(32))
+    assert payer.excess(seller.receipt()) == 2_000
+    assert voucher.cumulative >= receipt.cumulative
+
+
+def test_what_may_be_given_up_is_bounded():
+    seller, payer = pair(lock=100_000_000, credit=10_000_000)
+    call(seller, payer)
+    for _ in range(100):
+        payer.lost(ONE, GFLOP)
+        seller.served(ONE, GFLOP, bytes(32))
+    assert payer.excess(seller.receipt()) >= (100 - LOST_CALLS_MAX - 2) * 1_000
 
 
 def test_one_percent_of_the_window_may_be_in_doubt():
