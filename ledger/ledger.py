@@ -74,8 +74,7 @@ class Ledger:
         self.book.announcer = self.replicator.announce
         self.notes = Notes(network, self.book, settings.sync_seconds)
         self._keys = epoch_keys or EpochKeys(identity)
-        own = [(c.epoch, self.account) for c in self.book.state.committees.epochs if self.account in c.members]
-        self._lineage = Lineage(self._store, Mark(path), self._keys.epoch_keys(), own)
+        self._lineage = Lineage(self._store, Mark(path), self._keys.public_keys())
         heal = self.replicator.sync_with
         quorum = Quorum(network, self.book, self.notes, heal)
         recovering = Recovering(network, self.book, quorum, self._lineage, heal)

@@ -20,10 +20,12 @@ _keys = msgspec.msgpack.Decoder(list[bytes]).decode
 
 
 class Lineage:
-    """The history of one database. ``epoch_keys`` are those in files; ``own`` are (epoch, key) of seats that the
-    identity itself holds."""
+    """The history of one database; ``keys`` are those that this node may have voted with so far.
 
-    def __init__(self, store: Store, mark: Mark, epoch_keys: Iterable[bytes], own: Iterable[tuple[int, bytes]]) -> None:
+    A key that may have forgotten something is silent in every epoch: an old copy does not know in which it sat.
+    """
+
+    def __init__(self, store: Store, mark: Mark, keys: Iterable[bytes]) -> None:
         self._store = store
         self._mark = mark
         kept = store.meta(_PROMISES)
@@ -34,7 +36,7 @@ class Lineage:
         self.verdict = mark.open(lineage, self._promises, entries)
         records: list[Meta] = []
         if self.verdict == RESTORED:
-            self._forgotten |= {*epoch_keys, *(_seat(epoch, key) for epoch, key in own)}
+            self._forgotten |= set(keys)
             self._unsure = FOUND
             records.append(Meta(_FORGOTTEN, _pack(sorted(self._forgotten))))
         elif self.verdict == NEW and not entries:
@@ -45,13 +47,13 @@ class Lineage:
 
     # the witness
 
-    def has_forgotten(self, epoch: int, key: bytes) -> bool:
+    def has_forgotten(self, key: bytes) -> bool:
         """Whether a witness may have given promises that this database does not know."""
-        return key in self._forgotten or _seat(epoch, key) in self._forgotten
+        return key in self._forgotten
 
-    def trust(self, epoch: int, key: bytes) -> Meta:
+    def trust(self, key: bytes) -> Meta:
         """Take a witness for complete again; commit what it returns."""
-        self._forgotten -= {key, _seat(epoch, key)}
+        self._forgotten.discard(key)
         return Meta(_FORGOTTEN, _pack(sorted(self._forgotten)))
 
     def promise(self) -> Meta:
@@ -88,7 +90,3 @@ class Lineage:
     def close(self) -> None:
         """Close the mark."""
         self._mark.close()
-
-
-def _seat(epoch: int, key: bytes) -> bytes:
-    return key + epoch.to_bytes(4, "big")

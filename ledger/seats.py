@@ -10,6 +10,7 @@ have forgotten promises (a database from a backup) stays silent for its epoch: n
 certificates that come in later.
 """
 
+import logging
 import random
 
 import trio
@@ -36,9 +37,14 @@ from ledger.notes import Notes
 from ledger.promises import Handed, Listed, Standing, recall
 from p2p.face import Call, Network, Reply
 
+log = logging.getLogger(__name__)
+
 PIECE_BYTES = 1 << 20
+CHECKS = 64
+"""Signatures of a handover checked before other tasks get a turn (about 5 ms)."""
 DEADLINE_MS = 10_000
 PAUSE_S = 1.0
+RETRY_S = 5.0
 LATE_PAUSE_S = 30.0
 """Between rounds for handovers that are not needed to begin."""
 
@@ -103,7 +109,7 @@ class Seats:
             raise RuleError("restored", "it may have voted for other entries; the others go on until the next epoch")
         await self._book.writer.commit(
             [
-                self._lineage.trust(witness.epoch, witness.key),
+                self._lineage.trust(witness.key),
                 Standing(witness.epoch, witness.key, witness.phase, False),
             ]
         )
@@ -130,7 +136,7 @@ class Seats:
     def _recall(self, witness: Witness) -> Witness:
         store = self._book.store
         recall(store.promises, witness, store.voted(witness.epoch), store.final_claims())
-        witness.restored = witness.restored or self._lineage.has_forgotten(witness.epoch, witness.key)
+        witness.restored = witness.restored or self._lineage.has_forgotten(witness.key)
         return witness
 
     # what is going on
@@ -163,12 +169,20 @@ class Seats:
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            await self.advance()
+            try:
+                await self.advance()
+            except RiosError as error:
+                log.error("this node's witness cannot go on: %s", error)
+                await trio.sleep(RETRY_S)
+                self._changed.set()
 
     async def _run_rounds(self) -> None:
         while True:
             for witness in list(self._seats.values()):
-                await self._tend(witness)
+                try:
+                    await self._tend(witness)
+                except RiosError as error:
+                    log.error("the witness of epoch %d: %s", witness.epoch, error)
             with trio.move_on_after(self._pause_s()):
                 await self._joined.wait()
             self._joined = trio.Event()
@@ -194,7 +208,10 @@ class Seats:
                 self._sit()
                 self._joined.set()
             for witness in list(self._seats.values()):
-                effect = witness.advance()
+                effect = witness.advance(CHECKS)
+                while witness.is_weighing:
+                    await trio.lowlevel.checkpoint()
+                    effect = witness.advance(CHECKS)
                 if effect is not None:
                     await self._hand_over(witness, effect)
 
@@ -277,7 +294,10 @@ class Seats:
     # has this witness forgotten anything?
 
     async def _ask_about(self, witness: Witness) -> bool:
-        """Ask the committee for later batches of this witness; whether enough answered: f + 1, one of them honest."""
+        """Ask the committee for later batches of this witness; whether enough answered: f + 1, one of them honest.
+
+        Who knows a newer epoch does not count: this copy of the ledger has to catch up first.
+        """
         committee = self._book.state.committees.of(witness.epoch)
         answered = 0
         for key in committee.keys:
@@ -294,6 +314,9 @@ class Seats:
     async def _ask_batches(self, witness: Witness, peer_id: PeerId) -> None:
         ask = {"net": self._book.genesis.net, "epoch": witness.epoch, "witness": witness.key}
         reply = await self._network.call(peer_id, "ledger.batches", ask, deadline_ms=DEADLINE_MS)
+        newest = reply.header.get("newest")
+        if type(newest) is not int or newest > self._book.state.committees.epoch:
+            raise RemoteError("conflict", f"{peer_id} knows a newer committee")
         header, signature = reply.header.get("header"), reply.header.get("signature")
         if isinstance(header, bytes) and isinstance(signature, bytes) and len(signature) == 64:
             votes = open_signed(Votes, Signed(header, signature), witness.key)
@@ -305,5 +328,6 @@ class Seats:
         epoch, key = call.header.get("epoch"), call.header.get("witness")
         if type(epoch) is not int or not isinstance(key, bytes):
             raise RiosError("invalid_request", "'epoch' and 'witness' are needed")
-        newest = self._book.newest_batch(epoch, key)
-        return Reply({"header": newest.body, "signature": newest.signature} if newest is not None else {})
+        known = {"newest": self._book.state.committees.epoch}
+        batch = self._book.newest_batch(epoch, key)
+        return Reply(known | ({"header": batch.body, "signature": batch.signature} if batch is not None else {}))

@@ -145,8 +145,8 @@ def _ledger_summary(node: "Node") -> Any:  # noqa: ANN401 - JSON
         return None
     return {
         **node.ledger.statistics(),
-        "f": node.ledger.genesis.f,
-        "issuer": peer_id_of(node.ledger.genesis.issuer),
+        "f": node.ledger.book.state.committees.current.f,
+        "issuer": peer_id_of(node.ledger.book.state.committees.issuer),
         "account": node.identity.peer_id,
     }
 

@@ -10,10 +10,27 @@ import trio
 from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
 from config.settings import LedgerSettings
 from ledger.core.committee import EpochCommittee
-from ledger.core.objects import Committee, Entry, Equivocation, Issuer, Transfer, sign
+from ledger.core.objects import (
+    Claim,
+    Committee,
+    Entry,
+    Equivocation,
+    Freeze,
+    Frontier,
+    Handover,
+    Issuer,
+    Reclaim,
+    Signed,
+    Transfer,
+    Votes,
+    Voucher,
+    sign,
+)
 from ledger.keys import EpochKeys
 from ledger.ledger import open_ledger
+from p2p.core import codec
 from p2p.core.identity import Identity
+from p2p.face import Reply
 from tests.unit.ledger.test_network import CREDIT, Swarm, swarm, until, work
 
 OLD, NEW, USER = range(4), range(4, 8), 8
@@ -324,6 +341,90 @@ async def test_the_only_witness_of_a_network_votes_after_a_backup_if_its_operato
             await s.ledgers[0].trust_backup()
         await s.converged()
         assert s.ledgers[0].balance(s.ids[2].public_key) == 3
+
+
+async def test_a_full_disk_delays_the_handover_and_nothing_else(tmp_path, autojump_clock, caplog):
+    async with epochs(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[USER].public_key, 30 * CREDIT)
+        await s.converged()
+        store = s.ledgers[1].book.store
+        honest, full = store.commit, [True]
+
+        def commit(records):
+            if full[0] and any(type(record).__name__ == "Handed" for record in records):
+                raise LocalError("disk_full", "no room")
+            honest(records)
+
+        store.commit = commit
+        await s.change(s.committee(1, s.made.values()))
+        await until(lambda: all(s.phase(n) == "voting" for n in NEW))
+        await until(lambda: "no room" in caplog.text)
+        assert s.ledgers[4].voting.witness.inheritance.counted == 3
+        witness = s.ledgers[1].seats._seats[0]
+        assert witness.phase == "stopped", "it neither votes nor hands over"
+        full[0] = False
+        await until(lambda: all(s.ledgers[n].voting.witness.inheritance.counted == 4 for n in NEW))
+        await s.ledgers[USER].transfer(s.ids[5].public_key, 7)
+        await s.converged()
+
+
+async def test_freezes_of_the_old_committee_reclaim_under_the_new_one(tmp_path, autojump_clock):
+    async with epochs(tmp_path) as s:
+        payer, worker = s.ledgers[USER], s.ledgers[1]
+        await s.ledgers[0].grant(s.ids[USER].public_key, 30 * CREDIT)
+        await s.converged()
+        channel = await work(payer, worker, 100)
+        await until(lambda: payer.channels()[0]["promised"] >= 100_000)
+        s.now_ms += 73 * 3600 * 1000
+        row = payer.book.store.channels("buy")[0]
+        freezes = await payer.wallet._quorum.freezes(channel, payer.account, Signed(row.voucher, row.signature))
+        total = max(codec.decode(Freeze, freeze.body, bytes_max=4096).total for freeze in freezes)
+        await s.change(s.committee(1, s.made.values()))
+        await until(lambda: all(s.phase(n) == "voting" for n in NEW))
+        with pytest.raises(RiosError, match="may have frozen"):
+            await worker.seller._quorum.certify(claim(s, channel, worker), timeout_s=2)
+        await payer.wallet.append([Reclaim(channel, total, freezes), Transfer(s.ids[5].public_key, 3)])
+        await s.converged()
+        certificate = payer.book.store.entry_certificate(payer.account, payer.book.state.account(payer.account).seq)
+        assert certificate.epoch == 1
+        assert worker.balance() == total >= 100_000
+        assert s.ledgers[4].book.state.channels[channel].closed_at == total
+
+
+def claim(s: Epochs, channel: bytes, worker) -> Signed:
+    known = worker.book.state.channels[channel]
+    voucher = Voucher(s.genesis.net, channel, 1, known.lock, bytes(32))
+    signature = sign(s.ids[USER], voucher).signature
+    return sign(s.ids[1], Claim(known.payer, known.seq, known.op_index, voucher, signature))
+
+
+async def test_a_liar_that_hands_over_nonsense_holds_nobody_up(tmp_path, autojump_clock):
+    async with epochs(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[USER].public_key, 30 * CREDIT)
+        await s.converged()
+        await s.stop(3)
+        liar, net = s.hub.add(s.ids[3]), s.genesis.net
+        frontier = Frontier(((s.ids[6].public_key, 1 << 40),), ())
+        unreachable = sign(s.ids[3], Handover(net, 0, s.ids[3].public_key, frontier, (), (), ()))
+        answers = iter([b"", b"junk", unreachable.body])
+
+        async def hand_over(call):
+            body = next(answers, unreachable.body)
+            return Reply({"bytes": len(body), "signature": unreachable.signature}, [body] if body else [])
+
+        async def batches(call):
+            forged = sign(s.ids[3], Votes(net, 0, call.header["witness"], 999, bytes(32), bytes(32)))
+            return Reply({"newest": 0, "header": forged.body, "signature": forged.signature})
+
+        liar.serve("ledger.handover", hand_over)
+        liar.serve("ledger.batches", batches)
+        await s.change(s.committee(1, s.made.values()), (0, 1, 2))
+        await until(lambda: all(s.phase(n) == "voting" for n in NEW))
+        await until(lambda: all(len(s.ledgers[n].voting.witness.inheritance.received) == 4 for n in NEW))
+        assert all(s.ledgers[n].voting.witness.inheritance.counted == 3 for n in NEW)
+        await s.stop(0)
+        assert not (await s.start(0)).statistics()["witness"]["restored"], "nobody else can say what it signed"
+        await s.ledgers[USER].transfer(s.ids[5].public_key, 7)
 
 
 async def test_nobody_vouches_for_a_witness_among_several(tmp_path, autojump_clock):

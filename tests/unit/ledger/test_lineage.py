@@ -32,7 +32,7 @@ def start(tmp_path, *, dies_at=""):
     elif dies_at == "followed":
         mark.follow = lambda: (follow(), die())
     try:
-        return Lineage(store, mark, [], [])
+        return Lineage(store, mark, [])
     finally:
         mark.close()
         store.close()
@@ -50,7 +50,7 @@ def test_a_first_start_that_dies_is_no_restoration(tmp_path, place):
 def test_a_restoration_is_noticed_though_the_start_that_noticed_it_dies(tmp_path, place):
     store = Store(tmp_path / "l.db", NET)
     mark = Mark(tmp_path / "l.db")
-    lineage = Lineage(store, mark, [], [])
+    lineage = Lineage(store, mark, [])
     lineage.promise()
     lineage.promised()  # of which the database, an older copy, knows nothing
     mark.close()

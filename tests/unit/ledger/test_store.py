@@ -5,15 +5,19 @@ from pathlib import Path
 
 import pytest
 import trio
+from sqlite_utils import Database
 
 from config.errors import ConfigError, IntegrityError, LocalError
 from ledger.core import certificate as certificates
 from ledger.core.certificate import Collector, Verifier
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Entry, Grant, parse, sign
+from ledger.core.objects import Entry, Grant, Signed, parse, sign
 from ledger.core.state import State
 from ledger.core.witness import Witness
-from ledger.store import ChannelRow, Final, Meta, Store, Voted, Writer
+from ledger.lineage import Lineage
+from ledger.mark import NEW, Mark
+from ledger.schema import MIGRATIONS
+from ledger.store import ChannelRow, Final, Frozen, Meta, Store, Voted, Writer
 from ledger.verify import verify_file
 from p2p.core.identity import Identity
 
@@ -180,4 +184,29 @@ def test_stored_certificates_travel(tmp_path):
         data = certificates.encode(store.entry_certificate(ISSUER.public_key, n))
         item = Verifier(GENESIS).open(certificates.decode(data))
         assert item == parse(final.item.signed)
+    store.close()
+
+
+def test_a_file_of_the_first_version_keeps_its_votes_and_freezes_as_those_of_the_first_epoch(tmp_path):
+    made = finals(3)
+    with sqlite3.connect(tmp_path / "l.db") as connection:
+        MIGRATIONS[0](Database(connection))
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute("INSERT INTO meta VALUES ('net', ?)", (GENESIS.net,))
+        connection.execute("INSERT INTO accounts VALUES (1, ?)", (ISSUER.public_key,))
+        signed = made[0].item.signed
+        connection.execute("INSERT INTO votes VALUES (1, 1, ?, ?, ?)", (made[0].item.id, signed.body, signed.signature))
+        connection.execute("INSERT INTO freezes VALUES (?, ?, ?)", (b"c" * 32, b"freeze", b"s" * 64))
+        connection.execute("INSERT INTO meta VALUES ('witness_chain', ?)", (bytes(7) + b"\x05" + b"h" * 32,))
+    connection.close()
+    store = Store(tmp_path / "l.db", GENESIS.net)
+    assert store.voted(0) == [made[0].item]
+    assert store.voted(1) == []
+    assert store.promises.freezes(0) == [Signed(b"freeze", b"s" * 64)]
+    assert store.promises.chain(0) == (5, b"h" * 32)
+    store.commit([*made, Voted(made[1].item, 1), Frozen(b"c" * 32, Signed(b"other", b"t" * 64), 1)])
+    assert store.voted(1) == [made[1].item]
+    assert store.promises.freezes(1) == [Signed(b"other", b"t" * 64)]
+    lineage = Lineage(store, Mark(tmp_path / "l.db"), [])
+    assert lineage.verdict == NEW
     store.close()
