@@ -1,7 +1,7 @@
 # Everything a developer or a curious stranger needs. `make help` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools run test check bench faults soak bank sim mutants model fuzz netns clean
+.PHONY: help setup tools run test check bench faults powerloss soak bank sim mutants model fuzz netns clean
 PY := .venv/bin/python
 ARGS ?=
 
@@ -38,6 +38,9 @@ netns: setup tools  ## the tests in network namespaces, with what they measured 
 
 faults: setup tools  ## the fault suite, longer than in make test, with what was injected, seen and lost
 	@FAULT_ROUNDS=$(or $(ROUNDS),30) FLOOD_SECONDS=6 $(PY) -m pytest -q -s --timeout 1800 tests/faults $(ARGS)
+
+powerloss: setup  ## power cuts on a loop device: nothing acknowledged is lost (ROUNDS=50; needs root)
+	@POWER_ROUNDS=$(or $(ROUNDS),50) $(PY) -m pytest -q -s tests/powerloss $(ARGS)
 
 soak: setup  ## churn in a swarm of twelve daemons (MINUTES=60; ARGS="--seed 7 --keep FOLDER")
 	@$(PY) -m tests.soak.churn --minutes $(or $(MINUTES),60) $(ARGS)

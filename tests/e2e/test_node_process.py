@@ -288,7 +288,8 @@ def test_doctor_works_with_the_daemon_stopped_and_finds_what_is_wrong(swarm, nod
 
 def test_a_damaged_ledger_is_rebuilt_from_a_peer_and_checkpoints_are_made(swarm, node, capsys):
     swarm.start(node)
-    other = swarm.add("two", {"ledger.sync_seconds": 1})
+    settings = {"p2p.seeds": tuple(node.status["network"]["addresses"]), "ledger.sync_seconds": 1}
+    other = swarm.add("two", settings, ("--genesis", str(node.data / "genesis.json")))
     swarm.start(other)
     for amount in (5_000_000, 7):
         node.ask("ledger.grant", to=other.peer_id, microcredits=amount)

@@ -179,7 +179,7 @@ def test_repair_without_peers_saves_what_can_be_read_and_says_so(made, home, cap
     monkeypatch.setattr("node.repair.SECONDS_FOR_PEERS", 0.1)
     monkeypatch.setenv("RIOS_PASSPHRASE", "not needed to look")
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
-    quiet = ("--set", "p2p.listen=/ip4/127.0.0.1/tcp/0", "--set", "p2p.mdns=false")
+    quiet = ("--set", "p2p.listen=/ip4/127.0.0.1/tcp/0", "--set", "p2p.mdns=off")
     assert told(capsys, "repair", *quiet)["repaired"] is False
     store = Store(home / "ledger.db", made.genesis.net)
     store._writer.execute("UPDATE entries SET signature = zeroblob(64) WHERE id = 3")
