@@ -147,7 +147,7 @@ class Seats:
             if certificate.epoch == witness.epoch:
                 self._compare(witness, certificate)
         begins = self._book.state.committees.epoch != self._seen_epoch
-        if self._active and (begins or any(w.phase == COLLECTING for w in self._seats.values())):
+        if self._active and (begins or any(_waits(w) for w in self._seats.values())):
             self._changed.set()
 
     def _compare(self, witness: Witness, certificate: Certificate) -> None:
@@ -326,3 +326,9 @@ class Seats:
         known = {"newest": self._book.state.committees.epoch}
         batch = self._book.newest_batch(epoch, key)
         return Reply(known | ({"header": batch.body, "signature": batch.signature} if batch is not None else {}))
+
+
+def _waits(witness: Witness) -> bool:
+    """Whether news may let it begin, or let one more handover count (rule 8: also long after it has begun)."""
+    inheritance = witness.inheritance
+    return witness.phase == COLLECTING or (inheritance is not None and len(inheritance.received) > inheritance.counted)

@@ -389,6 +389,17 @@ CRASH_MUTANTS = (
     ),
 )
 
+ORDER_MUTANTS = (
+    _one(
+        "newest-entry-first",
+        "a wallet goes on with the newest of several unfinished entries",
+        f"{WALLET}:Wallet._advance",
+        "self._later.pop(0)",
+        "self._later.pop()",
+        "tests/unit/ledger/test_wallet_order.py",
+    ),
+)
+
 STATE_MUTANTS = (
     _one(
         "claim-adds",
@@ -629,6 +640,14 @@ EPOCH_MUTANTS = (
         "self.committees.current.members",
         _here("certificates_of_earlier_epochs_stay_good"),
     ),
+    _one(
+        "late-handovers-wait",
+        "a handover whose frontier is reached after the beginning never counts",
+        f"{SEATS}:Seats._on_final",
+        "any(_waits(w) for w in",
+        "any(w.phase == COLLECTING for w in",
+        "tests/unit/ledger/test_seats_restart.py",
+    ),
 )
 
 RESTORE_MUTANTS = (
@@ -677,7 +696,7 @@ RESTORE_MUTANTS = (
         f"{VOTING}:Voting._next",
         "if signed is not None",
         "if False",
-        _trace("a_wallet_hears_only_the_head"),
+        "tests/unit/ledger/test_committee_change.py::test_a_wallet_that_lost_its_disk_completes_what_it_had_signed",
     ),
     _one(
         "stale-copy-settles",
@@ -774,6 +793,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *ENTRY_MUTANTS,
     *CHANNEL_MUTANTS,
     *CRASH_MUTANTS,
+    *ORDER_MUTANTS,
     *STATE_MUTANTS,
     *EPOCH_MUTANTS,
     *RESTORE_MUTANTS,

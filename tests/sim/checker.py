@@ -157,8 +157,8 @@ class Checker:
     # what honest accounts send
 
     def submitted(self, account: bytes, signed: Signed) -> None:
-        """An honest wallet sent an entry: never another one for the same slot (rule 9 lets one from a backup do so, when
-        nobody holds the first any more; what comes of it is I1's and I6's business)."""
+        """An honest wallet sent an entry: never another one for the same slot. Rule 9 lets one from a backup do so once
+        nobody holds the first any more: what comes of that is I1's and I6's business."""
         item = parse(signed)
         if not isinstance(item.object, Entry) or item.object.account != account or account in self.from_backup:
             return
