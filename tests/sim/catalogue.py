@@ -316,7 +316,14 @@ CHANNEL_MUTANTS = (
         "",
         _here("freezes_of_strangers_free_nothing"),
     ),
-    _one("freeze-unsigned", "freezes nobody signed", f"{RULES}:_open_freeze", "not verify(", "False and not verify("),
+    _one(
+        "freeze-unsigned",
+        "freezes nobody signed",
+        f"{RULES}:_open_freeze",
+        "not verify(",
+        "False and not verify(",
+        _here("a_freeze_is_signed_by_its_witness"),
+    ),
     _one(
         "freeze-without-voucher",
         "freezes at amounts the payer never promised",
@@ -414,6 +421,7 @@ STATE_MUTANTS = (
         f"{STATE}:State.add",
         "if body.voucher.cumulative <= self.claimed(channel):",
         "if body.voucher.cumulative == self.claimed(channel):",
+        _here("a_lower_claim_is_nothing_new"),
     ),
     _one(
         "reclaim-pays-all",
@@ -490,6 +498,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness.__init__",
         "COLLECTING if epoch else VOTING",
         "VOTING",
+        _here("a_new_committee_waits_for_the_old_one"),
     ),
     _one(
         "no-frontier",
@@ -520,6 +529,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness._check_lock",
         "locked.keys() == {item.id}",
         "item.id in locked",
+        _here("where_two_entries_may_be_final_nobody_votes"),
     ),
     _one(
         "votes-not-handed-over",
@@ -689,6 +699,7 @@ RESTORE_MUTANTS = (
         "ledger.recovering:Recovering.due",
         "bool(self._lineage.wallet_unsure) or not self._glanced",
         "False",
+        "tests/unit/ledger/test_committee_change.py::test_a_wallet_that_lost_its_disk_completes_what_it_had_signed",
     ),
     _one(
         "only-the-head",
@@ -760,7 +771,7 @@ DIRECTED_MUTANTS = (
         "ledger.core.channel:PayerChannel.pay",
         "max(self.promised, min(self.lock, target))",
         "min(self.lock, target)",
-        "tests/unit/ledger/test_channel.py::test_vouchers_never_fall_and_stay_inside_the_lock",
+        _here("a_replayed_receipt_lowers_no_voucher"),
     ),
     _idle(
         "lower-voucher-taken",
