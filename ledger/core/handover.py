@@ -70,9 +70,12 @@ def lock_evidence(state: State, signed: Signed) -> Item | None:
 
 
 def freeze_evidence(state: State, held: Held) -> bool:
-    """Rule 7: a freeze counts only for an open channel, and above zero only with the payer's voucher of its total."""
+    """Rule 7: a freeze counts only for an open channel, and above zero only with the payer's voucher of its total.
+
+    It may lie above the lock as it is known here: of a final claim whose top-up has not come yet.
+    """
     channel = state.channels.get(held.channel)
-    if channel is None or channel.closed_at is not None or held.total > channel.lock:
+    if channel is None or channel.closed_at is not None:
         return False
     voucher, signature = (held.shown.voucher, held.shown.signature) if held.shown else (None, None)
     return proves_total(state.committees.net, channel.payer, held.channel, held.total, voucher, signature)
@@ -200,9 +203,9 @@ class Inheritance:
             if item is not None and isinstance(item.object, Entry) and not self._is_filled(item.object):
                 locks[item.object.account, item.object.seq][item.id] = item
         freezes = {held.channel: held for held in handover.freezes if freeze_evidence(self._state, held)}
-        shown = [each for each in handover.claims if voucher_evidence(self._state, each)]
-        shown += [held.shown for held in freezes.values() if held.shown is not None]
-        return _Counted(dict(locks), freezes, tuple(shown))
+        claims = [*handover.claims, *(held.shown for held in freezes.values() if held.shown is not None)]
+        shown = tuple(each for each in claims if voucher_evidence(self._state, each))
+        return _Counted(dict(locks), freezes, shown)
 
     def _is_filled(self, entry: Entry) -> bool:
         account = self._state.accounts.get(entry.account)
