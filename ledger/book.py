@@ -37,6 +37,8 @@ class Book:
         self.announcer: Callable[[Sequence[Certificate]], None] | None = None
         self.refused = 0
         self._changed = trio.Event()
+        self._unsaved: list[Final] = []
+        """Applied, but not on the disk (it was full): written with whatever comes next."""
         for item in store.items():
             self.state.add(item)
         self.state.touched.clear()
@@ -48,6 +50,30 @@ class Book:
         are counted and skipped, unless there is only one: then its error is raised.
         """
         fresh: list[Final] = []
+        try:
+            await self._take_all(certificates, fresh)
+        except BaseException:
+            self._unsaved += fresh
+            raise
+        fresh, self._unsaved = self._unsaved + fresh, []
+        if not fresh:
+            return []
+        try:
+            await self.writer.commit(fresh)
+        except BaseException:
+            self._unsaved = fresh + self._unsaved
+            raise
+        for final in fresh:
+            for listener in self.listeners:
+                listener(final.item, final.certificate)
+        event, self._changed = self._changed, trio.Event()
+        event.set()
+        new = [final.certificate for final in fresh]
+        if announce and self.announcer is not None:
+            self.announcer(new)
+        return new
+
+    async def _take_all(self, certificates: Sequence[Certificate], fresh: list[Final]) -> None:
         early: list[Certificate] = []
         for position, certificate in enumerate(certificates):
             if position % CHUNK == CHUNK - 1:
@@ -62,18 +88,6 @@ class Book:
                 if len(certificates) == 1 or (isinstance(error, RuleError) and error.rule == "fork"):
                     raise
         self._take_early(early, fresh)
-        if not fresh:
-            return []
-        await self.writer.commit(fresh)
-        for final in fresh:
-            for listener in self.listeners:
-                listener(final.item, final.certificate)
-        event, self._changed = self._changed, trio.Event()
-        event.set()
-        new = [final.certificate for final in fresh]
-        if announce and self.announcer is not None:
-            self.announcer(new)
-        return new
 
     def _take(self, certificate: Certificate, fresh: list[Final]) -> None:
         item = self.verifier.open(certificate)
