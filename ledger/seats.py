@@ -40,6 +40,8 @@ from p2p.face import Call, Network, Reply
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 20
+CHECKS = 64
+"""Signatures of a handover checked before other tasks get a turn (about 5 ms)."""
 DEADLINE_MS = 10_000
 PAUSE_S = 1.0
 RETRY_S = 5.0
@@ -206,7 +208,10 @@ class Seats:
                 self._sit()
                 self._joined.set()
             for witness in list(self._seats.values()):
-                effect = witness.advance()
+                effect = witness.advance(CHECKS)
+                while witness.is_weighing:
+                    await trio.lowlevel.checkpoint()
+                    effect = witness.advance(CHECKS)
                 if effect is not None:
                     await self._hand_over(witness, effect)
 

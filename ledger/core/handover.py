@@ -9,8 +9,9 @@ report; as more come in they only ever become fewer. Vouchers prove themselves, 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from config.errors import IntegrityError
 from ledger.core import quorums
@@ -136,6 +137,17 @@ def _is_applied(state: State, key: bytes, value: int, is_account: bool) -> bool:
     return channel is not None and (channel.paid >= value or channel.closed_at is not None)
 
 
+def _run(weighing: Generator[None, None, _Counted], checks: int | None) -> _Counted | None:
+    """Go on for so many steps; the result if that was the end."""
+    try:
+        for _ in count() if checks is None else range(checks):
+            next(weighing)
+    except StopIteration as end:
+        result: _Counted = end.value
+        return result
+    return None
+
+
 class Inheritance:
     """The handovers of epoch ``epoch - 1`` as a witness of ``epoch`` has them."""
 
@@ -143,6 +155,7 @@ class Inheritance:
         self._state = state
         self.old = state.committees.of(epoch - 1)
         self._arriving: dict[bytes, Arriving] = {}
+        self._weighing: dict[bytes, Generator[None, None, _Counted]] = {}
         self._counted: dict[bytes, _Counted] = {}
         self.locks: dict[Slot, dict[bytes, Item]] = {}
         """Slots with the ids that may have been certified there."""
@@ -154,7 +167,12 @@ class Inheritance:
     @property
     def received(self) -> frozenset[bytes]:
         """The old witnesses whose handovers are here, counted or not."""
-        return frozenset((*self._arriving, *self._counted))
+        return frozenset((*self._arriving, *self._weighing, *self._counted))
+
+    @property
+    def is_weighing(self) -> bool:
+        """Whether :meth:`settle` was cut short by its limit."""
+        return bool(self._weighing)
 
     @property
     def counted(self) -> int:
@@ -186,26 +204,46 @@ class Inheritance:
         self._arriving[body.witness] = Arriving(self._state, body)
         return body.witness
 
-    def settle(self) -> bool:
-        """Count what has reached its frontier since; whether anything changed."""
-        done = [each.handover for each in self._arriving.values() if is_reached(each)]
-        for handover in done:
-            del self._arriving[handover.witness]
-            self._counted[handover.witness] = self._weigh(handover)
+    def settle(self, checks: int | None = None) -> bool:
+        """Count what has reached its frontier since; whether anything changed.
+
+        ``checks`` limits how many signatures are checked for each handover in one go: liars may send many. Call it
+        again while :attr:`is_weighing`.
+        """
+        for witness, arriving in list(self._arriving.items()):
+            if is_reached(arriving):
+                del self._arriving[witness]
+                self._weighing[witness] = self._weigh(arriving.handover)
+        done = False
+        for witness, weighing in list(self._weighing.items()):
+            counted = _run(weighing, checks)
+            if counted is not None:
+                del self._weighing[witness]
+                self._counted[witness] = counted
+                done = True
         if done:
             self._count()
-        return bool(done)
+        return done
 
-    def _weigh(self, handover: Handover) -> _Counted:
+    def _weigh(self, handover: Handover) -> Generator[None, None, _Counted]:
+        """What of a handover has evidence; stops after every check."""
         locks: dict[Slot, dict[bytes, Item]] = defaultdict(dict)
         for signed in handover.locks:
             item = lock_evidence(self._state, signed)
             if item is not None and isinstance(item.object, Entry) and not self._is_filled(item.object):
                 locks[item.object.account, item.object.seq][item.id] = item
-        freezes = {held.channel: held for held in handover.freezes if freeze_evidence(self._state, held)}
-        claims = [*handover.claims, *(held.shown for held in freezes.values() if held.shown is not None)]
-        shown = tuple(each for each in claims if voucher_evidence(self._state, each))
-        return _Counted(dict(locks), freezes, shown)
+            yield
+        freezes: dict[bytes, Held] = {}
+        for held in handover.freezes:
+            if freeze_evidence(self._state, held):
+                freezes[held.channel] = held
+            yield
+        shown: list[Shown] = []
+        for each in (*handover.claims, *(held.shown for held in freezes.values() if held.shown is not None)):
+            if voucher_evidence(self._state, each):
+                shown.append(each)
+            yield
+        return _Counted(dict(locks), freezes, tuple(shown))
 
     def _is_filled(self, entry: Entry) -> bool:
         account = self._state.accounts.get(entry.account)

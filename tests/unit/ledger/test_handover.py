@@ -127,6 +127,32 @@ def test_locks_and_bans_only_become_fewer(net):
     assert seen == [(1, 0, False), (1, 1, False), (1, 1, True), (0, 0, True)]
 
 
+def test_a_handover_full_of_locks_is_weighed_bit_by_bit(net):
+    inheritance = new(net)
+    locks = [Signed(b"junk %d" % n, bytes(64)) for n in range(25)]
+    inheritance.receive(net.handover_by(member(0, 0), 0, locks=locks, freezes=[Held(net.channel, 0, None)]))
+    steps = 0
+    while not inheritance.settle(10):
+        steps += 1
+        assert inheritance.is_weighing
+        assert inheritance.receive(net.handover_by(member(0, 0), 0)) is None
+    assert steps == 2
+    assert not inheritance.is_weighing
+    assert net.channel in inheritance.bans
+
+
+def test_a_witness_that_stops_does_not_wait_for_what_it_was_weighing(net):
+    net.change(1)
+    net.begin(1, net.handovers(0, (0, 1, 3)))
+    witness = net.nodes[1][0].witness
+    witness.receive(net.handover_by(member(0, 2), 0, locks=[Signed(b"junk %d" % n, bytes(64)) for n in range(25)]))
+    assert witness.advance(10) is None
+    assert witness.is_weighing
+    net.change(2)
+    assert witness.advance(10) is not None
+    assert not witness.is_weighing
+
+
 def test_the_life_of_a_witness(net):
     old = net.nodes[0][0].witness
     assert old.advance() is None
