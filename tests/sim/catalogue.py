@@ -598,9 +598,9 @@ EPOCH_MUTANTS = (
     _one(
         "counted-once",
         "handovers that come after the beginning do not count",
-        f"{WITNESS}:Witness.receive",
-        "self.phase not in (COLLECTING, VOTING)",
-        "self.phase != COLLECTING",
+        f"{WITNESS}:Witness._is_collecting",
+        "self.phase in (COLLECTING, VOTING)",
+        "self.phase == COLLECTING",
         _here("handovers_that_come_late_still_free_what_a_liar_invented"),
     ),
     _one(
