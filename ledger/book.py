@@ -5,10 +5,11 @@ never trusted; what the own disk says was verified before it was written (``veri
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import trio
 
-from config.errors import RiosError
+from config.errors import LocalError, RiosError
 from ledger.core.certificate import Verifier
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
@@ -72,6 +73,12 @@ class Book:
         if announce and self.announcer is not None:
             self.announcer(new)
         return new
+
+    async def retry(self) -> None:
+        """Write what a full disk refused, if it can be written now; who listens hears of it then."""
+        if self._unsaved:
+            with suppress(LocalError):
+                await self.learn(())
 
     async def _take_all(self, certificates: Sequence[Certificate], fresh: list[Final]) -> None:
         early: list[Certificate] = []

@@ -105,6 +105,7 @@ class Replicator:
 
     async def _run_sync(self) -> None:
         while True:
+            await self._book.retry()
             peers = list(self._network.peers())
             if peers:
                 try:

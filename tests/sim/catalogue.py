@@ -398,6 +398,14 @@ CRASH_MUTANTS = (
 
 ORDER_MUTANTS = (
     _one(
+        "full-disk-forgets",
+        "what was applied while the disk was full is never written",
+        "ledger.book:Book.learn",
+        "self._unsaved = fresh + self._unsaved",
+        "pass",
+        "tests/unit/ledger/test_book.py",
+    ),
+    _one(
         "newest-entry-first",
         "a wallet goes on with the newest of several unfinished entries",
         f"{WALLET}:Wallet._advance",
