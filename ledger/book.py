@@ -37,6 +37,8 @@ class Book:
         self.listeners: list[Listener] = []
         self.announcer: Callable[[Sequence[Certificate]], None] | None = None
         self.refused = 0
+        self._batches: dict[tuple[int, bytes], tuple[int, Signed]] = {}
+        self._headers_seen = 0
         self._changed = trio.Event()
         self._unsaved: list[Final] = []
         """Applied, but not on the disk (it was full): written with whatever comes next."""
@@ -122,12 +124,16 @@ class Book:
 
     def newest_batch(self, epoch: int, witness: bytes) -> Signed | None:
         """The header of the latest batch of votes of a witness that is known here."""
-        best: tuple[int, Signed] | None = None
-        for signed in self.store.newest_headers(HEADERS_SEARCHED):
+        # each header is looked at once: whoever asks again and again costs nothing
+        found = self.store.newest_headers(self._headers_seen, HEADERS_SEARCHED)
+        for row, signed in found:
             votes = codec.decode(Votes, signed.body, bytes_max=SMALL_BYTES_MAX)
-            if (votes.epoch, votes.witness) == (epoch, witness) and (best is None or votes.batch_no > best[0]):
-                best = votes.batch_no, signed
-        return best[1] if best is not None else None
+            best = self._batches.get((votes.epoch, votes.witness))
+            if best is None or votes.batch_no > best[0]:
+                self._batches[votes.epoch, votes.witness] = votes.batch_no, signed
+            self._headers_seen = max(self._headers_seen, row)
+        newest = self._batches.get((epoch, witness))
+        return newest[1] if newest is not None else None
 
     async def wait_change(self) -> None:
         """Return after the next new final object."""
