@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import trio
 
-from config.errors import RiosError
+from config.errors import LocalError, RiosError
 from ledger.core import checkpoint
 from ledger.core.certificate import Verifier
 from ledger.core.checkpoint import Proof, Snapshot
@@ -104,6 +104,12 @@ class Book:
         if announce and self.announcer is not None:
             self.announcer(new)
         return new
+
+    async def retry(self) -> None:
+        """Write what a full disk refused, if it can be written now; who listens hears of it then."""
+        if self._unsaved:
+            with suppress(LocalError):
+                await self.learn(())
 
     async def _take_all(self, certificates: Sequence[Certificate], fresh: list[Final]) -> None:
         early: list[Certificate] = []

@@ -124,6 +124,7 @@ class Replicator:
 
     async def _run_sync(self) -> None:
         while True:
+            await self._book.retry()
             peer_id = self._next_peer()
             if peer_id is not None:
                 before = self._book.state.applied

@@ -316,7 +316,14 @@ CHANNEL_MUTANTS = (
         "",
         _here("freezes_of_strangers_free_nothing"),
     ),
-    _one("freeze-unsigned", "freezes nobody signed", f"{RULES}:_open_freeze", "not verify(", "False and not verify("),
+    _one(
+        "freeze-unsigned",
+        "freezes nobody signed",
+        f"{RULES}:_open_freeze",
+        "not verify(",
+        "False and not verify(",
+        _here("a_freeze_is_signed_by_its_witness"),
+    ),
     _one(
         "freeze-without-voucher",
         "freezes at amounts the payer never promised",
@@ -389,6 +396,25 @@ CRASH_MUTANTS = (
     ),
 )
 
+ORDER_MUTANTS = (
+    _one(
+        "full-disk-forgets",
+        "what was applied while the disk was full is never written",
+        "ledger.book:Book.learn",
+        "self._unsaved = fresh + self._unsaved",
+        "pass",
+        "tests/unit/ledger/test_book.py",
+    ),
+    _one(
+        "newest-entry-first",
+        "a wallet goes on with the newest of several unfinished entries",
+        f"{WALLET}:Wallet._advance",
+        "self._later.pop(0)",
+        "self._later.pop()",
+        "tests/unit/ledger/test_wallet_order.py",
+    ),
+)
+
 STATE_MUTANTS = (
     _one(
         "claim-adds",
@@ -403,6 +429,7 @@ STATE_MUTANTS = (
         f"{STATE}:State.add",
         "if body.voucher.cumulative <= self.claimed(channel):",
         "if body.voucher.cumulative == self.claimed(channel):",
+        _here("a_lower_claim_is_nothing_new"),
     ),
     _one(
         "reclaim-pays-all",
@@ -479,6 +506,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness.__init__",
         "COLLECTING if epoch else VOTING",
         "VOTING",
+        _here("a_new_committee_waits_for_the_old_one"),
     ),
     _one(
         "no-frontier",
@@ -509,6 +537,7 @@ EPOCH_MUTANTS = (
         f"{WITNESS}:Witness._check_lock",
         "locked.keys() == {item.id}",
         "item.id in locked",
+        _here("where_two_entries_may_be_final_nobody_votes"),
     ),
     _one(
         "votes-not-handed-over",
@@ -577,9 +606,9 @@ EPOCH_MUTANTS = (
     _one(
         "counted-once",
         "handovers that come after the beginning do not count",
-        f"{WITNESS}:Witness.receive",
-        "self.phase not in (COLLECTING, VOTING)",
-        "self.phase != COLLECTING",
+        f"{WITNESS}:Witness._is_collecting",
+        "self.phase in (COLLECTING, VOTING)",
+        "self.phase == COLLECTING",
         _here("handovers_that_come_late_still_free_what_a_liar_invented"),
     ),
     _one(
@@ -629,6 +658,14 @@ EPOCH_MUTANTS = (
         "self.committees.current.members",
         _here("certificates_of_earlier_epochs_stay_good"),
     ),
+    _one(
+        "late-handovers-wait",
+        "a handover whose frontier is reached after the beginning never counts",
+        f"{SEATS}:Seats._on_final",
+        "any(_waits(w) for w in",
+        "any(w.phase == COLLECTING for w in",
+        "tests/unit/ledger/test_seats_restart.py",
+    ),
 )
 
 RESTORE_MUTANTS = (
@@ -670,6 +707,7 @@ RESTORE_MUTANTS = (
         "ledger.recovering:Recovering.due",
         "bool(self._lineage.wallet_unsure) or not self._glanced",
         "False",
+        "tests/unit/ledger/test_committee_change.py::test_a_wallet_that_lost_its_disk_completes_what_it_had_signed",
     ),
     _one(
         "only-the-head",
@@ -677,7 +715,7 @@ RESTORE_MUTANTS = (
         f"{VOTING}:Voting._next",
         "if signed is not None",
         "if False",
-        _trace("a_wallet_hears_only_the_head"),
+        "tests/unit/ledger/test_committee_change.py::test_a_wallet_that_lost_its_disk_completes_what_it_had_signed",
     ),
     _one(
         "stale-copy-settles",
@@ -741,7 +779,7 @@ DIRECTED_MUTANTS = (
         "ledger.core.channel:PayerChannel.pay",
         "max(self.promised, min(self.lock, target))",
         "min(self.lock, target)",
-        "tests/unit/ledger/test_channel.py::test_vouchers_never_fall_and_stay_inside_the_lock",
+        _here("a_replayed_receipt_lowers_no_voucher"),
     ),
     _idle(
         "lower-voucher-taken",
@@ -774,6 +812,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *ENTRY_MUTANTS,
     *CHANNEL_MUTANTS,
     *CRASH_MUTANTS,
+    *ORDER_MUTANTS,
     *STATE_MUTANTS,
     *EPOCH_MUTANTS,
     *RESTORE_MUTANTS,

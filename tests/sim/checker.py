@@ -39,7 +39,7 @@ class Checker:
         self.handed: dict[tuple[bytes, int], Handover] = {}
         """Handovers of honest witnesses, by (key, epoch)."""
         self.released: Counter[tuple[bytes, int]] = Counter()
-        """How many votes and freezes of a witness (key, epoch) have left it."""
+        """How many different votes and freezes of a witness (key, epoch) have left it."""
         self.from_backup: set[bytes] = set()
         """Honest accounts whose database was put back."""
         self.restored: set[tuple[bytes, int]] = set()
@@ -80,8 +80,8 @@ class Checker:
             key = (witness, epoch, voucher.channel)
             self._claim_votes[key] = max(self._claim_votes.get(key, 0), voucher.cumulative)
         self._items[item.id] = item
-        self.released[witness, epoch] += 1
         voters = self.votes.setdefault((epoch, item.id), set())
+        self.released[witness, epoch] += witness not in voters
         voters.add(witness)
         self._maybe_final(item, epoch, voters)
 
@@ -111,8 +111,8 @@ class Checker:
         handed = self.handed.get((body.witness, body.epoch))
         if handed is not None and not self._covers_freeze(handed, body.channel, body.total):
             raise Violation("W6", "a witness froze a channel that its handover does not say is frozen")
-        self.released[body.witness, body.epoch] += 1
         key = (body.witness, body.epoch, body.channel)
+        self.released[body.witness, body.epoch] += key not in self._freezes
         if self._freezes.setdefault(key, body.total) != body.total:
             raise Violation("W5", f"a freeze at {self._freezes[key]} became one at {body.total}")
         if body.total < self._claim_votes.get(key, 0):
@@ -157,8 +157,8 @@ class Checker:
     # what honest accounts send
 
     def submitted(self, account: bytes, signed: Signed) -> None:
-        """An honest wallet sent an entry: never another for the same slot (rule 9 lets one from a backup do so, when
-        nobody has the first any more; what comes of it is I1's and I6's business)."""
+        """An honest wallet sent an entry: never another one for the same slot. Rule 9 lets one from a backup do so once
+        nobody holds the first any more: what comes of that is I1's and I6's business."""
         item = parse(signed)
         if not isinstance(item.object, Entry) or item.object.account != account or account in self.from_backup:
             return

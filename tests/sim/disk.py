@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from config.errors import LocalError
 from ledger.mark import Mark
 from ledger.store import Record, Store
 
@@ -22,7 +23,7 @@ class Crash(BaseException):
 
 
 Fault = Callable[[Sequence[Record]], "tuple[str, int] | None"]
-"""Says whether (and where: ``before``, ``middle`` with a statement's number, ``after``) this commit is the last."""
+"""Says whether a commit finds the disk ``full``, or is the last one: ``before``, in the ``middle``, ``after``."""
 
 
 class SimStore(Store):
@@ -46,6 +47,8 @@ class SimStore(Store):
         if self is not self._disk.current:
             raise Crash("a process that is dead already wrote")
         place, number = self._disk.fault(records) or ("", 0)
+        if place == "full":
+            raise LocalError("disk_full", "no room on the simulated disk")
         if place:
             self._disk.current = None  # whatever else this process had begun never gets to its next commit
         if place == "before":

@@ -81,7 +81,13 @@ class SimNetwork:
     async def _gossip(self, node: "Node", topic: str, payload: bytes, delay_s: float) -> None:
         await trio.sleep(delay_s)
         if node.up and topic in node.network.topics:
-            node.nursery.start_soon(node.network.topics[topic], self.peer_id, payload)
+            node.nursery.start_soon(self._heard, node, node.network.topics[topic], payload)
+
+    async def _heard(self, node: "Node", handler: GossipHandler, payload: bytes) -> None:
+        try:
+            await handler(self.peer_id, payload)
+        except RiosError as error:  # as the real network does: a message that cannot be taken is dropped
+            self._world.log("dropped", node.name, error.code)
 
     async def call(
         self,

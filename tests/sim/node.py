@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from config.errors import LocalError
 from config.settings import LedgerSettings
 from ledger.core.objects import SMALL_BYTES_MAX, Freeze, Signed, Vote, parse
 from ledger.keys import EpochKeys
@@ -117,6 +118,8 @@ class Node:
                     await trio.sleep_forever()
             except* Crash:
                 pass
+            except* LocalError as errors:  # the daemon ends with an error and is started again
+                self.world.log("ended", self.name, len(errors.exceptions))
             self.up = False
             self.world.log("down", self.name)
             await trio.sleep(self.random.uniform(0.05, 2.5) if self.world.chaos else 0.05)
@@ -139,7 +142,10 @@ class Node:
             self.nursery.start_soon(self._agree, change)
 
     async def _agree(self, change: bytes) -> None:
-        await self.ledger.book.writer.commit([Listed(change)])
+        try:
+            await self.ledger.book.writer.commit([Listed(change)])
+        except LocalError:
+            return  # the operator tries again
         for witness in self.ledger.seats._seats.values():
             witness.listed.add(change)
 
@@ -178,9 +184,9 @@ class Node:
         plan = self.world.plan
         if not self.world.chaos or self.random.random() >= plan.commit_crash:
             return None
-        place = self.random.choice(("before", "middle", "after", "after"))
-        self.world.log("crash", self.name, place)
-        self.up = False
+        place = self.random.choice(("before", "middle", "after", "after", "full", "full"))
+        self.world.log("disk" if place == "full" else "crash", self.name, place)
+        self.up = place == "full"
         return place, self.random.randrange(4)
 
     def _wrote(self, records: Sequence[Record]) -> None:

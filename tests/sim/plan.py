@@ -37,7 +37,7 @@ def plan_of(seed: int) -> Plan:
     random = Random(f"plan/{seed}")
     f = random.choice((1, 1, 1, 1, 1, 1, 1, 1, 2, 0))
     changes = random.choice((0, 1, 2, 2, 2))
-    liars = f if random.random() < 0.75 else random.randint(0, f)
+    liars = f if random.random() < 0.65 else random.randint(0, f)
     return Plan(
         f=f,
         liars=liars,

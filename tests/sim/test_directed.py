@@ -6,9 +6,23 @@ from config.errors import IntegrityError
 from ledger.core.certificate import Verifier
 from ledger.core.errors import RuleError
 from ledger.core.handover import open_handover
-from ledger.core.objects import Claim, Freeze, Grant, Held, Open, Reclaim, TopUp, Transfer, channel_id, parse, sign
+from ledger.core.objects import (
+    Claim,
+    Freeze,
+    Grant,
+    Held,
+    Open,
+    Reclaim,
+    Signed,
+    TopUp,
+    Transfer,
+    channel_id,
+    parse,
+    sign,
+)
 from ledger.core.state import State
 from tests.unit.ledger.committee_kit import EXPIRY_MS, ISSUER, LATE_MS, OTHER, PAYEE, PAYER, Net
+from tests.unit.ledger.test_channel import call, exchange, pair
 
 
 def refused(net: Net, signed, n: int = 1, epoch: int = 0) -> str:
@@ -212,3 +226,45 @@ def test_the_handover_says_everything_that_was_signed(net, channel):
     assert len(body.locks) == 1
     assert [shown.voucher.cumulative for shown in body.claims] == [20]
     assert [frozen.channel for frozen in body.freezes] == [channel]
+
+
+def test_a_freeze_is_signed_by_its_witness(net, channel):
+    one, two, three = freezes(net, channel)
+    forged = Signed(three.body, bytes(64))
+    assert refused(net, net.entry(PAYER, Reclaim(channel, 0, (one, two, forged)))) == "signature"
+
+
+def test_a_lower_claim_is_nothing_new(net, channel):
+    lower = net.claim(channel, 20)
+    certificate = net.certify(0, lower, net.votes(0, (1, 2, 3), lower))
+    net.settle(net.claim(channel, 30))
+    state = net.observer.state
+    assert not state.add(net.observer.verifier.open(certificate))
+    assert state.claimed(channel) == 30
+    assert state.waiting() == 0
+
+
+def test_a_new_committee_waits_for_the_old_one(net, channel):
+    net.change(1)
+    assert refused(net, net.entry(PAYER, Transfer(OTHER.public_key, 5)), epoch=1) == "ready"
+
+
+def test_where_two_entries_may_be_final_nobody_votes(net, channel):
+    first, second = (net.entry(PAYER, Transfer(OTHER.public_key, amount)) for amount in (5, 6))
+    net.votes(0, (1,), first)
+    net.votes(0, (2,), second)
+    net.change(1)
+    net.begin(1, net.handovers(0, (1, 2, 3)))
+    assert refused(net, first, epoch=1) == "locked"
+    assert refused(net, second, epoch=1) == "locked"
+
+
+def test_a_replayed_receipt_lowers_no_voucher():
+    seller, payer = pair()
+    for _ in range(40):
+        call(seller, payer)
+    first, _ = exchange(seller, payer)
+    for _ in range(40):
+        call(seller, payer)
+    _, newest = exchange(seller, payer)
+    assert payer.pay(first).cumulative == newest.cumulative

@@ -91,7 +91,7 @@ def test_an_edit_that_no_longer_fits_is_an_error():
         pass
 
 
-@pytest.mark.parametrize("name", ["quorum-f-plus-1", "slots-forgotten", "votes-lost"])
+@pytest.mark.parametrize("name", ["quorum-f-plus-1", "slots-forgotten", "locks-ignored"])
 def test_the_simulator_sees_what_is_broken(name):
     before = run_seed(FIRST + 1)[0]
     with applied(next(mutant for mutant in MUTANTS if mutant.name == name)):

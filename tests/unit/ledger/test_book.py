@@ -38,7 +38,11 @@ async def test_what_a_full_disk_refused_is_written_with_what_comes_next(net, boo
     with pytest.raises(LocalError):
         await book.learn(net.final[:2])
     assert heard == []
+    await book.retry()
+    assert heard == [], "still full"
     book.store.commit = commit
+    await book.retry()
+    assert len(heard) == 2, "without anything new"
     await book.learn(net.final)
     ids = [parse(certificate.object).id for certificate in net.final]
     assert heard == ids
