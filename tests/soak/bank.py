@@ -238,9 +238,11 @@ def run(folder: Path, minutes: float, seed: int, **how: Any) -> dict[str, Any]:
         nemesis.end()
         for task in tasks:
             task.join()
-        for witness in bank.witnesses:  # once more, one after the other: whoever forgot a promise is found now
+        for witness in bank.witnesses:  # all at once, once more: whoever forgot a promise is found now
             witness.kill()
+        for witness in bank.witnesses:
             witness.start()
+        for witness in bank.witnesses:
             witness.wait_up()
         thief.finish()
         converged_s = converge(bank, recorder, judge)
