@@ -180,7 +180,8 @@ def read(member: Member, judge: Judge) -> dict[str, Any] | None:
 def converge(bank: Bank, recorder: Recorder, judge: Judge) -> float:
     """After healing: every client pays once more, then all nodes agree. Seconds until they did."""
     began = time.monotonic()
-    ends = began + CONVERGE_SECONDS_MAX
+    seconds = FORKED_SECONDS_MAX if judge.violations else CONVERGE_SECONDS_MAX
+    ends = began + seconds
     waiting = list(bank.clients)
     while waiting and time.monotonic() < ends:
         for client in list(waiting):
@@ -188,6 +189,7 @@ def converge(bank: Bank, recorder: Recorder, judge: Judge) -> float:
             answer = recorder.ask(client, "entry", ops=[["transfer", other.key, 1]])
             if answer and "ok" in answer:
                 waiting.remove(client)
+        time.sleep(0.2)
     for client in waiting:
         judge.wrong(f"I6: {client.name} cannot pay any more, with every witness up and reachable")
     clients = {client.key for client in bank.clients}
