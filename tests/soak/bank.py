@@ -15,6 +15,7 @@ Choices come from the seed; what happens when is up to the machine. Prints one J
 import argparse
 import json
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -286,6 +287,7 @@ def main() -> int:
     parser.add_argument("--broken", choices=sorted(BROKEN), default="", help="a build that forgets to write this")
     parser.add_argument("--keep", metavar="FOLDER", help="keep the nodes' folders and the history here")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # cleans up on its way
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.keep or temporary)
         folder.mkdir(parents=True, exist_ok=True)
