@@ -36,7 +36,11 @@ class Book:
         self.listeners: list[Listener] = []
         self.announcer: Callable[[Sequence[Certificate]], None] | None = None
         self.refused = 0
+        self._batches: dict[tuple[int, bytes], tuple[int, Signed]] = {}
+        self._headers_seen = 0
         self._changed = trio.Event()
+        self._unsaved: list[Final] = []
+        """Applied, but not on the disk (it was full): written with whatever comes next."""
         for item in store.items():
             self.state.add(item)
         self.state.touched.clear()
@@ -48,6 +52,30 @@ class Book:
         are counted and skipped, unless there is only one: then its error is raised.
         """
         fresh: list[Final] = []
+        try:
+            await self._take_all(certificates, fresh)
+        except BaseException:
+            self._unsaved += fresh
+            raise
+        fresh, self._unsaved = self._unsaved + fresh, []
+        if not fresh:
+            return []
+        try:
+            await self.writer.commit(fresh)
+        except BaseException:
+            self._unsaved = fresh + self._unsaved
+            raise
+        for final in fresh:
+            for listener in self.listeners:
+                listener(final.item, final.certificate)
+        event, self._changed = self._changed, trio.Event()
+        event.set()
+        new = [final.certificate for final in fresh]
+        if announce and self.announcer is not None:
+            self.announcer(new)
+        return new
+
+    async def _take_all(self, certificates: Sequence[Certificate], fresh: list[Final]) -> None:
         early: list[Certificate] = []
         for position, certificate in enumerate(certificates):
             if position % CHUNK == CHUNK - 1:
@@ -62,18 +90,6 @@ class Book:
                 if len(certificates) == 1 or (isinstance(error, RuleError) and error.rule == "fork"):
                     raise
         self._take_early(early, fresh)
-        if not fresh:
-            return []
-        await self.writer.commit(fresh)
-        for final in fresh:
-            for listener in self.listeners:
-                listener(final.item, final.certificate)
-        event, self._changed = self._changed, trio.Event()
-        event.set()
-        new = [final.certificate for final in fresh]
-        if announce and self.announcer is not None:
-            self.announcer(new)
-        return new
 
     def _take(self, certificate: Certificate, fresh: list[Final]) -> None:
         item = self.verifier.open(certificate)
@@ -101,12 +117,16 @@ class Book:
 
     def newest_batch(self, epoch: int, witness: bytes) -> Signed | None:
         """The header of the latest batch of votes of a witness that is known here."""
-        best: tuple[int, Signed] | None = None
-        for signed in self.store.newest_headers(HEADERS_SEARCHED):
+        # each header is looked at once: whoever asks again and again costs nothing
+        found = self.store.newest_headers(self._headers_seen, HEADERS_SEARCHED)
+        for row, signed in found:
             votes = codec.decode(Votes, signed.body, bytes_max=SMALL_BYTES_MAX)
-            if (votes.epoch, votes.witness) == (epoch, witness) and (best is None or votes.batch_no > best[0]):
-                best = votes.batch_no, signed
-        return best[1] if best is not None else None
+            best = self._batches.get((votes.epoch, votes.witness))
+            if best is None or votes.batch_no > best[0]:
+                self._batches[votes.epoch, votes.witness] = votes.batch_no, signed
+            self._headers_seen = max(self._headers_seen, row)
+        newest = self._batches.get((epoch, witness))
+        return newest[1] if newest is not None else None
 
     async def wait_change(self) -> None:
         """Return after the next new final object."""

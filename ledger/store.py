@@ -392,10 +392,12 @@ class Store:
         """The highest final claim of every channel."""
         return [self._parse(*row) for row in self._query("SELECT body, signature FROM claims")]
 
-    def newest_headers(self, count: int) -> Iterator[Signed]:
-        """The headers of batches of votes that became known last."""
-        for row in self._query("SELECT body, signature FROM headers ORDER BY id DESC LIMIT ?", (count,)):
-            yield Signed(*row)
+    def newest_headers(self, after: int, count: int) -> list[tuple[int, Signed]]:
+        """The headers of batches of votes that became known last, with their row numbers (above ``after``)."""
+        rows = self._query(
+            "SELECT id, body, signature FROM headers WHERE id > ? ORDER BY id DESC LIMIT ?", (after, count)
+        )
+        return [(row, Signed(body, signature)) for row, body, signature in rows]
 
     def voted(self, epoch: int = 0) -> list[Item]:
         """Every vote for an entry this node gave as a witness of an epoch, and for a claim in any."""

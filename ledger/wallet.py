@@ -38,11 +38,18 @@ class Wallet:
         self._lock = trio.Lock()
         self._pending: Signed | None = None
         self._last: Certificate | None = None
+        self._later: list[Signed] = []
+        """What was signed after :attr:`_pending`: its certificate was lost (a full disk) and must be had first."""
         for signed in book.store.wallet():
             entry = parse(signed).object
             assert isinstance(entry, Entry)
             if entry.seq > self._applied():
-                self._pending = signed
+                self._later.append(signed)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Go on with the next unfinished entry."""
+        self._pending = self._later.pop(0) if self._later else None
 
     def _applied(self) -> int:
         known = self._book.state.accounts.get(self._identity.public_key)
@@ -57,11 +64,9 @@ class Wallet:
     def balance(self) -> int:
         """Free microcredits, less what an entry under way spends."""
         balance = self._book.state.balance(self.account)
-        if self._pending is None:
-            return balance
-        entry = parse(self._pending).object
-        assert isinstance(entry, Entry)
-        return balance - sum(op.amount for op in entry.ops if isinstance(op, Transfer | Open | TopUp))
+        left = [] if self._pending is None else [self._pending, *self._later]
+        entries = [entry for signed in left if isinstance(entry := parse(signed).object, Entry)]
+        return balance - sum(op.amount for e in entries for op in e.ops if isinstance(op, Transfer | Open | TopUp))
 
     @property
     def pending(self) -> bool:
@@ -76,7 +81,7 @@ class Wallet:
         """
         async with self._lock:
             self._drop_overtaken()
-            if self._pending is not None:
+            while self._pending is not None:
                 await self._finish(timeout_s)
             self._next(ops)  # what is wrong in any case is said before anybody is asked
             while self._recovering.due:
@@ -94,10 +99,11 @@ class Wallet:
 
     def _drop_overtaken(self) -> None:
         """An entry whose place is filled is not sent any more: it is final, or another one is."""
-        if self._pending is not None:
+        while self._pending is not None:
             entry = parse(self._pending).object
-            if isinstance(entry, Entry) and entry.seq <= self._applied():
-                self._pending = None
+            if not isinstance(entry, Entry) or entry.seq > self._applied():
+                return
+            self._advance()
 
     def preview(self, ops: Sequence[Op]) -> Entry:
         """The entry that :meth:`append` would sign for ``ops`` now: its id is what operators list beforehand.
@@ -125,7 +131,7 @@ class Wallet:
         assert self._pending is not None
         before = (self._last,) if self._last is not None else ()
         self._last = await self._quorum.certify(self._pending, before=before, timeout_s=timeout_s)
-        self._pending = None
+        self._advance()
 
     async def run(self) -> None:
         """Send an entry that was left over again and again until it is final."""

@@ -9,8 +9,9 @@ report; as more come in they only ever become fewer. Vouchers prove themselves, 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from config.errors import IntegrityError
 from ledger.core import quorums
@@ -70,9 +71,12 @@ def lock_evidence(state: State, signed: Signed) -> Item | None:
 
 
 def freeze_evidence(state: State, held: Held) -> bool:
-    """Rule 7: a freeze counts only for an open channel, and above zero only with the payer's voucher of its total."""
+    """Rule 7: a freeze counts only for an open channel, and above zero only with the payer's voucher of its total.
+
+    It may lie above the lock as it is known here: of a final claim whose top-up has not come yet.
+    """
     channel = state.channels.get(held.channel)
-    if channel is None or channel.closed_at is not None or held.total > channel.lock:
+    if channel is None or channel.closed_at is not None:
         return False
     voucher, signature = (held.shown.voucher, held.shown.signature) if held.shown else (None, None)
     return proves_total(state.committees.net, channel.payer, held.channel, held.total, voucher, signature)
@@ -133,6 +137,17 @@ def _is_applied(state: State, key: bytes, value: int, is_account: bool) -> bool:
     return channel is not None and (channel.paid >= value or channel.closed_at is not None)
 
 
+def _run(weighing: Generator[None, None, _Counted], checks: int | None) -> _Counted | None:
+    """Go on for so many steps; the result if that was the end."""
+    try:
+        for _ in count() if checks is None else range(checks):
+            next(weighing)
+    except StopIteration as end:
+        result: _Counted = end.value
+        return result
+    return None
+
+
 class Inheritance:
     """The handovers of epoch ``epoch - 1`` as a witness of ``epoch`` has them."""
 
@@ -140,6 +155,7 @@ class Inheritance:
         self._state = state
         self.old = state.committees.of(epoch - 1)
         self._arriving: dict[bytes, Arriving] = {}
+        self._weighing: dict[bytes, Generator[None, None, _Counted]] = {}
         self._counted: dict[bytes, _Counted] = {}
         self.locks: dict[Slot, dict[bytes, Item]] = {}
         """Slots with the ids that may have been certified there."""
@@ -151,7 +167,12 @@ class Inheritance:
     @property
     def received(self) -> frozenset[bytes]:
         """The old witnesses whose handovers are here, counted or not."""
-        return frozenset((*self._arriving, *self._counted))
+        return frozenset((*self._arriving, *self._weighing, *self._counted))
+
+    @property
+    def is_weighing(self) -> bool:
+        """Whether :meth:`settle` was cut short by its limit."""
+        return bool(self._weighing)
 
     @property
     def counted(self) -> int:
@@ -183,25 +204,45 @@ class Inheritance:
         self._arriving[body.witness] = Arriving(self._state, body)
         return body.witness
 
-    def settle(self) -> bool:
-        """Count what has reached its frontier since; whether anything changed."""
-        done = [each.handover for each in self._arriving.values() if is_reached(each)]
-        for handover in done:
-            del self._arriving[handover.witness]
-            self._counted[handover.witness] = self._weigh(handover)
+    def settle(self, checks: int | None = None) -> bool:
+        """Count what has reached its frontier since; whether anything changed.
+
+        ``checks`` limits how many signatures are checked for each handover in one go: liars may send many. Call it
+        again while :attr:`is_weighing`.
+        """
+        for witness, arriving in list(self._arriving.items()):
+            if is_reached(arriving):
+                del self._arriving[witness]
+                self._weighing[witness] = self._weigh(arriving.handover)
+        done = False
+        for witness, weighing in list(self._weighing.items()):
+            counted = _run(weighing, checks)
+            if counted is not None:
+                del self._weighing[witness]
+                self._counted[witness] = counted
+                done = True
         if done:
             self._count()
-        return bool(done)
+        return done
 
-    def _weigh(self, handover: Handover) -> _Counted:
+    def _weigh(self, handover: Handover) -> Generator[None, None, _Counted]:
+        """What of a handover has evidence; stops after every check."""
         locks: dict[Slot, dict[bytes, Item]] = defaultdict(dict)
         for signed in handover.locks:
             item = lock_evidence(self._state, signed)
             if item is not None and isinstance(item.object, Entry) and not self._is_filled(item.object):
                 locks[item.object.account, item.object.seq][item.id] = item
-        freezes = {held.channel: held for held in handover.freezes if freeze_evidence(self._state, held)}
-        shown = [each for each in handover.claims if voucher_evidence(self._state, each)]
-        shown += [held.shown for held in freezes.values() if held.shown is not None]
+            yield
+        freezes: dict[bytes, Held] = {}
+        for held in handover.freezes:
+            if freeze_evidence(self._state, held):
+                freezes[held.channel] = held
+            yield
+        shown: list[Shown] = []
+        for each in (*handover.claims, *(held.shown for held in freezes.values() if held.shown is not None)):
+            if voucher_evidence(self._state, each):
+                shown.append(each)
+            yield
         return _Counted(dict(locks), freezes, tuple(shown))
 
     def _is_filled(self, entry: Entry) -> bool:

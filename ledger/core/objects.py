@@ -24,7 +24,7 @@ VOTES_PER_BATCH_MAX = 256
 SMALL_BYTES_MAX = 4096
 ENTRY_BYTES_MAX = 256 << 10
 CERTIFICATE_BYTES_MAX = 320 << 10
-HANDOVER_BYTES_MAX = 64 << 20
+HANDOVER_BYTES_MAX = 128 << 20
 
 Net = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]

@@ -340,13 +340,24 @@ class Witness:
 
         Raises :class:`config.errors.IntegrityError` for a wrong one.
         """
-        if self.inheritance is None or self.phase not in (COLLECTING, VOTING):
+        if self.inheritance is None or not self._is_collecting():
             return None
         return self.inheritance.receive(signed)
 
-    def advance(self) -> HandedOver | None:
-        """Make the steps that are due; a handover to persist (again until :meth:`confirm_handover`)."""
-        if self.inheritance is not None and self.phase in (COLLECTING, VOTING) and self.inheritance.settle():
+    @property
+    def is_weighing(self) -> bool:
+        """Whether :meth:`advance` was cut short by its limit."""
+        return self._is_collecting() and self.inheritance is not None and self.inheritance.is_weighing
+
+    def _is_collecting(self) -> bool:
+        return self.inheritance is not None and self.phase in (COLLECTING, VOTING)
+
+    def advance(self, checks: int | None = None) -> HandedOver | None:
+        """Make the steps that are due; a handover to persist (again until :meth:`confirm_handover`).
+
+        ``checks`` limits the signatures checked in one go; call it again while :attr:`is_weighing`.
+        """
+        if self.inheritance is not None and self._is_collecting() and self.inheritance.settle(checks):
             for shown in self.inheritance.shown():
                 self.saw_voucher(shown.voucher, shown.signature)
             if self.inheritance.ready:

@@ -11,18 +11,24 @@ from config.errors import ConfigError, LocalError, RemoteError, RequestError, Ri
 from config.settings import LedgerSettings
 from ledger.core.committee import EpochCommittee
 from ledger.core.objects import (
+    Claim,
     Committee,
     Entry,
     Equivocation,
+    Freeze,
     Frontier,
     Handover,
     Issuer,
+    Reclaim,
+    Signed,
     Transfer,
     Votes,
+    Voucher,
     sign,
 )
 from ledger.keys import EpochKeys
 from ledger.ledger import open_ledger
+from p2p.core import codec
 from p2p.core.identity import Identity
 from p2p.face import Reply
 from tests.unit.ledger.test_network import CREDIT, Swarm, swarm, until, work
@@ -360,6 +366,36 @@ async def test_a_full_disk_delays_the_handover_and_nothing_else(tmp_path, autoju
         await until(lambda: all(s.ledgers[n].voting.witness.inheritance.counted == 4 for n in NEW))
         await s.ledgers[USER].transfer(s.ids[5].public_key, 7)
         await s.converged()
+
+
+async def test_freezes_of_the_old_committee_reclaim_under_the_new_one(tmp_path, autojump_clock):
+    async with epochs(tmp_path) as s:
+        payer, worker = s.ledgers[USER], s.ledgers[1]
+        await s.ledgers[0].grant(s.ids[USER].public_key, 30 * CREDIT)
+        await s.converged()
+        channel = await work(payer, worker, 100)
+        await until(lambda: payer.channels()[0]["promised"] >= 100_000)
+        s.now_ms += 73 * 3600 * 1000
+        row = payer.book.store.channels("buy")[0]
+        freezes = await payer.wallet._quorum.freezes(channel, payer.account, Signed(row.voucher, row.signature))
+        total = max(codec.decode(Freeze, freeze.body, bytes_max=4096).total for freeze in freezes)
+        await s.change(s.committee(1, s.made.values()))
+        await until(lambda: all(s.phase(n) == "voting" for n in NEW))
+        with pytest.raises(RiosError, match="may have frozen"):
+            await worker.seller._quorum.certify(claim(s, channel, worker), timeout_s=2)
+        await payer.wallet.append([Reclaim(channel, total, freezes), Transfer(s.ids[5].public_key, 3)])
+        await s.converged()
+        certificate = payer.book.store.entry_certificate(payer.account, payer.book.state.account(payer.account).seq)
+        assert certificate.epoch == 1
+        assert worker.balance() == total >= 100_000
+        assert s.ledgers[4].book.state.channels[channel].closed_at == total
+
+
+def claim(s: Epochs, channel: bytes, worker) -> Signed:
+    known = worker.book.state.channels[channel]
+    voucher = Voucher(s.genesis.net, channel, 1, known.lock, bytes(32))
+    signature = sign(s.ids[USER], voucher).signature
+    return sign(s.ids[1], Claim(known.payer, known.seq, known.op_index, voucher, signature))
 
 
 async def test_a_liar_that_hands_over_nonsense_holds_nobody_up(tmp_path, autojump_clock):
