@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ledger.core import certificate as certificates
@@ -69,6 +70,7 @@ class Thief(threading.Thread):
         self.random = random.Random(f"thief {seed}")
         self.verifier = Verifier(bank.genesis)
         self._cases: list[_SpendTwice | _ClaimAboveFreeze] = []
+        self._lock = threading.Lock()
         self.ended = threading.Event()
         self.counts: Counter[str] = Counter()
 
@@ -114,10 +116,9 @@ class Thief(threading.Thread):
     def hunt(self, wanted: _Wanted) -> None:
         """Ask every witness that has not voted for it."""
         witnesses = [witness for witness in self.bank.witnesses if witness.name not in wanted.voters]
-        self.random.shuffle(witnesses)
-        for witness in witnesses:
-            if wanted.certificate is None:
-                self.vote(witness, wanted)
+        with ThreadPoolExecutor(len(witnesses) or 1) as all_at_once:
+            for _ in all_at_once.map(lambda witness: self.vote(witness, wanted), witnesses):
+                pass
 
     def vote(self, witness: Member, wanted: _Wanted) -> None:
         """Ask one witness."""
@@ -125,12 +126,16 @@ class Thief(threading.Thread):
         if "certificate" in told:
             self._certified(certificates.decode(bytes.fromhex(told["certificate"])))
         elif "vote" in told:
-            self.counts["votes got"] += 1
-            wanted.voters.add(witness.name)
-            wanted.collector.add(codec.decode(Vote, bytes.fromhex(told["vote"]), bytes_max=SMALL_BYTES_MAX + 2048))
-            if not wanted.collector.missing:
-                wanted.certificate = wanted.collector.certificate()
-                self._certified(wanted.certificate)
+            with self._lock:
+                self._voted(witness, wanted, bytes.fromhex(told["vote"]))
+
+    def _voted(self, witness: Member, wanted: _Wanted, vote: bytes) -> None:
+        self.counts["votes got"] += 1
+        wanted.voters.add(witness.name)
+        wanted.collector.add(codec.decode(Vote, vote, bytes_max=SMALL_BYTES_MAX + 2048))
+        if not wanted.collector.missing and wanted.certificate is None:
+            wanted.certificate = wanted.collector.certificate()
+            self._certified(wanted.certificate)
 
     def _certified(self, certificate: Certificate) -> None:
         item = self.verifier.open(certificate)
@@ -194,8 +199,9 @@ class _SpendTwice:
             thief.entry(me, 1, NO_HEAD, Transfer(client.identity.public_key, FUNDS - 10 * n))
             for n, client in enumerate(payees)
         ]
-        for n, witness in enumerate(thief.bank.witnesses):
-            thief.vote(witness, self._both[n % 2])
+        with ThreadPoolExecutor(len(thief.bank.witnesses)) as all_at_once:
+            for n, witness in enumerate(thief.bank.witnesses):
+                all_at_once.submit(thief.vote, witness, self._both[n % 2])
 
     def step(self) -> None:
         """Ask again."""
