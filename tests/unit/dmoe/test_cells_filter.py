@@ -9,9 +9,9 @@ from dmoe.cells import kernel, seccomp
 ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
 
 
-def verdict(machine, number, arguments=(), arch=None):
+def verdict(machine, number, arguments=(), arch=None, more=()):
     """What the kernel would answer (the five kinds of instructions that the filter has)."""
-    program = seccomp.program(machine)
+    program = seccomp.program(machine, more)
     data = {0: number, 4: kernel.AUDIT_ARCH[machine] if arch is None else arch}
     data |= {16 + 8 * index: value & 0xFFFFFFFF for index, value in enumerate((*arguments, 0, 0, 0, 0, 0, 0)[:6])}
     at = value = 0
@@ -75,3 +75,16 @@ def test_calls_of_another_architecture_kill(machine):
         assert verdict(machine, read, arch=arch) == KILL
     if machine == "x86_64":
         assert verdict(machine, read | 0x40000000) == KILL  # the x32 ABI
+
+
+@pytest.mark.parametrize("machine", sorted(seccomp.NUMBERS))
+def test_what_some_kinds_may_do_beside_is_theirs_alone(machine):
+    numbers, more = seccomp.NUMBERS[machine], seccomp.MORE[machine]
+    assert not set(more.values()) & set(numbers.values())
+    for name, number in more.items():
+        assert verdict(machine, number) == EPERM, name
+        assert verdict(machine, number, more=(name,)) == ALLOW, name
+    assert verdict(machine, more["prlimit64"], [4711], more=("prlimit64",)) == EPERM  # another's limits
+    assert verdict(machine, numbers["clone"], [17], more=(seccomp.FORK,)) == ALLOW
+    assert verdict(machine, numbers["clone"], [17 | kernel.CLONE_NEWUSER], more=(seccomp.FORK,)) == EPERM
+    assert verdict(machine, numbers["execve"], more=tuple(more)) == KILL
