@@ -4,6 +4,7 @@ from contextlib import suppress
 from functools import partial
 
 import msgspec
+import numpy as np
 import pytest
 import trio
 
@@ -11,6 +12,7 @@ from config.errors import RiosError
 from dmoe.core import stageevidence
 from dmoe.core.privacy import privacy_of
 from dmoe.judging import Judging
+from dmoe.stages.audits import _by_hand
 from ledger.core import proof
 from tests.unit.dmoe.stage_trust_kit import answer, prompts, quiet, rows_of, stage_trust_swarm
 from tests.unit.dmoe.stages_kit import staged
@@ -199,3 +201,16 @@ async def test_a_host_that_signs_for_other_rows_than_it_sends_is_found_out(tmp_p
             assert all(liar in pair for pair in contradicted)
             honest = [peer for peer in runner.auditor.trust.table() if peer != liar]
             assert all(runner.auditor.trust.trusted(peer) for peer in honest)
+
+
+def test_a_number_that_was_altered_by_hand_is_told_from_roundings():
+    rows = np.random.default_rng(1).standard_normal((6, 128)).astype(np.float16).astype(np.float32)
+    altered = rows.copy()
+    altered[4, 9] *= np.float32(1.01)
+    assert _by_hand(altered, rows)
+    codes = rows.astype(np.float16).view(np.uint16)
+    codes[2, 5] += 1  # one rounding to fp16 that went the other way
+    assert not _by_hand(codes.view(np.float16).astype(np.float32), rows)
+    moved = rows * (1 + np.float32(0.01) * np.random.default_rng(2).standard_normal(rows.shape).astype(np.float32))
+    assert not _by_hand(moved, rows), "other codes of activations move all numbers"
+    assert not _by_hand(rows, rows)
