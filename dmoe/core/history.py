@@ -52,7 +52,7 @@ def _chained(rows: Iterable[NDArray[Any]], start: bytes) -> list[bytes]:
     found, last = [], start
     for row in rows:
         step = sha256(last)
-        step.update(row)
+        step.update(row.data)
         last = step.digest()
         found.append(last)
     return found
