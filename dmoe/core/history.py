@@ -14,7 +14,7 @@ Invariants:
    in the order of the runs, however tasks are woken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -41,13 +41,18 @@ class Said:
 
 def digests(rows: FloatRows, start: bytes = START) -> list[bytes]:
     """The digest behind each of ``rows f32[N, H]`` as they travelled."""
-    found, last = [], start
     with np.errstate(over="ignore"):  # infinite is not equal
         short = rows.astype("<f2")
-    fits = (short == rows).all(axis=1)
-    for row, code, is_short in zip(np.ascontiguousarray(rows, "<f4"), short, fits.tolist(), strict=True):
+    fits = (short == rows).all(axis=1).tolist()
+    pairs = zip(np.ascontiguousarray(rows, "<f4"), short, fits, strict=True)
+    return _chained((code if is_short else row for row, code, is_short in pairs), start)
+
+
+def _chained(rows: Iterable[NDArray[Any]], start: bytes) -> list[bytes]:
+    found, last = [], start
+    for row in rows:
         step = sha256(last)
-        step.update(code if is_short else row)
+        step.update(row.data)
         last = step.digest()
         found.append(last)
     return found
@@ -109,7 +114,11 @@ class History:
             assert position < len(self._came), "rows behind a gap"
             del self._came[position + 1 :], self._went[position + 1 :]
             shape, buffer = wire.encode(y, self._dtype)
-            came, went = digests(x, self._came[-1]), digests(wire.decode(shape, buffer), self._went[-1])
+            came = digests(x, self._came[-1])
+            if self._dtype == "fp16" and "bf16" not in shape:  # so fp16 holds every number
+                went = _chained(np.frombuffer(buffer, "<f2").reshape(y.shape), self._went[-1])
+            else:
+                went = digests(wire.decode(shape, buffer), self._went[-1])
             added.fill([self._came[-1], *came], [self._went[-1], *went])
             self._came += came
             self._went += went

@@ -4,6 +4,7 @@ from contextlib import suppress
 from functools import partial
 
 import msgspec
+import numpy as np
 import pytest
 import trio
 
@@ -11,6 +12,8 @@ from config.errors import RiosError
 from dmoe.core import stageevidence
 from dmoe.core.privacy import privacy_of
 from dmoe.judging import Judging
+from dmoe.runner import Feed
+from dmoe.stages.audits import _by_hand
 from ledger.core import proof
 from tests.unit.dmoe.stage_trust_kit import answer, prompts, quiet, rows_of, stage_trust_swarm
 from tests.unit.dmoe.stages_kit import staged
@@ -32,15 +35,17 @@ async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path
     async with stage_trust_swarm(tmp_path, store, manifest) as s:
         await s.node()
         liar = await s.node(1, lie=lie)
-        for stages in ((0,), (1,), (2,), (0, 2)):
-            await s.node(*stages)
-        runner = await s.runner(share=0.5, may_forward=may_forward)
+        await s.node(0)
+        await s.node(2)
+        runner = await s.runner(share=1.0, may_forward=may_forward)
         trust = runner.auditor.trust
-        for seed, prompt in enumerate(prompts(40, most=16)):
+        sequence = await runner.open(40)  # by way of the liar, as nobody else is there yet
+        await s.node(1)
+        for token in range(20):
+            await runner.forward([Feed(sequence=sequence, tokens=(token + 3, token + 9), outputs=1)])
+            await quiet(runner)
             if not trust.trusted(liar):
                 break
-            await answer(runner, prompt, 3, seed=seed)
-            await quiet(runner)
         assert not trust.trusted(liar)
         assert [peer for peer in trust.table() if not trust.trusted(peer)] == [liar]
         await until(lambda: list((tmp_path / "evidence-0").glob("*.evidence")))
@@ -76,25 +81,20 @@ async def test_honest_hosts_pass_every_audit(tmp_path, kwargs):
         assert not s.blamed
 
 
-async def convicted(tmp_path, s, runner, liar):
-    for seed, prompt in enumerate(prompts(40, most=12)):
-        if not runner.auditor.trust.trusted(liar):
-            break
-        await answer(runner, prompt, 2, seed=seed)
-        await quiet(runner)
-    await until(lambda: list((tmp_path / "evidence-0").glob("*.evidence")))
-    (file,) = (tmp_path / "evidence-0").glob("*.evidence")
-    return file.read_bytes()
-
-
 async def test_evidence_that_was_touched_frames_nobody(tmp_path):
     store, manifest = await model(tmp_path, kind="F32")
     async with stage_trust_swarm(tmp_path, store, manifest) as s:
         await s.node()
         liar = await s.node(1, lie="zeros")
-        honest = await s.node(0, 1, 2)
+        honest = await s.node(1)
+        await s.node(0)
+        await s.node(2)
         runner = await s.runner(share=1.0, may_forward=False)
-        data = await convicted(tmp_path, s, runner, liar)
+        wrong = await runner.audits.asking.at(liar, manifest, 1, rows_of(manifest, 9))
+        assert await runner.audits.judge(wrong)
+        await until(lambda: list((tmp_path / "evidence-0").glob("*.evidence")))
+        (file,) = (tmp_path / "evidence-0").glob("*.evidence")
+        data = file.read_bytes()
         found = stageevidence.read(data)
         judging = Judging(store)
 
@@ -199,3 +199,16 @@ async def test_a_host_that_signs_for_other_rows_than_it_sends_is_found_out(tmp_p
             assert all(liar in pair for pair in contradicted)
             honest = [peer for peer in runner.auditor.trust.table() if peer != liar]
             assert all(runner.auditor.trust.trusted(peer) for peer in honest)
+
+
+def test_a_number_that_was_altered_by_hand_is_told_from_roundings():
+    rows = np.random.default_rng(1).standard_normal((6, 128)).astype(np.float16).astype(np.float32)
+    altered = rows.copy()
+    altered[4, 9] *= np.float32(1.01)
+    assert _by_hand(altered, rows)
+    codes = rows.astype(np.float16).view(np.uint16)
+    codes[2, 5] += 1  # one rounding to fp16 that went the other way
+    assert not _by_hand(codes.view(np.float16).astype(np.float32), rows)
+    moved = rows * (1 + np.float32(0.01) * np.random.default_rng(2).standard_normal(rows.shape).astype(np.float32))
+    assert not _by_hand(moved, rows), "other codes of activations move all numbers"
+    assert not _by_hand(rows, rows)

@@ -41,6 +41,9 @@ async def test_calls_that_are_left_while_they_are_computed_stop_no_channel(tmp_p
         h = np.ones((1, manifest.architecture.hidden), np.float32)
         await caller.session(manifest).run(0, h, Routing())
         seller, buyer = s.ledgers[1].seller, s.ledgers[0].buyer
+        with trio.fail_after(30):
+            while not seller.channels()[0]["kflop"]:  # noqa: ASYNC110
+                await trio.sleep(0.02)
         (sold,) = seller.channels()
         channel = bytes.fromhex(sold["channel"])
         each = sold["kflop"]
@@ -54,7 +57,7 @@ async def test_calls_that_are_left_while_they_are_computed_stop_no_channel(tmp_p
         for shard in s.workers[1]._shards.values():
             slow(shard)
         for number in range(CALLS):
-            with trio.move_on_after(0.05) as scope:
+            with trio.move_on_after(0.5) as scope:
                 await caller.session(manifest).run(0, h, Routing())
             assert scope.cancelled_caught
             # the worker was as quick as the payer's change of mind
@@ -73,7 +76,7 @@ def slow(loaded):
     honest = loaded.shard.partial
 
     def late(*args):
-        time.sleep(0.3)
+        time.sleep(1.0)
         return honest(*args)
 
     loaded.shard.partial = late
