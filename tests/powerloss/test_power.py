@@ -95,17 +95,18 @@ def writing(database: Path, synchronous: str):
 def cut(image: Path, tmp_path: Path, synchronous: str, seed: int) -> tuple[int, int, int]:
     """One power cut: acknowledged, then found entries and votes."""
     rng = random.Random(seed)
-    after = tmp_path / "after.img"
-    with mounted(image, tmp_path / "disk") as disk:
-        for old in disk.glob("ledger.db*"):
-            old.unlink()
-        with writing(disk / "ledger.db", synchronous) as (process, acknowledged):
-            while not acknowledged(0.2):
-                pass
-            acknowledged(rng.uniform(0.0, ROUND_SECONDS))
-            process.send_signal(signal.SIGSTOP)
-            known = acknowledged(0.0)
-            shutil.copyfile(image, after)
+    # files of their own each time: a loop device that the kernel has not let go of yet would show an old one's blocks
+    before, after = (tmp_path / f"{name}-{seed}.img" for name in ("before", "after"))
+    shutil.copyfile(image, before)
+    database = tmp_path / "disk" / "ledger.db"
+    with mounted(before, database.parent), writing(database, synchronous) as (process, acknowledged):
+        while not acknowledged(0.2):
+            pass
+        acknowledged(rng.uniform(0.0, ROUND_SECONDS))
+        process.send_signal(signal.SIGSTOP)
+        known = acknowledged(0.0)
+        shutil.copyfile(before, after)
+    before.unlink()
     with mounted(after, tmp_path / "booted") as disk:
         maker = Maker(2)
         store = Store(disk / "ledger.db", maker.genesis.net)
@@ -115,6 +116,7 @@ def cut(image: Path, tmp_path: Path, synchronous: str, seed: int) -> tuple[int, 
         report = verify_file(disk / "ledger.db", maker.genesis)
         assert report.verified, report.problems
         assert report.entries == entries
+    after.unlink()
     return known, entries, votes
 
 
