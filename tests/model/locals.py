@@ -64,7 +64,6 @@ class _Live:
         self.froze: int | None = None
         self.learned: set[str] = set()
         self.received: list[Canon] = []
-        self.seen: list[Item] = []
         self.bad = ""
         self.restarts = 0
         self.witness = Witness(self.identity, self.state, epoch)

@@ -97,6 +97,6 @@ def test_killed_and_cut_off_nobody_loses_or_makes_a_credit(tmp_path: Path):
     found = run(tmp_path, MINUTES, seed=1, speed=600)
     print("\n" + json.dumps(found))
     assert not found["violations"]
-    assert found["acknowledged_entries"] > 3
-    assert found["reads"] > 10
-    assert sum(found["nemesis"].values()) > 2
+    assert found["acknowledged_entries"] >= 6  # the first grants and the last payments, on the slowest machine
+    assert found["reads"] >= 7
+    assert found["nemesis"]["kill witness"] >= 1
