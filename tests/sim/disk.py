@@ -7,15 +7,29 @@ an exception out of SQLite's n-th statement, as the process that dies there neve
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from config.errors import LocalError
 from ledger.mark import Mark
+from ledger.schema import migrate
 from ledger.store import Record, Store
 
-_images: dict[bytes, bytes] = {}
-"""A fresh database per network, made once by the real migrations."""
+
+def _memory(image: bytes = b"") -> sqlite3.Connection:
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    if image:
+        connection.deserialize(image)
+    return connection
+
+
+@cache
+def _image() -> bytes:
+    """A fresh database of no network yet, made once by the real migrations."""
+    with closing(_memory()) as connection:
+        migrate(connection, ":memory:")
+        return connection.serialize()
 
 
 class Crash(BaseException):
@@ -111,9 +125,7 @@ class Disk:
         self.current: SimStore | None = None
         self.mark: tuple[bytes, int, int] | None = None
         if not folder:
-            self.memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-            if net in _images:
-                self.memory.deserialize(_images[net])
+            self.memory = _memory(_image())
 
     def open(self) -> Store:
         """What a starting process sees."""
@@ -122,10 +134,6 @@ class Disk:
         self.current = None
         store = SimStore(self, self.net)
         self.current = store
-        if not self.path and self.net not in _images:
-            if len(_images) > 8:
-                _images.clear()
-            _images[self.net] = self.memory.serialize()
         return store
 
     def backup(self) -> bytes:
@@ -139,7 +147,8 @@ class Disk:
     def restore(self, image: bytes) -> None:
         """Overwrite everything with an older copy."""
         if not self.path:
-            self.memory.deserialize(image)
+            self.memory.close()  # a connection keeps what it has prepared for the old content
+            self.memory = _memory(image)
             return
         for tail in ("-wal", "-shm"):
             Path(self.path + tail).unlink(missing_ok=True)
