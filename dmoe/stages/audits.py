@@ -99,8 +99,8 @@ class StageAudits:
         self._random = random or Random()
         self._manifests: dict[str, Manifest] = {}
         self._next_fetch = 0.0
-        self.is_idle = True
-        """No audit is being made."""
+        self.unfinished = 0
+        """Audits that wait or are being made."""
         self._put, self._queue = trio.open_memory_channel[Taken](QUEUE_MAX)
         self._holding: dict[bytes, trio.Event] = {}
         """Tickets that are about to be forked."""
@@ -160,6 +160,7 @@ class StageAudits:
         except trio.WouldBlock:
             self.auditor.counts["dropped"] += 1
             return
+        self.unfinished += 1
         forked = trio.Event()
         self._holding.update((leg.ticket, forked) for leg in taken.legs if leg.peer is not None)
         self._nursery.start_soon(self._fork, taken, forked)
@@ -236,7 +237,6 @@ class StageAudits:
             self._nursery = nursery
             task_status.started()
             async for taken in self._queue:
-                self.is_idle = False
                 try:
                     await self._audit(taken)
                 except RiosError as error:
@@ -249,7 +249,7 @@ class StageAudits:
                     for heard in taken.heard.values():
                         if self.auditor.trust.trusted(heard.link.peer):
                             self._drop(heard, taken.manifest)
-                    self.is_idle = True
+                    self.unfinished -= 1
 
     async def _audit(self, taken: Taken) -> None:
         """From the first stage on, as long as it is known what came into each."""
