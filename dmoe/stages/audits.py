@@ -335,16 +335,15 @@ class StageAudits:
         """There is nothing to compare with: with the files here the answer is judged at once, if time allows."""
         manifest, stage = taken.manifest, taken.manifest.stages[heard.link.stage]
         here = await trio.to_thread.run_sync(self.auditor.judging.has_stage, manifest, stage)
-        if not here and not await self._spot_check(manifest, heard.link.stage):
+        looked = (here or await self._spot_check(manifest, heard.link.stage)) and self.auditor.may_compute()
+        if not looked:
             self.auditor.counts["no replica"] += 1
-            return None
-        if not self.auditor.may_compute():
-            return None
         answer = await self._own_rows(taken, heard, x)
-        if answer is not None and not await self.judge(answer):
+        if answer is None or (looked and await self.judge(answer)):
+            return None
+        if looked:
             self._passed(heard.link.peer, None)
-            return answer.went if answer.heard is heard else None
-        return None
+        return answer.went if answer.heard is heard else None  # the stages behind it can be looked at
 
     async def _spot_check(self, manifest: Manifest, stage: int) -> bool:
         """Now and then a small stage is fetched, so that replicas that lie alike are found out too."""
