@@ -99,8 +99,8 @@ class StageAudits:
         self._random = random or Random()
         self._manifests: dict[str, Manifest] = {}
         self._next_fetch = 0.0
-        self.is_idle = True
-        """No audit is being made."""
+        self.unfinished = 0
+        """Audits that wait or are being made."""
         self._put, self._queue = trio.open_memory_channel[Taken](QUEUE_MAX)
         self._holding: dict[bytes, trio.Event] = {}
         """Tickets that are about to be forked."""
@@ -160,6 +160,7 @@ class StageAudits:
         except trio.WouldBlock:
             self.auditor.counts["dropped"] += 1
             return
+        self.unfinished += 1
         forked = trio.Event()
         self._holding.update((leg.ticket, forked) for leg in taken.legs if leg.peer is not None)
         self._nursery.start_soon(self._fork, taken, forked)
@@ -236,7 +237,6 @@ class StageAudits:
             self._nursery = nursery
             task_status.started()
             async for taken in self._queue:
-                self.is_idle = False
                 try:
                     await self._audit(taken)
                 except RiosError as error:
@@ -249,7 +249,7 @@ class StageAudits:
                     for heard in taken.heard.values():
                         if self.auditor.trust.trusted(heard.link.peer):
                             self._drop(heard, taken.manifest)
-                    self.is_idle = True
+                    self.unfinished -= 1
 
     async def _audit(self, taken: Taken) -> None:
         """From the first stage on, as long as it is known what came into each."""
@@ -335,16 +335,15 @@ class StageAudits:
         """There is nothing to compare with: with the files here the answer is judged at once, if time allows."""
         manifest, stage = taken.manifest, taken.manifest.stages[heard.link.stage]
         here = await trio.to_thread.run_sync(self.auditor.judging.has_stage, manifest, stage)
-        if not here and not await self._spot_check(manifest, heard.link.stage):
+        looked = (here or await self._spot_check(manifest, heard.link.stage)) and self.auditor.may_compute()
+        if not looked:
             self.auditor.counts["no replica"] += 1
-            return None
-        if not self.auditor.may_compute():
-            return None
         answer = await self._own_rows(taken, heard, x)
-        if answer is not None and not await self.judge(answer):
+        if answer is None or (looked and await self.judge(answer)):
+            return None
+        if looked:
             self._passed(heard.link.peer, None)
-            return answer.went if answer.heard is heard else None
-        return None
+        return answer.went if answer.heard is heard else None  # the stages behind it can be looked at
 
     async def _spot_check(self, manifest: Manifest, stage: int) -> bool:
         """Now and then a small stage is fetched, so that replicas that lie alike are found out too."""

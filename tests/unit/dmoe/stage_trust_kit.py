@@ -261,5 +261,5 @@ def rows_of(manifest, count, seed=0, scale=1.0):
 async def quiet(runner, seconds=90):
     """Wait until no audit waits or runs."""
     with trio.fail_after(seconds):
-        while runner.audits._queue.statistics().current_buffer_used or not runner.audits.is_idle:  # noqa: ASYNC110
+        while runner.audits.unfinished:  # noqa: ASYNC110
             await trio.sleep(0.02)

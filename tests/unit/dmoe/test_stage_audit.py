@@ -10,7 +10,7 @@ import trio
 
 from config.errors import RiosError
 from dmoe.core import stageevidence
-from dmoe.core.privacy import privacy_of
+from dmoe.core.privacy import OPEN, privacy_of
 from dmoe.judging import Judging
 from dmoe.runner import Feed
 from dmoe.stages.audits import _by_hand
@@ -41,6 +41,7 @@ async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path
         trust = runner.auditor.trust
         sequence = await runner.open(40)  # by way of the liar, as nobody else is there yet
         await s.node(1)
+        await until(lambda: list(runner.audits.replicas(manifest, 1, OPEN, liar)))
         for token in range(20):
             await runner.forward([Feed(sequence=sequence, tokens=(token + 3, token + 9), outputs=1)])
             await quiet(runner)
