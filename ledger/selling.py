@@ -62,6 +62,7 @@ class Selling:
         self._dirty: dict[bytes, SellerChannel] = {}
         self._busy: set[bytes] = set()
         self._failures: dict[bytes, int] = {}
+        self._next_at: dict[bytes, float] = {}
         self._taking: dict[bytes, trio.Lock] = {}
         self._credited = trio.Event()
         """Set, and replaced, with every voucher."""
@@ -256,13 +257,11 @@ class Selling:
         try:
             paid_calls = -1
             while paid_calls < channel.calls and not channel.stopped:
+                await self._pace(channel)
                 paid_calls = channel.calls
-                next_at = trio.current_time() + BETWEEN_S
                 await self._receipt(channel)
                 if channel.calls < channel.due_calls:
                     break
-                while trio.current_time() < next_at and channel.nano < channel.urgent_nano:  # noqa: ASYNC110 - money or time
-                    await trio.sleep(BETWEEN_S / 5)
         except RiosError as error:
             if error.code == "payment_required":
                 await self._stop(channel, f"the payer disputes the receipt: {error.message}")
@@ -274,6 +273,12 @@ class Selling:
             self._busy.discard(channel.id)
         if channel.leaves and not channel.stopped:
             self._mark(channel)
+
+    async def _pace(self, channel: SellerChannel) -> None:
+        next_at = self._next_at.get(channel.id, 0.0)
+        while trio.current_time() < next_at and channel.nano < channel.urgent_nano:  # noqa: ASYNC110 - money or time
+            await trio.sleep(BETWEEN_S / 5)
+        self._next_at[channel.id] = trio.current_time() + BETWEEN_S
 
     def _mark(self, channel: SellerChannel) -> None:
         self._dirty[channel.id] = channel
