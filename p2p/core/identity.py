@@ -63,7 +63,11 @@ def verify(public_key: bytes, tag: bytes, message: bytes, signature: bytes) -> b
     """Whether ``signature`` is ``public_key``'s over ``tag || message``. Never raises on hostile input."""
     if len(signature) != 64 or not is_valid_key(public_key):
         return False
-    signed = signature + tag + message
+    return _opens(public_key, signature + tag + message)
+
+
+def _opens(public_key: bytes, signed: bytes) -> bool:
+    """Whether a signature and the message behind it fit; the curve arithmetic alone."""
     return bool(_open(_NULL, _NULL, signed, len(signed), public_key) == 0)
 
 

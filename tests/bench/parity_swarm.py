@@ -22,6 +22,7 @@ from dmoe.models import StoredModels, SwarmExperts
 from dmoe.runner import Runner
 from dmoe.runtime import RuntimeOptions
 from dmoe.store import ModelStore
+from ledger.keys import EpochKeys
 from node.daemon import Node, open_node
 from node.rig import NodeProcess, Swarm, wait_for
 from p2p import keyfile
@@ -86,7 +87,8 @@ class ParitySwarm:
         shutil.copytree(self._store.root, made.data / "models", dirs_exist_ok=True)
         paths = Paths(made.config_file, made.data)
         identity = keyfile.load(paths.key, passphrase="")
-        async with open_node(load(made.config_file, {}).settings, paths, identity) as node:
+        keys = EpochKeys(identity, paths.epoch_keys)
+        async with open_node(load(made.config_file, {}).settings, paths, identity, keys) as node:
             models = StoredModels(node.store, SwarmExperts(node.caller), OPTIONS, identity.peer_id)
             models.stages = node.stages
             with trio.fail_after(PLACED_SECONDS_MAX):

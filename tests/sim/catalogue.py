@@ -449,8 +449,8 @@ STATE_MUTANTS = (
     _one(
         "claims-not-synced",
         "anti-entropy looks at entries only",
-        "ledger.core.sync:Digests._refresh",
-        "if channel is not None:",
+        "ledger.core.sync:Digests._line",
+        "if channel is not None and channel.closed_at is None:",
         "if False:",
     ),
     _one(
