@@ -50,6 +50,11 @@ class CellCache(Cache):
         return self._stage is not None and self._generation == self._stage.generation
 
     @property
+    def is_awaited(self) -> bool:
+        """Whether the next run counts on positions in it, there or not."""
+        return self._counted > 0
+
+    @property
     def length(self) -> int:
         """Positions in it; none if its process has ended."""
         return self._counted if self.is_there else 0
@@ -121,10 +126,15 @@ class CellStage(HeldShard):
         return answers[0] if len(answers) == 1 else np.concatenate(answers)
 
     def _make_again(self, cache: Cache) -> None:
-        """A cache whose process has ended begins again, empty."""
+        """A cache whose process has ended begins again, empty, for a run that begins at 0; the process may also have
+        ended after the run's position was looked at."""
         assert isinstance(cache, CellCache)
         if cache.is_there:
             return
+        if cache.is_awaited:
+            raise RequestError(
+                "conflict", "the cell ended, and the cache's positions with it", "run what is missing first"
+            )
         number, generation = next(self._numbers), self.generation
         with self.cell.ask((self.number, OPEN, number, cache.capacity, 0, 0), (), CALL_SECONDS_MIN):
             cache.made_again(number, generation)

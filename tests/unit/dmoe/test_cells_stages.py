@@ -101,6 +101,9 @@ async def test_caches_of_a_process_that_ended_are_empty_and_begin_again(model, c
     os.kill(last, signal.SIGKILL)
     await alive(cell, last)
     assert cache.length == 0
+    with pytest.raises(RequestError, match="missing first"):  # it ended after somebody had looked at the length
+        await there.run(x, [Part(cache, 6)])
+    cache.truncate(0)
     assert (await there.run(x, [Part(cache, 6)]) == before).all()
     assert cache.length == 6
     with pytest.raises(RequestError, match="context"):
