@@ -141,7 +141,7 @@ class Buying:
             channel = self._find(worker) or await self._create(worker)
             if channel.stopped:
                 raise RemoteError(
-                    "payment_required", f"payments to {worker} are stopped", channel.stopped, peer_id=worker
+                    "payment_required", f"payments to {worker} are stopped: {channel.stopped}", peer_id=worker
                 )
             if self._is_low(channel):
                 await self._top_up(channel)
