@@ -293,8 +293,10 @@ class PayerChannel:
         step = max(0, receipt.cumulative - self.receipt_cumulative)
         if receipt.cumulative * NANO > self.nano:
             before, self.doubt_nano = self.doubt_nano, receipt.cumulative * NANO - self.nano
-            self.lost_nano = max(0, self.lost_nano - max(0, self.doubt_nano - before))
-            self.allowance_nano = 0
+            grown = max(0, self.doubt_nano - before)
+            self.lost_nano = max(0, self.lost_nano - grown)
+            # used up bit by bit: a receipt from before the restart may come first and show only a part of what is lost
+            self.allowance_nano = max(0, self.allowance_nano - grown)
         else:
             self.doubt_nano = 0
         self.receipt_n = max(self.receipt_n, receipt.n)

@@ -237,6 +237,27 @@ def test_a_restored_payer_takes_up_its_newest_voucher_and_misses_some_counts_onc
     assert restored.promised == seller.promised
     assert restored.excess(seller.receipt()) == 0
     restored.pay(seller.receipt())
-    for _ in range(2):
+    for _ in range(32):
         seller.served(ONE, GFLOP, bytes(32))
-    assert restored.excess(seller.receipt()) > 0
+    assert restored.excess(seller.receipt()) > 0, "50 calls in all"
+
+
+def test_what_a_killed_payer_has_forgotten_may_come_with_more_than_one_receipt():
+    """A receipt from before the kill comes again first; the next one brings the rest, once and not more."""
+    seller, payer = pair(lock=100_000_000, credit=10_000_000)
+    for _ in range(20):
+        call(seller, payer)
+    exchange(seller, payer)
+    killed = PayerChannel(payer.net, payer.id, payer.lock, payer.prepay)
+    killed.calls, killed.nano, killed.voucher = payer.calls, payer.nano, payer.voucher
+    killed.receipt_n, killed.receipt_cumulative = payer.receipt_n, payer.receipt_cumulative
+    killed.resume(50_000)
+    for missing in (5, 30):
+        for _ in range(missing):
+            seller.served(ONE, GFLOP, bytes(32))
+        receipt = seller.receipt()
+        assert killed.excess(receipt) == 0
+        killed.pay(receipt)
+    for _ in range(30):
+        seller.served(ONE, GFLOP, bytes(32))
+    assert killed.excess(seller.receipt()) > 0, "55 calls were allowed for, once"
