@@ -198,7 +198,7 @@ class Replicator:
         while buckets:
             theirs, covered = await self._heads_of(peer_id, buckets[:BUCKETS_AT_ONCE])
             asked, buckets = buckets[:covered], buckets[covered:]
-            await self._pull(peer_id, theirs)
+            await self._pull(peer_id, theirs, asked)
             if given < GIVEN_MAX:
                 given += await self._give(peer_id, asked, theirs)
 
@@ -210,13 +210,15 @@ class Replicator:
             raise IntegrityError("integrity", f"{peer_id} sent malformed heads")
         return codec.decode(Heads, bytes(reply.buffers[0]), bytes_max=HEADS_BYTES_MAX), covered
 
-    async def _pull(self, peer_id: PeerId, theirs: Heads) -> None:
+    async def _pull(self, peer_id: PeerId, theirs: Heads, buckets: Sequence[int]) -> None:
         """Fetch what this node lacks of these heads. While one answer is verified the next one is on its way."""
         ranges, _ = lacking(self._book.state, theirs)
         issuers = self._book.state.committees.issuers
         ranges.sort(key=lambda each: each[0] not in issuers)
         await self._fetch_all(peer_id, ({"ranges": part} for part in _requests(ranges)))
         _, channels = lacking(self._book.state, theirs)  # some were opened by what just came
+        if self._book.state.waiting_entries:
+            channels += self._digests.maybe_closed(theirs, buckets)
         parts = [channels[i : i + ANSWER_OBJECTS_MAX] for i in range(0, len(channels), ANSWER_OBJECTS_MAX)]
         await self._fetch_all(peer_id, ({"channels": part} for part in parts))
 

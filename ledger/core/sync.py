@@ -94,6 +94,13 @@ class Digests:
                     channels.append((key, channel.paid))
         return Heads(accounts[:LINES_MAX], channels[:LINES_MAX]), covered
 
+    def maybe_closed(self, theirs: Heads, buckets: Iterable[int]) -> list[bytes]:
+        """Channels in some buckets that are open here and not in ``theirs``: who closed one still has its claim,
+        and what waits here may wait for the money of just that claim, the closing itself among it."""
+        channels, listed = self._state.channels, {key for key, _ in theirs.channels}
+        keys = (key for bucket in buckets for key in self._lines[bucket] if key in channels and key not in listed)
+        return [key for key in keys if channels[key].closed_at is None]
+
 
 def differing(mine: bytes, theirs: bytes) -> list[int]:
     """The numbers of the buckets whose digests differ."""

@@ -210,3 +210,14 @@ def test_ranges_are_cut_and_what_waits_is_not_asked_for_again(made):
     assert [next(endless)[0][1:] for _ in range(2)] == [(1, 100), (101, 200)]
     parts = list(slices([(b"a", 1, 5), (b"b", 1, 7)], ranges_max=10, objects_max=6))
     assert parts == [[(b"a", 1, 5), (b"b", 1, 1)], [(b"b", 2, 7)]]
+
+
+def test_a_channel_that_a_peer_closed_is_asked_for_while_something_waits(made):
+    """Its claim may be what everything here waits for, also the entry that closes it; heads do not list it any more."""
+    digests = Digests(made.state)
+    key = next(key for key, channel in made.state.channels.items() if channel.closed_at is None)
+    heads = digests.heads(range(256))[0]
+    theirs = Heads(heads.accounts, [each for each in heads.channels if each[0] != key])
+    assert digests.maybe_closed(heads, [key[0]]) == []
+    assert digests.maybe_closed(theirs, [key[0]]) == [key]
+    assert digests.maybe_closed(theirs, [(key[0] + 1) % 256]) == []
