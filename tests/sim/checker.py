@@ -106,12 +106,13 @@ class Checker:
             raise Violation("valid", "an honest witness sent a freeze that is none")
         if now_ms < channel.expiry_ms:
             raise Violation("W5", f"a freeze {channel.expiry_ms - now_ms} ms before the channel expires")
-        if (body.witness, body.epoch) in self.restored:
+        key = (body.witness, body.epoch, body.channel)
+        # what its old copy still knows it may say again
+        if (body.witness, body.epoch) in self.restored and key not in self._freezes:
             raise Violation("W9", "a witness froze after it was restored from a backup")
         handed = self.handed.get((body.witness, body.epoch))
         if handed is not None and not self._covers_freeze(handed, body.channel, body.total):
             raise Violation("W6", "a witness froze a channel that its handover does not say is frozen")
-        key = (body.witness, body.epoch, body.channel)
         self.released[body.witness, body.epoch] += key not in self._freezes
         if self._freezes.setdefault(key, body.total) != body.total:
             raise Violation("W5", f"a freeze at {self._freezes[key]} became one at {body.total}")
