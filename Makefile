@@ -48,7 +48,7 @@ soak: setup  ## churn in a swarm of twelve daemons (MINUTES=60; ARGS="--seed 7 -
 sim: setup  ## the ledger under 10,000 seeds of faults and lies (SEEDS=100 FIRST_SEED=0; ARGS="--replay 7")
 	@$(PY) -m tests.sim.sim --seeds $(or $(SEEDS),10000) --first-seed $(or $(FIRST_SEED),0) $(ARGS)
 
-mutants: setup  ## every known way to break the ledger's protocol is caught by the simulator (SEEDS=60)
+mutants: setup  ## ways to break the ledger's protocol: what seeds catch, and which need a test of their own (SEEDS=60)
 	@$(PY) -m tests.sim.mutants --seeds $(or $(SEEDS),60) $(ARGS)
 
 bank: setup  ## the ledger's bank test: 4 witnesses, 3 clients, a thief, kill -9, partitions (MINUTES=5; ARGS="--seed 7")

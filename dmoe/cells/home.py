@@ -369,7 +369,7 @@ class HomeAttention(HomeLayers):
 
     def compute(self, x: FloatRows, parts: Sequence[Part]) -> FloatRows:
         """Others are waited for: see :meth:`run`."""
-        raise NotImplementedError
+        raise AssertionError("experts are elsewhere: use run")
 
     async def _pass(self, x: FloatRows, rows: slice, places: list[tuple[int, int, int]]) -> FloatRows:
         """Rows through all layers."""
