@@ -1,7 +1,7 @@
 # Everything a developer or a curious stranger needs. `make help` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools run test check bench faults powerloss soak bank sim mutants model fuzz netns clean
+.PHONY: help setup tools run test check bench faults powerloss soak bank sim mutants model fuzz fuzz-api netns clean clients money
 PY := .venv/bin/python
 ARGS ?=
 
@@ -17,8 +17,8 @@ run: setup  ## a swarm of three nodes answers a question (rios demo; ARGS="--onc
 tools:
 	@config/deploy/test_tools.sh
 
-test: setup tools  ## all tests, shared by WORKERS=2 processes; with ARGS (pytest's) by one
-	@$(PY) -m pytest $(or $(ARGS),-n $(or $(WORKERS),2))
+test: setup tools  ## all tests, shared by WORKERS=3 processes; with ARGS (pytest's) by one
+	@$(PY) -m pytest $(or $(ARGS),-n $(or $(WORKERS),3))
 
 check: setup  ## format, lint, types, import contracts
 	@$(PY) -m ruff format --check .
@@ -30,8 +30,13 @@ check: setup  ## format, lint, types, import contracts
 OF_FAULTS := $(patsubst %,tests/bench/bench_%.py,trust sandbox flood)
 BENCHES = $(if $(NAME),tests/bench/bench_$(NAME).py,$(filter-out $(OF_FAULTS),$(wildcard tests/bench/bench_*.py)))
 
-bench: setup  ## benchmarks; NAME=faults|rpc|generate|ledger|... runs one (ARGS="--parts kill,trust")
+bench: setup  ## benchmarks; NAME=gateway|faults|rpc|generate|ledger|... runs one (ARGS="--parts kill,trust")
 	@for file in $(BENCHES); do echo "# $$file" >&2; $(PY) $$file $(ARGS) || exit 1; done
+
+clients: setup  ## LiteLLM and lm-eval, each in an environment of its own, and the tests of every client (1.5 GB)
+	@config/deploy/clients.sh
+	@$(PY) -m pytest -q tests/interop/test_litellm.py tests/interop/test_lm_eval.py tests/interop/test_openai_node.py \
+	    tests/e2e/test_openai_client.py $(ARGS)
 
 netns: setup tools  ## the tests in network namespaces, with what they measured (NAT, partition, loss, delay)
 	@$(PY) -m pytest -q -s tests/netns $(ARGS)
@@ -51,6 +56,9 @@ sim: setup  ## the ledger under 10,000 seeds of faults and lies (SEEDS=100 FIRST
 mutants: setup  ## ways to break the ledger's protocol: what seeds catch, and which need a test of their own (SEEDS=60)
 	@$(PY) -m tests.sim.mutants --seeds $(or $(SEEDS),60) $(ARGS)
 
+money: setup  ## the money under kill -9 of gateway and PostgreSQL, then reconciled (REQUESTS=10000; ARGS="--kills 20 --seed 0")
+	@$(PY) -m tests.soak.money --requests $(or $(REQUESTS),10000) $(ARGS)
+
 bank: setup  ## the ledger's bank test: 4 witnesses, 3 clients, a thief, kill -9, partitions (MINUTES=5; ARGS="--seed 7")
 	@$(PY) -m tests.soak.bank --minutes $(or $(MINUTES),5) $(ARGS)
 
@@ -59,6 +67,9 @@ model: setup  ## every interleaving of certificates, freezes and a committee cha
 
 fuzz: setup  ## a million hostile inputs of each kind (ARGS="frames --count 1000 --seed 7")
 	@$(PY) -m tests.fuzz.fuzz $(ARGS)
+
+fuzz-api: setup  ## generated requests over the OpenAPI document, with every role (EXAMPLES=100 per route)
+	@EXAMPLES=$(or $(EXAMPLES),100) $(PY) -m pytest -q --timeout 3600 tests/e2e/test_openapi.py $(ARGS)
 
 lock:  ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate --no-header \

@@ -100,13 +100,17 @@ class Sampling:
     """Token ids that end the answer, besides the model's own."""
 
 
+Prompt = str | tuple[int, ...]
+"""Text as it is, or token ids."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """Exactly one of ``messages`` (chat template applied) and ``prompt`` (text as it is, or token ids) is set."""
+    """Exactly one of ``messages`` (chat template applied) and ``prompt`` is set."""
 
     model: str
     messages: tuple[Message, ...] | None = None
-    prompt: str | tuple[int, ...] | None = None
+    prompt: Prompt | None = None
     sampling: Sampling = field(default_factory=Sampling)
     request_id: str = ""
     route: RouteWish | None = None
@@ -116,6 +120,8 @@ class GenerationRequest:
     user: str = ""
     """Whose request it is: users take turns, and what one asked speeds up only their own later prompts."""
     privacy: PrivacyWish = ""
+    bill: str = ""
+    """What its costs are booked under, unlike any other's; empty: among the questions of this node's operator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +134,18 @@ class EmbeddingRequest:
     route: RouteWish | None = None
     user: str = ""
     privacy: PrivacyWish = ""
+    bill: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What the calls to one peer cost on one payment channel, by the payer's own count. ``channel`` in hex; ``calls``
+    that were made for it (one may be made for several requests); ``nano``: 1e-9 microcredits."""
+
+    channel: str
+    peer_id: str
+    calls: int
+    nano: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,18 @@ class NodeSettings:
     metrics_port: int = _setting(
         0, "Prometheus port on 127.0.0.1; 0: off (a gateway always has /metrics).", minimum=0, maximum=65535
     )
+    trace_endpoint: str = _setting(
+        "",
+        "Where traces go: an OTLP/HTTP collector, e.g. http://127.0.0.1:4318/v1/traces, or file:/path for one JSON "
+        "object per span and line. Empty: no traces.",
+    )
+    trace_ratio: float = _setting(
+        1.0,
+        "Share of requests to this node's gateway that are traced; one that comes with a traceparent is traced if "
+        "that says so. What peers ask is traced if their trace says so.",
+        minimum=0.0,
+        maximum=1.0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +271,13 @@ class LedgerSettings:
         "Keep every entry since the genesis. Off: a new node starts from its peers' newest checkpoint where two of "
         "them prove one, and rios ledger checkpoint --prune drops what lies below.",
     )
+    checkpoint_entries: int = _setting(
+        100_000,
+        "A witness makes a checkpoint after so many entries since the newest one; the newest two are kept. 0: only "
+        "rios ledger checkpoint --new makes them.",
+        minimum=0,
+        maximum=1 << 40,
+    )
     payout_account: str = _setting(
         "",
         "The peer id of the account that is paid for this node's work, e.g. one whose key is kept offline. "
@@ -301,21 +320,104 @@ class GatewaySettings:
         "Accounts database DSN (postgresql://... without a password: PGPASSWORD or a "
         "passfile). Empty: SQLite in the data dir.",
     )
+    database_replica: str = _setting(
+        "",
+        "DSN of a read replica of the accounts database, for lists and reports; the accounts database itself is asked "
+        "while it is away. Empty: none.",
+    )
     require_key: bool = _setting(True, "Refuse requests without an API key.")
     requests_per_minute: int = _setting(600, "Per key.", minimum=1, maximum=1 << 30)
     tokens_per_minute: int = _setting(200_000, "Per key.", minimum=1, maximum=1 << 40)
     concurrent_per_key: int = _setting(32, "Requests of one key at the same time.", minimum=1, maximum=1 << 20)
+    user_requests_per_minute: int = _setting(0, "Per user, all keys together. 0: no limit.", minimum=0, maximum=1 << 30)
+    user_tokens_per_minute: int = _setting(0, "Per user, all keys together. 0: no limit.", minimum=0, maximum=1 << 40)
+    user_concurrent: int = _setting(
+        0, "Requests of one user at the same time, all keys together. 0: no limit.", minimum=0, maximum=1 << 20
+    )
+    address_requests_per_minute: int = _setting(0, "Per client address. 0: no limit.", minimum=0, maximum=1 << 30)
+    redis: str = _setting(
+        "",
+        "Redis that several gateways count these limits in, e.g. redis://host:6379/0 (rediss:// for TLS; without a "
+        "password: REDISCLI_AUTH). While it is away, and if this is empty, each gateway counts alone.",
+    )
+    queue_max: int = _setting(
+        256, "Requests that may wait while the engine works at as many as it can.", minimum=0, maximum=65536
+    )
+    queue_per_user: int = _setting(64, "Of these, one user's.", minimum=1, maximum=65536)
+    queue_seconds: int = _setting(
+        60, "Time that a request waits for its turn at most; then it is told to come back.", minimum=1, maximum=3600
+    )
+    cache_bytes_max: int = _setting(
+        16 << 20,
+        "Memory for answers that are given again to who sends x-rios-cache: use, or has a key with cache (temperature "
+        "0 only). 0: none.",
+        minimum=0,
+        maximum=1 << 34,
+    )
+    cache_seconds: int = _setting(3600, "How long such an answer is kept.", minimum=1, maximum=30 * 24 * 3600)
+    trusted_proxies: tuple[str, ...] = _setting(
+        (),
+        "Addresses of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto are believed: limits and attempts to "
+        "sign in are counted by the first, cookies are for TLS alone by the second, and connections_per_second does "
+        "not apply to them.",
+    )
     connections_per_second: int = _setting(
         100,
-        "New connections of one client address; more are closed at once. 0: no limit. Behind a reverse proxy all "
-        "clients have its address: let it keep connections alive, or set 0.",
+        "New connections of one client address; more are closed at once, and who goes on is not listened to for some "
+        "seconds. One whose client is refused what it asks counts fivefold; 64 requests of an address may be on their "
+        "way. 0: no limit. A reverse proxy, whose clients all have its address, belongs into trusted_proxies.",
         minimum=0,
         maximum=1 << 20,
     )
+    tls_certificate: str = _setting(
+        "",
+        "File with the certificate chain (PEM) for TLS 1.3 on the gateway itself; read again on SIGHUP. "
+        "Empty: plain HTTP.",
+    )
+    tls_key: str = _setting("", "File with the certificate's key (PEM, mode 0600, no password).")
     body_bytes_max: int = _setting(4 << 20, "Largest request body.", minimum=1024, maximum=1 << 30)
+    file_bytes_max: int = _setting(100 << 20, "Largest file that users may upload.", minimum=1024, maximum=1 << 34)
+    batch_lines_at_once: int = _setting(
+        4, "Lines of batches that this gateway answers at the same time.", minimum=1, maximum=1024
+    )
+    webhook_http: bool = _setting(False, "Let webhooks be http:// addresses, without TLS.")
+    webhook_allow_networks: tuple[str, ...] = _setting(
+        (), "Networks that webhooks may reach although they are not public, e.g. 10.1.0.0/16."
+    )
     microcredits_per_million_input_tokens: int = _setting(200_000, "What users pay.", minimum=0, maximum=1 << 40)
     microcredits_per_million_output_tokens: int = _setting(800_000, "What users pay.", minimum=0, maximum=1 << 40)
     starting_balance: int = _setting(0, "Microcredits a new user starts with.", minimum=0, maximum=1 << 60)
+    billing_payment_secret_file: str = _setting(
+        "",
+        "File with the secret that signs reports of payments (mode 0600; or RIOS_PAYMENT_SECRET in the environment). "
+        "Empty: none are taken.",
+    )
+    identity_sign_up: bool = _setting(
+        False, "Let anybody make a user with e-mail and password; false: an admin makes users and invites them."
+    )
+    identity_public_url: str = _setting(
+        "",
+        "The gateway's address as browsers see it, e.g. https://gateway.example (the same on all gateways of a "
+        "database): for sign-ins by another provider, secure cookies behind a TLS proxy, and the issuer of tokens.",
+    )
+    identity_key_file: str = _setting(
+        "",
+        "The key that seals secrets in the accounts database (mode 0600; the same on all gateways of a database). "
+        "Empty: <data dir>/gateway.key, made when it is missing.",
+    )
+    identity_access_minutes: int = _setting(15, "Life of an access token.", minimum=1, maximum=60)
+    identity_session_hours: int = _setting(
+        14 * 24, "Life of a session: then one signs in again.", minimum=1, maximum=24 * 366
+    )
+    oidc_issuer: str = _setting("", "OpenID Connect provider that users may sign in with, https://... Empty: none.")
+    oidc_client_id: str = _setting("", "This gateway's name at the provider.")
+    oidc_credentials_file: str = _setting(
+        "", "File with the client secret that the provider gave (mode 0600). Empty: a public client, with PKCE only."
+    )
+    oidc_scopes: str = _setting("openid email profile", "What is asked of the provider.")
+    oidc_sign_up: bool = _setting(
+        False, "Make a user of whoever the provider vouches for; false: only identities that a user linked may sign in."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 import trio
 
 from dmoe.audit import Auditor
+from dmoe.bills import Bills
 from dmoe.core.dispatch import Dispatcher
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.privacy import OPEN, Privacy
@@ -40,10 +41,12 @@ class Caller:
         renormalise: bool = False,
         random: Random | None = None,
         audits: Callable[[Purse, Replicas], Auditor] | None = None,
+        bills: Bills | None = None,
     ) -> None:
-        """``audits`` makes the auditor of the answers that come; None: nothing is audited."""
+        """``audits`` makes the auditor of the answers that come; None: nothing is audited. ``bills``: what is paid is
+        put there."""
         self._replicas = Replicas(network, worker, random)
-        purse = Purse(buyer)
+        purse = Purse(buyer, bills)
         self.hedges = Hedges(self._replicas)
         self.audit = audits(purse, self._replicas) if audits is not None else None
         self._prober: Prober | None = None

@@ -44,6 +44,7 @@ from config.generation import (
     RouteWish,
     Sampling,
 )
+from dmoe.bills import Bill, Bills
 from dmoe.constraint import Compiled, Compilers
 from dmoe.core.answer import Answer, Job
 from dmoe.core.embedding import Pooled
@@ -59,6 +60,7 @@ from dmoe.slots import Slot
 from dmoe.tallies import Totals
 from dmoe.text import Tokenizer
 from dmoe.tools import Plan, plan, reading
+from p2p import trace
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +161,11 @@ class Engine:
         draft_model: str = "",
         events_max: int = _EVENTS_MAX,
         walls_demanded: bool = False,
+        bills: Bills | None = None,
     ) -> None:
-        """``walls_demanded``: no user's grammar is read where there are no walls for that."""
+        """``walls_demanded``: no user's grammar is read where there are no walls for that. ``bills``: of what is paid
+        to peers."""
+        self._bills = bills or Bills()
         self._models = models
         self._admission: Admission[Slot] = Admission(
             slots_max=generations_max, positions_max=kv_tokens_max, waiting_max=waiting_max
@@ -309,9 +314,10 @@ class Engine:
 
     async def embed(self, prepared: PreparedEmbeddings) -> Embedded:
         """The vectors of a prepared request. Raises RiosError; cancelling it frees everything it held."""
-        return await embed(prepared, partial(self._embed_one, prepared.model))
+        bill = self._bills.of(prepared.request.bill)  # one, held until all of its texts are through
+        return await embed(prepared, partial(self._embed_one, prepared.model, bill))
 
-    async def _embed_one(self, model: Model, prepared: PreparedEmbeddings, work: Pooled) -> Finished:
+    async def _embed_one(self, model: Model, bill: Bill, prepared: PreparedEmbeddings, work: Pooled) -> Finished:
         async def make(length: int) -> Pooled:
             return work
 
@@ -324,6 +330,8 @@ class Engine:
             make=make,
             outbox=Outbox(self._events_max, passes.wake),
             reuse=False,
+            trace=trace.current.get(),
+            bill=bill,
         )
         async with self._placed(slot, passes) as events:
             async for event in events:
@@ -367,6 +375,8 @@ class Engine:
             make=make,
             outbox=Outbox(self._events_max, passes.wake),
             reuse=not prepared.request.sampling.prompt_logprobs,
+            trace=trace.current.get(),
+            bill=self._bills.of(prepared.request.bill),
         )
 
     def _passes_of(self, model: Model, route: Route, privacy: PrivacyWish) -> Passes:
@@ -499,7 +509,8 @@ def _room(model: Model, prompt: int, request: GenerationRequest, kv_tokens_max: 
         wanted = f" and min_tokens {request.sampling.min_tokens}" if left > 0 else ""
         raise RequestError(
             "context_length_exceeded",
-            f"the prompt has {prompt} tokens{wanted}, the context of {model.name} is {model.context_tokens}",
+            # clients tell this error from others by these very words, which are OpenAI's
+            f"the prompt has {prompt} tokens{wanted}, this model's maximum context length is {model.context_tokens}",
             "shorten the prompt",
             param=where,
         )

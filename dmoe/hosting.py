@@ -1,7 +1,8 @@
 """Holds this node's part of the deployed models: takes, advertises and drops shards as placement says.
 
 Owns: the loop from deployments and adverts to what is served, the own advert's offers, the operator's view. Does not
-own: the choice (``core.placement``), a shard's way here (``taking``), how deployments spread (``deployments``).
+own: the choice (``core.placement``), a shard's way here (``taking``), how deployments spread (``deployments``), models
+that this node answers with itself (``bringing``).
 
 Invariants:
 1. A shard is advertised only while it can be called (the trunk: while it is on disk); one that keeps ending its cell
@@ -14,7 +15,6 @@ Invariants:
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -23,8 +23,9 @@ from typing import Any, get_args
 import msgspec
 import trio
 
-from config.errors import RequestError, RiosError
+from config.errors import RequestError
 from config.vocabulary import PeerId
+from dmoe.bringing import Bringer
 from dmoe.core.demand import ASKED_MAX
 from dmoe.core.deployment import DEFAULT_MODE, REPLICAS_MAX, Deployment, Mode
 from dmoe.core.manifest import Manifest, Shard
@@ -33,7 +34,7 @@ from dmoe.deployments import Deployments
 from dmoe.fetching import Fetcher, Models
 from dmoe.helping import Helping
 from dmoe.stages.host import StageHost
-from dmoe.taking import RETRY_FIRST_SECONDS, Cells, Loader, NoCells, Progress, StageLoader, Taker
+from dmoe.taking import Cells, Loader, NoCells, Progress, StageLoader, Taker
 from dmoe.worker import Worker
 from p2p.core.advert import Advert, ModelOffer, bitmap
 from p2p.core.heartbeat import LOAD_STEP_MIN, is_worth_sending
@@ -48,23 +49,6 @@ HOLDERS_ASKED_MAX = 64
 LOAD_SECONDS = 0.5
 MODELS_MAX = 64
 """Models in one advert."""
-
-
-@dataclass(slots=True)
-class Bringing:
-    """How far a model is that somebody waits for (:meth:`Hosting.ensure_trunk`, :meth:`Hosting.ensure_whole`)."""
-
-    name: str = ""
-    bytes_total: int = 0
-    bytes_finished: int = 0
-    current: Progress | None = None
-    error: str = ""
-    """Why the last attempt failed."""
-
-    @property
-    def bytes_done(self) -> int:
-        """Bytes that are here."""
-        return self.bytes_finished + (self.current.bytes_done if self.current else 0)
 
 
 class Hosting:
@@ -111,7 +95,6 @@ class Hosting:
         self._patience = Patience(network.peer_id)
         self._patience_ms = int(patience_seconds * 1000)
         self._manifests: dict[str, Progress] = {}
-        self._pinned: set[str] = set()
         self._settled_at = float("inf")
         self._full = False
         self._nursery: trio.Nursery | None = None
@@ -132,6 +115,7 @@ class Hosting:
             load_stage=load_stage,
             cells=cells,
         )
+        self.bringer = Bringer(store, self.fetcher, self.deployments, self._taker, keeps)
         self._cells = cells or NoCells()
         self._stages = stages
         self.helping = Helping(
@@ -143,7 +127,6 @@ class Hosting:
             idle_seconds=idle_seconds,
             sample_seconds=sample_seconds,
         )
-        self._keeps = keeps
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow deployments and adverts until cancelled. Shards that were served before the restart come first."""
@@ -213,15 +196,6 @@ class Hosting:
         self._own_deployment(model_id)
         await self.deployments.announce(await self.fetcher.manifest(model_id, ()), 0)
 
-    async def ensure_trunk(self, name_or_id: str, watched: Bringing | None = None) -> Manifest:
-        """Bring here what a node needs to answer requests with a model: its trunk and its tokenizer, by id or by name.
-        Tries until it succeeds (bound it with a cancel scope); raises only if the publisher is not allowed."""
-        return await self._ensure(name_or_id, watched or Bringing(), whole=False)
-
-    async def ensure_whole(self, name_or_id: str, watched: Bringing | None = None) -> Manifest:
-        """The same with every shard, for a node that runs the whole model alone."""
-        return await self._ensure(name_or_id, watched or Bringing(), whole=True)
-
     def status(self) -> dict[str, Any]:
         """What is deployed and how far it is here, JSON-able."""
         candidates = self._candidates_by_model()
@@ -238,6 +212,23 @@ class Hosting:
             "full": self._full,
             "withdrawn": self._withdrawn(),
         }
+
+    def manifest_error(self, model_id: str) -> str:
+        """Why the manifest of a deployed model could not be had so far; empty if nothing has failed."""
+        missing = self._manifests.get(model_id)
+        return missing.error if missing else ""
+
+    def problems(self, model_id: str) -> dict[str, str]:
+        """Shard id -> why this node cannot get it, or does not serve it any more."""
+        manifest = self._store.manifests().get(model_id)  # type: ignore[call-overload]
+        if manifest is None:
+            return {}
+        found = {
+            manifest.shards[index].id: progress.error
+            for (model, index), progress in self._taker.progress.items()
+            if model == model_id and progress.error
+        }
+        return found | {row["shard"]: row["why"] for row in self._withdrawn() if row["model_id"] == model_id}
 
     def _withdrawn(self) -> list[dict[str, Any]]:
         """Shards that are not served because they keep ending their cell."""
@@ -353,7 +344,7 @@ class Hosting:
                 self._holding.postpone(model_id, index, now_ms)
         # what was wanted, failed, and fell to somebody else meanwhile
         for key in [k for k, p in self._taker.progress.items() if k[0] == model_id and p.ended is None]:
-            if key[1] not in mine and key[1] not in decision.fetch and model_id not in self._pinned:
+            if key[1] not in mine and key[1] not in decision.fetch and model_id not in self.bringer.pinned:
                 del self._taker.progress[key]
         self.helping.extras.intersection_update(self._taker.progress)
 
@@ -438,7 +429,7 @@ class Hosting:
     async def _drop(self, manifest: Manifest, index: int) -> None:
         """Stop serving a surplus shard; its files go too, unless this node publishes the model or needs it itself."""
         shard, model_id = manifest.shards[index], manifest.model_id
-        keep_files = manifest.publisher == self._network.peer_id or model_id in self._pinned
+        keep_files = manifest.publisher == self._network.peer_id or model_id in self.bringer.pinned
         if shard.kind == "trunk" and keep_files:
             return
         self._taker.progress.pop((model_id, index), None)
@@ -451,59 +442,6 @@ class Hosting:
             await self._taker.measure_disk()
         log.info("%s: shard %s is dropped: enough others have it", manifest.name, shard.id)
         await self._remember()
-
-    async def _ensure(self, name_or_id: str, watched: Bringing, *, whole: bool) -> Manifest:
-        pause = RETRY_FIRST_SECONDS / 4
-        while True:
-            try:
-                manifest = await self._find(name_or_id)
-                if manifest is not None:
-                    self._pinned.add(manifest.model_id)
-                    await self._bring(manifest, whole, watched)
-                    return manifest
-            except RiosError as error:
-                if error.code == "forbidden":
-                    raise
-                watched.error = str(error)
-                log.warning("%s is not here yet: %s; next try in %.0f s", name_or_id, error, pause)
-            await trio.sleep(pause)
-            pause = min(2 * pause, 30.0)
-
-    async def _bring(self, manifest: Manifest, whole: bool, watched: Bringing) -> None:
-        wanted = {
-            index: shard
-            for index, shard in enumerate(manifest.shards)
-            if whole or shard.kind == "trunk" or self._keeps(manifest, shard)
-        }
-        watched.name, watched.bytes_finished = manifest.name, 0
-        watched.bytes_total = sum(shard.size_bytes for shard in wanted.values()) + manifest.tokenizer.size_bytes
-        for index, shard in wanted.items():
-            key = (manifest.model_id, index)
-            watched.current = self._taker.progress.setdefault(key, Progress(bytes_total=shard.size_bytes))
-            await self._taker.store_only(manifest, index)
-            watched.current, watched.error = None, ""
-            watched.bytes_finished += shard.size_bytes
-        watched.bytes_finished = watched.bytes_total
-
-    async def bring(self, manifest: Manifest, shard: Shard) -> None:
-        """A shard's files, without serving them. Raises RiosError if nobody has them or there is no room."""
-        await self._taker.store_only(manifest, manifest.shard_index(shard.id))
-
-    async def _find(self, name_or_id: str) -> Manifest | None:
-        """A manifest by id or name, from disk, from peers, or by way of the deployments known."""
-        for manifest in self._store.manifests().values():
-            if name_or_id in (manifest.model_id, manifest.name):
-                return manifest
-        deployed = list(self.deployments.book.replicas())
-        if len(name_or_id) == 64:
-            if name_or_id not in deployed:
-                await self.deployments.look_up(name_or_id)
-            return await self.fetcher.manifest(name_or_id, self.deployments.book.deployers(name_or_id))
-        for model_id in deployed:
-            manifest = await self.fetcher.manifest(model_id, self.deployments.book.deployers(model_id))
-            if manifest.name == name_or_id:
-                return manifest
-        return None
 
     # --- what others see
 

@@ -27,17 +27,21 @@ from config.errors import BusyError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from dmoe.asking import Request, Work, answer_of
 from dmoe.audit import Auditor
+from dmoe.bills import Payers
 from dmoe.core import calls, wire
 from dmoe.core.calls import Indices
 from dmoe.core.dispatch import PEER_WIDE, Need
 from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.routes import ModelMap, Place, Table
+from dmoe.core.sharing import Chosen
 from dmoe.core.wire import FloatRows
 from dmoe.ports import Quote
 from dmoe.purse import Owed, Purse
 from dmoe.replicas import Replicas, now_us
 from dmoe.worker import Worker
+from p2p import trace
 from p2p.face import LeftError, Network, Pending, Reply
+from p2p.trace import Kind, Span
 
 if TYPE_CHECKING:
     from dmoe.hedging import Hedges, Race
@@ -79,6 +83,7 @@ class Job:
     places: Sequence[Place]
     quote: Quote
     expected_us: float
+    payers: Payers
     start_ns: int = 0
     channel: bytes = b""
     request: Request | None = None
@@ -87,6 +92,7 @@ class Job:
     scope: trio.CancelScope | None = None
     is_counted: bool = False
     """Its answer, or that there will be none, was counted for payment."""
+    span: Span | None = None
     late: bool = False
     """Others have answered, and its own answer is taken elsewhere (:meth:`Jobs.take_late`)."""
 
@@ -113,7 +119,10 @@ class Jobs:
         self._privacy = privacy
         self._me = shared.network.peer_id
         self._dispatcher = shared.replicas.dispatcher
-        self._owed: deque[Owed] = deque()
+        self._owed: deque[tuple[Owed, Payers, int, Chosen]] = deque()
+        """With whose rows they are: who pays, the first row, and which of those from there on."""
+        self.payers = Payers((), (), shared.purse.bills.purpose("asked"))
+        """For whom the pass under way is."""
 
     def begin_pass(self) -> None:
         """From here on it is another pass."""
@@ -137,7 +146,8 @@ class Jobs:
         places = [self._model.layers[work.layer][group] for group in groups]
         group_rows = len(groups) * work.count
         expected_us = self._dispatcher.estimate(peer).finish_us(group_rows)
-        return Job(peer, groups, replaceable, group_rows, places, table.quotes.get(peer, _FREE), expected_us)
+        quote = table.quotes.get(peer, _FREE)
+        return Job(peer, groups, replaceable, group_rows, places, quote, expected_us, self.payers)
 
     def begin(self, work: Work, job: Job) -> bool:
         """Send a job's call now, if nothing has to be waited for first."""
@@ -148,7 +158,8 @@ class Jobs:
         header, buffers = self._form(work, job, channel)
         left_ms = self._left_ms(work, job)
         try:
-            job.pending = self._shared.network.begin(job.peer, calls.METHOD, header, buffers, deadline_ms=left_ms)
+            with self._span(work, job).here():
+                job.pending = self._shared.network.begin(job.peer, calls.METHOD, header, buffers, deadline_ms=left_ms)
         except RiosError:
             return False  # the slow way meets it again and deals with it
         if job.pending is None:
@@ -156,8 +167,16 @@ class Jobs:
         self._dispatcher.started(job.peer, job.group_rows)
         return True
 
+    def _span(self, work: Work, job: Job) -> Span:
+        """The call as a part of its request's trace, from when it is first sent until it is over."""
+        if job.span is None:
+            kind: Kind = "internal" if job.peer == self._me else "client"
+            job.span = trace.begin(calls.METHOD, kind, peer=str(job.peer), layer=work.layer, groups=len(job.groups))
+        return job.span
+
     def drop(self, job: Job) -> None:
         """Nobody waits for a job's answer any more."""
+        self._end_span(job)
         if job.pending is not None:
             self._lost(job)
             job.pending.cancel()
@@ -182,7 +201,8 @@ class Jobs:
         elif work.has(job.groups) and self._shared.hedges.later(self, work, job):
             return
         try:
-            await self._take(work, job)
+            with self._span(work, job).here():
+                await self._take(work, job)
         except LeftError:
             if self._shared.hedges.later(self, work, job):
                 return
@@ -218,7 +238,12 @@ class Jobs:
         elif job.scope is not None:
             job.scope.cancel()
 
+    def _end_span(self, job: Job) -> None:
+        if job.span is not None:
+            job.span.end()
+
     def _over(self, job: Job) -> None:
+        self._end_span(job)
         if job.pending is not None:
             job.pending.cancel()
             job.pending = None
@@ -244,6 +269,8 @@ class Jobs:
         if error.code == "deadline":
             self._lost(job)
         log.debug("layer %d at %s failed: %s", work.layer, peer, error)
+        if job.span is not None:
+            job.span.end(error)
         shards = [place.shard for place in places]
         pause_ms = max(5, error.retry_after_ms) if isinstance(error, BusyError) else 0
         if pause_ms:
@@ -306,7 +333,7 @@ class Jobs:
             owed = self._owed_of(work, job, request, reply)
             if job.channel:
                 job.is_counted = True
-                self._owed.append(owed)
+                self._owed.append((owed, job.payers, work.first, request.chosen))
             if picked and audit is not None:
                 audit.take(owed)
         self._put(work, job, [request.spread(work, rows) for rows in answer])
@@ -339,7 +366,7 @@ class Jobs:
     def settle(self) -> None:
         """Count the answers that arrived, for payment: hashing them can wait while others are waited for."""
         while self._owed:
-            self._shared.purse.count(self._owed.popleft())
+            self._shared.purse.count(*self._owed.popleft())
 
     async def _channel(self, work: Work, job: Job, *, reopen: bool = False) -> bytes:
         """The channel to the job's peer; a peer that lets one wait for it is left like one that does not answer."""

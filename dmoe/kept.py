@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from config.vocabulary import PeerId
+from dmoe.bills import Bill, Purpose
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.privacy import Privacy
 from dmoe.core.routing import Routing
@@ -44,6 +45,10 @@ class KeptExperts:
         """See :class:`dmoe.segment.Experts`."""
         experts = self._kept if layer in self._layers else self._elsewhere
         return await experts.run(layer, h, routing)
+
+    def begin(self, bills: Sequence[Bill | None], counts: Sequence[int], spare: Purpose = "kept") -> None:
+        """See :class:`dmoe.tally.Meter`."""
+        self._elsewhere.begin(bills, counts, spare)
 
     def take(self, counts: Sequence[int]) -> list[Share]:
         """See :class:`dmoe.tally.Meter`."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from config.errors import LocalError, RemoteError, RequestError
 from config.vocabulary import ShardId
+from dmoe.bills import Bill
 from dmoe.core import linear, wire
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.routing import ALL_EXPERTS as ALL_EXPERTS
@@ -161,6 +162,7 @@ class ModelSequence:
         self.tokens: list[int] = []
         """What is in the caches, to fill them again where they were lost."""
         self.tally = Tally()
+        self.bill: Bill | None = None
 
     @property
     def length(self) -> int:
@@ -297,6 +299,7 @@ class ModelRunner:
             return await trio.to_thread.run_sync(self._run_here, passes, wanted)
         for one in passes:
             x: FloatRows = self._ends.embedding.gather(one.token_ids)
+            self._meter.begin([sequence.bill for sequence in one.sequences], [len(chunk) for chunk in one.chunks])
             for index, segment in enumerate(self._segments):
                 x = await segment.run(self._rounded(x), one.parts(index))
             self._taken(one, wanted, x)

@@ -14,7 +14,8 @@ Invariants:
 5. An answer whose prompt begins like one that is being read waits for that beginning instead of computing it again.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -29,6 +30,7 @@ from dmoe.drafting import Drafter, Wanted
 from dmoe.runner import Feed, Runner
 from dmoe.slots import Held, Slot, Work
 from dmoe.tallies import Totals
+from p2p import trace
 
 _SECONDS_MIN = 1e-6
 _SPARE_POSITIONS_MAX = 256
@@ -138,7 +140,7 @@ class Passes:
     # --- opening
 
     async def _open(self, slot: Slot) -> None:
-        with slot.opening:
+        with slot.opening, trace.during(slot.trace):
             try:
                 runner = self._runner = await self._load()
                 await self._bring_drafter()
@@ -146,6 +148,7 @@ class Passes:
                 if slot.over:
                     held.drop()
                     return
+                held.sequence.bill = slot.bill
                 slot.held, slot.odds = held, Odds(self._odds)
                 slot.work = await slot.make(length)
             except Exception as failure:  # noqa: BLE001 - it reaches who asked for the answer
@@ -296,16 +299,30 @@ class Passes:
         self._in_pass, self._pass_scope = [slot for slot, _ in steps], trio.CancelScope()
         outputs: list[FloatRows] = []
         try:
-            with self._pass_scope:
+            with self._pass_scope, self._tracing(steps):
                 async with self._lock:
                     started = trio.current_time()
                     outputs = await self._runner.forward(feeds)
                 self._count(sum(len(step.tokens) for _, step in steps), trio.current_time() - started)
         finally:
             self._in_pass = []
-            for each in held:
+            for each, (slot, _) in zip(held, steps, strict=True):
+                if slot.over:
+                    each.sequence.bill = None  # it was left while it was computed, and paid for that
                 each.unpin()
         return outputs
+
+    @contextmanager
+    def _tracing(self, steps: Sequence[tuple[Slot, Step]]) -> Iterator[None]:
+        """A pass belongs to the first of its answers that is traced; the others' traces are linked to it."""
+        traces = [slot.trace for slot, _ in steps if slot.trace]
+        with trace.during(traces[0] if traces else ""):
+            if not traces:
+                yield
+                return
+            rows = sum(len(step.tokens) for _, step in steps)
+            with trace.span("pass", links=traces[1:], answers=len(steps), rows=rows):
+                yield
 
     def _count(self, rows: int, seconds: float) -> None:
         self._pace.observe(rows, max(seconds, _SECONDS_MIN))
@@ -391,13 +408,15 @@ class Passes:
         if work is None or not usable or self._loop.cancel_called or not self._kept.takes(work.length):
             held.drop()
         else:
-            self._keep(held, slot.user, tokens_of(work.tokens[: work.length]), slot.positions)
+            self._keep(held, slot, tokens_of(work.tokens[: work.length]))
 
-    def _keep(self, held: Held, user: str, tokens: Tokens, positions: int) -> None:
-        if positions - len(tokens) > _SPARE_POSITIONS_MAX:
-            self._nursery.start_soon(self._keep_copy, held, user, tokens)
+    def _keep(self, held: Held, slot: Slot, tokens: Tokens) -> None:
+        if slot not in self._in_pass:
+            held.sequence.bill = None
+        if slot.positions - len(tokens) > _SPARE_POSITIONS_MAX:
+            self._nursery.start_soon(self._keep_copy, held, slot.user, tokens)
             return
-        for gone in self._kept.add(held, user, tokens):
+        for gone in self._kept.add(held, slot.user, tokens):
             gone.drop()
 
     async def _keep_copy(self, held: Held, user: str, tokens: Tokens) -> None:

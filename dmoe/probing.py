@@ -21,13 +21,14 @@ import trio
 
 from config.errors import RiosError
 from config.vocabulary import PeerId
-from dmoe.audit import Auditor, request_of
+from dmoe.audit import Auditor
 from dmoe.core.calls import Bytes
 from dmoe.core.manifest import Manifest
 from dmoe.core.routes import ModelMap
 from dmoe.ports import Quote
 from dmoe.purse import Owed
 from dmoe.replicas import Replicas
+from dmoe.samples import request_of
 
 log = logging.getLogger(__name__)
 

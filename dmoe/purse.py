@@ -5,7 +5,7 @@ Owns: when a channel is opened, when an answer is counted. Does not own: money (
 
 Invariants:
 1. Calls that need the same channel open it once.
-2. Every answer that arrived is counted once, with the same kFLOP and leaf as at the worker.
+2. Every answer that arrived is counted once, with the same kFLOP and leaf as at the worker, and is on somebody's bill.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import trio
 
 from config.vocabulary import PeerId
+from dmoe.bills import Bill, Bills, Payers
 from dmoe.core import calls
 from dmoe.core.calls import Indices
 from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.routes import Place
+from dmoe.core.sharing import Chosen
 from dmoe.ports import Buyer, Quote
 
 
@@ -48,8 +50,9 @@ class Owed:
 class Purse:
     """Channels of this node to its workers. Without a buyer nothing is ever paid."""
 
-    def __init__(self, buyer: Buyer | None) -> None:
+    def __init__(self, buyer: Buyer | None, bills: Bills | None = None) -> None:
         self.buyer = buyer
+        self.bills = bills or Bills()
         self._opening: dict[PeerId, trio.Lock] = {}
 
     def ready(self, worker: PeerId, quote: Quote) -> bytes | None:
@@ -76,10 +79,20 @@ class Purse:
         if self.buyer is not None and channel:
             self.buyer.lost(peer, channel, quote, kflop)
 
-    def count(self, owed: Owed) -> None:
-        """Count an answer for payment."""
+    def count(self, owed: Owed, payers: Payers, first: int = 0, chosen: Chosen = None) -> None:
+        """Count an answer for payment, by those whose rows it has: of their pass' rows those from ``first`` on, or of
+        these those ``chosen``."""
         assert self.buyer is not None
         members = [place.experts for place in owed.places]
         costs = [place.flops_per_row for place in owed.places]
         kflop = calls.kflop(members, costs, owed.rows, owed.experts)
         self.buyer.used(owed.peer, owed.channel, owed.quote, kflop, owed.leaf())
+        nano = kflop * owed.quote.microcredits_per_tflop
+        work, at = (members, costs), (first, chosen)
+        payers.pay(owed.peer, owed.channel, nano, owed.rows, owed.experts, work, at)
+
+    def count_run(self, peer: PeerId, channel: bytes, quote: Quote, kflop: int, leaf: bytes, bill: Bill) -> None:
+        """Count what a host did of one sequence's rows."""
+        assert self.buyer is not None
+        self.buyer.used(peer, channel, quote, kflop, leaf)
+        bill.add(peer, channel, kflop * quote.microcredits_per_tflop)

@@ -15,6 +15,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dmoe.bills import Bill
+
 FloatRows = NDArray[np.float32]
 
 Want = Literal["logits", "hidden"]
@@ -33,6 +35,9 @@ class Report:
 
 class Sequence(Protocol):
     """One sequence with its key/value cache: ``length`` of ``capacity`` positions are in it."""
+
+    bill: Bill | None
+    """What is paid for it is put there; None: nobody's any more, or not yet."""
 
     @property
     def length(self) -> int: ...

@@ -26,6 +26,7 @@ import trio
 from config.errors import RemoteError, RiosError
 from config.vocabulary import PeerId
 from dmoe.asking import Work
+from dmoe.bills import Bill, Payers, Purpose
 from dmoe.core.calls import Indices, Weights
 from dmoe.core.dispatch import PEER_WIDE, Need
 from dmoe.core.privacy import OPEN, Privacy
@@ -35,6 +36,7 @@ from dmoe.jobs import Job, Jobs, Shared
 from dmoe.ports import Quote
 from dmoe.replicas import now_us
 from dmoe.tally import MISSING_TOLD_MAX, Share
+from p2p import trace
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +122,10 @@ class CallerSession:
         rows = {str(peer): rows for peer, rows in self._jobs.rows.items()}
         return CallerReport(rows, serving, self._retries, tuple(sorted(self._missing)[:MISSING_TOLD_MAX]))
 
+    def begin(self, bills: Sequence[Bill | None], counts: Sequence[int], spare: Purpose = "kept") -> None:
+        """See :class:`dmoe.tally.Meter`."""
+        self._jobs.payers = Payers(bills, counts, self._shared.purse.bills.purpose(spare))
+
     def take(self, counts: Sequence[int]) -> list[Share]:
         """Who computed the last pass, split among sequences with so many rows each, in the order of the rows. A row
         counts once per sum group that it needed there."""
@@ -145,7 +151,10 @@ class CallerSession:
             self._retries_before = self._retries
         self._layer_before = layer
         try:
-            return await self._run(layer, h, routing.experts, routing.weights)
+            if not trace.current.get():
+                return await self._run(layer, h, routing.experts, routing.weights)
+            with trace.span("layer", layer=layer, rows=len(h)):
+                return await self._run(layer, h, routing.experts, routing.weights)
         except BaseException:
             self._jobs.settle()
             raise

@@ -9,6 +9,7 @@ from typing import Protocol
 import trio
 
 from config.generation import GenerationEvent, Route
+from dmoe.bills import Bill
 from dmoe.core.answer import FloatRows, Step, Taken
 from dmoe.core.prefixes import tokens_of
 from dmoe.core.speculate import NO_DRAFT, Lookup, Odds
@@ -77,9 +78,12 @@ class Slot:
         make: Callable[[int], Awaitable[Work]],
         outbox: Outbox[GenerationEvent],
         reuse: bool = True,
+        trace: str = "",
+        bill: Bill | None = None,
     ) -> None:
         """``positions``: room that the whole answer needs. ``make``: its work, beginning behind so many positions of
-        the prompt. ``reuse``: it may begin with what another sequence computed."""
+        the prompt. ``reuse``: it may begin with what another sequence computed. ``trace``: of the request.
+        ``bill``: what is paid for it is put there."""
         self.prompt = tokens_of(prompt_tokens)
         self.positions = positions
         self.user = user
@@ -87,6 +91,8 @@ class Slot:
         self.make = make
         self.outbox = outbox
         self.reuse = reuse
+        self.trace = trace
+        self.bill = bill
         self.work: Work | None = None
         self.held: Held | None = None
         self.over = False

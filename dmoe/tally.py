@@ -5,6 +5,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from dmoe.bills import Bill, Purpose
 from dmoe.core.manifest import Manifest
 from dmoe.runner import Report
 
@@ -30,6 +31,10 @@ class Meter(Protocol):
     async def open(self) -> None:
         """One more sequence is about to start."""
 
+    def begin(self, bills: Sequence[Bill | None], counts: Sequence[int], spare: Purpose = "kept") -> None:
+        """The next pass is for sequences with so many rows each, in the order of the rows: who pays. None: nobody any
+        more, which is booked as ``spare``."""
+
     def take(self, counts: Sequence[int]) -> list[Share]:
         """The last pass, split among sequences with so many rows each, in the order of the rows."""
 
@@ -45,6 +50,9 @@ class OwnMeter:
 
     async def open(self) -> None:
         """See :class:`Meter`."""
+
+    def begin(self, bills: Sequence[Bill | None], counts: Sequence[int], spare: Purpose = "kept") -> None:
+        """See :class:`Meter`: nobody is paid."""
 
     def take(self, counts: Sequence[int]) -> list[Share]:
         """See :class:`Meter`."""

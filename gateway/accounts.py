@@ -10,9 +10,9 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -20,11 +20,16 @@ import sqlalchemy as sa
 from config.errors import RequestError
 from config.settings import GatewaySettings
 from gateway import books
+from gateway.db.billing import key_limits
 from gateway.db.migrate import migrate
 from gateway.db.models import LOCAL_USER, accounts, api_keys, usages, users
 from gateway.db.session import Database, open_database
+from gateway.money import EMBEDDED
+from gateway.roles import PERMISSIONS, Role
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
+_EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f]+@[^\s@\x00-\x1f\x7f]+")
+_EMAIL_CHARACTERS_MAX = 254
 _SECRET_BYTES = 32
 
 
@@ -36,6 +41,8 @@ class User:
     name: str
     disabled: bool
     created_at_ms: int
+    role: Role = "developer"
+    email: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +54,11 @@ class ApiKey:
     name: str
     created_at_ms: int
     revoked_at_ms: int | None
+    scopes: str = ""
+    """Permissions between spaces; empty: all that the user's role has."""
+    expires_at_ms: int | None = None
+    cache: bool = False
+    """What was answered before may answer its requests again, without their asking for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +107,20 @@ class Principal:
     account_id: str
     key_id: str | None
     disabled: bool = False
+    role: Role = "developer"
+    scopes: frozenset[str] = frozenset()
+    """Narrow what the role allows; empty: not at all."""
+    session_id: str = ""
+    """Of a user who signed in; empty for keys."""
+    signer_id: str = ""
+    """The signing key of the access token that was shown; empty for keys and cookies."""
+    token_ends_at_ms: int | None = None
+    """When that access token ends."""
+    requests_per_minute: int = 0
+    """The key's own limit; 0: the gateway's."""
+    tokens_per_minute: int = 0
+    cache: bool = False
+    """As the key's."""
 
 
 LOCAL = Principal(user_id=LOCAL_USER, user_name=LOCAL_USER, account_id=f"user:{LOCAL_USER}", key_id=None)
@@ -107,21 +133,30 @@ class Accounts:
         self.database = database
         self._starting_balance = starting_balance
 
-    def create_user(self, name: str) -> User:
-        """Add a user with the starting balance. Raises RequestError ``conflict`` if the name is taken."""
-        _check_name("user", name)
-        user = User(id=books.new_id(), name=name, disabled=False, created_at_ms=books.now_ms())
-        account_id = f"user:{user.id}"
+    def create_user(self, name: str, *, role: Role = "developer", email: str | None = None) -> User:
+        """Add a user with the starting balance. Raises RequestError ``conflict`` if name or e-mail is taken."""
+        with self.adding_user(name, email) as (connection, user):
+            return self.insert_user(connection, replace(user, role=role))
+
+    @contextmanager
+    def adding_user(self, name: str, email: str | None) -> Iterator[tuple[sa.Connection, User]]:
+        """A transaction, and a user of that name to :meth:`insert_user` in it. Raises as :meth:`create_user`."""
+        check_name("user", name)
+        email = None if email is None else normal_email(email)
         try:
             with self.database.write() as connection:
-                row = {"id": user.id, "name": name, "disabled": False, "created_at_ms": user.created_at_ms}
-                connection.execute(sa.insert(users), row)
-                account = {"id": account_id, "user_id": user.id, "balance": 0, "reserved": 0}
-                connection.execute(sa.insert(accounts), account)
-                if self._starting_balance:
-                    books.post_credit(connection, account_id, self._starting_balance, f"start:{user.id}")
+                user = User(id=books.new_id(), name=name, disabled=False, created_at_ms=books.now_ms(), email=email)
+                yield connection, user
         except sa.exc.IntegrityError as error:
-            raise RequestError("conflict", f"there is already a user {name!r}", "choose another name") from error
+            raise name_taken(name, email) from error
+
+    def insert_user(self, connection: sa.Connection, user: User) -> User:
+        """A user with an account and the starting balance, in an open transaction."""
+        account_id = f"user:{user.id}"
+        connection.execute(sa.insert(users), asdict(user))
+        connection.execute(sa.insert(accounts), {"id": account_id, "user_id": user.id, "balance": 0, "reserved": 0})
+        if self._starting_balance:
+            books.post_credit(connection, account_id, self._starting_balance, f"start:{user.id}")
         return user
 
     def list_users(self) -> Sequence[User]:
@@ -146,25 +181,14 @@ class Accounts:
             return User(**row)
         raise RequestError("not_found", f"there is no user {user!r}", "list the users to see their names")
 
-    def create_key(self, user: str, name: str = "") -> NewKey:
-        """Make a key for a user (id or name)."""
-        if name:
-            _check_name("key", name)
-        owner = self.find_user(user)
-        key_id = secrets.token_hex(8)
-        text = base64.urlsafe_b64encode(secrets.token_bytes(_SECRET_BYTES)).rstrip(b"=").decode("ascii")
-        secret = f"rios_{key_id}_{text}"
-        key = ApiKey(id=key_id, user_id=owner.id, name=name, created_at_ms=books.now_ms(), revoked_at_ms=None)
-        row = {
-            "id": key_id,
-            "user_id": owner.id,
-            "name": name,
-            "secret_sha256": digest_of(secret),
-            "created_at_ms": key.created_at_ms,
-        }
+    def create_key(
+        self, user: str, name: str = "", *, scopes: Collection[str] = (), expires_at_ms: int | None = None
+    ) -> NewKey:
+        """Make a key for a user (id or name). Raises RequestError for a scope that is no permission."""
+        made = new_key(self.find_user(user).id, name, scopes, expires_at_ms)
         with self.database.write() as connection:
-            connection.execute(sa.insert(api_keys), row)
-        return NewKey(key=key, secret=secret)
+            insert_key(connection, made)
+        return made
 
     def list_keys(self, user: str | None = None) -> Sequence[ApiKey]:
         """The keys of a user (id or name), or all; revoked ones included."""
@@ -188,18 +212,75 @@ class Accounts:
             raise RequestError("not_found", f"there is no key {key_id!r}", "list the keys to see their ids")
 
     def authenticate(self, key_id: str, digest: bytes) -> Principal | None:
-        """Whose key this is, or None if it is unknown, revoked or its secret is wrong."""
+        """Whose key this is, or None if it is unknown, revoked, expired or its secret is wrong."""
         query = (
-            sa.select(api_keys.c.secret_sha256, users.c.id, users.c.name, users.c.disabled, accounts.c.id)
+            sa.select(
+                api_keys.c.secret_sha256,
+                api_keys.c.scopes,
+                api_keys.c.expires_at_ms,
+                api_keys.c.cache,
+                users.c.id,
+                users.c.name,
+                users.c.role,
+                users.c.disabled,
+                accounts.c.id.label("account_id"),
+                sa.func.coalesce(key_limits.c.requests_per_minute, 0).label("requests_per_minute"),
+                sa.func.coalesce(key_limits.c.tokens_per_minute, 0).label("tokens_per_minute"),
+            )
             .join(users, users.c.id == api_keys.c.user_id)
             .join(accounts, accounts.c.user_id == users.c.id)
+            .outerjoin(key_limits, key_limits.c.key_id == api_keys.c.id)
             .where(api_keys.c.id == key_id, api_keys.c.revoked_at_ms.is_(None))
         )
         with self.database.read() as connection:
             row = connection.execute(query).first()
-        if row is None or not hmac.compare_digest(row[0], digest):
+        if row is None or not hmac.compare_digest(row.secret_sha256, digest):
             return None
-        return Principal(user_id=row[1], user_name=row[2], disabled=row[3], account_id=row[4], key_id=key_id)
+        if row.expires_at_ms is not None and row.expires_at_ms <= books.now_ms():
+            return None
+        return Principal(
+            user_id=row.id,
+            user_name=row.name,
+            disabled=row.disabled,
+            account_id=row.account_id,
+            key_id=key_id,
+            role=row.role,
+            scopes=frozenset(row.scopes.split()),
+            requests_per_minute=row.requests_per_minute,
+            tokens_per_minute=row.tokens_per_minute,
+            cache=row.cache,
+        )
+
+    def principal_of(self, user_id: str, key_id: str | None) -> Principal | None:
+        """A user as who something runs that they began, with the rights of their key; None if that key has ended."""
+        query = (
+            sa.select(users.c.id, users.c.name, users.c.role, users.c.disabled, accounts.c.id.label("account_id"))
+            .join(accounts, accounts.c.user_id == users.c.id)
+            .where(users.c.id == user_id)
+        )
+        live = sa.or_(api_keys.c.expires_at_ms.is_(None), api_keys.c.expires_at_ms > books.now_ms())
+        key = sa.select(api_keys.c.scopes).where(api_keys.c.id == key_id, api_keys.c.revoked_at_ms.is_(None), live)
+        with self.database.read() as connection:
+            row = connection.execute(query).first()
+            scopes = "" if key_id is None else connection.execute(key).scalar()
+        if row is None or scopes is None:
+            return None
+        return Principal(
+            user_id=row.id,
+            user_name=row.name,
+            disabled=row.disabled,
+            account_id=row.account_id,
+            key_id=key_id,
+            role=row.role,
+            scopes=frozenset(scopes.split()),
+        )
+
+    def has_usage(self, user_id: str, request_id: str, since_ms: int) -> bool:
+        """Whether a request for vectors of this user was settled under this id."""
+        mine = usages.c.user_id == user_id, usages.c.created_at_ms >= since_ms
+        paid = *mine, usages.c.request_id == request_id, usages.c.outcome == EMBEDDED
+        with self.database.read() as connection:
+            return connection.execute(sa.select(usages.c.id).where(*paid).limit(1)).first() is not None
 
     def credit(self, user: str, microcredits: int, reference: str = "") -> Balance:
         """Pay into a user's account. ``reference`` (e.g. of a payment) counts once; empty: a fresh one."""
@@ -237,11 +318,57 @@ def open_accounts(settings: GatewaySettings, data_dir: Path) -> Iterator[Account
         database.close()
 
 
+def new_key(user_id: str, name: str, scopes: Collection[str], expires_at_ms: int | None) -> NewKey:
+    """A key that is not in the database yet. Raises RequestError for a bad name or scope."""
+    if name:
+        check_name("key", name)
+    key_id = secrets.token_hex(8)
+    text = base64.urlsafe_b64encode(secrets.token_bytes(_SECRET_BYTES)).rstrip(b"=").decode("ascii")
+    key = ApiKey(
+        id=key_id,
+        user_id=user_id,
+        name=name,
+        created_at_ms=books.now_ms(),
+        revoked_at_ms=None,
+        scopes=scopes_text(scopes),
+        expires_at_ms=expires_at_ms,
+    )
+    return NewKey(key=key, secret=f"rios_{key_id}_{text}")
+
+
+def insert_key(connection: sa.Connection, made: NewKey) -> None:
+    """Put a new key into the database, in an open transaction."""
+    connection.execute(sa.insert(api_keys), {**asdict(made.key), "secret_sha256": digest_of(made.secret)})
+
+
+def name_taken(name: str, email: str | None) -> RequestError:
+    """What to say to who wants a name or an e-mail address that another user has."""
+    taken = f"there is already a user {name!r}" + (f", or one with the e-mail {email!r}" if email else "")
+    return RequestError("conflict", taken, "choose another name")
+
+
 def digest_of(secret: str) -> bytes:
     """What is stored of a key. It has 256 random bits, so a plain hash is enough."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
-def _check_name(kind: str, name: str) -> None:
+def normal_email(email: str) -> str:
+    """An e-mail address in the one form that is stored and looked for. Raises RequestError ``invalid_request``."""
+    text = email.strip().casefold()
+    if len(text) > _EMAIL_CHARACTERS_MAX or not _EMAIL.fullmatch(text):
+        raise RequestError("invalid_request", f"{email!r:.80} is not an e-mail address", param="email")
+    return text
+
+
+def scopes_text(scopes: Collection[str]) -> str:
+    """Scopes as they are stored. Raises RequestError for one that is no permission."""
+    for scope in scopes:
+        if scope not in PERMISSIONS:
+            raise RequestError("invalid_request", f"{scope!r:.60} is no scope", f"scopes are {', '.join(PERMISSIONS)}")
+    return " ".join(sorted(set(scopes)))
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raises RequestError for a name that is none."""
     if not _NAME.fullmatch(name):
         raise RequestError("invalid_request", f"a {kind} name has 1 to 200 characters, none of them control characters")

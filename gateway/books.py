@@ -7,6 +7,7 @@ Invariants:
 2. Account rows are locked in the order of their ids, and the revenue account last, so gateways cannot deadlock.
 3. A reservation is settled once: whoever finds its row gone does nothing.
 4. The answer to a request under an idempotency key is kept in the transaction that charges it, and only by its holder.
+5. A budget changes only under the lock of its account, with the reservation or the charge that it counts.
 """
 
 import secrets
@@ -18,53 +19,61 @@ from typing import Any
 import sqlalchemy as sa
 
 from config.errors import LocalError, RequestError
+from gateway.billing import costs
+from gateway.billing.budget import Budget, month_of
+from gateway.db.billing import budget_alerts, budgets
 from gateway.db.models import FUNDING, REVENUE, accounts, idempotency, postings, reservations, transactions, usages
+from gateway.db.prepared import Among, Prepared
 from gateway.db.session import Database
-from gateway.money import Closing, Prices, Progress, Refused, Reservation, Settlement
+from gateway.money import Closing, Costs, Prices, Progress, Refused, Reservation, Settlement
 
 ABANDONED_MS = 30_000
 """A reservation of another gateway that was not touched for this long belongs to nobody any more."""
 _SWEEP_ROWS_MAX = 500
-_UNPAID: dict[str, Any] = {"completion_tokens": 0, "outcome": "recovered"}
+RECOVERED = "recovered"
+_UNPAID: dict[str, Any] = {"completion_tokens": 0, "outcome": RECOVERED}
 
-# Building a statement costs more than running it, so each is built once.
-_LOCK_ACCOUNTS = (
-    sa.select(accounts.c.id, accounts.c.balance, accounts.c.reserved)
-    .where(accounts.c.id.in_(sa.bindparam("names", expanding=True)))
-    .order_by(accounts.c.id)
-    .with_for_update()
+_LOCK_ACCOUNTS = Among(
+    lambda names: (
+        sa.select(accounts.c.id, accounts.c.balance, accounts.c.reserved)
+        .where(accounts.c.id.in_(names))
+        .order_by(accounts.c.id)
+        .with_for_update()
+    )
 )
-_SET_ACCOUNT = (
+_SET_ACCOUNT = Prepared(
     sa.update(accounts)
     .where(accounts.c.id == sa.bindparam("name"))
     .values(balance=sa.bindparam("new_balance"), reserved=sa.bindparam("new_reserved"))
 )
-_ADD_TO_ACCOUNT = (
+_ADD_TO_ACCOUNT = Prepared(
     sa.update(accounts)
     .where(accounts.c.id == sa.bindparam("name"))
     .values(balance=accounts.c.balance + sa.bindparam("amount"))
 )
-_FIND_RESERVATIONS = sa.select(reservations.c.id).where(reservations.c.id.in_(sa.bindparam("names", expanding=True)))
-_TAKE_RESERVATIONS = (
-    sa.delete(reservations)
-    .where(reservations.c.id.in_(sa.bindparam("names", expanding=True)))
-    .returning(reservations.c.id, reservations.c.microcredits)
+_FIND_RESERVATIONS = Among(lambda names: sa.select(reservations.c.id).where(reservations.c.id.in_(names)))
+_TAKE_RESERVATIONS = Among(
+    lambda names: (
+        sa.delete(reservations)
+        .where(reservations.c.id.in_(names))
+        .returning(reservations.c.id, reservations.c.microcredits)
+    )
 )
-_SET_PROGRESS = (
+_SET_PROGRESS = Prepared(
     sa.update(reservations)
     .where(reservations.c.id == sa.bindparam("name"))
     .values(completion_tokens=sa.bindparam("tokens"), updated_at_ms=sa.bindparam("now"))
 )
-_SET_ROUTE = (
+_SET_ROUTE = Prepared(
     sa.update(idempotency)
     .where(idempotency.c.id == sa.bindparam("name"), idempotency.c.holder == sa.bindparam("whose"))
     .values(route=sa.bindparam("new_route"), updated_at_ms=sa.bindparam("now"))
 )
-_KEEP_ANSWER = (
+_KEEP_ANSWER = Prepared(
     sa.update(idempotency)
     .where(idempotency.c.id == sa.bindparam("name"), idempotency.c.holder == sa.bindparam("whose"))
     .values(
-        holder="",
+        holder=sa.literal_column("''"),
         status=sa.bindparam("new_status"),
         content_type=sa.bindparam("kind"),
         answer=sa.bindparam("data"),
@@ -72,18 +81,34 @@ _KEEP_ANSWER = (
         updated_at_ms=sa.bindparam("now"),
     )
 )
-_FIND_HOLDERS = sa.select(idempotency.c.id, idempotency.c.holder).where(
-    idempotency.c.id.in_(sa.bindparam("names", expanding=True))
+_FIND_HOLDERS = Among(
+    lambda names: sa.select(idempotency.c.id, idempotency.c.holder).where(idempotency.c.id.in_(names))
 )
-_ADD_RESERVATIONS = sa.insert(reservations)
-_ADD_USAGES = sa.insert(usages)
-_ADD_TRANSACTIONS = sa.insert(transactions)
-_ADD_POSTINGS = sa.insert(postings)
+_BUDGET = ("account_id", "id", "subject", "key_id", "microcredits", "month", "spent", "reserved", "alerted")
+_FIND_BUDGETS = Among(
+    lambda names: sa.select(*(budgets.c[name] for name in _BUDGET)).where(budgets.c.account_id.in_(names))
+)
+_SET_BUDGET = Prepared(
+    sa.update(budgets)
+    .where(budgets.c.id == sa.bindparam("name"))
+    .values(
+        month=sa.bindparam("new_month"),
+        spent=sa.bindparam("new_spent"),
+        reserved=sa.bindparam("new_reserved"),
+        alerted=sa.bindparam("new_alerted"),
+    )
+)
+_ADD_ALERTS = Prepared(sa.insert(budget_alerts))
+_ADD_RESERVATIONS = Prepared(sa.insert(reservations))
+_ADD_USAGES = Prepared(sa.insert(usages))
+_ADD_TRANSACTIONS = Prepared(sa.insert(transactions))
+_ADD_POSTINGS = Prepared(sa.insert(postings))
 
 
 @dataclass(slots=True)
 class Batch:
-    """Operations to write in one transaction, in this order: reserve, settle, close, progress.
+    """Operations to write in one transaction, in this order: reserve, settle, close, costs, progress. ``costs`` None:
+    nobody counts them here.
 
     ``again``: an earlier try failed, but its commit may have gone through all the same.
     """
@@ -92,13 +117,21 @@ class Batch:
     settle: Sequence[Settlement] = ()
     close: Sequence[Closing] = ()
     progress: Sequence[Progress] = ()
+    costs: Costs | None = None
     again: bool = False
+
+    @property
+    def synced(self) -> bool:
+        """Whether a power cut must not undo it. Reservations alone of answers that are told when they are settled
+        need not: nobody was told anything, and nothing is charged."""
+        return bool(self.settle or self.close or self.progress) or any(each.synced for each in self.reserve)
 
 
 @dataclass(slots=True)
 class _Account:
     balance: int
     reserved: int
+    budgets: list[Budget] = field(default_factory=list)
     changed: bool = False
 
 
@@ -111,6 +144,7 @@ class _Rows:
     transactions: list[dict[str, object]] = field(default_factory=list)
     postings: list[dict[str, object]] = field(default_factory=list)
     routes: list[dict[str, object]] = field(default_factory=list)
+    alerts: list[dict[str, object]] = field(default_factory=list)
     revenue: int = 0
 
 
@@ -125,12 +159,12 @@ def new_id() -> str:
 
 
 def write_batch(database: Database, batch: Batch) -> dict[str, Refused]:
-    """Write all of it durably. Returns the reservations that were refused, by id; all others stand.
+    """Write all of it, durably where it must be. Returns the reservations that were refused, by id; all others stand.
 
     Raises LocalError: ``unavailable`` and ``disk_full`` may pass, ``local`` will not.
     """
     try:
-        with database.write() as connection:
+        with database.write(synced=batch.synced) as connection:
             return _apply(connection, batch, now_ms())
     except sa.exc.IntegrityError as error:
         raise LocalError("local", f"the accounts database refused a booking: {error.orig}") from error
@@ -148,7 +182,7 @@ def find_abandoned(database: Database, instance: str) -> list[Settlement]:
 
 def lock_account(connection: sa.Connection, account_id: str) -> None:
     """Make others wait who want to change this account."""
-    connection.execute(_LOCK_ACCOUNTS, {"names": [account_id]})
+    _LOCK_ACCOUNTS.rows(connection, [account_id])
 
 
 def give_back(connection: sa.Connection, idempotency_id: str) -> None:
@@ -161,8 +195,6 @@ def give_back(connection: sa.Connection, idempotency_id: str) -> None:
 
 def credit(database: Database, account_id: str, microcredits: int, reference: str) -> None:
     """Pay ``microcredits`` (more than 0) into an account. A reference counts once: a repetition raises ``conflict``."""
-    if microcredits <= 0:
-        raise RequestError("invalid_request", f"a credit must be more than 0, not {microcredits}")
     try:
         with database.write() as connection:
             post_credit(connection, account_id, microcredits, reference)
@@ -170,20 +202,25 @@ def credit(database: Database, account_id: str, microcredits: int, reference: st
         raise RequestError("conflict", f"a credit with reference {reference!r} was already booked") from error
 
 
-def post_credit(connection: sa.Connection, account_id: str, microcredits: int, reference: str) -> None:
-    """:func:`credit` inside a transaction that is already open."""
+def post_credit(
+    connection: sa.Connection, account_id: str, microcredits: int, reference: str, kind: str = "credit"
+) -> str:
+    """:func:`credit` inside a transaction that is already open; the transaction's id."""
+    if microcredits <= 0:
+        raise RequestError("invalid_request", f"a credit must be more than 0, not {microcredits}")
     rows = _Rows()
-    _post(rows, "credit", reference, {FUNDING: -microcredits, account_id: microcredits}, now_ms())
-    connection.execute(_ADD_TRANSACTIONS, rows.transactions)
-    connection.execute(_ADD_POSTINGS, rows.postings)
-    for name, amount in ((account_id, microcredits), (FUNDING, -microcredits)):
-        connection.execute(_ADD_TO_ACCOUNT, {"name": name, "amount": amount})
+    name = _post(rows, kind, reference, {FUNDING: -microcredits, account_id: microcredits}, now_ms())
+    _ADD_TRANSACTIONS.run(connection, rows.transactions)
+    _ADD_POSTINGS.run(connection, rows.postings)
+    for account, amount in ((account_id, microcredits), (FUNDING, -microcredits)):
+        _ADD_TO_ACCOUNT.run(connection, [{"name": account, "amount": amount}])
+    return name
 
 
 def _apply(connection: sa.Connection, batch: Batch, now: int) -> dict[str, Refused]:
     refused: dict[str, Refused] = {}
     rows = _Rows()
-    book = _lock_accounts(connection, batch)
+    book = _lock_accounts(connection, batch, now)
     standing = _find_standing(connection, batch.reserve) if batch.again else frozenset()
     for reservation in batch.reserve:
         if reservation.id not in standing:
@@ -195,14 +232,16 @@ def _apply(connection: sa.Connection, batch: Batch, now: int) -> dict[str, Refus
         if amount is not None:
             _settle(book, rows, settlement, amount, now)
     _store(connection, book, rows)
+    _store_costs(connection, batch.costs, settlements, now)
     if batch.close:
-        connection.execute(_KEEP_ANSWER, [_answer(closing, now) for closing in batch.close])
+        _KEEP_ANSWER.run(connection, [_answer(closing, now) for closing in batch.close])
     if batch.progress:
         _store_progress(connection, batch.progress, now)
     return refused
 
 
-def _settlements(batch: Batch) -> list[Settlement]:
+def settlements_of(batch: Batch) -> list[Settlement]:
+    """All that a batch settles."""
     return [*batch.settle, *(settlement for closing in batch.close for settlement in closing.settlements)]
 
 
@@ -212,7 +251,7 @@ def _to_close(connection: sa.Connection, closings: Sequence[Closing]) -> list[Se
     if not closings:
         return []
     names = sorted(closing.idempotency_id for closing in closings)
-    holders = {name: holder for name, holder in connection.execute(_FIND_HOLDERS, {"names": names})}
+    holders = {name: holder for name, holder in _FIND_HOLDERS.rows(connection, names)}
     return [
         settlement if holders.get(closing.idempotency_id) == closing.holder else replace(settlement, **_UNPAID)
         for closing in closings
@@ -232,12 +271,16 @@ def _answer(closing: Closing, now: int) -> dict[str, object]:
     }
 
 
-def _lock_accounts(connection: sa.Connection, batch: Batch) -> dict[str, _Account]:
-    names = {r.account_id for r in batch.reserve} | {s.reservation.account_id for s in _settlements(batch)}
+def _lock_accounts(connection: sa.Connection, batch: Batch, now: int) -> dict[str, _Account]:
+    names = {r.account_id for r in batch.reserve} | {s.reservation.account_id for s in settlements_of(batch)}
     if not names:
         return {}
-    found = connection.execute(_LOCK_ACCOUNTS, {"names": sorted(names)})
-    return {name: _Account(balance, reserved) for name, balance, reserved in found}
+    found = _LOCK_ACCOUNTS.rows(connection, sorted(names))
+    book = {name: _Account(balance, reserved) for name, balance, reserved in found}
+    for row in _FIND_BUDGETS.rows(connection, sorted(names)):
+        found_budget = Budget.of(dict(zip(_BUDGET, row, strict=True)), month_of(now))
+        book[row[0]].budgets.append(found_budget)
+    return book
 
 
 def _reserve(
@@ -248,6 +291,13 @@ def _reserve(
     if needed > available:
         refused[reservation.id] = Refused(available, needed)
         return
+    limits = [budget for budget in account.budgets if budget.covers(reservation.key_id)]
+    for budget in limits:
+        if not budget.allows(needed):
+            refused[reservation.id] = Refused(budget.room, needed, budget.subject)
+            return
+    for budget in limits:
+        budget.hold(needed)
     account.reserved += needed
     account.changed |= needed != 0
     rows.reservations.append(
@@ -260,7 +310,7 @@ def _reserve(
             "request_id": reservation.request_id,
             "endpoint": reservation.endpoint,
             "model": reservation.model,
-            "prompt_tokens": reservation.prompt_tokens,
+            "prompt_tokens": reservation.prompt_if_cut_off,
             "completion_tokens": 0,
             "input_price": reservation.prices.input,
             "output_price": reservation.prices.output,
@@ -277,7 +327,7 @@ def _reserve(
 
 def _find_standing(connection: sa.Connection, wanted: Sequence[Reservation]) -> frozenset[str]:
     names = [reservation.id for reservation in wanted]
-    return frozenset(connection.execute(_FIND_RESERVATIONS, {"names": names}).scalars())
+    return frozenset(name for (name,) in _FIND_RESERVATIONS.rows(connection, names))
 
 
 def _take_reservations(connection: sa.Connection, settlements: Sequence[Settlement]) -> dict[str, int]:
@@ -285,7 +335,7 @@ def _take_reservations(connection: sa.Connection, settlements: Sequence[Settleme
     if not settlements:
         return {}
     names = [settlement.reservation.id for settlement in settlements]
-    return {name: amount for name, amount in connection.execute(_TAKE_RESERVATIONS, {"names": names})}
+    return {name: amount for name, amount in _TAKE_RESERVATIONS.rows(connection, names)}
 
 
 def _settle(book: dict[str, _Account], rows: _Rows, settlement: Settlement, amount: int, now: int) -> None:
@@ -294,6 +344,9 @@ def _settle(book: dict[str, _Account], rows: _Rows, settlement: Settlement, amou
     account.reserved -= amount
     account.balance -= charge
     account.changed |= amount != 0
+    for budget in account.budgets:
+        if budget.covers(reservation.key_id):
+            rows.alerts += [_alert(budget, percent, now) for percent in budget.settle(amount, charge)]
     if charge:
         rows.revenue += charge
         _post(rows, "charge", reservation.id, {reservation.account_id: -charge, REVENUE: charge}, now)
@@ -307,45 +360,90 @@ def _settle(book: dict[str, _Account], rows: _Rows, settlement: Settlement, amou
             "model": reservation.model,
             "prompt_tokens": settlement.prompt_tokens,
             "completion_tokens": settlement.completion_tokens,
+            "input_price": reservation.prices.input,
+            "output_price": reservation.prices.output,
             "microcredits": charge,
             "outcome": settlement.outcome,
             "created_at_ms": now,
+            "swarm_microcredits": 0,  # see _store_costs
+            "swarm_nano": 0,
         }
     )
 
 
-def _post(rows: _Rows, kind: str, reference: str, amounts: Mapping[str, int], now: int) -> None:
+def _alert(budget: Budget, percent: int, now: int) -> dict[str, object]:
+    return {
+        "budget_id": budget.id,
+        "month": budget.month,
+        "percent": percent,
+        "spent": budget.spent,
+        "created_at_ms": now,
+        "told": False,
+    }
+
+
+def _post(rows: _Rows, kind: str, reference: str, amounts: Mapping[str, int], now: int) -> str:
     assert sum(amounts.values()) == 0
     name = new_id()
     rows.transactions.append({"id": name, "kind": kind, "reference": reference, "created_at_ms": now})
     rows.postings += [{"transaction_id": name, "account_id": a, "amount": n} for a, n in amounts.items()]
+    return name
 
 
 def _store(connection: sa.Connection, book: dict[str, _Account], rows: _Rows) -> None:
     if rows.reservations:
-        connection.execute(_ADD_RESERVATIONS, rows.reservations)
+        _ADD_RESERVATIONS.run(connection, rows.reservations)
     if rows.routes:
-        connection.execute(_SET_ROUTE, rows.routes)
+        _SET_ROUTE.run(connection, rows.routes)
     if rows.usages:
-        connection.execute(_ADD_USAGES, rows.usages)
+        _ADD_USAGES.run(connection, rows.usages)
     if rows.transactions:
-        connection.execute(_ADD_TRANSACTIONS, rows.transactions)
-        connection.execute(_ADD_POSTINGS, rows.postings)
+        _ADD_TRANSACTIONS.run(connection, rows.transactions)
+        _ADD_POSTINGS.run(connection, rows.postings)
     changed = [
         {"name": name, "new_balance": account.balance, "new_reserved": account.reserved}
         for name, account in book.items()
         if account.changed
     ]
     if changed:
-        connection.execute(_SET_ACCOUNT, changed)
+        _SET_ACCOUNT.run(connection, changed)
+    _store_budgets(connection, book, rows)
     if rows.revenue:
-        connection.execute(_ADD_TO_ACCOUNT, {"name": REVENUE, "amount": rows.revenue})
+        _ADD_TO_ACCOUNT.run(connection, [{"name": REVENUE, "amount": rows.revenue}])
+
+
+def _store_budgets(connection: sa.Connection, book: dict[str, _Account], rows: _Rows) -> None:
+    changed = [
+        {
+            "name": budget.id,
+            "new_month": budget.month,
+            "new_spent": budget.spent,
+            "new_reserved": budget.reserved,
+            "new_alerted": budget.alerted,
+        }
+        for account in book.values()
+        for budget in account.budgets
+        if budget.changed
+    ]
+    if changed:
+        _SET_BUDGET.run(connection, changed)
+    if rows.alerts:
+        _ADD_ALERTS.run(connection, rows.alerts)
+
+
+def _store_costs(connection: sa.Connection, found: Costs | None, settlements: Sequence[Settlement], now: int) -> None:
+    """What the swarm was paid, and its sums in the usage rows. Of what a crash left behind, some was written before."""
+    names = {each.reservation.id for each in settlements if found is not None or each.outcome == RECOVERED}
+    if found is not None:
+        names |= costs.write(connection, found, now)
+    if names:
+        costs.add_up(connection, sorted(names))
 
 
 def _store_progress(connection: sa.Connection, progress: Sequence[Progress], now: int) -> None:
     steps = sorted(progress, key=lambda step: step.reservation_id)
     rows = [{"name": step.reservation_id, "tokens": step.completion_tokens, "now": now} for step in steps]
-    connection.execute(_SET_PROGRESS, rows)
+    _SET_PROGRESS.run(connection, rows)
 
 
 def _recovered(row: sa.RowMapping) -> Settlement:
@@ -371,5 +469,5 @@ def _recovered(row: sa.RowMapping) -> Settlement:
         reservation=reservation,
         prompt_tokens=row["prompt_tokens"],
         completion_tokens=tokens,
-        outcome="recovered",
+        outcome=RECOVERED,
     )

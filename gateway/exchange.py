@@ -5,9 +5,11 @@ Owns the request id, the body cap, the client's disconnect, the access log and t
 Invariants:
 1. A client that leaves before the end of its answer cancels the route's work at once.
 2. No more than ``body_bytes_max`` of a body is given to a route, whatever Content-Length says.
-3. Somebody always receives: without that, hypercorn's reader blocks on its full queue and the connection hangs.
-4. Every answer carries ``x-request-id``.
-5. Bodies that are still coming take at most ``BODIES_BYTES_MAX`` together (or what one may have, if that is more),
+3. Somebody always receives, the route or :meth:`_Exchange._heard`: without that, the connection's reader blocks on its
+   full inbox and the connection hangs.
+4. Whether a request came over TLS is known to all behind: from the server, or a believed proxy.
+5. Every answer carries ``x-request-id``, and what keeps browsers careful with it.
+6. Bodies that are still coming take at most ``BODIES_BYTES_MAX`` together (or what one may have, if that is more),
    besides the first ``BODY_BYTES_FREE`` of each: who sends much and never ends cannot fill the memory.
 """
 
@@ -21,14 +23,30 @@ import trio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from config.errors import BusyError
+from gateway.address import client_scheme
 from gateway.errors import ApiError, error_body, internal_error
+from gateway.inbox import WATCH
 from gateway.metrics import Metrics
+from p2p import trace
 
 _logger = logging.getLogger("rios.gateway")
 _access = logging.getLogger("rios.gateway.access")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _LINGER_SECONDS = 1.0
+_SAFE_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"rios-version", b"1"),
+)
+"""For browsers: nothing is guessed, framed, told to other sites, or read by them. And which API this is."""
+_STRICT = (b"strict-transport-security", b"max-age=31536000")
+"""Where TLS is spoken: browsers come back by nothing else."""
+_CSP = b"content-security-policy"
+_NO_PAGE = b"default-src 'none'; frame-ancestors 'none'"
+"""Of what is no page; pages say themselves what they may load."""
 _SMALL_BODY_SECONDS = 0.05
 BODIES_BYTES_MAX = 32 << 20
 BODY_BYTES_FREE = 16 << 10
@@ -38,30 +56,38 @@ BODY_BYTES_FREE = 16 << 10
 class Exchanges:
     """ASGI middleware: runs ``app`` for each request under the invariants above."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, body_bytes_max: int) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, *, body_bytes_max: int, proxies: frozenset[str] = frozenset()
+    ) -> None:
         self._app = app
+        self._proxies = proxies
         self._metrics = metrics
         self._body_bytes_max = body_bytes_max
         self._bodies = Bodies(max(BODIES_BYTES_MAX, body_bytes_max))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. WebSockets are turned away."""
+        """ASGI."""
+        if scope["type"] in ("http", "websocket"):
+            scope["scheme"] = client_scheme(scope, self._proxies)
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
+            await self._socket(scope, receive, send)
         if scope["type"] != "http":
             return
         exchange = _Exchange(scope, receive, send, self._body_bytes_max, self._bodies)
         start = time.perf_counter()
         self._metrics.running.inc()
+        span = trace.begin_trace("http", exchange.header(b"traceparent"), method=scope["method"])
         try:
-            async with trio.open_nursery() as nursery:
-                await exchange.run(self._app, nursery)
-                nursery.cancel_scope.cancel()
+            with span.here():
+                await exchange.run(self._app)
         finally:
+            route = scope["state"].get("route", "other")
+            span.set(route=route, status=exchange.status, request_id=exchange.request_id)
+            span.end()
             exchange.let_go()
             seconds = time.perf_counter() - start
             self._metrics.running.dec()
-            self._metrics.observe_request(scope["path"], exchange.status, seconds)
+            self._metrics.observe_request(route, exchange.status, seconds)
             _access.info(
                 "%s %s %d %.1f ms %s",
                 scope["method"],
@@ -70,6 +96,21 @@ class Exchanges:
                 seconds * 1000,
                 exchange.request_id,
             )
+
+    async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A WebSocket: its route sees to its messages, and to its client's leaving."""
+        request_id = _request_id(scope["headers"])
+        scope["state"] = {"request_id": request_id}
+        start = time.perf_counter()
+        self._metrics.running.inc()
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            _logger.exception("WebSocket %s failed", request_id)
+            await send({"type": "websocket.close", "code": 1011})
+        finally:
+            self._metrics.running.dec()
+            _access.info("WEBSOCKET %s %.1f s %s", scope["path"], time.perf_counter() - start, request_id)
 
 
 class Bodies:
@@ -102,14 +143,17 @@ class _Exchange:
         self._work = trio.CancelScope()
         self._watching = False
         self._ended = False
-        self._nursery: trio.Nursery
         self.request_id = _request_id(scope["headers"])
         self.status = 499  # The client left before an answer began.
-        # A route may put a function "limits" here that gives more headers for the answer.
+        # A route may put here its "meter" (the limits' headers for the answer), its path's "route" for the metrics, and
+        # "upload_bytes_max" if it passes its body on as it comes, instead of keeping it in memory.
         scope["state"] = {"request_id": self.request_id}
 
-    async def run(self, app: ASGIApp, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
+    def header(self, wanted: bytes) -> str:
+        """A request header; empty if it is not there."""
+        return next((value.decode("latin1") for name, value in self._scope["headers"] if name == wanted), "")
+
+    async def run(self, app: ASGIApp) -> None:
         with self._work:
             try:
                 await app(self._scope, self.receive, self.send)
@@ -120,23 +164,25 @@ class _Exchange:
     async def receive(self) -> Message:
         """The route's receive: body parts, counted. Raises ApiError ``too_large``."""
         if self._watching:
-            # What is left comes to the watcher; a route that asks again has had all of the body.
+            # What is left is heard there; a route that asks again has had all of the body.
             return {"type": "http.disconnect"}
         if self._body_ended.is_set():
             self._watch()
             return {"type": "http.request", "body": b"", "more_body": False}
-        if self._body_bytes == 0 and _content_length(self._scope["headers"]) > self._body_bytes_max:
-            raise self._too_large()
+        uploads: int = self._scope["state"].get("upload_bytes_max", 0)
+        bytes_max = uploads or self._body_bytes_max
+        if self._body_bytes == 0 and _content_length(self._scope["headers"]) > bytes_max:
+            raise _too_large(bytes_max)
         message = await self._receive()
         if message["type"] == "http.request":
             self._body_bytes += len(message.get("body", b""))
-            if self._body_bytes > self._body_bytes_max:
-                raise self._too_large()
+            if self._body_bytes > bytes_max:
+                raise _too_large(bytes_max)
             if not message.get("more_body", False):
                 self._body_ended.set()
                 self.let_go()  # all of it is here, and becomes what it says at once
                 self._watch()
-            else:
+            elif not uploads:
                 more = max(0, self._body_bytes - BODY_BYTES_FREE) - self._bytes_held
                 self._bodies.take(more)
                 self._bytes_held += more
@@ -159,7 +205,10 @@ class _Exchange:
                 with trio.move_on_after(_SMALL_BODY_SECONDS):
                     await self._body_ended.wait()
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), *self._own_headers()]
+            given = message.get("headers", ())
+            message["headers"] = [*given, *self._own_headers()]
+            if not any(name == _CSP for name, _ in given):
+                message["headers"].append((_CSP, _NO_PAGE))
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             if not self._body_ended.is_set():
                 message = await self._linger(message)
@@ -180,18 +229,16 @@ class _Exchange:
     def _watch(self) -> None:
         if not self._watching:
             self._watching = True
-            self._nursery.start_soon(self._watch_client)
+            self._scope["extensions"][WATCH](self._heard)
 
-    async def _watch_client(self) -> None:
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._body_ended.set()
-                if not self._ended:
-                    self._work.cancel()
-                return
-            if not message.get("more_body", False):
-                self._body_ended.set()
+    def _heard(self, message: Message) -> None:
+        """What comes when the route asks for nothing more."""
+        if message["type"] == "http.disconnect":
+            self._body_ended.set()
+            if not self._ended:
+                self._work.cancel()
+        elif not message.get("more_body", False):
+            self._body_ended.set()
 
     async def _answer_failure(self) -> None:
         if self.status != 499:
@@ -202,15 +249,19 @@ class _Exchange:
 
     def _own_headers(self) -> Iterable[tuple[bytes, bytes]]:
         yield b"x-request-id", self.request_id.encode("ascii")
-        limits = self._scope["state"].get("limits")
-        if limits is not None:
-            for name, value in limits().items():
+        yield from _SAFE_HEADERS
+        if self._scope["scheme"] == "https":
+            yield _STRICT
+        meter = self._scope["state"].get("meter")
+        if meter is not None:
+            for name, value in meter.headers().items():
                 yield name.encode("ascii"), value.encode("ascii")
         if not self._body_ended.is_set():
             yield b"connection", b"close"
 
-    def _too_large(self) -> ApiError:
-        return ApiError("too_large", f"the request body is larger than {self._body_bytes_max} bytes")
+
+def _too_large(bytes_max: int) -> ApiError:
+    return ApiError("too_large", f"the request body is larger than {bytes_max} bytes")
 
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

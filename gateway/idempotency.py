@@ -1,7 +1,8 @@
 """Idempotency keys in the accounts database: one key, one request, one answer, one bill.
 
-Owns: who generates the answer of a key, with which seed and route, and the answer once there is one. Does not own:
-generating it (``gateway/openai/keyed.py``), charging it (``gateway/books.py``, in the same transaction as the answer).
+Owns: who generates the answer of a key, with which seed and route, and the answer once there is one; and what a request
+that makes a thing (a user, a key) made. Does not own: generating an answer (``gateway/openai/keyed.py``), charging it
+(``gateway/books.py``, in the same transaction as the answer).
 
 Blocking calls, made in threads.
 
@@ -121,6 +122,28 @@ def expire(database: Database) -> int:
         if len(names) < EXPIRED_AT_ONCE:
             break
     return count
+
+
+def made_before(connection: sa.Connection, asked: Wanted) -> str:
+    """The id of the thing that this request made already, in the transaction that would make it; empty: make it now.
+
+    Raises ApiError for another request under the key.
+    """
+    books.lock_account(connection, asked.account_id)
+    row = _current(connection, asked.id, "", now_ms())
+    if row is None:
+        return ""
+    if row["body_sha256"] != asked.body_sha256:
+        raise reused()
+    return bytes(row["answer"]).decode()
+
+
+def keep_made(connection: sa.Connection, asked: Wanted, thing_id: str) -> None:
+    """Remember what was made, in the transaction of :func:`made_before`. Only its id: answers may hold secrets."""
+    now = now_ms()
+    _check_room(connection, asked.account_id, now)
+    made = {"status": 201, "answer": thing_id.encode(), "answer_bytes": len(thing_id)}
+    connection.execute(sa.insert(idempotency), {**_row(asked, "", 0, now), **made})
 
 
 def reused() -> ApiError:

@@ -1,151 +1,191 @@
-"""How much a key may ask for: requests and tokens per minute, and requests at the same time.
+"""How much a key, a user and an address may ask for: requests and tokens per minute, and requests at the same time.
 
-In memory, one gateway's view. Owns the buckets; whoever serves a request asks here and reports what it did not use.
+Owns the vocabulary: what is limited (:class:`Subject`), what a request is told (:class:`Levels`), and the
+:class:`Limits` that two implement: ``gateway/quotas.py`` in memory, one gateway's view; ``gateway/shared.py`` in Redis,
+shared by several gateways. Whoever serves a request takes here, and gives back what it did not use.
 
-Invariants: a bucket never holds more than a minute's worth and its arithmetic is exact (integers); the table of keys
-is bounded, and only keys with nothing to remember (full buckets, nothing running) are dropped from it.
+Invariants: a request that one of its subjects refuses takes nothing of the others; giving back never waits and never
+fails; a bucket never holds more than a minute's worth.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+from config.settings import GatewaySettings
+from gateway.accounts import Principal
 from gateway.errors import ApiError
 
-_NS_PER_MINUTE = 60_000_000_000
-_NS_PER_MS = 1_000_000
-_KEYS_MAX = 10_000
+MS_PER_MINUTE = 60_000
+_BUSY_RETRY_MS = 1000
 
 
-class Bucket:
-    """A token bucket that refills ``per_minute`` evenly. Its level is kept in units of 1/_NS_PER_MINUTE."""
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What one subject may ask for; 0: as much as it likes."""
 
-    __slots__ = ("_level", "_updated_ns", "per_minute")
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    concurrent: int = 0
 
-    def __init__(self, per_minute: int, now_ns: int) -> None:
-        self.per_minute = per_minute
-        self._level = per_minute * _NS_PER_MINUTE
-        self._updated_ns = now_ns
 
-    def take(self, count: int, now_ns: int) -> int:
-        """Take ``count`` and return 0, or take nothing and return how many nanoseconds to wait.
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Who is limited: ``kind`` is what messages call it, ``name`` is unique among all kinds."""
 
-        More than a whole minute's worth counts as a minute's worth, or it could never be served.
-        """
-        self._refill(now_ns)
-        need = min(count, self.per_minute) * _NS_PER_MINUTE
-        if need <= self._level:
-            self._level -= need
-            return 0
-        return -(-(need - self._level) // self.per_minute)
+    kind: str
+    name: str
+    rates: Rates
 
-    def give_back(self, count: int, now_ns: int) -> None:
-        """Return what was taken and not used."""
-        self._refill(now_ns)
-        self._level = min(self._level + count * _NS_PER_MINUTE, self.per_minute * _NS_PER_MINUTE)
 
-    def remaining(self, now_ns: int) -> int:
-        """Whole units left."""
-        self._refill(now_ns)
-        return self._level // _NS_PER_MINUTE
-
-    def full_in_ns(self, now_ns: int) -> int:
-        """Nanoseconds until it is full again."""
-        self._refill(now_ns)
-        return -(-(self.per_minute * _NS_PER_MINUTE - self._level) // self.per_minute)
-
-    def _refill(self, now_ns: int) -> None:
-        elapsed = now_ns - self._updated_ns
-        self._level = min(self._level + elapsed * self.per_minute, self.per_minute * _NS_PER_MINUTE)
-        self._updated_ns = now_ns
+Subjects = Sequence[Subject]
+"""The first is the one whose numbers a client is told: the key."""
 
 
 @dataclass(slots=True)
-class _Quota:
-    requests: Bucket
-    tokens: Bucket
-    running: int = 0
+class Levels:
+    """What the first subject has left, and how long until it is full again."""
 
-    def idle(self, now_ns: int) -> bool:
-        """Whether it holds nothing that a fresh one would not."""
-        return not (self.running or self.requests.full_in_ns(now_ns) or self.tokens.full_in_ns(now_ns))
+    requests: int
+    tokens: int
+    requests_full_ms: int
+    tokens_full_ms: int
 
 
-@dataclass(slots=True)
-class Limits:
-    """The limits of every key of this gateway."""
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why not, and how long to wait."""
 
-    requests_per_minute: int
-    tokens_per_minute: int
-    concurrent_per_key: int
-    clock_ns: Callable[[], int] = time.monotonic_ns
-    _quotas: dict[str, _Quota] = field(default_factory=dict)
+    subject: Subject
+    what: str
+    wait_ms: int
 
-    def take_request(self, key: str) -> None:
-        """Count a request. Raises ApiError ``rate_limited``."""
-        now = self.clock_ns()
-        wait_ns = self._quota(key, now).requests.take(1, now)
-        if wait_ns:
-            raise _limited(f"more than {self.requests_per_minute} requests per minute", wait_ns)
+    def error(self) -> ApiError:
+        """As clients are told."""
+        rates = self.subject.rates
+        asked = {
+            "requests": f"{rates.requests_per_minute} requests per minute",
+            "tokens": f"{rates.tokens_per_minute} tokens per minute",
+            "running": f"{rates.concurrent} requests at the same time",
+        }[self.what]
+        wait_ms = max(1, self.wait_ms)
+        message = f"this {self.subject.kind} asked for more than {asked}"
+        return ApiError("rate_limited", message, f"try again in {wait_ms} ms", retry_after_ms=wait_ms)
 
-    def take_tokens(self, key: str, count: int) -> None:
-        """Count a request's worst case. Raises ApiError ``rate_limited``."""
-        now = self.clock_ns()
-        wait_ns = self._quota(key, now).tokens.take(count, now)
-        if wait_ns:
-            raise _limited(f"more than {self.tokens_per_minute} tokens per minute", wait_ns)
 
-    def give_back_tokens(self, key: str, count: int) -> None:
-        """Return the part of the worst case that was not used."""
-        now = self.clock_ns()
-        self._quota(key, now).tokens.give_back(count, now)
+RUNNING_WAIT_MS = _BUSY_RETRY_MS
+"""Told to who has too many running: nobody knows when one of them ends."""
 
-    @contextmanager
-    def running(self, key: str) -> Iterator[None]:
-        """Count a request as running. Raises ApiError ``rate_limited`` when too many are."""
-        quota = self._quota(key, self.clock_ns())
-        if quota.running >= self.concurrent_per_key:
-            raise _limited(f"more than {self.concurrent_per_key} requests at the same time", 1000 * _NS_PER_MS)
-        quota.running += 1
-        try:
-            yield
-        finally:
-            quota.running -= 1
 
-    def headers(self, key: str) -> Mapping[str, str]:
+class Place(Protocol):
+    """A generation that was let in. Both methods work at once, whatever has become of the limits' store."""
+
+    def give_back(self, tokens: int) -> None:
+        """Return the part of its worst case that was not used."""
+
+    def leave(self) -> None:
+        """It runs no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the limits say to a request: let in (a generation: to a place), or refused."""
+
+    levels: Levels
+    refusal: Refusal | None = None
+    place: Place | None = None
+
+
+class Limits(Protocol):
+    """The limits of every subject."""
+
+    async def request(self, subjects: Subjects) -> Verdict:
+        """Count a request."""
+
+    async def enter(self, subjects: Subjects, tokens: int) -> Verdict:
+        """Count a generation as running, and its worst case in tokens: both or neither."""
+
+
+class Meter:
+    """One request's view of the limits: who it is counted as, and what its headers say."""
+
+    def __init__(self, limits: Limits, subjects: Subjects) -> None:
+        self._limits = limits
+        self._subjects = subjects
+        self._levels: Levels | None = None
+
+    async def request(self) -> None:
+        """Count the request. Raises ApiError ``rate_limited``."""
+        self._heard(await self._limits.request(self._subjects))
+
+    async def enter(self, tokens: int) -> Place:
+        """Let a generation in whose worst case is so many tokens. Raises ApiError ``rate_limited``."""
+        place = self._heard(await self._limits.enter(self._subjects, tokens)).place
+        assert place is not None
+        return place
+
+    def _heard(self, verdict: Verdict) -> Verdict:
+        self._levels = verdict.levels
+        if verdict.refusal is not None:
+            raise verdict.refusal.error()
+        return verdict
+
+    def give_back(self, place: Place, tokens: int) -> None:
+        """Return the part of a generation's worst case that was not used."""
+        place.give_back(tokens)
+        levels, rate = self._levels, self._subjects[0].rates.tokens_per_minute
+        if levels is not None and rate:
+            levels.tokens = min(rate, levels.tokens + tokens)
+            levels.tokens_full_ms = max(0, levels.tokens_full_ms - tokens * MS_PER_MINUTE // rate)
+
+    def headers(self) -> Mapping[str, str]:
         """The ``x-ratelimit-*`` headers of an answer."""
-        now = self.clock_ns()
-        quota = self._quota(key, now)
+        levels, rates = self._levels, self._subjects[0].rates
+        if levels is None:
+            return {}
         return {
-            "x-ratelimit-limit-requests": str(self.requests_per_minute),
-            "x-ratelimit-limit-tokens": str(self.tokens_per_minute),
-            "x-ratelimit-remaining-requests": str(quota.requests.remaining(now)),
-            "x-ratelimit-remaining-tokens": str(quota.tokens.remaining(now)),
-            "x-ratelimit-reset-requests": _span(quota.requests.full_in_ns(now)),
-            "x-ratelimit-reset-tokens": _span(quota.tokens.full_in_ns(now)),
+            "x-ratelimit-limit-requests": str(rates.requests_per_minute),
+            "x-ratelimit-limit-tokens": str(rates.tokens_per_minute),
+            "x-ratelimit-remaining-requests": str(levels.requests),
+            "x-ratelimit-remaining-tokens": str(levels.tokens),
+            "x-ratelimit-reset-requests": span(levels.requests_full_ms),
+            "x-ratelimit-reset-tokens": span(levels.tokens_full_ms),
         }
 
-    def _quota(self, key: str, now_ns: int) -> _Quota:
-        quota = self._quotas.get(key)
-        if quota is None:
-            if len(self._quotas) >= _KEYS_MAX:
-                self._quotas = {k: q for k, q in self._quotas.items() if not q.idle(now_ns)}
-            quota = _Quota(Bucket(self.requests_per_minute, now_ns), Bucket(self.tokens_per_minute, now_ns))
-            self._quotas[key] = quota
-        return quota
+
+class Metering:
+    """Makes a request's meter by the settings' rules."""
+
+    def __init__(self, limits: Limits, settings: GatewaySettings) -> None:
+        self.limits = limits
+        self.at_once = min(settings.concurrent_per_key, settings.user_concurrent or settings.concurrent_per_key)
+        """How many answers of one caller can run at the same time."""
+        self._key = Rates(settings.requests_per_minute, settings.tokens_per_minute, settings.concurrent_per_key)
+        self._user = Rates(settings.user_requests_per_minute, settings.user_tokens_per_minute, settings.user_concurrent)
+        self._address = Rates(settings.address_requests_per_minute)
+
+    def meter(self, principal: Principal, address: str = "") -> Meter:
+        """For what this principal asks from there."""
+        subjects = [Subject("key", f"k:{principal.key_id or principal.user_id}", self._rates_of(principal))]
+        if self._user != Rates():
+            subjects.append(Subject("user", f"u:{principal.user_id}", self._user))
+        if address and self._address != Rates():
+            subjects.append(Subject("address", f"a:{address}", self._address))
+        return Meter(self.limits, subjects)
+
+    def _rates_of(self, principal: Principal) -> Rates:
+        """A key's own rates where it has any."""
+        requests, tokens = principal.requests_per_minute, principal.tokens_per_minute
+        if not requests and not tokens:
+            return self._key
+        usual = self._key
+        return Rates(requests or usual.requests_per_minute, tokens or usual.tokens_per_minute, usual.concurrent)
 
 
-def _limited(what: str, wait_ns: int) -> ApiError:
-    wait_ms = -(-wait_ns // _NS_PER_MS)
-    return ApiError("rate_limited", f"this key asked for {what}", f"try again in {wait_ms} ms", retry_after_ms=wait_ms)
-
-
-def _span(nanoseconds: int) -> str:
+def span(ms: int) -> str:
     """A duration as OpenAI writes it: ``6m0s``, ``1.5s``, ``20ms``."""
-    ms = -(-nanoseconds // _NS_PER_MS)
     if ms < 1000:
         return f"{ms}ms"
-    minutes, rest = divmod(ms, 60_000)
+    minutes, rest = divmod(ms, MS_PER_MINUTE)
     seconds = f"{rest / 1000:g}s"
     return f"{minutes}m{seconds}" if minutes else seconds

@@ -4,20 +4,6 @@ from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-ROUTES = (
-    "/",
-    "/healthz",
-    "/readyz",
-    "/metrics",
-    "/openapi.json",
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/embeddings",
-    "/v1/models",
-    "/v1/billing/balance",
-    "/v1/billing/usage",
-    "/v1/ledger/balance",
-)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -26,6 +12,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self._counted: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self.requests = Counter("rios_gateway_requests", "Answered requests.", ("route", "status"), registry=registry)
         self.seconds = Histogram(
             "rios_gateway_request_seconds",
@@ -42,7 +29,26 @@ class Metrics:
         )
         self.tokens = Counter("rios_gateway_tokens", "Tokens of settled requests.", ("kind",), registry=registry)
         self.running = Gauge("rios_gateway_running_requests", "Requests being answered.", registry=registry)
-        self._collectors = (self.requests, self.seconds, self.first_token_seconds, self.tokens, self.running)
+        self.waiting = Gauge("rios_gateway_waiting_requests", "Requests waiting for their turn.", registry=registry)
+        self.sign_ins = Counter(
+            "rios_gateway_sign_ins", "Attempts to sign in or go on.", ("method", "result"), registry=registry
+        )
+        self.refused = Counter(
+            "rios_gateway_refused_connections",
+            "Connections that were refused or ended for what they cost, and sources not listened to for a while.",
+            ("reason",),
+            registry=registry,
+        )
+        self._collectors = (
+            self.requests,
+            self.seconds,
+            self.first_token_seconds,
+            self.tokens,
+            self.running,
+            self.waiting,
+            self.sign_ins,
+            self.refused,
+        )
 
     def __enter__(self) -> "Metrics":
         return self
@@ -53,15 +59,25 @@ class Metrics:
         for collector in self._collectors:
             self.registry.unregister(collector)
 
-    def observe_request(self, path: str, status: int, seconds: float) -> None:
-        """Count a request under its route."""
-        route = path
-        if path not in ROUTES:
-            route = "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
-        self.requests.labels(route, str(status)).inc()
-        self.seconds.labels(route).observe(seconds)
+    def observe_request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request under its route's path, as the endpoint writes it."""
+        counted = self._counted.get((route, status))
+        if counted is None:  # finding a child by its labels costs more than counting it
+            counted = self.requests.labels(route, str(status)), self.seconds.labels(route)
+            self._counted[route, status] = counted
+        counted[0].inc()
+        counted[1].observe(seconds)
+
+    def observe_refused(self, reason: str) -> None:
+        """Count a connection: ``rate``, ``arriving`` or ``full`` (refused), ``ousted`` (made room for another), or a
+        source that is ``shunned`` for a while."""
+        self.refused.labels(reason).inc()
 
     def observe_tokens(self, prompt: int, completion: int) -> None:
         """Count the tokens of a settled request."""
         self.tokens.labels("prompt").inc(prompt)
         self.tokens.labels("completion").inc(completion)
+
+    def completion_tokens(self) -> float:
+        """Tokens of all answers settled since the start."""
+        return next(sample.value for metric in self.tokens.labels("completion").collect() for sample in metric.samples)

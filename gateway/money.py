@@ -4,7 +4,10 @@ Amounts are integer microcredits. A request's charge is rounded down once, over 
 (the same formula on the most it can use) always covers it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from config.accountbook import Spent
 
 PRICE_UNIT_TOKENS = 1_000_000
 """Prices are microcredits per this many tokens."""
@@ -52,6 +55,15 @@ class Reservation:
     """As whom this gateway holds that key."""
     route: str = ""
     """How the answer is computed, kept with the key."""
+    synced: bool = True
+    """Durable before it begins. Not needed where nothing is told of the answer before its settlement is durable."""
+    another_pays: bool = False
+    """If it is cut off, its prompt is paid with another answer to the same one."""
+
+    @property
+    def prompt_if_cut_off(self) -> int:
+        """Tokens of the prompt that are paid if it is cut off."""
+        return 0 if self.another_pays else self.prompt_tokens
 
     @property
     def microcredits(self) -> int:
@@ -93,6 +105,14 @@ class Closing:
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """What the swarm is paid: sums that changed. ``run``: under which name those of no request are kept."""
+
+    run: str
+    spent: Sequence[Spent] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far a running request came: ``completion_tokens`` were delivered."""
 
@@ -102,7 +122,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A reservation that its payer's balance does not cover. ``available`` is what is left, microcredits."""
+    """A reservation that its payer's balance, or the budget named, does not cover. ``available`` is what is left,
+    microcredits."""
 
     available: int
     needed: int
+    budget: str = ""

@@ -1,64 +1,56 @@
-"""The OpenAPI document, made from the request types themselves."""
+"""The OpenAPI document, made from the endpoints themselves."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from gateway.openai.embeddings import EmbeddingBody
-from gateway.openai.requests import ChatBody, CompletionBody
+from gateway.endpoint import Endpoint, Parameter
 
-_HEADERS = {
-    "idempotency-key": "The same key and body within 24 hours: the same answer, charged once.",
-    "x-rios-privacy": "trusted or local: who may compute, beyond what the operator laid down.",
-}
 _ERRORS = {
     "400": "The request is wrong; param names the field.",
     "401": "No API key, or not a valid one.",
     "402": "The balance does not cover the request.",
-    "403": "The user is disabled.",
-    "404": "No such model.",
-    "409": "Another gateway answers a request with this idempotency key; see retry-after.",
+    "403": "The user is disabled, or may not do this.",
+    "404": "No such thing, or not one that the caller may see.",
+    "408": "The body did not arrive in time.",
+    "409": "It contradicts what is there, or somebody works on it; see retry-after.",
     "413": "The body is too large.",
+    "415": "The body has another content type than the one described.",
     "422": "The idempotency key stands for another request.",
     "429": "A limit of the key is reached; see retry-after.",
     "503": "This node cannot answer now; see retry-after.",
 }
+_ABOUT = """OpenAI-compatible API of a RiOS node. Answers carry an extension field `rios`.
+
+Every answer to GET takes `fields=a,b`: only these fields of the thing, or of the things of a list, come (`id` and
+`object` always), so it may lack what its schema requires. It has a weak ETag; `If-None-Match` gets 304.
+
+The schema of `text/event-stream` is that of one event. The `data` of events is JSON, up to a last `[DONE]` where an
+answer ends; a stream that fails ends with an error instead."""
+_EVENTS = "text/event-stream"
+_ERROR = {"$ref": "#/components/schemas/Error"}
+_IN_PATH = re.compile(r"\{(\w+)\}")
 
 
-def document(version: str) -> dict[str, Any]:
+def document(version: str, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The document as JSON-able values."""
-    bodies, components = msgspec.json.schema_components(
-        [ChatBody, CompletionBody, EmbeddingBody], ref_template="#/components/schemas/{name}"
-    )
+    types = [kind for each in endpoints for kind in (each.body, each.answer, each.event) if kind is not None]
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    shapes = dict(zip(map(id, types), schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for each in endpoints:
+        paths.setdefault(each.template, {})[each.method.lower()] = _operation(each, shapes)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "RiOS gateway",
             "version": version,
-            "description": "OpenAI-compatible API of a RiOS node. Answers carry an extension field `rios`.",
+            "description": _ABOUT,
         },
         "security": [{"key": []}],
-        "paths": {
-            "/v1/chat/completions": {
-                "post": _operation("Answer a conversation", bodies[0], stream=True, parameters=_headers(*_HEADERS))
-            },
-            "/v1/completions": {
-                "post": _operation("Continue a prompt", bodies[1], stream=True, parameters=_headers(*_HEADERS))
-            },
-            "/v1/embeddings": {
-                "post": _operation("Texts as vectors", bodies[2], parameters=_headers("x-rios-privacy"))
-            },
-            "/v1/models": {"get": _operation("List models")},
-            "/v1/models/{model}": {"get": _operation("One model", parameters=[_path("model")])},
-            "/v1/billing/balance": {"get": _operation("The caller's balance")},
-            "/v1/billing/usage": {
-                "get": _operation("The caller's settled requests", parameters=[_query("limit"), _query("before")])
-            },
-            "/v1/ledger/balance": {"get": _operation("Balance of the node's own ledger account")},
-            "/healthz": {"get": _operation("Is the process alive", open_to_all=True)},
-            "/readyz": {"get": _operation("Can the node answer", open_to_all=True)},
-            "/metrics": {"get": _operation("Prometheus metrics", open_to_all=True)},
-        },
+        "paths": paths,
         "components": {
             "schemas": {**components, "Error": _error_schema()},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -66,45 +58,56 @@ def document(version: str) -> dict[str, Any]:
     }
 
 
-def _operation(
-    summary: str,
-    body: dict[str, Any] | None = None,
-    *,
-    parameters: list[dict[str, Any]] | None = None,
-    stream: bool = False,
-    open_to_all: bool = False,
-) -> dict[str, Any]:
-    answers: dict[str, Any] = {"application/json": {}}
-    if stream:
-        answers["text/event-stream"] = {}
-    responses: dict[str, Any] = {"200": {"description": "Done", "content": answers}}
-    operation: dict[str, Any] = {"summary": summary, "responses": responses}
-    if open_to_all:
+def _operation(endpoint: Endpoint, shapes: dict[int, Any]) -> dict[str, Any]:
+    responses: dict[str, Any] = {str(endpoint.status): {"description": "Done"}}
+    if endpoint.status not in (204, 303):
+        responses[str(endpoint.status)]["content"] = {
+            media: _content(endpoint, media, shapes) for media in endpoint.media
+        }
+    operation: dict[str, Any] = {"summary": endpoint.summary, "responses": responses}
+    if endpoint.deprecated:
+        operation["deprecated"] = True
+    if endpoint.needs is None:
         operation["security"] = []
-    else:
-        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    elif endpoint.method == "GET":
+        responses["304"] = {"description": "It is as If-None-Match has it."}
+    if endpoint.needs is not None or endpoint.body is not None or endpoint.parameters:
+        error = {"application/json": {"schema": _ERROR}}
         responses.update({status: {"description": text, "content": error} for status, text in _ERRORS.items()})
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if endpoint.body is not None:
+        content = {endpoint.body_media: {"schema": shapes[id(endpoint.body)]}}
+        operation["requestBody"] = {"required": True, "content": content}
+    parameters = [*map(_in_path, _IN_PATH.findall(endpoint.template)), *map(_parameter, endpoint.parameters)]
     if parameters:
         operation["parameters"] = parameters
     return operation
 
 
-def _headers(*names: str) -> list[dict[str, Any]]:
-    text = {"type": "string", "maxLength": 255}
-    return [{"name": n, "in": "header", "required": False, "description": _HEADERS[n], "schema": text} for n in names]
+def _content(endpoint: Endpoint, media: str, shapes: dict[int, Any]) -> dict[str, Any]:
+    if media == _EVENTS and endpoint.event is not None:
+        return {"schema": _event(shapes[id(endpoint.event)])}
+    return {} if endpoint.answer is None else {"schema": shapes[id(endpoint.answer)]}
 
 
-def _path(name: str) -> dict[str, Any]:
+def _event(shape: dict[str, Any]) -> dict[str, Any]:
+    """One server-sent event, in the way of OpenAPI 3.2: the text that is its data, and what that text says."""
+    content = {"anyOf": [shape, _ERROR]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    fields = {"data": data, "event": {"type": "string"}, "id": {"type": "string"}}
+    return {"type": "object", "properties": fields, "required": ["data"]}
+
+
+def _in_path(name: str) -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
-def _query(name: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "schema": {"type": "string"}}
+def _parameter(each: Parameter) -> dict[str, Any]:
+    described = {"name": each.name, "in": each.place, "required": False, "schema": dict(each.schema)}
+    return {**described, "description": each.description} if each.description else described
 
 
 def _error_schema() -> dict[str, Any]:
     text, maybe = {"type": "string"}, {"type": ["string", "null"]}
     fields = {"message": text, "type": text, "param": maybe, "code": maybe}
-    return {"type": "object", "properties": {"error": {"type": "object", "properties": fields}}}
+    error = {"type": "object", "properties": fields, "required": [*fields]}
+    return {"type": "object", "properties": {"error": error}, "required": ["error"]}

@@ -42,7 +42,8 @@ client of that API works with this base URL:</p>
 {table or "<p>None yet.</p>"}
 <h2>Try it</h2>
 <pre>{escape(curl)}</pre>
-<p><a href="/openapi.json">OpenAPI document</a> · <a href="/readyz">readiness</a> · <a href="/metrics">metrics</a></p>
+<p><a href="/dashboard">Dashboard</a> ·
+<a href="/openapi.json">OpenAPI document</a> · <a href="/readyz">readiness</a> · <a href="/metrics">metrics</a></p>
 </body></html>
 """
 

@@ -1,13 +1,25 @@
 """What the gateway needs of the rest of the node, as Protocols. ``node`` passes the real things in.
 
-The gateway imports neither the engine nor the ledger; what crosses these lines stands in ``config/generation.py``.
+The gateway imports neither the engine nor the ledger; what crosses these lines stands in ``config/generation.py``,
+``config/swarm.py`` and ``config/accountbook.py``.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
+from config.accountbook import (
+    LedgerBalance,
+    LedgerChannel,
+    LedgerCommittee,
+    LedgerEntry,
+    LedgerSummary,
+    PaidChannel,
+    Spent,
+    StatementLine,
+)
 from config.generation import Embedded, EmbeddingRequest, GenerationEvent, GenerationRequest, ModelInfo, Route
+from config.swarm import Deployment, DeploymentMode, ModelMap, Worker
 
 
 class PreparedGeneration(Protocol):
@@ -61,11 +73,79 @@ class Health(Protocol):
         """Ready or not, and the reasons why not, for people."""
 
 
+class Swarm(Protocol):
+    """The swarm as this node sees it, and what it asks of it."""
+
+    def workers(self) -> Sequence[Worker]:
+        """All nodes known, this one first; those that went a while ago last."""
+
+    def deployments(self) -> Sequence[Deployment]:
+        """What somebody wants served, and how far that is."""
+
+    def maps(self) -> Sequence[ModelMap]:
+        """Who holds what, for every model that is deployed or answered with here."""
+
+    async def deploy(self, model: str, replicas: int | None, mode: DeploymentMode) -> Deployment:
+        """Ask the swarm to serve a model (id or name); None: as many replicas as the node's settings say.
+
+        Raises RiosError: ``not_found`` (no such model here), ``invalid_request`` (count, mode, or a mode that the
+        model was not cut for), ``local`` (too many deployments).
+        """
+
+    async def scale(self, model_id: str, replicas: int) -> Deployment:
+        """Change the replicas of this node's deployment. Raises as :meth:`deploy`."""
+
+    async def undeploy(self, model_id: str) -> None:
+        """Take this node's deployment back. Raises RiosError ``not_found``."""
+
+
 class LedgerView(Protocol):
-    """Reads the node's own ledger account."""
+    """Reads the ledger. What is asked of the disk is async; names of accounts are peer ids, empty for the node's own.
+
+    Raises RiosError ``usage`` for what is no account or no name, ``not_found`` for an entry that is not here.
+    """
 
     def account(self) -> str:
-        """The account as text (its peer id)."""
+        """The node's own account as text (its peer id)."""
 
-    def balance(self) -> int:
-        """Final balance of the node's own account, microcredits."""
+    def balance(self, account: str = "") -> LedgerBalance:
+        """What an account has."""
+
+    def summary(self) -> LedgerSummary:
+        """The whole in numbers."""
+
+    def committee(self) -> LedgerCommittee:
+        """The witnesses in office."""
+
+    async def statement(self, account: str = "") -> Sequence[StatementLine]:
+        """What moved an account's balance, oldest first."""
+
+    async def entries(self, *, limit: int, before: int | None) -> Sequence[LedgerEntry]:
+        """Final entries, newest first; ``before``: only places below it."""
+
+    async def entry(self, name: str) -> Mapping[str, Any]:
+        """One object with its certificate, by the id of an entry, claim or channel, or ``ACCOUNT:SEQ``."""
+
+    async def channels(self, account: str = "") -> Sequence[LedgerChannel]:
+        """An account's channels."""
+
+
+class Anchor(Protocol):
+    """Keeps a hash where nobody can take it back."""
+
+    async def anchor(self, place: int, digest: bytes) -> dict[str, str]:
+        """Keep the 32 bytes that the audit log has at a place; says where they are now. Raises RiosError."""
+
+
+class Spending(Protocol):
+    """What this node pays other nodes for work, as it happens, by what it is for."""
+
+    def opening(self) -> Sequence[PaidChannel]:
+        """The channels as they were when this node started, before anything was spent."""
+
+    def has_changed(self) -> bool:
+        """Whether there is anything to take."""
+
+    def take(self, names: Collection[str] | None = None) -> Sequence[Spent]:
+        """What changed since it was last taken, of everything or of the requests with these bills: of the channels that
+        changed the whole sums since the start, not the changes."""

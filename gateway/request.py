@@ -1,29 +1,37 @@
 """What routes share: who sends a request, and answers in JSON."""
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from config.generation import PrivacyWish
 from gateway.accounts import Principal
+from gateway.address import client_address
 from gateway.errors import invalid
+from gateway.limits import Meter
 
 PRIVACY_HEADER = "x-rios-privacy"
 _WISHES: dict[str, PrivacyWish] = {"": "", "trusted": "trusted", "local": "local"}
 
 
-async def identify(request: Request) -> Principal:
+async def identify(request: HTTPConnection) -> Principal:
     """Authenticate a request and count it; its answer will carry the limits' headers.
 
     Raises ApiError ``unauthenticated``, ``forbidden`` or ``rate_limited``.
     """
-    service = request.app.state.service
-    principal: Principal = await service.guard.authenticate(request.headers.get("authorization", ""))
-    key = principal.key_id or principal.user_id
+    service, site = request.app.state.service, request.app.state.site
+    principal: Principal = await service.guard.authenticate(site.home.credentials_of(request))
+    meter = service.metering.meter(principal, client_address(request, site.identity.rules.proxies))
     # Read when the answer starts, so that they show what the request itself used.
-    request.scope["state"]["limits"] = lambda: service.limits.headers(key)
-    service.limits.take_request(key)
+    request.scope["state"]["meter"] = meter
+    await meter.request()
     return principal
+
+
+def meter_of(request: Request) -> Meter:
+    """The meter of a request that :func:`identify` let in."""
+    meter: Meter = request.scope["state"]["meter"]
+    return meter
 
 
 def privacy_of(request: Request) -> PrivacyWish:

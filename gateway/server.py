@@ -7,27 +7,38 @@ class inside the caller's nursery and replaces four of its parts.
    Here the shield ends after ``_SEND_SECONDS`` (sooner while stopping), and the connection with it.
 2. ``_close`` runs in the task that ends a response, which is cancelled by the disconnect that closing causes, so a
    ``Connection: close`` stream was never closed. Here it is shielded and bounded.
-3. ``is_disconnected()`` never becomes true; ``gateway.exchange`` awaits ``http.disconnect`` in a task of its own.
-4. A connection that its client closed without a request in progress was counted until its keep-alive time was over, so
-   that a thousand short ones shut everybody out for half a minute. Here its idle clock stops with its reader.
+3. ``is_disconnected()`` never becomes true, and waiting for ``http.disconnect`` takes a task: ``gateway.inbox`` calls
+   ``gateway.exchange``.
+4. Its idle clock is a task, started and cancelled for every request (a tenth of all they cost), and it outlived a
+   connection that its client closed, so that a thousand short ones shut everybody out for half a minute. Here it is the
+   deadline of the read under way. A WebSocket's pings, a task too, end with the connection.
+
+Against those who only cost: an address has a limited number of requests that are still coming (``arrivals``); one that
+comes in drips is read less and less often; of what comes in large pieces one is taken at each turn of the event loop,
+whosever it is, so that many uploads hold nobody up; a connection that was refused what it asked counts :data:`_SOUR`
+more times; and whoever goes on connecting although it is refused is not listened to for a while (``p2p/sieve``).
 
 HTTP/2 is not offered: a reverse proxy does it better, and one protocol is half the attack surface.
 """
 
 import errno
 import logging
+import math
 import socket
+import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import h11
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import EndBody, Response
+from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.trio.task_group import TaskGroup
+from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
@@ -35,17 +46,44 @@ from hypercorn.utils import parse_socket_addr, wrap_app
 from starlette.types import ASGIApp
 
 from config.errors import ConfigError, LocalError
+from gateway.address import neighbourhood
+from gateway.arrivals import Arrivals
+from gateway.certificate import Certificate
+from gateway.inbox import Tasks
 from p2p.core.buckets import Bucket
+from p2p.sieve import Sieve, unfiltered
 
 _logger = logging.getLogger("rios.gateway")
+_security = logging.getLogger("rios.security.gateway")
 
 _CONNECTIONS_MAX = 1000
 _KEEP_ALIVE_SECONDS = 30
+_READ_BYTES = 1 << 16
+_LARGE_BYTES = 1 << 14
+"""A read that brings as much waits for its turn."""
 _SEND_SECONDS = 30.0
 _CLOSE_SECONDS = 0.5
+_MESSAGE_BYTES_MAX = 4096
+"""Of WebSockets: clients only listen."""
+_PING_SECONDS = 20.0
 _HURRY_SECONDS = 0.2
 _ADDRESSES_MAX = 4096
 _TOLD_SECONDS = 60.0
+_SOUR = 4
+"""How many connections more one counts that only asked what it was refused (:data:`_REFUSED`)."""
+_REFUSED = frozenset((400, 401, 413, 431))
+_OWN = frozenset(("127.0.0.1", "::1"))
+"""This machine, with its monitoring, and a reverse proxy that nobody told of: only its rate of connections is limited.
+"""
+_READ_IS_WORTH_BYTES, _DRIPS_FREE = 256, 12
+"""A read of a request is a drip as far as it brings less than the first; after so many drips it is read less often.
+What one brings above that makes up for others: part heads and single TLS records are small among large ones."""
+_PAUSE_SECONDS, _PAUSE_SECONDS_MAX = 0.05, 1.0
+"""The first pause, and the longest; each is twice as long as the one before."""
+_DRIPS_MAX = _DRIPS_FREE + 6
+"""More are not remembered; the pause is the longest then."""
+_TCP_NOTSENT_LOWAT, _UNSENT_BYTES = 25, 4096
+"""What the kernel keeps for a client that does not read: an answer is not made much faster than it is read."""
 GRACE_SECONDS = 0.7
 """How long running answers may go on after :meth:`HttpServer.stop`."""
 
@@ -86,17 +124,36 @@ def _bind_error(error: OSError, host: str, port: int) -> LocalError | ConfigErro
 class HttpServer:
     """Serves an ASGI app on a listener until :meth:`stop`, or until its nursery is cancelled."""
 
-    def __init__(self, app: ASGIApp, listener: trio.SocketListener, *, connections_per_second: int = 0) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listener: trio.SocketListener,
+        *,
+        connections_per_second: int = 0,
+        proxies: Collection[str] = (),
+        certificate: Certificate | None = None,
+        on_refused: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
+        self.on_refused = on_refused
+        """Told why, of each connection that is not served; see :meth:`gateway.metrics.Metrics.observe_refused`."""
         self.config = Config()
         self.config.accesslog = None
         self.config.errorlog = _logger
-        self.config.keep_alive_timeout = _KEEP_ALIVE_SECONDS
         self.config.include_server_header = False
+        self.config.websocket_max_message_size = _MESSAGE_BYTES_MAX
+        self.config.websocket_ping_interval = _PING_SECONDS
         self.context = WorkerContext(None)
         self.app = wrap_app(cast("ASGIFramework", app), self.config.wsgi_max_body_size, "asgi")
         self._listener = listener
         self._per_second = connections_per_second
+        self._proxies = proxies
+        self.certificate = certificate
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._sieve = Sieve()
+        self._sieve.watch(listener.socket)
+        self.arrivals = Arrivals()
+        self.large_reads = trio.Lock()
+        """Fair: its waiters get it in their order."""
         self._told_at = -_TOLD_SECONDS
         self._connections: set[_Connection] = set()
         self._accepting = trio.CancelScope()
@@ -115,6 +172,7 @@ class HttpServer:
         try:
             with self._serving:
                 async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._sieve.run)
                     try:
                         with self._accepting:
                             serve = partial(trio.serve_listeners, handler_nursery=nursery)
@@ -131,6 +189,8 @@ class HttpServer:
         with trio.CancelScope(shield=True):
             self._accepting.cancel()
             await self.context.terminated.set()
+            for connection in self._connections:
+                connection.end_idle()
             if not self._connections:
                 self._idle.set()
             with trio.move_on_after(GRACE_SECONDS):
@@ -144,10 +204,10 @@ class HttpServer:
             connection.hurry()
 
     async def _handle(self, stream: trio.SocketStream) -> None:
-        if len(self._connections) >= _CONNECTIONS_MAX or not self._may_enter(stream):
+        connection = self._enter(stream)
+        if connection is None:
             await trio.aclose_forcefully(stream)
             return
-        connection = _Connection(self, stream)
         self._connections.add(connection)
         try:
             await connection.run()
@@ -155,19 +215,45 @@ class HttpServer:
             # One connection must never take the node down.
             _logger.exception("a connection failed")
         finally:
+            self.arrivals.leave(connection.address, connection)
+            bucket = self._buckets.get(connection.address)
+            now = trio.current_time()
+            if connection.is_sour and bucket is not None and not bucket.wait_s(now):
+                bucket.spend(_SOUR, now)  # no debts: many that end at once would shut their neighbours out for long
             self._connections.discard(connection)
             if not self._connections and self.context.terminated.is_set():
                 self._idle.set()
 
-    def _may_enter(self, stream: trio.SocketStream) -> bool:
-        """Whether a client's address has not made too many connections lately: each costs more than its client pays."""
-        if not self._per_second:
-            return True
+    def _enter(self, stream: trio.SocketStream) -> "_Connection | None":
+        """A client's connection, if its address may have one more."""
         try:
-            address = str(stream.socket.getpeername()[0])
+            host = str(stream.socket.getpeername()[0])
         except OSError:
-            return False  # it is gone already
-        now = trio.current_time()
+            return None  # it is gone already
+        if self._sieve.times:
+            unfiltered(stream.socket)
+        if len(self._connections) >= _CONNECTIONS_MAX:
+            self.on_refused("full")
+            return None
+        if host in self._proxies or not self._per_second:
+            return _Connection(self, stream, "")
+        address, now = neighbourhood(host), trio.current_time()
+        may_enter = self._may_enter(address, now)
+        if not may_enter:
+            self.on_refused("rate")
+        if host in _OWN:
+            return _Connection(self, stream, "") if may_enter else None
+        if may_enter:
+            connection = _Connection(self, stream, address)
+            if self.arrivals.enter(address, connection, now):
+                return connection
+            self.on_refused("arriving")
+        if self._sieve.refuse(host):
+            self.on_refused("shunned")
+        return None
+
+    def _may_enter(self, address: str, now: float) -> bool:
+        """Whether an address has not made too many connections lately: each costs more than its client pays."""
         bucket = self._buckets.get(address)
         if bucket is None:
             bucket = self._buckets[address] = Bucket(self._per_second, 2 * self._per_second)
@@ -178,14 +264,60 @@ class HttpServer:
             return True
         if now - self._told_at >= _TOLD_SECONDS:
             self._told_at = now
-            _logger.warning(
-                "%s makes more than %d connections a second: those above are closed", address, self._per_second
+            _security.warning(
+                "%s makes more than %d connections a second, where one that was refused what it asked counts as %d: "
+                "those above are closed",
+                address,
+                self._per_second,
+                1 + _SOUR,
             )
         return False
 
 
 class _Http11(H11Protocol):
     """Hypercorn's HTTP/1.1, which ignores the wish for HTTP/2, as RFC 9110 section 7.8 lets it."""
+
+    holding = False
+    """What is written now goes out with what comes next: the head of an answer whose length is known, so whose body is
+    there already."""
+
+    arrived: Callable[[], None]
+    """Called when all of a request is here."""
+    is_sour = False
+    """Whether all that was answered were refusals that cost its client."""
+    was_served = False
+    is_socket = False
+    """Whether it is a WebSocket by now."""
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        await super()._create_stream(request)
+        stream: Any = self.stream
+        if isinstance(stream, WSStream):
+            self.is_socket = True
+            self.arrived()
+            return
+        handle = stream.handle
+
+        async def told(event: StreamEvent) -> None:
+            if isinstance(event, EndBody):
+                self.arrived()
+            await handle(event)
+
+        stream.handle = told
+
+    async def _send_error_response(self, status_code: int) -> None:
+        self.is_sour = not self.was_served
+        await super()._send_error_response(status_code)
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Response):
+            self.was_served = self.was_served or event.status_code not in _REFUSED
+            self.is_sour = not self.was_served
+            self.holding = event.status_code >= 200 and any(name == b"content-length" for name, _ in event.headers)
+            await super().stream_send(event)
+            self.holding = False
+        else:
+            await super().stream_send(event)
 
     async def _check_protocol(self, event: h11.Request) -> None:
         pass
@@ -194,22 +326,41 @@ class _Http11(H11Protocol):
 class _Connection(TCPServer):
     """Hypercorn's connection with the parts replaced that the file docstring lists."""
 
-    def __init__(self, server: HttpServer, stream: trio.SocketStream) -> None:
+    def __init__(self, server: HttpServer, stream: trio.SocketStream, address: str) -> None:
         # The base class is typed for TLS streams and works with plain ones alike.
         tls = cast("trio.SSLStream[trio.SocketStream]", stream)
         super().__init__(server.app, server.config, server.context, ConnectionState({}), tls)
-        self._socket = stream.socket
+        self._plain = stream
+        self.address = address
+        """Whom it counts for; empty: nobody."""
+        self._arrivals = server.arrivals
+        self._large_reads, self._on_refused = server.large_reads, server.on_refused
+        self._arriving, self._ousted = True, False
+        self._drips = 0.0
+        self._certificate = server.certificate
         self._send_seconds = _SEND_SECONDS
         self._sending: trio.CancelScope | None = None
-        self._over = False
-        """The client will say nothing more."""
+        self._held = b""
+        self._reading = trio.CancelScope()
+        self._idle = True
+        """No request is being answered."""
+        self._idle_until = trio.current_time() + _KEEP_ALIVE_SECONDS
+        """When a request must have come, to its head's end."""
 
     async def run(self) -> None:
-        raw = self._socket
+        raw = self._plain.socket
         try:
+            if self._certificate is not None:
+                with trio.CancelScope(deadline=self._idle_ends()) as self._reading:
+                    self.stream = await self._certificate.handshake(self._plain)
+                if self._reading.cancelled_caught:
+                    return
             client = parse_socket_addr(raw.family, raw.getpeername())
             server = parse_socket_addr(raw.family, raw.getsockname())
-            async with TaskGroup() as task_group:
+            if sys.platform == "linux":
+                raw.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+            tasks = Tasks()
+            async with tasks as task_group:
                 self._task_group = task_group
                 self.protocol = _Http11(  # type: ignore[assignment]
                     self.app,
@@ -217,16 +368,15 @@ class _Connection(TCPServer):
                     self.context,
                     task_group,
                     ConnectionState({}),
-                    False,
+                    self._certificate is not None,
                     client,
                     server,
                     self.protocol_send,
                 )
-                await self.idle_task.restart(task_group, self._idle_timeout)
+                cast("_Http11", self.protocol).arrived = self._arrived
                 await self._read_data()
-                self._over = True
-                await self.idle_task.stop()
-        except* OSError:
+                tasks.client_left()
+        except* (OSError, trio.BrokenResourceError):
             pass  # The client is gone: nobody is left to tell.
         finally:
             await self._close()
@@ -237,16 +387,91 @@ class _Connection(TCPServer):
         if self._sending is not None:
             self._sending.deadline = min(self._sending.deadline, trio.current_time() + _HURRY_SECONDS)
 
+    def end_idle(self) -> None:
+        """The server stops: nothing more is read where nothing is being answered."""
+        if self._idle:
+            self._reading.cancel()
+
+    async def _read_data(self) -> None:
+        """Pass on what the client sends, until it is over or says nothing between two requests for too long."""
+        while True:
+            data = b""
+            with trio.CancelScope(deadline=self._idle_ends()) as self._reading:
+                try:
+                    if self._drips > _DRIPS_FREE:
+                        await trio.sleep(_pause_s(self._drips - _DRIPS_FREE))
+                    data = bytes(await self.stream.receive_some(_READ_BYTES))
+                except (trio.ClosedResourceError, trio.BrokenResourceError):
+                    break
+            if self._reading.cancelled_caught:
+                break
+            if len(data) >= _LARGE_BYTES:
+                async with self._large_reads:
+                    await trio.lowlevel.checkpoint()
+            self._came(len(data))
+            await self.protocol.handle(RawData(data))
+            if not data:
+                break
+        await self.protocol.handle(Closed())
+
+    def _came(self, size: int) -> None:
+        """A part of a request, or of what a WebSocket's client says."""
+        if not size or cast("_Http11", self.protocol).is_socket:
+            return
+        self._drips = min(max(0.0, self._drips + 1 - size / _READ_IS_WORTH_BYTES), _DRIPS_MAX)
+        if not self.address:
+            return
+        now = trio.current_time()
+        if not self._arriving:
+            self._arriving = self._arrivals.enter(self.address, self, now, known=True)
+        self._arrivals.brought(self.address, self, size, now)
+
+    def _arrived(self) -> None:
+        self._arriving, self._drips = False, 0.0
+        self._arrivals.leave(self.address, self)
+
+    def oust(self) -> None:
+        """See :class:`gateway.arrivals.Guest`."""
+        self._ousted = True
+        self._on_refused("ousted")
+        self._reading.cancel()
+
+    @property
+    def is_sour(self) -> bool:
+        """Whether its client was refused all that it asked, or made room without having asked."""
+        return self._ousted or getattr(getattr(self, "protocol", None), "is_sour", False)
+
+    def _idle_ends(self) -> float:
+        if self._ousted:
+            return -math.inf
+        if not self._idle:
+            return math.inf
+        if self.context.terminated.is_set():
+            return -math.inf
+        return self._idle_until
+
     async def protocol_send(self, event: Event) -> None:
-        if isinstance(event, Updated) and self._over:
+        if isinstance(event, Updated):
+            self._idle, self._idle_until = event.idle, trio.current_time() + _KEEP_ALIVE_SECONDS
+            self._reading.deadline = self._idle_ends()
             return
         if not isinstance(event, RawData):
             await super().protocol_send(event)
             return
-        async with self.send_lock:
-            if not await self._send_bounded(event.data):
+        self._held += event.data
+        if not self._held or cast("_Http11", self.protocol).holding:
+            return
+        try:
+            self.send_lock.acquire_nowait()  # nearly always; no turn of the loop for that
+        except trio.WouldBlock:
+            await self.send_lock.acquire()
+        try:
+            data, self._held = self._held, b""
+            if not await self._send_bounded(data):
                 await trio.aclose_forcefully(self.stream)
                 await self.protocol.handle(Closed())
+        finally:
+            self.send_lock.release()
 
     async def _send_bounded(self, data: bytes) -> bool:
         """Write all of it, or report that the connection is of no use any more."""
@@ -262,10 +487,15 @@ class _Connection(TCPServer):
             await super()._close()
 
 
-def url_of(host: str, port: int) -> str:
+def _pause_s(drips: float) -> float:
+    """How long a request that comes in drips is not read, after so many above those that are free."""
+    return min(_PAUSE_SECONDS * math.pow(2.0, drips - 1), _PAUSE_SECONDS_MAX)
+
+
+def url_of(host: str, port: int, *, tls: bool = False) -> str:
     """The base address for clients on this machine: a wildcard host becomes the loopback one."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
+    return f"{'https' if tls else 'http'}://{shown}:{port}"
 
 
 __all__: Sequence[str] = ["GRACE_SECONDS", "HttpServer", "open_listener", "url_of"]

@@ -1,17 +1,21 @@
 """The till: puts every running request's money operations into few, durable database transactions (group commit).
 
-One writer task takes whatever waits and writes it at once, so a hundred requests that start together cost one commit.
-A ticker records the progress of running requests each second and settles what crashed gateways left behind.
+One writer, in a thread of its own, takes whatever waits and writes it at once: a hundred requests that come together
+cost one commit, and one that comes alone is handed over twice, there and back. A ticker records the progress of running
+requests each second and settles what crashed gateways left behind.
 
 Invariants:
-1. ``reserve`` returns only after the reservation is durable; ``settle`` likewise.
+1. ``reserve`` returns only after the reservation is committed, durably if it says so; ``settle`` after it is durable.
 2. A settlement that was handed over is written even if nobody waits for it any more; while the database is down it is
    tried again each second.
-3. Both queues are bounded by the number of connections: a request has at most one operation waiting.
+3. The queue is bounded by the number of answers: each has at most one operation waiting, and while many wait nothing
+   new is reserved.
 """
 
 import logging
-from collections.abc import Callable
+import queue
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,6 +23,7 @@ import trio
 
 from config.errors import LocalError, RiosError
 from gateway import books, idempotency
+from gateway.billing.costs import CostBook
 from gateway.books import Batch
 from gateway.db.session import POOL_SIZE, Database
 from gateway.errors import ApiError
@@ -35,6 +40,7 @@ _TRIES = 3
 _RETRY_SECONDS = 0.2
 _HANDOVER_SECONDS = 1.0
 _DRAIN_SECONDS = 1.0
+_ABANDONED_SECONDS = 0.5
 
 T = TypeVar("T")
 
@@ -44,6 +50,8 @@ class _Operation:
     """Something that waits for the writer. ``abandoned``: its requester was cancelled while it waited."""
 
     work: Reservation | Settlement | Closing | tuple[Progress, ...]
+    costs: bool = False
+    """Whatever the swarm was paid is to be written too."""
     done: trio.Event = field(default_factory=trio.Event)
     error: RiosError | None = None
     refused: Refused | None = None
@@ -55,6 +63,7 @@ class Ticket:
     """A running request's reservation. The request writes how many tokens it delivered."""
 
     reservation: Reservation
+    started_ms: int = field(default_factory=books.now_ms)
     delivered_tokens: int = 0
     recorded_tokens: int = 0
 
@@ -66,12 +75,19 @@ class Till:
         self.instance = instance
         self._database = database
         self._limiter = trio.CapacityLimiter(POOL_SIZE)
-        self._send, self._receive = trio.open_memory_channel[_Operation](_QUEUE_MAX)
+        self._queue = queue.SimpleQueue[_Operation | None]()
+        """What waits for the writer; after None it ends."""
+        self._open = True
+        self._given_up = False
         self._active: dict[str, Ticket] = {}
         self._scope = trio.CancelScope(shield=True)
         self.closed = trio.Event()
         self._late: list[Settlement | Closing] = []
         self._problem = ""
+        self.spending: CostBook | None = None
+        """What the swarm is paid; None: nobody counts it."""
+        self.on_settled: Callable[[Settlement | Closing], None] | None = None
+        """Told of what was settled, when that is written."""
 
     @property
     def problem(self) -> str:
@@ -83,6 +99,10 @@ class Till:
         """The accounts database, for :meth:`in_thread`."""
         return self._database
 
+    def running(self) -> Sequence[Ticket]:
+        """The requests that this gateway answers now."""
+        return tuple(self._active.values())
+
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Run a blocking database call in a thread."""
         try:
@@ -92,6 +112,16 @@ class Till:
             raise
         self._problem = ""
         return result
+
+    async def drain(self) -> None:
+        """Wait a moment for calls that nobody waits for any more, so that their connections can be closed."""
+        places = [object() for _ in range(POOL_SIZE)]
+        with trio.move_on_after(_ABANDONED_SECONDS):
+            for place in places:
+                await self._limiter.acquire_on_behalf_of(place)
+        for place in self._limiter.statistics().borrowers:
+            if place in places:
+                self._limiter.release_on_behalf_of(place)
 
     async def recover(self) -> int:
         """Settle what a crash left behind; returns how many requests."""
@@ -104,10 +134,12 @@ class Till:
         return len(lost)
 
     async def reserve(self, reservation: Reservation) -> Ticket:
-        """Hold a request's worst case back, durably.
+        """Hold a request's worst case back (durably, if the reservation says so).
 
         Raises ApiError ``payment_required``, or LocalError if the database cannot be used.
         """
+        if self._queue.qsize() >= _QUEUE_MAX:
+            raise LocalError("unavailable", "the gateway is overloaded", "try again later")
         ticket = Ticket(reservation)
         self._active[reservation.id] = ticket
         operation = _Operation(reservation)
@@ -122,45 +154,42 @@ class Till:
             raise _payment_required(operation.refused)
         return ticket
 
-    async def settle(self, settlement: Settlement) -> None:
-        """Charge what was produced and give the rest back, durably. Handed over at once, even when cancelled."""
-        await self._submit(_Operation(settlement))
+    async def settle(self, *settlements: Settlement) -> None:
+        """Charge what was produced and give the rest back, durably. All handed over at once, even when cancelled."""
+        await self._submit(*map(_Operation, settlements))
 
     async def finish(self, closing: Closing) -> None:
         """Charge the answers under an idempotency key and keep what the client is told, in one transaction."""
         await self._submit(_Operation(closing))
 
-    async def settle_after_cancel(self, settlement: Settlement) -> None:
+    async def settle_after_cancel(self, *settlements: Settlement) -> None:
         """:meth:`settle` from a task that may be cancelled: waits a moment, and leaves the rest to the writer."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _HANDOVER_SECONDS):
             try:
-                await self.settle(settlement)
+                await self.settle(*settlements)
             except RiosError as error:
-                _logger.error("request %s is not settled yet: %s", settlement.reservation.id, error)
+                names = ", ".join(each.reservation.id for each in settlements)
+                _logger.error("request %s is not settled yet: %s", names, error)
 
-    async def _submit(self, operation: _Operation) -> None:
-        try:
-            self._send.send_nowait(operation)
-        except (trio.WouldBlock, trio.ClosedResourceError, trio.BrokenResourceError):
-            operation.error = LocalError("unavailable", "the gateway is stopping or overloaded")
-            operation.done.set()
-        await operation.done.wait()
-        if operation.error is not None:
-            raise operation.error
+    async def _submit(self, *operations: _Operation) -> None:
+        if not self._open:
+            raise LocalError("unavailable", "the gateway is stopping")
+        for operation in operations:
+            self._queue.put(operation)
+        for operation in operations:
+            await operation.done.wait()
+        for operation in operations:
+            if operation.error is not None:
+                raise operation.error
 
     async def run(self) -> None:
         """The writer. Ends after :meth:`close`, when all that waits is written or the time for that is over."""
         try:
             with self._scope:
-                async for first in self._receive:
-                    batch = [first]
-                    while len(batch) < _BATCH_MAX:
-                        try:
-                            batch.append(self._receive.receive_nowait())
-                        except (trio.WouldBlock, trio.EndOfChannel):
-                            break
-                    await self._write(batch)
+                token = trio.lowlevel.current_trio_token()
+                await trio.to_thread.run_sync(self._serve, token, limiter=self._limiter, abandon_on_cancel=True)
         finally:
+            self._given_up = True
             self.closed.set()
 
     async def tick(self) -> None:
@@ -170,7 +199,7 @@ class Till:
             await trio.sleep(_TICK_SECONDS)
             count += 1
             try:
-                await self._settle_late()
+                self._settle_late()
                 await self._record_progress(touch=count % _TOUCH_TICKS == 0)
                 if count % _SWEEP_TICKS == 0:
                     await self.recover()
@@ -179,18 +208,18 @@ class Till:
                 _logger.error("accounts: %s", error)
 
     def close(self) -> None:
-        """Take nothing more; :meth:`run` ends soon."""
-        self._send.close()
+        """Take nothing more; :meth:`run` ends soon. What was refused before is tried a last time."""
+        if self._open:
+            self._open = False
+            self._settle_late()
+            self._queue.put(None)
         self._scope.deadline = min(self._scope.deadline, trio.current_time() + _DRAIN_SECONDS)
 
-    async def _settle_late(self) -> None:
+    def _settle_late(self) -> None:
         """Try again what the database refused when it was due."""
-        for work in self._late[:_BATCH_MAX]:
-            try:
-                self._send.send_nowait(_Operation(work))
-            except trio.WouldBlock:
-                return
-            self._late.remove(work)
+        late, self._late = self._late, []
+        for work in late:
+            self._queue.put(_Operation(work))
 
     async def _record_progress(self, *, touch: bool) -> None:
         steps = []
@@ -198,62 +227,111 @@ class Till:
             if touch or ticket.delivered_tokens != ticket.recorded_tokens:
                 ticket.recorded_tokens = ticket.delivered_tokens
                 steps.append(Progress(ticket.reservation.id, ticket.delivered_tokens))
-        if steps:
-            await self._submit(_Operation(tuple(steps)))
+        has_costs = self.spending is not None and self.spending.has_changed()
+        if steps or has_costs:
+            await self._submit(_Operation(tuple(steps), costs=has_costs))
 
-    async def _write(self, operations: list[_Operation]) -> None:
-        """Write a batch and wake who waits; a database that fails is tried again a few times."""
-        for operation in operations:
-            if operation.abandoned:
-                operation.done.set()
+    # --- in the writer's thread
+
+    def _serve(self, token: trio.lowlevel.TrioToken) -> None:
+        """Write what comes until the end is called, or nobody waits for it any more."""
+        try:
+            while not self._given_up:
+                first = self._queue.get()
+                if first is not None:
+                    self._write(token, [first, *self._others()])
+                    continue
+                # What was written last may have left something to give back.
+                trio.from_thread.run_sync(int, trio_token=token)
+                if self._queue.empty():
+                    if self.spending is not None and self.spending.has_changed():
+                        self._write(token, [_Operation((), costs=True)])
+                    return
+                self._queue.put(None)
+        except trio.RunFinishedError:
+            pass  # it took so long that nobody is left to tell
+
+    def _others(self) -> list[_Operation]:
+        """What else waits."""
+        found: list[_Operation] = []
+        while len(found) + 1 < _BATCH_MAX:
+            try:
+                one = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if one is None:
+                self._queue.put(None)
+                break
+            found.append(one)
+        return found
+
+    def _write(self, token: trio.lowlevel.TrioToken, operations: list[_Operation]) -> None:
+        """Write a batch and have those told who wait; a database that fails is tried again a few times."""
         live = [operation for operation in operations if not operation.abandoned]
         if not live:
             return
-        refused, failure = await self._try_batch(live)
+        refused, failure = self._try_batch(token, live)
         if failure is not None and failure.code == "local" and len(live) > 1:
             # One of them cannot be booked; the others shall not suffer for it.
             for operation in live:
-                await self._write([operation])
+                self._write(token, [operation])
             return
-        for operation in live:
-            operation.error = failure
-            if isinstance(operation.work, Reservation):
-                operation.refused = refused.get(operation.work.id)
-            elif isinstance(operation.work, Settlement | Closing):
-                self._finish(operation.work, failed=failure is not None)
-            operation.done.set()
-        await self._give_back([o for o in live if o.abandoned and not failure and not o.refused])
+        token.run_sync_soon(self._tell, live, refused, failure)
 
-    async def _try_batch(self, live: list[_Operation]) -> tuple[dict[str, Refused], RiosError | None]:
+    def _try_batch(
+        self, token: trio.lowlevel.TrioToken, live: list[_Operation]
+    ) -> tuple[dict[str, Refused], RiosError | None]:
         """Write, trying again what may pass; returns what was refused, or why nothing was written."""
-        batch = _batch_of(live)
+        batch, spending = _batch_of(live), self.spending
+        names = [each.reservation.id for each in books.settlements_of(batch)]
+        wanted = None if any(operation.costs for operation in live) else names
+        if spending is not None and wanted != []:  # counted in trio's thread
+            batch.costs = trio.from_thread.run_sync(spending.take, wanted, trio_token=token)
         failure: RiosError | None = None
         for _ in range(_TRIES):
             if failure is not None:
                 batch.again = True
-                await trio.sleep(_RETRY_SECONDS)
+                time.sleep(_RETRY_SECONDS)
             try:
-                return await self.in_thread(books.write_batch, self._database, batch), None
+                refused = books.write_batch(self._database, batch)
             except RiosError as error:
                 failure = error
+                self._problem = error.message
+                if error.code == "local":  # it will not pass
+                    break
+            else:
+                self._problem = ""
+                return refused, None
+        if spending is not None and batch.costs is not None:
+            trio.from_thread.run_sync(spending.put_back, batch.costs, trio_token=token)
         return {}, failure
+
+    # --- in trio's thread again
+
+    def _tell(self, live: list[_Operation], refused: dict[str, Refused], failure: RiosError | None) -> None:
+        for operation in live:
+            operation.error = failure
+            if isinstance(operation.work, Reservation):
+                operation.refused = refused.get(operation.work.id)
+                if operation.abandoned and not failure and not operation.refused:
+                    self._give_back(operation.work)
+            elif isinstance(operation.work, Settlement | Closing):
+                self._finish(operation.work, failed=failure is not None)
+            operation.done.set()
 
     def _finish(self, work: Settlement | Closing, *, failed: bool) -> None:
         if failed:
             self._late.append(work)
             return
+        if self.on_settled is not None:
+            self.on_settled(work)
         for settlement in work.settlements if isinstance(work, Closing) else (work,):
             self._active.pop(settlement.reservation.id, None)
 
-    async def _give_back(self, operations: list[_Operation]) -> None:
-        """Release reservations whose requester left while they were being written."""
-        unused = [
-            _Operation(Settlement(reservation=o.work, prompt_tokens=0, completion_tokens=0, outcome="cancelled"))
-            for o in operations
-            if isinstance(o.work, Reservation)
-        ]
-        if unused:
-            await self._write(unused)
+    def _give_back(self, unused: Reservation) -> None:
+        """Release a reservation whose requester left while it was being written."""
+        nothing = Settlement(reservation=unused, prompt_tokens=0, completion_tokens=0, outcome="cancelled")
+        self._queue.put(_Operation(nothing))
 
 
 def _batch_of(operations: list[_Operation]) -> Batch:
@@ -266,5 +344,13 @@ def _batch_of(operations: list[_Operation]) -> Batch:
 
 
 def _payment_required(refused: Refused) -> ApiError:
+    if refused.budget:
+        return ApiError(
+            "payment_required",
+            f"this request may cost {refused.needed} microcredits and the budget of {refused.budget} has "
+            f"{max(refused.available, 0)} left this month",
+            "lower max_tokens, raise the budget, or wait for the next month (UTC)",
+            public_code="budget_exceeded",
+        )
     message = f"this request may cost {refused.needed} microcredits and the balance has {refused.available} left"
     return ApiError("payment_required", message, "lower max_tokens or add credit")

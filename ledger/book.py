@@ -17,7 +17,9 @@ from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
 from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Item, Signed, Votes, parse
 from ledger.core.state import State
-from ledger.store import Final, Store, Writer
+from ledger.records import Final
+from ledger.store import Store
+from ledger.writer import Writer
 from p2p.core import codec
 
 Listener = Callable[[Item, Certificate], None]
@@ -72,8 +74,16 @@ class Book:
         self._unsaved: list[Final] = []
         """Applied, but not on the disk (it was full): written with whatever comes next."""
         for item in store.items():
-            self.state.add(item)
+            self._load(item)
         self.state.touched.clear()
+
+    def _load(self, item: Item) -> None:
+        try:
+            self.state.add(item)
+        except RuleError as error:
+            if error.rule != "signature":
+                raise
+            # a claim that came before its channel, with another signature: peers have it, and it replaces this one
 
     async def learn(self, certificates: Sequence[Certificate], *, announce: bool = False) -> list[Certificate]:
         """Take in certificates from anywhere; returns the new ones, durable and applied (or waiting).

@@ -37,7 +37,7 @@ from ledger.core.objects import (
 from ledger.core.proof import Answers, Proof
 from ledger.core.rules import ChannelState
 from ledger.quorum import Quorum
-from ledger.store import ChannelRow
+from ledger.records import ChannelRow
 from ledger.voting import read_signed
 from ledger.wallet import Wallet
 from p2p.core import codec
@@ -68,6 +68,7 @@ class Buying:
         self._opening: dict[PeerId, trio.Lock] = {}
         self._paying: dict[bytes, trio.Lock] = {}
         self._moved: dict[bytes, trio.Event] = {}
+        self._reclaiming = trio.Lock()
         self._answers: dict[bytes, Answers] = {}
         self._covered = trio.Event()
         self._seen: dict[bytes, tuple[int, float]] = {}
@@ -242,7 +243,7 @@ class Buying:
             voucher=signed.body,
             signature=signed.signature,
             receipt_n=channel.receipt_n,
-            receipt_cumulative=channel.receipt_cumulative,
+            receipt_cumulative=channel.counted_there,
             calls=channel.calls,
             kflop=channel.kflop,
             kv_units=0,
@@ -287,7 +288,7 @@ class Buying:
         return now - since > AUDITED_S
 
     async def _check_answers(
-        self, worker: PeerId, channel: PayerChannel, signed: Signed, receipt: Receipt, leaves: Sequence[bytes]
+        self, worker: PeerId, channel: PayerChannel, signed: Signed, receipt: Receipt, leaves: list[bytes]
     ) -> None:
         answers = self._answers[channel.id]
         try:
@@ -299,7 +300,7 @@ class Buying:
         self._covered.set()
         self._covered = trio.Event()
 
-    async def _await_answers(self, channel: PayerChannel, receipt: Receipt, leaves: Sequence[bytes]) -> None:
+    async def _await_answers(self, channel: PayerChannel, receipt: Receipt, leaves: list[bytes]) -> None:
         answers = self._answers[channel.id]
         with trio.move_on_after(GRACE_S):
             while channel.excess(receipt) or (answers.foreign(leaves) and not channel.allowance_nano):
@@ -384,8 +385,13 @@ class Buying:
     async def reclaim_expired(self) -> int:
         """Take back what is left in own channels that expired; microcredits returned.
 
-        The witnesses freeze each channel at the newest voucher that this node signed, so that the worker is paid.
+        The witnesses freeze each channel at the newest voucher that this node signed, so that the worker is paid. Who
+        comes meanwhile waits, and finds the rest.
         """
+        async with self._reclaiming:
+            return await self._reclaim_expired()
+
+    async def _reclaim_expired(self) -> int:
         me, state = self._wallet.account, self._book.state
         returned = 0
         for key, known in list(state.channels.items()):

@@ -41,6 +41,8 @@ COMMITTEES_PER_ANSWER = 64
 DEADLINE_MS = 20_000
 ATTEST_DEADLINE_MS = 120_000
 PROPOSE_S = 180.0
+DUE_TICK_S = 10.0
+"""How often a witness looks whether a checkpoint is due; so long a witness leaves to the one whose turn is before."""
 RETRY_S = 0.5
 FRESH_ENTRIES_MAX = 1000
 HELD_MAX = 6
@@ -62,10 +64,19 @@ class Checkpoints:
     """The checkpoints of one node."""
 
     def __init__(
-        self, network: Network, book: Book, notes: Notes, seats: Seats, heal: Heal, *, archive: bool, in_thread: bool
+        self,
+        network: Network,
+        book: Book,
+        notes: Notes,
+        seats: Seats,
+        heal: Heal,
+        *,
+        archive: bool,
+        every: int,
+        in_thread: bool,
     ) -> None:
         self._network, self._book, self._notes, self._seats, self._heal = network, book, notes, seats, heal
-        self._archive, self._in_thread = archive, in_thread
+        self._archive, self._every, self._in_thread = archive, every, in_thread
         self._looking, self._starting = trio.Lock(), trio.Lock()
         self._offered: dict[bytes, list[bytes]] = {}
         self._fresh = not book.state.applied
@@ -146,6 +157,41 @@ class Checkpoints:
             except RiosError as error:
                 errors[peer_id] = error
             await trio.sleep(RETRY_S)
+
+    # on its own
+
+    async def run(self) -> None:
+        """Make a checkpoint after every so many entries while this node is a witness, until cancelled."""
+        if not self._every:
+            return
+        ticks = 0
+        while True:
+            await trio.sleep(DUE_TICK_S)
+            ticks = ticks + 1 if self._is_due() else 0
+            if ticks > self._place():
+                await self._make()
+
+    def _is_due(self) -> bool:
+        newest = self._book.store.shelf.newest()
+        return self._book.state.applied - (newest.summary.entries if newest else 0) >= self._every
+
+    def _place(self) -> int:
+        """How many witnesses of the epoch come before this one, from one checkpoint to the next another is the first:
+        all at once would only get in each other's way, and the others find what the first made."""
+        committee = self._book.state.committees.of(self._book.state.committees.epoch)
+        witness = self._seats.witness
+        if witness is None or witness.key not in committee.keys:
+            return 1 << 62
+        first = self._book.state.applied // self._every
+        return (committee.keys.index(witness.key) - first) % len(committee.keys)
+
+    async def _make(self) -> None:
+        try:
+            if await self.obtain() is None or self._is_due():
+                proof = await self.propose()
+                log.info("made a checkpoint of %d entries", proof.summary.entries)
+        except RiosError as error:
+            log.warning("could not make a checkpoint, trying again: %s", error.message)
 
     # signing
 

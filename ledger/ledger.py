@@ -32,10 +32,11 @@ from ledger.replicate import Replicator
 from ledger.seats import Seats
 from ledger.selling import Selling
 from ledger.shelf import shown
-from ledger.store import Store, Writer
+from ledger.store import Store
 from ledger.verify import Report, verify_file
 from ledger.voting import Voting
 from ledger.wallet import Wallet
+from ledger.writer import Writer
 from p2p.core.identity import Identity, peer_id_of
 from p2p.face import Network
 
@@ -82,7 +83,14 @@ class Ledger:
         self.seats = Seats(network, self.book, self.notes, self._keys, self._lineage, active=settings.witness)
         self.voting = self._make_voting(network, settings)
         self.checkpoints = Checkpoints(
-            network, self.book, self.notes, self.seats, heal, archive=settings.archive, in_thread=in_thread
+            network,
+            self.book,
+            self.notes,
+            self.seats,
+            heal,
+            archive=settings.archive,
+            every=settings.checkpoint_entries if settings.witness else 0,
+            in_thread=in_thread,
         )
         self.replicator.before_round = self.checkpoints.before_round
         self.seller = Selling(network, self.book, quorum, heal, settings, payout or identity.public_key, self.notes)
@@ -113,6 +121,7 @@ class Ledger:
                     nursery.start_soon(self.seats.run)
                     nursery.start_soon(self.wallet.run)
                     nursery.start_soon(self._meter.run)
+                    nursery.start_soon(self.checkpoints.run)
                     task_status.started()
         finally:
             self._lineage.close()
@@ -157,6 +166,10 @@ class Ledger:
     async def entry(self, name: str) -> dict[str, Any]:
         """One object with its certificate; see :func:`ledger.reading.entry`."""
         return await self._in_worker(partial(reading.entry, self.path, self.genesis, name))
+
+    async def newest(self, count: int, before: int | None = None) -> list[dict[str, Any]]:
+        """The entries that became known last; see :func:`ledger.reading.newest`."""
+        return await self._in_worker(partial(reading.newest, self.path, self.genesis, count, before))
 
     async def offences(self, peer_id: str) -> dict[str, Any]:
         """What is held against a peer here; see :func:`ledger.reading.offences`."""

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 import msgspec
 
 from ledger.mark import INTACT, NEW, RESTORED, Mark
-from ledger.store import Meta, Store
+from ledger.records import Meta
+from ledger.store import Store
 
 _LINEAGE, _PROMISES, _FORGOTTEN, _UNSURE = "mark", "promises", "forgotten", "wallet_unsure"
 FRESH, FOUND = b"fresh", b"restored"
@@ -52,12 +53,15 @@ class Lineage:
         return key in self._forgotten
 
     def trust(self, key: bytes) -> Meta:
-        """Take a witness for complete again; commit what it returns."""
+        """What to commit to take a witness for complete again; then :meth:`trusted`."""
+        return Meta(_FORGOTTEN, _pack(sorted(self._forgotten - {key})))
+
+    def trusted(self, key: bytes) -> None:
+        """What :meth:`trust` gave is durable."""
         self._forgotten.discard(key)
-        return Meta(_FORGOTTEN, _pack(sorted(self._forgotten)))
 
     def promise(self) -> Meta:
-        """What to commit with every batch and every freeze."""
+        """What to commit with every batch, every freeze and every handover."""
         self._promises += 1
         return Meta(_PROMISES, self._promises.to_bytes(8, "big"))
 
@@ -78,10 +82,14 @@ class Lineage:
         epoch = self._unsure.removeprefix(FOUND) if self._unsure.startswith(FOUND) else b""
         return int.from_bytes(epoch, "big") if epoch else None
 
-    def set_unsure(self, why: bytes, since: int | None = None) -> Meta:
-        """Change it; commit what it returns."""
-        self._unsure = why + (since.to_bytes(4, "big") if why == FOUND and since is not None else b"")
-        return Meta(_UNSURE, self._unsure)
+    def unsure(self, why: bytes, since: int | None = None) -> Meta:
+        """What to commit to change it; then :meth:`became`."""
+        return Meta(_UNSURE, why + (since.to_bytes(4, "big") if why == FOUND and since is not None else b""))
+
+    def became(self, kept: Meta) -> None:
+        """What :meth:`unsure` gave is durable. Not before: a wallet that is sure only in memory signs, and its next
+        start finds entries of a key that was never used."""
+        self._unsure = kept.value
 
     def signed(self, seq: int) -> None:
         """The own entry ``seq`` is durable."""

@@ -1,9 +1,9 @@
 """A counter outside the database: how a node notices that its database came from a backup (rule 9).
 
 A small file beside the database says which database it belongs to (a random lineage), how many promises (batches of
-votes, freezes) this node has given as a witness, and up to which entry it has signed. It is written after the
-database's commit and never synced: it may lag behind the database (power loss) but never be ahead of it, unless the
-database is an older copy.
+votes, freezes, handovers) this node has given as a witness, and up to which entry it has signed. It is written after
+the database's commit and synced at every start only: it may lag behind the database (power loss) but never be ahead of
+it, unless the database is an older copy.
 
 What it cannot see is a copy of the whole folder put back; then the batches and entries that peers know tell
 (``seats``, ``recovering``). Fails as: a file that cannot be written -> LocalError.
@@ -52,8 +52,10 @@ class Mark:
         return verdict
 
     def follow(self) -> None:
-        """Begin to write, with the new :attr:`lineage`."""
+        """Begin to write, with the new :attr:`lineage`. This once it is synced: a file that a power loss left empty, or
+        took away, would look like somebody else's."""
         self._write()
+        self._sync()
 
     def promised(self, promises: int) -> None:
         """So many promises are durable."""
@@ -92,5 +94,21 @@ class Mark:
                 self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.pwrite(self._handle, body + _CHECK.pack(crc32(body)), 0)
         except OSError as error:
-            hint = "check the folder's permissions and free space"
-            raise LocalError("local", f"cannot write {self.path}: {error.strerror or error}", hint) from error
+            raise self._unwritable(error) from error
+
+    def _sync(self) -> None:
+        if self.path is None or self._handle is None:
+            return
+        try:
+            os.fsync(self._handle)
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> LocalError:
+        hint = "check the folder's permissions and free space"
+        return LocalError("local", f"cannot write {self.path}: {error.strerror or error}", hint)

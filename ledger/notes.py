@@ -22,7 +22,7 @@ from ledger.core import equivocation
 from ledger.core.errors import RuleError
 from ledger.core.objects import SMALL_BYTES_MAX, Equivocation, Seat, Signed, open_signed
 from ledger.promises import Seated
-from ledger.store import Proof
+from ledger.records import Proof
 from p2p.core import codec
 from p2p.core.identity import peer_id_of
 from p2p.face import Call, Network, Reply

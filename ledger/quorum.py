@@ -175,8 +175,8 @@ class _Run:
         return len(self.refusals) > self.committee.f
 
     def raise_failure(self, timeout_s: float) -> None:
-        """Say why there is no certificate."""
-        for witness in self.refusals:
+        """Say why there is no certificate: the rule that forbids it, or what is missing and why."""
+        for witness in self.refusals if self.hopeless() else ():
             error = self.errors[witness]
             raise RemoteError(error.code, f"witness {witness} refused: {error.message}", error.hint, peer_id=witness)
         reasons = "; ".join(f"{peer}: {error.message}" for peer, error in self.errors.items()) or "no answer"

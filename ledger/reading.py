@@ -450,6 +450,22 @@ def _double_batches(store: Store, key: bytes) -> list[dict[str, Any]]:
 # --- everything
 
 
+def newest(path: Path | str, genesis: Genesis, count: int, before: int | None = None) -> list[dict[str, Any]]:
+    """The entries that became known last, newest first, each with its ``place`` in that order and the number of votes
+    in its certificate; ``before``: only places below it."""
+    with opened(path, genesis) as store:
+        return [
+            {
+                **describe(item),
+                "place": place,
+                "seen_ms": seen_ms,
+                "epoch": certificate.epoch,
+                "votes": len(certificate.votes),
+            }
+            for place, item, certificate, seen_ms in store.newest_entries(count, before)
+        ]
+
+
 def rows(path: Path | str, genesis: Genesis, account: bytes | None = None) -> Iterator[Mapping[str, Any]]:
     """Every final object as the file has it, oldest first, claims last; ``account``: only what it signed."""
     with opened(path, genesis) as store:

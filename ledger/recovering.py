@@ -13,7 +13,7 @@ from ledger.core.objects import CERTIFICATE_BYTES_MAX, Signed
 from ledger.core.recovery import Recovery
 from ledger.lineage import FOUND, FRESH, Lineage
 from ledger.quorum import Heal, Quorum
-from ledger.store import Own
+from ledger.records import Meta, Own, Record
 from p2p.core import codec
 from p2p.face import Network
 
@@ -52,12 +52,12 @@ class Recovering:
             while True:
                 await self._ask_all(recovery, heal=True)
                 if recovery.began != self._lineage.unsure_since and not fresh:
-                    await self._book.writer.commit([self._lineage.set_unsure(FOUND, recovery.began)])
+                    await self._keep(self._lineage.unsure(FOUND, recovery.began))
                 found = recovery.to_complete()
                 if found is not None:
                     return await self._adopt(recovery, found)
                 if recovery.may_sign_anew():
-                    await self._book.writer.commit([self._lineage.set_unsure(b"")])
+                    await self._keep(self._lineage.unsure(b""))
                     self._glanced = True
                     return None
                 await trio.sleep(PAUSE_S)
@@ -79,9 +79,13 @@ class Recovering:
 
     async def _adopt(self, recovery: Recovery, found: Signed) -> Signed:
         seq = recovery.slot
-        await self._book.writer.commit([Own(seq, found), self._lineage.set_unsure(FOUND, recovery.began)])
+        await self._keep(self._lineage.unsure(FOUND, recovery.began), Own(seq, found))
         self._lineage.signed(seq)
         return found
+
+    async def _keep(self, unsure: Meta, *records: Record) -> None:
+        await self._book.writer.commit([*records, unsure])
+        self._lineage.became(unsure)
 
     async def _ask_all(self, recovery: Recovery, *, heal: bool) -> None:
         committee = self._quorum.committee

@@ -22,8 +22,9 @@ from ledger.core.checkpoint import adopt_committees, is_of_committees
 from ledger.core.committee import CommitteeChain
 from ledger.core.genesis import Genesis
 from ledger.core.objects import Certificate, Entry, Item, Signed, Vote, parse
+from ledger.records import Final
 from ledger.schema import MIGRATIONS
-from ledger.store import Final, Store, unpack_proof
+from ledger.store import Store, unpack_proof
 
 OWN_TABLES = (
     "wallet",

@@ -113,6 +113,7 @@ class Seats:
                 Standing(witness.epoch, witness.key, witness.phase, False),
             ]
         )
+        self._lineage.trusted(witness.key)
         witness.restored = False
 
     # taking seats
@@ -217,7 +218,10 @@ class Seats:
 
     async def _hand_over(self, witness: Witness, effect: HandedOver) -> None:
         standing = Standing(effect.epoch, effect.witness, HANDED_OVER, False)
-        await self._book.writer.commit([standing, Handed(effect.epoch, effect.witness, effect.signed)])
+        handed = Handed(effect.epoch, effect.witness, effect.signed)
+        # a promise like a vote: an older copy that does not know of it would vote on, where the key cannot be erased
+        await self._book.writer.commit([standing, handed, self._lineage.promise()])
+        self._lineage.promised()
         witness.confirm_handover()
         del self._seats[effect.epoch]
         self._keys.erase(effect.witness)
@@ -244,10 +248,12 @@ class Seats:
 
     async def receive(self, witness: Witness, signed: Signed) -> None:
         """Take a handover for ``witness``. Raises IntegrityError for a wrong one."""
-        author = witness.receive(signed)
+        author = witness.author_of(signed)
         if author is not None:
+            # durable first: what a full disk refused is not received, and the next round asks for it again
             await self._book.writer.commit([Handed(witness.epoch - 1, author, signed)])
-            await self.advance()
+            witness.receive(signed)
+            self._changed.set()
 
     async def _fetch(self, epoch: int, key: bytes) -> Signed:
         """A handover, from its witness or from whoever has it. Raises RemoteError if nobody has."""

@@ -17,18 +17,29 @@ from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core.channel import NANO, RECEIPT_MS, STOP_BEFORE_EXPIRY_MS, Price, SellerChannel
 from ledger.core.errors import RuleError
-from ledger.core.objects import SMALL_BYTES_MAX, Claim, Signed, Voucher, open_signed, sign
+from ledger.core.objects import (
+    SMALL_BYTES_MAX,
+    Certificate,
+    Claim,
+    Committee,
+    Entry,
+    Item,
+    Signed,
+    Voucher,
+    open_signed,
+    sign,
+)
 from ledger.core.rules import ChannelState
 from ledger.notes import Notes
 from ledger.quorum import Heal, Quorum
-from ledger.store import ChannelRow
+from ledger.records import ChannelRow
 from ledger.voting import read_certificates, read_signed
 from p2p.core import codec
 from p2p.core.identity import peer_id_of
 from p2p.face import Call, Network, Reply
 
 RECEIPT_DEADLINE_MS = 10_000
-BETWEEN_S = 0.05
+BETWEEN_S = 0.1
 """Under many calls receipts of one channel do not follow faster, unless the money that is lent runs out."""
 RETRY_S = 1.0
 RETRY_MAX_S = 60.0
@@ -63,6 +74,9 @@ class Selling:
         self._busy: set[bytes] = set()
         self._failures: dict[bytes, int] = {}
         self._next_at: dict[bytes, float] = {}
+        self._asking: dict[bytes, trio.Lock] = {}
+        self._pausing: dict[bytes, trio.Event] = {}
+        """Between two receipts of a channel; set when the money that is lent runs out."""
         self._taking: dict[bytes, trio.Lock] = {}
         self._credited = trio.Event()
         """Set, and replaced, with every voucher."""
@@ -74,6 +88,7 @@ class Selling:
         for row in book.store.channels("sell"):
             self._restore(row)
         notes.listeners.append(self._refuse)
+        book.listeners.append(self._on_final)
         network.serve("ledger.terms", self._terms)
         network.serve("ledger.channel", self._hello)
 
@@ -98,6 +113,13 @@ class Selling:
         for channel in self._channels.values():
             if channel.payer == account:
                 channel.stopped = OFFENDER_HINT
+
+    def _on_final(self, item: Item, _certificate: Certificate) -> None:
+        """A new committee: what the old one did not pay is claimed as soon as the new one votes."""
+        body = item.object
+        if isinstance(body, Entry) and isinstance(body.ops[0], Committee) and self._channels:
+            self._claimed_ms = dict.fromkeys(self._channels, 0)
+            self._claim_now.set()
 
     def _expired(self, known: ChannelState) -> str:
         if known.closed_at is not None:
@@ -134,7 +156,12 @@ class Selling:
         known = self._channels.get(channel)
         if known is None:
             return
-        if known.served(quote, kflop, leaf):
+        due = known.served(quote, kflop, leaf)
+        if channel in self._busy:  # its exchange looks again when it is through
+            if known.nano >= known.urgent_nano and channel in self._pausing:
+                self._pausing[channel].set()
+            return
+        if due:
             self._urgent.set()
         if channel not in self._dirty:
             self._dirty[channel] = known
@@ -163,7 +190,7 @@ class Selling:
         if known is None or voucher.cumulative > known.lock:
             await self._heal(call.peer_id)
             known = self._book.state.channels.get(key)
-        self._check_hello(call.peer_id, known)
+        self._check_hello(call.peer_id, key, known)
         assert known is not None
         channel = self._channels.get(key)
         self._failures.pop(key, None)
@@ -177,10 +204,11 @@ class Selling:
         held = Signed(codec.encode(channel.voucher), channel.voucher_signature)
         return Reply({"voucher": codec.encode(held), "stopped": channel.stopped, "lends": channel.lends})
 
-    def _check_hello(self, payer: PeerId, known: ChannelState | None) -> None:
+    def _check_hello(self, payer: PeerId, key: bytes, known: ChannelState | None) -> None:
         if known is None:
             raise RuleError("channel", "the entry that opens the channel is not final here", wait=True)
-        if known.signer != self._me or known.payout != self._payout:
+        if known.signer != self._me or (known.payout != self._payout and key not in self._channels):
+            # one that was accepted stays good when the operator names another account to be paid
             raise RuleError("terms", "the channel pays somebody else", "ask for this worker's terms first")
         if peer_id_of(known.payer) != payer:
             raise RuleError("payer", "the channel belongs to another payer")
@@ -275,9 +303,15 @@ class Selling:
             self._mark(channel)
 
     async def _pace(self, channel: SellerChannel) -> None:
-        next_at = self._next_at.get(channel.id, 0.0)
-        while trio.current_time() < next_at and channel.nano < channel.urgent_nano:  # noqa: ASYNC110 - money or time
-            await trio.sleep(BETWEEN_S / 5)
+        """Wait until a receipt may follow the last one: for a while, or until half of what is lent is used up."""
+        left_s = self._next_at.get(channel.id, 0.0) - trio.current_time()
+        if left_s > 0 and channel.nano < channel.urgent_nano:
+            hurry = self._pausing[channel.id] = trio.Event()
+            try:
+                with trio.move_on_after(left_s):
+                    await hurry.wait()
+            finally:
+                del self._pausing[channel.id]
         self._next_at[channel.id] = trio.current_time() + BETWEEN_S
 
     def _mark(self, channel: SellerChannel) -> None:
@@ -285,20 +319,21 @@ class Selling:
         self._wake.set()
 
     async def _receipt(self, channel: SellerChannel) -> None:
-        leaves = len(channel.leaves)
-        receipt = sign(self._network.identity, channel.receipt())
-        reply = await self._network.call(
-            peer_id_of(channel.payer),
-            "ledger.receipt",
-            {"receipt": codec.encode(receipt)},
-            (b"".join(channel.leaves),),
-            deadline_ms=RECEIPT_DEADLINE_MS,
-        )
-        self.receipts += 1
-        self._failures.pop(channel.id, None)
-        signed = read_signed(reply.header.get("voucher"))
-        voucher = codec.decode(Voucher, signed.body, bytes_max=SMALL_BYTES_MAX)
-        await self._take(channel, voucher, signed.signature, leaves=leaves)
+        async with self._asking.setdefault(channel.id, trio.Lock()):
+            leaves = len(channel.leaves)
+            receipt = sign(self._network.identity, channel.receipt())
+            reply = await self._network.call(
+                peer_id_of(channel.payer),
+                "ledger.receipt",
+                {"receipt": codec.encode(receipt)},
+                (b"".join(channel.leaves),),
+                deadline_ms=RECEIPT_DEADLINE_MS,
+            )
+            self.receipts += 1
+            self._failures.pop(channel.id, None)
+            signed = read_signed(reply.header.get("voucher"))
+            voucher = codec.decode(Voucher, signed.body, bytes_max=SMALL_BYTES_MAX)
+            await self._take(channel, voucher, signed.signature, leaves=leaves)
 
     async def _stop(self, channel: SellerChannel, reason: str) -> None:
         channel.stopped = reason[:300]
@@ -356,14 +391,12 @@ class Selling:
         """Collect what is served but not promised yet, then claim every channel; microcredits paid out."""
         total = 0
         for key, channel in list(self._channels.items()):
-            if (channel.leaves or self._lags(channel)) and not channel.stopped and key not in self._busy:
-                self._busy.add(key)
+            # also where an exchange pauses between two receipts; not where the payer was not reached of late
+            if (channel.leaves or self._lags(channel)) and not channel.stopped and key not in self._failures:
                 try:
                     await self._receipt(channel)
                 except RiosError:
                     self._mark(channel)  # the payer is gone for now: claim what was promised so far
-                finally:
-                    self._busy.discard(key)
             total += await self.settle(key)
         return total
 

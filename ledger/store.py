@@ -9,105 +9,29 @@ network's or a newer file -> ConfigError.
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-import trio
 
 from config.errors import ConfigError, IntegrityError, LocalError
 from ledger import pruning
 from ledger.core.checkpoint import is_of_committees
 from ledger.core.objects import Certificate, Claim, Entry, Item, Signed, Vote, parse
 from ledger.promises import Handed, Kept, Listed, Promises, Seated, Standing, add_row
+from ledger.records import ChannelRow, Final, Frozen, Meta, Own, Proof, Record, Voted
 from ledger.schema import MIGRATIONS, migrate
 from ledger.shelf import Rows, Shelf
 
-GROUP_RECORDS_MAX = 1000
 HEADERS_CACHED = 4096
 BUSY_TIMEOUT_S = 10.0
-
-T = TypeVar("T")
 
 _pack = msgspec.msgpack.Encoder().encode
 unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
 
-
-class Final(msgspec.Struct, frozen=True, gc=False):
-    """A final object and its certificate."""
-
-    item: Item
-    certificate: Certificate
-    seen_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Voted:
-    """A witness's vote for an entry or a claim."""
-
-    item: Item
-    epoch: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """A witness's freeze."""
-
-    channel: bytes
-    signed: Signed
-    epoch: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """Two entries an account signed for one slot."""
-
-    account: bytes
-    seq: int
-    a: Signed
-    b: Signed
-
-
-@dataclass(frozen=True, slots=True)
-class Own:
-    """An entry of the own chain, before it is sent."""
-
-    seq: int
-    signed: Signed
-
-
-@dataclass(frozen=True, slots=True)
-class Meta:
-    """A named value."""
-
-    key: str
-    value: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelRow:
-    """The newest voucher of a channel (``side`` is ``sell`` or ``buy``) and the counts it was made from."""
-
-    side: str
-    channel: bytes
-    peer_id: str
-    voucher: bytes
-    signature: bytes
-    receipt_n: int
-    receipt_cumulative: int
-    calls: int
-    kflop: int
-    kv_units: int
-    microcredits: int
-    nano: int
-    stopped: str
-
-
-Record = Final | Voted | Frozen | Proof | Own | Meta | ChannelRow | Standing | Handed | Kept | Seated | Listed | Rows
 
 _ENTRY = "INSERT OR IGNORE INTO entries (account, seq, object_id, body, signature, epoch, proof, seen_ms) "
 _ENTRY += "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -117,7 +41,8 @@ _ENTRIES = _ENTRY + ", (?, ?, ?, ?, ?, ?, ?, ?)" * (_ENTRIES_AT_ONCE - 1)
 _CLAIM = "INSERT INTO claims VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (channel) DO UPDATE SET "
 _CLAIM += "cumulative = excluded.cumulative, body = excluded.body, signature = excluded.signature, "
 _CLAIM += "epoch = excluded.epoch, proof = excluded.proof, seen_ms = excluded.seen_ms "
-_CLAIM += "WHERE excluded.cumulative > claims.cumulative"
+# an equal one: the first came before its channel, when nobody could check its signature
+_CLAIM += "WHERE excluded.cumulative >= claims.cumulative"
 _CLAIM_VOTE = "INSERT INTO claim_votes VALUES (?, ?, ?, ?) ON CONFLICT (channel) DO UPDATE SET "
 _CLAIM_VOTE += "cumulative = excluded.cumulative, body = excluded.body, signature = excluded.signature "
 _CLAIM_VOTE += "WHERE excluded.cumulative > claim_votes.cumulative"
@@ -485,6 +410,18 @@ class Store:
         rows = self._query(sql, (account, seq))
         return int(rows[0][0]) if rows else 0
 
+    def newest_entries(self, count: int, before: int | None) -> list[tuple[int, Item, Certificate, int]]:
+        """Entries by when they became known, newest first: place, entry, certificate, when (ms). ``before``: only
+        places below it."""
+        sql = "SELECT id, body, signature, epoch, proof, seen_ms FROM entries WHERE id < ? ORDER BY id DESC LIMIT ?"
+        found = []
+        for place, body, signature, epoch, proof, seen_ms in self._query(
+            sql, (1 << 62 if before is None else before, count)
+        ):
+            item = self._parse(body, signature)
+            found.append((place, item, self._certificate(item.signed, epoch, proof), seen_ms))
+        return found
+
     def claims(self) -> Iterator[tuple[Item, Certificate, int]]:
         """Every channel's highest claim, its certificate, and when it was first seen (ms)."""
         for body, signature, epoch, proof, seen_ms in self._query(
@@ -541,71 +478,3 @@ class Store:
         found = [row[0] for row in self._query("PRAGMA quick_check(1)")]
         if found != ["ok"]:
             raise damaged(self.path, str(found[0]))
-
-
-class Writer:
-    """Group commit for tasks: whoever comes first commits what all have brought meanwhile.
-
-    ``in_thread`` runs SQLite in a worker thread (the daemon); without, inline (deterministic tests).
-    """
-
-    def __init__(self, store: Store, *, in_thread: bool) -> None:
-        self._store = store
-        self._in_thread = in_thread
-        self._lock = trio.Lock()
-        self._queue: list[_Waiting] = []
-        self.commits = 0
-
-    async def commit(self, records: Sequence[Record]) -> None:
-        """Return when the records are durable. Records of one call are never split over transactions."""
-        if not records:
-            return
-        mine = _Waiting(records)
-        self._queue.append(mine)
-        # shielded: a cancelled task must not take the records of others with it
-        with trio.CancelScope(shield=True):
-            async with self._lock:
-                while not mine.done:
-                    await self._commit_group()
-        if mine.error is not None:
-            raise mine.error
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Do something else with the store, alone with it."""
-        async with self._lock:
-            with trio.CancelScope(shield=True):
-                done: T = await trio.to_thread.run_sync(work) if self._in_thread else work()
-            return done
-
-    async def flush(self) -> None:
-        """Return when everything handed in so far is durable (the lock is fair)."""
-        async with self._lock:
-            pass
-
-    async def _commit_group(self) -> None:
-        group: list[_Waiting] = []
-        records: list[Record] = []
-        while self._queue and (not group or len(records) + len(self._queue[0].records) <= GROUP_RECORDS_MAX):
-            group.append(self._queue.pop(0))
-            records += group[-1].records
-        error: Exception | None = None
-        try:
-            if self._in_thread:
-                await trio.to_thread.run_sync(self._store.commit, records)
-            else:
-                self._store.commit(records)
-            self.commits += 1
-        except (LocalError, IntegrityError) as failure:
-            error = failure
-        for waiting in group:
-            waiting.error = error
-            waiting.done = True
-
-
-class _Waiting:
-    __slots__ = ("done", "error", "records")
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = records
-        self.done = False
-        self.error: Exception | None = None

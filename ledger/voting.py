@@ -26,8 +26,8 @@ from ledger.core.witness import Witness
 from ledger.lineage import Lineage
 from ledger.notes import Notes
 from ledger.promises import Kept, chain_key
+from ledger.records import Frozen, Meta, Record, Voted
 from ledger.seats import Seats
-from ledger.store import Frozen, Meta, Record, Voted
 from p2p.core import codec
 from p2p.face import Call, Network, Reply
 
@@ -105,7 +105,16 @@ class Voting:
             proof = witness.proofs.get((body.account, body.seq))
             if proof is not None:
                 await self._notes.add_proof(Equivocation(*proof), announce=True)
-        await self._book.writer.commit([Kept(shown) for shown in witness.take_shown()])
+        await self._commit(witness)
+
+    async def _commit(self, witness: Witness, *records: Record) -> None:
+        """Write these and the vouchers that were shown; what found no room goes with the next ones."""
+        shown = witness.take_shown()
+        try:
+            await self._book.writer.commit([*records, *map(Kept, shown)])
+        except BaseException:
+            witness.put_back(shown)
+            raise
 
     async def _seal(self, witness: Witness) -> None:
         batch = witness.seal()
@@ -147,9 +156,7 @@ class Voting:
                 raise RuleError("voucher", "the voucher shown does not fit the channel")
             witness.record_voucher(voucher, signed.signature)
         frozen = witness.freeze(channel, self._book.now_ms())
-        kept = [Kept(each) for each in witness.take_shown()]
-        record = Frozen(channel, frozen.signed, witness.epoch)
-        await self._book.writer.commit([record, *kept, self._lineage.promise()])
+        await self._commit(witness, Frozen(channel, frozen.signed, witness.epoch), self._lineage.promise())
         self._lineage.promised()
         return Reply({"freeze": codec.encode(frozen.signed)})
 

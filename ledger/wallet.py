@@ -17,8 +17,8 @@ from ledger.core.objects import Certificate, Entry, Item, Op, Open, Signed, TopU
 from ledger.core.rules import check_entry, check_grants_now
 from ledger.lineage import Lineage
 from ledger.quorum import Quorum
+from ledger.records import Own
 from ledger.recovering import Recovering
-from ledger.store import Own
 from p2p.core.identity import Identity
 
 RESEND_S = 5.0

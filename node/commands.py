@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     _audit_commands(command, top)
     _ledger_commands(command, top)
     _gateway_commands(command, top)
+    _billing_commands(command, top)
     return parser
 
 
@@ -389,11 +390,26 @@ def _gateway_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     user = command(gateway, "user", None, "Users of the gateway.").add_subparsers(
         metavar="COMMAND", required=True, parser_class=_Parser
     )
-    command(user, "create", _local("user_create"), "Make a user.").add_argument("name")
+    _user_commands(command, user)
     command(user, "ls", _local("user_ls"), "List users and balances.")
     credit = command(user, "credit", _local("user_credit"), "Add credits to a user's balance.")
     credit.add_argument("name")
     credit.add_argument("credits", help="credits, e.g. 12.5")
+    command(
+        gateway,
+        "revoke-tokens",
+        _command("user_commands", "revoke_tokens"),
+        "Revoke the keys that access tokens are signed with; refreshing gives new ones.",
+    )
+    audit = command(gateway, "audit", None, "Who changed what.").add_subparsers(
+        metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    command(
+        audit,
+        "verify",
+        _command("gateway_audit", "verify"),
+        "Check the audit log's chain of hashes, and what of it was anchored on the ledger.",
+    )
     key = command(gateway, "key", None, "API keys.").add_subparsers(
         metavar="COMMAND", required=True, parser_class=_Parser
     )
@@ -402,6 +418,43 @@ def _gateway_commands(command: Command, top: Any) -> None:  # noqa: ANN401
     create.add_argument("--name", default="", help="a label")
     command(key, "ls", _local("key_ls"), "List keys.")
     command(key, "revoke", _local("key_revoke"), "Revoke a key.").add_argument("key_id")
+
+
+def _billing_commands(command: Command, top: Any) -> None:  # noqa: ANN401
+    billing = command(top, "billing", None, "The money of the HTTP gateway.").add_subparsers(
+        metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    tie = "See that balances, charges, budgets, invoices and what the swarm was paid tie; exit 1 if not."
+    found = command(billing, "reconcile", _command("billing_commands", "reconcile"), tie)
+    found.add_argument(
+        "--by", choices=("request", "user", "key", "model", "day"), help="charge, cost and margin of each"
+    )
+    found.add_argument("--days", type=_count, default=31, metavar="N", help="of --by: how far back (default: 31)")
+    found.add_argument("--request", default="", metavar="ID", help="the channels and calls behind one usage row's cost")
+    command(billing, "close", _command("billing_commands", "close"), "Make the invoices of months that are over.")
+
+
+def _user_commands(command: Command, user: Any) -> None:  # noqa: ANN401
+    """Users who sign in: see ``node/user_commands.py``."""
+    roles = ("admin", "developer", "worker", "viewer")
+
+    def named(name: str, help: str) -> argparse.ArgumentParser:
+        made = command(user, name, _command("user_commands", name.replace("-", "_")), help)
+        made.add_argument("name", help="the user's name or id" if name != "create" else None)
+        return made
+
+    create = named("create", "Make a user; with an e-mail address and a password, one who can sign in.")
+    create.add_argument("--role", choices=roles, default="developer", help="what they may do (default: developer)")
+    create.add_argument("--email", default=None, help="what they sign in with; asks for a password on a terminal")
+    password = named("password", "Set a user's password; their sessions end.")
+    for made in (create, password):
+        made.add_argument("--password-file", default="", metavar="FILE", help="read it from there; - is standard input")
+    named("role", "Change what a user may do.").add_argument("role", choices=roles)
+    named("totp-reset", "Switch off the second factor of a user who lost it.")
+    named("invite", "Print a one-time invite, with which a user sets a password.")
+    named("sign-out", "End all sessions of a user.")
+    named("disable", "Shut a user out: keys and sessions end.")
+    named("enable", "Let a user in again.")
 
 
 def _count(text: str) -> int:

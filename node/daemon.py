@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
 
@@ -25,12 +25,14 @@ import msgspec
 import trio
 from prometheus_client import CollectorRegistry
 
+from config.accountbook import PaidChannel
 from config.errors import EXIT_OK, LocalError, RiosError
 from config.files import write_whole
 from config.paths import PAUSE_NOTE, Paths
 from config.settings import Settings
 from config.vocabulary import MIB
 from dmoe import hardware
+from dmoe.bills import Bills
 from dmoe.caller import Caller
 from dmoe.cells.cells import Cells
 from dmoe.cells.home import Homes
@@ -47,6 +49,7 @@ from ledger.keys import EpochKeys
 from ledger.ledger import Ledger, open_ledger
 from node import control, founding, locks, membership, metrics, operator, work
 from node.cli import VERSION, root_cause
+from node.spending import NodeSpending, opening_of
 from p2p import keyfile, swarmfile
 from p2p.core.advert import Advert
 from p2p.core.identity import Identity
@@ -70,7 +73,12 @@ class Node:
         self.store = ModelStore(paths.models)
         self.options = RuntimeOptions(device=settings.dmoe.device, threads=settings.dmoe.threads)  # type: ignore[arg-type]
         self.ledger: Ledger | None = None
+        self.bills = Bills()
+        self.paid: Sequence[PaidChannel] = ()
+        """The channels on which it pays, as it found them when it started."""
         self.gateway_url = ""
+        self.reload: Callable[[], None] | None = None
+        """Reads again what can change while it runs; None: there is nothing."""
         self.swarm: Mapping[str, str] | None = None
         """The private swarm's name and id."""
         self.network: PeerNetwork
@@ -152,7 +160,7 @@ def run(settings: Settings, paths: Paths, passphrase: str, *, until_stdin_closes
 async def _main(
     settings: Settings, paths: Paths, identity: Identity, keys: EpochKeys, until_stdin_closes: bool
 ) -> None:
-    up = False
+    up: Node | None = None
     stop = trio.Event()
 
     def end() -> None:
@@ -160,15 +168,22 @@ async def _main(
         if not stop.is_set():
             stop.set()
             _exit_at_the_latest(STOP_SECONDS_MAX)
-            if not up:
+            if up is None:
                 nursery.cancel_scope.cancel()
 
+    async def hang_up() -> None:
+        """The terminal is gone, or an operator wants new files read; the latter where there are any."""
+        if up is None or up.reload is None:
+            end()
+        else:
+            await trio.to_thread.run_sync(up.reload)
+
     async with trio.open_nursery() as nursery:
-        await nursery.start(_watch_signals, end)
+        await nursery.start(_watch_signals, end, hang_up)
         if until_stdin_closes:
             nursery.start_soon(_watch_stdin, end)
         async with open_node(settings, paths, identity, keys) as node:
-            up = True
+            up = node
             _announce(node)
             await stop.wait()
             log.info("stopping")
@@ -177,7 +192,7 @@ async def _main(
                     draining.start_soon(node.worker.drain)
                     draining.start_soon(node.stage_host.drain)
         nursery.cancel_scope.cancel()
-    log.info("stopped" if up else "stopped before it was up")
+    log.info("stopped before it was up" if up is None else "stopped")
 
 
 def _announce(node: Node) -> None:
@@ -189,15 +204,21 @@ def _announce(node: Node) -> None:
 
 
 async def _watch_signals(
-    end: Callable[[], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    end: Callable[[], None],
+    hang_up: Callable[[], Awaitable[None]],
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     wanted = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means: outlive the terminal
         wanted.append(signal.SIGHUP)
     with trio.open_signal_receiver(*wanted) as signals:
         task_status.started()
-        async for _ in signals:
-            end()
+        async for number in signals:
+            if number == signal.SIGHUP:
+                await hang_up()
+            else:
+                end()
 
 
 async def _watch_stdin(end: Callable[[], None]) -> None:
@@ -246,6 +267,11 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity, keys: 
     allow = (*settings.p2p.allow, *(swarm.allow if swarm else ()))
     p2p_settings = replace(settings.p2p, seeds=listed, seeds_file="", allow=allow)
     async with AsyncExitStack() as stack:
+        if settings.node.trace_endpoint:
+            from node.tracing import open_tracing  # noqa: PLC0415 - a node without traces does not pay for it
+
+            name = settings.node.name or str(identity.peer_id)
+            await stack.enter_async_context(open_tracing(settings.node, name))
         node.cells = work.cells_of(node)
         stack.callback(node.cells.close)
         node.homes = Homes(node.cells, node.store, work.cell_options(node))
@@ -266,6 +292,7 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity, keys: 
                 node.network, identity, genesis, paths.ledger, settings.ledger, nursery=nursery, epoch_keys=keys
             )
             stack.push_async_callback(node.ledger.aclose)
+            node.paid = opening_of(node.ledger.book.store)
         else:
             log.warning("no genesis file %s: this node neither pays nor is paid", paths.genesis)
         await work.start_work(node, nursery, genesis)
@@ -289,6 +316,12 @@ async def _start_edges(node: Node, stack: AsyncExitStack, nursery: trio.Nursery)
     registry = metrics.registry_of(node)
     if node.settings.gateway.enabled:
         from gateway.gateway import open_gateway  # noqa: PLC0415 - a node without a gateway does not pay for it
+        from node.anchors import NodeAnchor  # noqa: PLC0415
+        from node.ledgerview import NodeLedger  # noqa: PLC0415
+        from node.swarmview import SwarmView  # noqa: PLC0415
+
+        swarm = SwarmView(node)
+        await nursery.start(swarm.run)
 
         gateway = await stack.enter_async_context(
             open_gateway(
@@ -297,10 +330,17 @@ async def _start_edges(node: Node, stack: AsyncExitStack, nursery: trio.Nursery)
                 engine=node.engine,
                 health=node,
                 registry=registry,
+                slots=node.settings.dmoe.generations_max,
+                anchor=NodeAnchor(node.identity, node.ledger),
+                ledger_view=NodeLedger(node.ledger) if node.ledger is not None else None,
+                swarm=swarm,
+                spending=NodeSpending(node.bills, node.paid),
                 version=VERSION,
             )
         )
         node.gateway_url = gateway.url
+        if gateway.certificate is not None:
+            node.reload = gateway.certificate.reload
     if node.settings.node.metrics_port:
         stack.callback(_serve_metrics(node.settings.node.metrics_port, registry))
     await nursery.start(control.serve, node.paths.control, operator.commands(node))

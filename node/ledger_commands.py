@@ -117,15 +117,20 @@ def _when(ms: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(ms / 1000))
 
 
-def entry(context: Context) -> Output:
-    """``rios ledger entry``"""
+def find_entry(context: Context, name: str) -> Any:  # noqa: ANN401 - JSON
+    """One object with its certificate. Raises RiosError ``not_found``."""
 
     def offline() -> Any:  # noqa: ANN401 - JSON
         from ledger import reading  # noqa: PLC0415
 
-        return reading.entry(*_file(context), context.args.entry)
+        return reading.entry(*_file(context), name)
 
-    data = _either(context, "entry", offline, name=context.args.entry)
+    return _either(context, "entry", offline, name=name)
+
+
+def entry(context: Context) -> Output:
+    """``rios ledger entry``"""
+    data = find_entry(context, context.args.entry)
     lines = [f"{data['kind']} {data['id']}", f"  by {data['account']}, number {data['seq']}, {data['state']}"]
     if data["kind"] == "claim":
         lines.append(f"  channel {data['channel']}: {format_credits(data['cumulative'])} credits in all")

@@ -267,7 +267,8 @@ def model_rm(context: Context) -> Output:
 
 
 @contextmanager
-def _accounts(context: Context) -> Iterator[Any]:
+def open_books(context: Context) -> Iterator[Any]:
+    """The gateway's accounts, whether a gateway runs or not."""
     from gateway.accounts import open_accounts  # noqa: PLC0415
 
     loaded: Loaded = context.settings()
@@ -277,16 +278,9 @@ def _accounts(context: Context) -> Iterator[Any]:
         yield accounts
 
 
-def user_create(context: Context) -> Output:
-    """``rios gateway user create``"""
-    with _accounts(context) as accounts:
-        user = accounts.create_user(context.args.name)
-    return Output(asdict(user), f"user {user.name} ({user.id})")
-
-
 def user_ls(context: Context) -> Output:
     """``rios gateway user ls``"""
-    with _accounts(context) as accounts:
+    with open_books(context) as accounts:
         rows = [{**asdict(user), "balance": accounts.balance(user.id).available} for user in accounts.list_users()]
     return Output(rows, "\n".join(f"{row['name']:24} {format_credits(row['balance']):>16} credits" for row in rows))
 
@@ -294,27 +288,33 @@ def user_ls(context: Context) -> Output:
 def user_credit(context: Context) -> Output:
     """``rios gateway user credit``"""
     amount = parse_credits(context.args.credits)
-    with _accounts(context) as accounts:
-        accounts.credit(context.args.name, amount)
+    from gateway.audit import OPERATOR  # noqa: PLC0415 - loads SQLAlchemy, as all of these
+    from gateway.billing.payment import top_up  # noqa: PLC0415
+
+    with open_books(context) as accounts:
+        top_up(accounts.database, OPERATOR, accounts.find_user(context.args.name).id, amount, "")
         balance = accounts.balance(context.args.name).available
     return Output({"balance": balance}, f"{context.args.name} now has {format_credits(balance)} credits")
 
 
 def key_create(context: Context) -> Output:
     """``rios gateway key create``"""
-    with _accounts(context) as accounts:
+    from gateway import managing  # noqa: PLC0415
+    from gateway.audit import OPERATOR  # noqa: PLC0415
+
+    with open_books(context) as accounts:
         try:
             accounts.find_user(context.args.user)
         except RequestError:
-            accounts.create_user(context.args.user)
-        made = accounts.create_key(context.args.user, context.args.name)
+            managing.add_user(accounts, OPERATOR, context.args.user, None, "developer")
+        made = managing.issue_key(accounts, OPERATOR, context.args.user, context.args.name)
     data = {"key_id": made.key.id, "user": context.args.user, "secret": made.secret}
     return Output(data, f"{made.secret}\n  shown only now; revoke it with: rios gateway key revoke {made.key.id}")
 
 
 def key_ls(context: Context) -> Output:
     """``rios gateway key ls``"""
-    with _accounts(context) as accounts:
+    with open_books(context) as accounts:
         names = {user.id: user.name for user in accounts.list_users()}
         rows = [{**asdict(key), "user": names[key.user_id]} for key in accounts.list_keys()]
     lines = [
@@ -325,6 +325,9 @@ def key_ls(context: Context) -> Output:
 
 def key_revoke(context: Context) -> Output:
     """``rios gateway key revoke``"""
-    with _accounts(context) as accounts:
-        accounts.revoke_key(context.args.key_id)
+    from gateway.audit import OPERATOR  # noqa: PLC0415
+    from gateway.managing import end_key  # noqa: PLC0415
+
+    with open_books(context) as accounts:
+        end_key(accounts, OPERATOR, context.args.key_id, None)
     return Output({"key_id": context.args.key_id}, f"revoked {context.args.key_id}; gateways follow within seconds")

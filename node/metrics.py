@@ -156,6 +156,7 @@ def _doors(node: "Node") -> Iterator[Metric]:
     yield faults
     yield _gauge("rios_doors_banned", "Peers, addresses and subnets shut out now", doors["banned"])
     yield _counter("rios_doors_bans", "Bans begun", doors["bans_made"])
+    yield _counter("rios_doors_shunned", "Sources that were not listened to for a while", doors["shunned"])
     scores = GaugeMetricFamily("rios_peer_score_min", "The lowest score of a linked peer (100: clean)")
     scores.add_metric([], min((node.network.doors.peer(p)["score"] for p in node.network.peers()), default=100))
     yield scores

@@ -12,8 +12,8 @@ import psutil
 import trio
 
 from config.errors import ConfigError, RequestError, RiosError
+from dmoe.bringing import Bringing
 from dmoe.core.manifest import Manifest
-from dmoe.hosting import Bringing
 from node import answering, committees, ledger_answers, membership, plan, replicas, walls
 from node.cli import VERSION
 from node.control import Command, Send
@@ -366,7 +366,7 @@ async def _model_fetch(node: "Node", args: Args, send: Send) -> Any:  # noqa: AN
     name, watched = str(args.get("model", "")), Bringing()
     manifest: Manifest | None = None
     refused: RiosError | None = None
-    ensure = node.hosting.ensure_whole if args.get("whole") else node.hosting.ensure_trunk
+    ensure = node.hosting.bringer.whole if args.get("whole") else node.hosting.bringer.trunk
 
     async def say() -> None:
         event = {"name": watched.name, "done": watched.bytes_done, "total": watched.bytes_total}

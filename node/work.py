@@ -68,7 +68,7 @@ async def start_work(node: "Node", nursery: trio.Nursery, genesis: Genesis | Non
     for part in parts:
         await nursery.start(part)
     is_whole = chosen_route(settings.dmoe) in ("fused", "local")
-    bring = node.hosting.ensure_whole if is_whole else node.hosting.ensure_trunk
+    bring = node.hosting.bringer.whole if is_whole else node.hosting.bringer.trunk
     for name in settings.dmoe.orchestrate:
         nursery.start_soon(_bring, bring, name)
 
@@ -208,6 +208,7 @@ def _caller(node: "Node") -> Caller:
         call_timeout_ms=dmoe.call_timeout_ms,
         renormalise=dmoe.on_missing == "renormalise",
         audits=partial(_auditor, node) if dmoe.audit_share else None,
+        bills=node.bills,
     )
 
 
@@ -216,7 +217,7 @@ def _auditor(node: "Node", purse: Purse, replicas: Replicas) -> Auditor:
     dmoe = node.settings.dmoe
 
     async def fetch(manifest: Manifest, shard: Shard) -> None:
-        await node.hosting.bring(manifest, shard)
+        await node.hosting.bringer.shard(manifest, shard)
 
     return Auditor(
         node.network,
@@ -273,6 +274,7 @@ def _stage_caller(node: "Node") -> StageCaller:
         measured=partial(_measured, node.planner),
         may_forward=dmoe.stage_forwarding,
         auditor=node.caller.audit,
+        bills=node.bills,
     )
 
 
@@ -288,6 +290,7 @@ def _engine(node: "Node", models: StoredModels) -> Engine:
         draft_model=dmoe.draft_model,
         default_route=chosen_route(dmoe),
         walls_demanded=dmoe.sandbox == "required",
+        bills=node.bills,
     )
 
 

@@ -24,14 +24,15 @@ import trio
 from config.errors import IntegrityError, RequestError
 from config.vocabulary import PeerId
 from p2p import banfile
+from p2p.core.doors import SHARED, Entry, Limits, Refusal
 from p2p.core.doors import Doors as Limiter
-from p2p.core.doors import Entry, Limits, Refusal
 from p2p.core.identity import public_key_of
 from p2p.core.places import place_of, subject_of
 from p2p.core.slots import Seat, choose_victim
 from p2p.core.standing import ADDRESS_SHARE, BAN_AT, FAULTS, SUBNET_SHARE, TENURE_MAX_MS, Ban, Standing
 from p2p.pace import NO_LIMITS, Paces
 from p2p.refusals import Refusals
+from p2p.sieve import Sieve
 
 log = logging.getLogger("rios.security.doors")
 
@@ -89,6 +90,22 @@ class Visit:
         self.proven = True
         return self._doors.known(self, PeerId(peer_id))
 
+    async def turn(self, cost: float) -> bool:
+        """Wait until its address may begin another handshake of this cost (a lane's is 1); False: it is hung up."""
+        wait_s = self._doors.wait_of(self, cost)
+        if wait_s is None:
+            self.hang_up()
+            return False
+        if wait_s:
+            came = False
+            try:
+                await trio.sleep(wait_s)
+                came = True
+            finally:
+                if not came:
+                    self._doors.limiter.give_back(self.entry, cost, trio.current_time())
+        return True
+
     def blame(self, fault: str) -> None:
         """Something is wrong with it before (or without) a proven peer: the place answers for that."""
         self._doors.blame_place(self.entry, fault)
@@ -125,9 +142,10 @@ class Meter:
         """A call is done."""
         self._doors.limiter.end_call(self._entry)
 
-    def over(self, limit: str) -> bool:
-        """A call was refused elsewhere, for a limit of this name; whether that makes a flood: hang up."""
-        return self._doors.refused(Refusal(limit, "calls were refused"), self._peer_id)
+    def over(self, limit: str, times: int = 1) -> bool:
+        """A call was refused elsewhere, for a limit of this name; whether that makes a flood: hang up. ``times``: as
+        how many refusals it counts."""
+        return self._doors.refused(Refusal(limit, "calls were refused"), self._peer_id, times)
 
     def open_stream(self) -> str:
         """One more stream; what is wrong with that, empty if nothing. :meth:`close_stream` once it is done."""
@@ -164,11 +182,17 @@ class Doors:
         self._visits: dict[PeerId, dict[Visit, None]] = {}
         self._anonymous: dict[Entry, Visit] = {}
         self._pinned: set[str] = set()
+        self._homes: dict[str, str] = {}
+        """Where those that keep their places were last seen."""
+        self._spared: frozenset[str] = frozenset()
+        """These addresses: whatever else comes from there, nobody is shunned or has to wait."""
         self._evicted: dict[str, float] = {}
         self._bans_watched: list[Callable[[PeerId], None]] = []
         self._tenure_at = trio.current_time()
         self._dirty = False
         self.refusals = Refusals()
+        self.sieve = Sieve()
+        """Of every listening socket that is given to it."""
         self.faults: Counter[str] = Counter()
         self.bans_made = 0
         if file is not None:
@@ -185,11 +209,14 @@ class Doors:
                 ban = self.standing.banned(key, now_ms)
                 if ban is not None and ban.by_operator:
                     self.refused(Refusal("ban", f"{key} is banned by the operator"), key)
+                    self.sieve.refuse(host)
                     return None
                 strict = strict or ban is not None
         outcome = self.limiter.enter(host, trio.current_time(), strict=strict)
         if isinstance(outcome, Refusal):
             self.refused(outcome, place.address)
+            if outcome.limit not in SHARED and place.address not in self._spared:  # it was refused for itself
+                self.sieve.refuse(host)
             return None
         visit = self._anonymous[outcome] = Visit(self, outcome)
         if outcome.ousted is not None:
@@ -199,6 +226,16 @@ class Doors:
             if ousted is not None:
                 ousted.hang_up()
         return visit
+
+    def wait_of(self, visit: Visit, cost: float) -> float | None:
+        """For how many seconds its handshake has to wait; None: too many wait already."""
+        if visit.entry.place.address in self._spared:
+            return 0.0
+        outcome = self.limiter.begin(visit.entry, cost, trio.current_time())
+        if isinstance(outcome, Refusal):
+            self.refused(outcome, visit.entry.place.address)
+            return None
+        return outcome
 
     def dialled(self, peer_id: str, host: str) -> Visit | None:
         """This node connected to a peer; None if the peer is banned: close it."""
@@ -243,8 +280,8 @@ class Doors:
         if not crowded and self.limiter.open < self._limits.connections_max:
             return None
         now_ms = _now_ms()
-        keeps = peer_id in self._pinned or peer_id in self.standing.trusted
-        newcomer = Seat(peer_id, entry.subnet, self._worth(peer_id, now_ms), trio.current_time(), keeps)
+        worth = self._worth(peer_id, now_ms)
+        newcomer = Seat(peer_id, entry.subnet, worth, trio.current_time(), peer_id in self._pinned)
         victim = choose_victim(seats, newcomer)
         if victim is None:
             return Refusal("peers", f"{len(seats)} peers are connected")
@@ -263,7 +300,7 @@ class Doors:
                 next((v.entry.subnet for v in visits if v.entry.subnet), ""),
                 self._worth(peer_id, now_ms),
                 min(v.since for v in visits),
-                any(v.entry.outbound for v in visits) or peer_id in self._pinned or peer_id in self.standing.trusted,
+                any(v.entry.outbound for v in visits) or peer_id in self._pinned,
             )
             for peer_id, visits in self._visits.items()
         ]
@@ -275,6 +312,9 @@ class Doors:
     def _add(self, visit: Visit, peer_id: PeerId) -> None:
         visit.peer_id = peer_id
         self._visits.setdefault(peer_id, {})[visit] = None
+        if peer_id in self._pinned and self._homes.get(peer_id) != visit.entry.place.address:
+            self._homes[peer_id] = visit.entry.place.address
+            self._spared = frozenset(self._homes.values())
 
     def left(self, visit: Visit) -> None:
         """See :meth:`Visit.leave`."""
@@ -401,9 +441,9 @@ class Doors:
 
     # -- counting
 
-    def refused(self, refusal: Refusal, who: str) -> bool:
+    def refused(self, refusal: Refusal, who: str, times: int = 1) -> bool:
         """Count a refusal under its limit's name; whether that makes a flood, which a peer is blamed for."""
-        flood = self.refusals.count(refusal, who, trio.current_time())
+        flood = self.refusals.count(refusal, who, trio.current_time(), times)
         if flood and PeerId(who) in self._visits:
             self.blame(who, "flood", refusal.limit)
         return flood
@@ -433,6 +473,7 @@ class Doors:
             "waited": {name: pace.waited for name, pace in self.paces._asdict().items() if pace is not None},
             "banned": sum(1 for _ in self.standing.in_force(now_ms)),
             "bans_made": self.bans_made,
+            "shunned": self.sieve.times,
         }
 
     # -- the file

@@ -25,6 +25,7 @@ import trio
 
 from config.vocabulary import PeerId
 from p2p.doors import Doors, Visit
+from p2p.sieve import unfiltered
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ REFUSED, LANE, SPLICE, PROBE = 0, 1, 2, 3
 """Kinds: the answer to what is not spoken here; the handshake of a direct lane; the way through a relay (its token
 follows, then what the ends say to each other); a dial-back (the secret of the question follows)."""
 _LIBP2P, _UNKNOWN = 0, -1
+LIBP2P_COST = 4.0
+"""What a connection of libp2p costs to set up, in handshakes of a lane."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ class Front:
             host = str(socket.getpeername()[0])
         except OSError:
             return  # gone already
+        if self.doors.sieve.times:
+            unfiltered(socket)
         visit = self.doors.enter(host)
         if visit is None:
             return
@@ -103,12 +108,14 @@ class Front:
         elif preamble[0] == _LIBP2P:
             with trio.CancelScope() as scope:
                 self._visits[socket] = visit, scope.cancel
-                await libp2p()
+                if await visit.turn(LIBP2P_COST):
+                    await libp2p()
             if not visit.proven and not visit.hung_up:
                 visit.blame("handshake")
         else:
             try:
-                await self._handlers[preamble[0]](Arrival(socket, visit, preamble[1], host))
+                if preamble[0] != LANE or await visit.turn(1):
+                    await self._handlers[preamble[0]](Arrival(socket, visit, preamble[1], host))
             except OSError as error:
                 log.debug("a socket from %s broke: %s", host, error)
 

@@ -407,6 +407,10 @@ async def open_host(
         if len(swarm.listeners) < len(set(addresses)):
             missing = [str(a) for a in addresses if str(a) not in swarm.listeners]
             raise LocalError("local", f"cannot listen on {', '.join(missing)}", "see p2p.listen in the configuration")
+        for listener in swarm.listeners.values():
+            for each in listener.listeners:
+                door.doors.sieve.watch(each.socket)
+        nursery.start_soon(door.doors.sieve.run)
         await stack.enter_async_context(background_trio_service(dht))
         await stack.enter_async_context(background_trio_service(router))
         await stack.enter_async_context(background_trio_service(pubsub))

@@ -14,8 +14,8 @@ class Meter(Protocol):
     def end_call(self) -> None:
         """A call is done."""
 
-    def over(self, limit: str) -> bool:
-        """A call was refused here, for a limit of this name; whether that makes a flood."""
+    def over(self, limit: str, times: int = 1) -> bool:
+        """A call was refused here, for a limit of this name, and counts as ``times``; whether that makes a flood."""
 
     def spend(self, calls: int, size: int, now: float) -> float:
         """Calls and bytes came in: for how many seconds no more should."""
@@ -30,7 +30,7 @@ class _Free:
     def end_call(self) -> None:
         return
 
-    def over(self, limit: str) -> bool:
+    def over(self, limit: str, times: int = 1) -> bool:
         return False
 
     def spend(self, calls: int, size: int, now: float) -> float:

@@ -59,8 +59,8 @@ async def answer(services: Mapping[str, Service], call: Call, server: PeerId) ->
         return reply
 
 
-def _tracing(call: Call) -> AbstractContextManager[None]:
-    return trace.during(call.trace) if call.trace else nullcontext()
+def _tracing(call: Call) -> AbstractContextManager[object]:
+    return trace.serving(call) if call.trace else nullcontext()
 
 
 class _errors(AbstractContextManager[None]):

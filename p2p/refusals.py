@@ -30,12 +30,12 @@ class Refusals:
         self._hits: OrderedDict[str, tuple[Counter[str], Bucket]] = OrderedDict()
         self._said: dict[str, tuple[float, int]] = {}
 
-    def count(self, refusal: Refusal, who: str, now: float) -> bool:
-        """Count one of a peer or a place; whether that makes a flood."""
+    def count(self, refusal: Refusal, who: str, now: float, times: int = 1) -> bool:
+        """Count one of a peer or a place, as ``times`` towards a flood; whether that makes one."""
         self.by_limit[refusal.limit] += 1
         known = self._hits.pop(who, None) or (Counter(), Bucket(FLOOD_PER_SECOND, FLOOD_BURST))
         known[0][refusal.limit] += 1
-        flood = not known[1].take(1, now)
+        flood = not known[1].take(times, now)
         self._hits[who] = (known[0], Bucket(FLOOD_PER_SECOND, FLOOD_BURST)) if flood else known
         if len(self._hits) > WHO_MAX:
             self._hits.popitem(last=False)

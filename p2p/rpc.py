@@ -41,6 +41,8 @@ HELD_BYTES_TOTAL, HELD_BYTES_CROWDED = 512 << 20, 4 << 20
 """When the calls of all peers hold the first, each connection may hold the second."""
 COUNTED_CALLS, COUNTED_BYTES = 32, 256 << 10
 """After how many the doors are told: asking them each time would show in small calls."""
+UNKNOWN_TIMES = 5
+"""A call of an unknown method counts as so many refused ones: an honest peer makes none, or one of a newer version."""
 STUCK_SECONDS, STUCK_BYTES_PER_SECOND = 30.0, 256
 
 
@@ -365,7 +367,7 @@ class Connection:
         service = self._context.services.get(request.method)
         if service is None:
             self._refuse(request, RemoteError("not_found", f"{request.method[:80]!r} is not served here"))
-            self._over("calls_of_unknown_methods")
+            self._over("calls_of_unknown_methods", UNKNOWN_TIMES)
             return
         if self._machine.open_taken > self._context.calls_max:
             most = f"more than {self._context.calls_max} calls in flight (p2p.calls_per_peer_max)"
@@ -388,8 +390,8 @@ class Connection:
         self.hold(request.size_bytes)
         self._context.pool.submit(partial(self._serve, service, call, request))
 
-    def _over(self, limit: str) -> None:
-        if self._meter.over(limit):
+    def _over(self, limit: str, times: int = 1) -> None:
+        if self._meter.over(limit, times):
             raise _Flood(limit)
 
     def _refuse(self, request: frames.Request, error: RiosError) -> None:
@@ -397,7 +399,13 @@ class Connection:
 
     def _answer_quickly(self, quick: Callable[[Call], Reply | None], call: Call, call_id: int) -> frames.Chunks | None:
         try:
-            reply = quick(call)
+            if call.trace:
+                with trace.serving(call) as span:
+                    reply = quick(call)
+                    if reply is None:
+                        span.drop()  # the handler makes one
+            else:
+                reply = quick(call)
             return None if reply is None else self._machine.respond(call_id, reply.header, reply.buffers)
         except RiosError as error:
             return self._machine.fail(call_id, failures.to_header(error))
@@ -416,7 +424,7 @@ class Connection:
                 if self.carrier.congested:
                     await self.carrier.drain()
                 if call.trace:
-                    with trace.during(call.trace):
+                    with trace.serving(call):
                         chunks = await self._answer(service, call, call_id)
                 else:
                     chunks = await self._answer(service, call, call_id)

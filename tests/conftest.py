@@ -1,8 +1,12 @@
 """Fixtures shared by all tests."""
 
+import faulthandler
 import fcntl
+import gc
 import logging
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +19,9 @@ settings.load_profile("rios")
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
-TRIED_TWICE = frozenset(("e2e", "faults", "netns", "soak"))
+TRIED_TWICE = frozenset(("e2e", "faults", "interop", "netns", "soak"))
+ENDING_SECONDS_MAX = 300
+"""What ends a test may take, however it went."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -31,12 +37,42 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     get a second try: those that run daemons against deadlines of the real clock, on a machine that does other things.
     The summary counts second tries (``-rR`` lists them)."""
     for item in items:
-        if Path(item.path).relative_to(TESTS).parts[0] in TRIED_TWICE:
+        if any(item.path.is_relative_to(TESTS / folder) for folder in TRIED_TWICE):
             item.add_marker(pytest.mark.flaky(reruns=1))
     if hasattr(config, "workerinput"):
         from tests.shares import spread
 
         items[:] = [items[index] for index in spread([item.nodeid for item in items])]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """The timeout of a test that has failed no longer covers what ends it. If that hangs, the process shows where and
+    ends: one test is lost, not the whole run."""
+    marker = item.get_closest_marker("timeout")
+    seconds = marker.args[0] if marker else item.config.getoption("timeout") or item.config.getini("timeout")
+    flaky = item.get_closest_marker("flaky")
+    tries = 1 if flaky is None else 1 + flaky.kwargs["reruns"]
+    timer = threading.Timer(tries * float(seconds) + ENDING_SECONDS_MAX, _show_and_end, (item,))
+    timer.daemon = True
+    timer.start()
+    try:
+        return (yield)
+    finally:
+        timer.cancel()
+
+
+def _show_and_end(item: pytest.Item) -> None:
+    item.config.pluginmanager.getplugin("capturemanager").suspend(in_=True)  # what follows is for people to read
+    os.write(2, f"\n{item.nodeid} hangs:\n".encode())
+    faulthandler.dump_traceback(file=2)
+    os._exit(70)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded and collected stays: no test waits for a collection that walks it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 #!/bin/sh
-# System tools for the tests in network namespaces (tests/netns) and the fault suite. Installed where this is root and apt-get works; nothing
+# System tools for the tests in network namespaces (tests/netns), the fault suite and the gateway's. Installed where this is root and apt-get works; nothing
 # fails where they cannot be had: those tests skip and say what is missing.
 set -eu
 
@@ -8,6 +8,10 @@ command -v ip >/dev/null 2>&1 || need="$need iproute2"
 command -v nft >/dev/null 2>&1 || need="$need nftables"
 command -v miniupnpd >/dev/null 2>&1 || need="$need miniupnpd-nftables"
 ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || need="$need faketime"
+command -v redis-server >/dev/null 2>&1 || need="$need redis-server"
+command -v nginx >/dev/null 2>&1 || need="$need nginx-light"
+command -v chromium >/dev/null 2>&1 || need="$need chromium"
+command -v wrk >/dev/null 2>&1 || need="$need wrk"
 [ -n "$need" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null 2>&1; then
     exit 0

@@ -45,6 +45,8 @@ LOOP_SECONDS = 0.25
 LANE_POLL_SECONDS = 0.0005
 PAUSE_FIRST_SECONDS, PAUSE_SECONDS_MAX = 0.1, 60.0
 """Before a cell that ended is started again; doubled each time."""
+END_SECONDS = 1.0
+"""A process that hung up may take so long to be gone."""
 CALM_SECONDS = 60.0
 """A cell that lived so long has mended its ways: the next pause is the first one again."""
 IDLE_CHECK_SECONDS, IDLE_SHARE_MAX = 10.0, 0.2
@@ -312,6 +314,8 @@ class Cell:
 
     def _end(self, link: Link, failures: int) -> None:
         self._tell(None, None)
+        if not link.reason and not self._closing:
+            link.process.ended_within(END_SECONDS)  # killed while it dies, it would not say of what
         link.process.kill()  # whoever waits for its answer stops waiting, and lets go of the control socket
         with self._control:
             link.destroy()

@@ -91,6 +91,14 @@ class Process(subprocess.Popen[bytes]):
             os.close(descriptor)
         return True
 
+    def ended_within(self, seconds: float) -> bool:
+        """Wait so long for it to end by itself."""
+        try:
+            self.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def wait(self, timeout: float | None = None) -> int:
         """See :class:`subprocess.Popen`."""
         code = super().wait(timeout)

@@ -40,10 +40,8 @@ from dmoe.shardfile import FixedSpool, ShardFile, Spool
 from dmoe.stages.loading import load_stage
 
 MESSAGE_BYTES_MAX = 64 << 10
-READY_ROWS_MAX, READY_MAX = 8, 512
-"""Calls of so few rows are kept ready, so many of them per lane."""
-ROWS_AT = 2
-"""Where a call's numbers say how many rows it has."""
+READY_MAX = 512
+"""Calls that are kept ready, per lane: what is kept of one are addresses, whatever its rows."""
 
 
 class Inside(Protocol):
@@ -298,7 +296,7 @@ class Program:
     def _make_ready(self, lane: CellLane, numbers: tuple[int, ...], ready: _Ready) -> Callable[[], None] | None:
         changes = self._changes
         run = self._shards[numbers[0]].ready(lane, numbers[1:], self._shards)
-        if run is not None and changes == self._changes and numbers[ROWS_AT] <= READY_ROWS_MAX:
+        if run is not None and changes == self._changes:
             if len(ready) >= READY_MAX:
                 ready.clear()
             ready[numbers] = run

@@ -147,6 +147,13 @@ class Book:
         records = (signed.record for (model, _), signed in self._records.items() if model == model_id)
         return max((record.replicas for record in records if kind in record.kinds), default=0)
 
+    def mode(self, model_id: str) -> Mode:
+        """Which kinds of shards all deployments of a model together speak of."""
+        stages, experts = self.wanted(model_id, "stage") > 0, self.wanted(model_id, "expert") > 0
+        if stages:
+            return "both" if experts else "stages"
+        return "experts"
+
     def deployers(self, model_id: str) -> list[PeerId]:
         """Who deployed a model: they can be asked for its manifest."""
         return [PeerId(deployer) for model, deployer in self._records if model == model_id]

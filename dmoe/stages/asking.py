@@ -105,6 +105,7 @@ class Asking:
         link = Link(stage, peer, shard.layers, shard.flops_per_row, channel, quote)
         ticket = await self.ticket(link, manifest, len(rows))
         heard: list[Heard] = []
+        bill = self._purse.bills.purpose("probe" if synthetic else "audit")
 
         def told(account: Account) -> None:
             heard.append(Heard(link, account.parts[0], account.device, account.said[0]))
@@ -116,7 +117,7 @@ class Asking:
         try:
             for first in range(0, len(rows), PIECE_ROWS):
                 piece = rows[first : first + PIECE_ROWS]
-                part = Rows((ticket,), first, len(piece), len(piece))
+                part = Rows((ticket,), first, len(piece), len(piece), bill=bill)
                 deadline = trio.current_time() + self._timeout_ms / 1000
                 found.append(await self._chains.run(way, [part], piece, deadline, told))
         except StageError as failed:

@@ -31,12 +31,13 @@ import trio
 
 from config.errors import RemoteError, RiosError
 from config.vocabulary import PeerId
-from dmoe.audit import FETCH_BYTES_MAX, FETCH_SECONDS, LOCAL_SHARE, Auditor, Case
+from dmoe.audit import FETCH_BYTES_MAX, FETCH_SECONDS, LOCAL_SHARE, Auditor
 from dmoe.core import history
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.privacy import Privacy
 from dmoe.core.verdict import Likeness, alike
 from dmoe.core.wire import FloatRows
+from dmoe.court import Case
 from dmoe.judging import rows_max
 from dmoe.stages.asking import Answered, Asking
 from dmoe.stages.sequence import Heard, StageSequence, spread_report
@@ -462,7 +463,7 @@ class StageAudits:
             return False
         why = f"{what}: {worst:.3g} times as far off as honest machines' answers may be"
         case = Case(answer.peer, heard.link.channel, answer.leaf(), answer.evidence, answer.synthetic)
-        self.auditor.convict(case, why)
+        self.auditor.court.convict(case, why)
         return True
 
 

@@ -27,6 +27,7 @@ import trio
 from config.errors import RequestError, RiosError
 from dmoe import runner as seam
 from dmoe.audit import Auditor
+from dmoe.bills import Bills
 from dmoe.core.dispatch import Dispatcher
 from dmoe.core.manifest import Manifest
 from dmoe.core.privacy import Privacy
@@ -68,9 +69,12 @@ class StageCaller:
         may_forward: bool = True,
         auditor: Auditor | None = None,
         random: Random | None = None,
+        bills: Bills | None = None,
     ) -> None:
-        """``auditor`` (running already): who looks at answers; None: nothing is audited."""
-        chains, purse = Chains(network, buyer), Purse(buyer)
+        """``auditor`` (running already): who looks at answers; None: nothing is audited. ``bills``: what is paid is put
+        there."""
+        purse = Purse(buyer, bills)
+        chains = Chains(network, purse)
         audits = None
         self._prober: StageProber | None = None
         if auditor is not None:

@@ -16,7 +16,7 @@ Invariants:
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -24,12 +24,15 @@ import trio
 
 from config.errors import BusyError, IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
+from dmoe.bills import Bill
 from dmoe.core import history, stagecalls, wire
 from dmoe.core.history import Said
 from dmoe.core.stagecalls import Failure, Hop, Part, Step
 from dmoe.core.wire import Dtype, FloatRows
-from dmoe.ports import Buyer, Quote
+from dmoe.ports import Quote
+from dmoe.purse import Purse
 from dmoe.stages.results import Expected, Results
+from p2p import trace
 from p2p.face import Network, Pending, Reply
 
 log = logging.getLogger(__name__)
@@ -68,6 +71,8 @@ class Rows:
     rows: int
     outputs: int
     came: tuple[bytes, ...] = ()
+    bill: Bill | None = None
+    """Who pays; None: nobody any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,7 @@ Tell = Callable[[Account], None]
 class Chains:
     """Runs passes. ``nursery`` outlives them: what the hosts answer is read there."""
 
-    def __init__(self, network: Network, buyer: Buyer | None) -> None:
+    def __init__(self, network: Network, purse: Purse) -> None:
         self.disputed: Callable[[PeerId, str], None] = lambda peer, why: None
         self.nursery: trio.Nursery | None = None
         self.leaving = False
@@ -108,7 +113,7 @@ class Chains:
         """Neighbours on a way that said different things about the rows between them. Who of the two lies is found out
         where their rows pass this node."""
         self._network = network
-        self._buyer = buyer
+        self._purse = purse
         self._results = Results(network)
 
     def number(self) -> int:
@@ -128,11 +133,13 @@ class Chains:
         trio time. ``sent``: told once the next rows may be sent after these, which is before the end; hosts put
         right what overtakes. Raises StageError."""
         if way.forward and len(way.links) > 1:
-            return await self._forwarded(way, parts, x, deadline, tell, sent)
-        for index in range(len(way.links)):
+            with run_span(way.links[0], "client", len(x), hosts=len(way.links)):
+                return await self._forwarded(way, parts, x, deadline, tell, sent)
+        for index, link in enumerate(way.links):
             is_last = index == len(way.links) - 1
             wanted = [p if is_last else replace(p, outputs=p.rows) for p in parts]
-            x = await self._one(way, index, wanted, x, deadline, tell, sent if is_last else lambda: None)
+            with run_span(link, "client", len(x)):
+                x = await self._one(way, index, wanted, x, deadline, tell, sent if is_last else lambda: None)
         return x
 
     async def _one(
@@ -165,7 +172,7 @@ class Chains:
         except BaseException:
             self._lost((link,), parts)
             raise
-        self._count(way, index, own, trail[0], tell)
+        self._count(way, index, parts, trail[0], tell)
         self._compare(link, parts, trail[0], rows)
         self._compare_came(link, index, parts, trail[0], x)
         return rows
@@ -238,7 +245,7 @@ class Chains:
             expected.fail(error)
             return
         for index, step in enumerate(trail):
-            self._count(way, index, _parts(parts, index), step, tell)
+            self._count(way, index, parts, step, tell)
         for index, (one, other) in enumerate(pairwise(trail)):
             if any(a.went != b.came for a, b in zip(one.said, other.said, strict=True)):
                 giver, taker = way.links[index].peer, way.links[index + 1].peer
@@ -255,24 +262,24 @@ class Chains:
             failed.append(_failure_of(way, failure, len(trail)))
             expected.fail(failed[0].error)
 
-    def _count(self, way: Way, index: int, parts: Sequence[Part], step: Step, tell: Tell) -> None:
+    def _count(self, way: Way, index: int, given: Sequence[Rows], step: Step, tell: Tell) -> None:
         link, waited_us = way.links[index], min(step.waited_us, step.service_us)
+        parts = _parts(given, index)
         rows = sum(part.rows for part in parts)
         tell(Account(link, rows, step.service_us, waited_us, step.device, tuple(parts), step.said))
-        if self._buyer is None or not link.channel:
+        if self._purse.buyer is None or not link.channel:
             return
-        for part, said in zip(parts, step.said, strict=True):
+        spare = self._purse.bills.purpose("kept")
+        for each, part, said in zip(given, parts, step.said, strict=True):
             work = stagecalls.kflop(link.flops_per_row, part)
             leaf = stagecalls.leaf(way.model_id, link.layers, part, step.device, said.came, said.went)
-            self._buyer.used(link.peer, link.channel, link.quote, work, leaf)
+            self._purse.count_run(link.peer, link.channel, link.quote, work, leaf, each.bill or spare)
 
     def _lost(self, links: Sequence[Link], parts: Sequence[Rows]) -> None:
         """Hosts that may have computed their part, of which nobody will tell."""
-        for link in links if self._buyer is not None else ():
-            if link.channel:
-                assert self._buyer is not None
-                rows = sum(part.rows for part in parts)
-                self._buyer.lost(link.peer, link.channel, link.quote, link.flops_per_row * rows // 1000)
+        for link in links:
+            rows = sum(part.rows for part in parts)
+            self._purse.lost(link.peer, link.channel, link.quote, link.flops_per_row * rows // 1000)
 
     def _compare(self, link: Link, parts: Sequence[Rows], step: Step, rows: FloatRows) -> None:
         """Whether rows that came home are those that their host says it sent."""
@@ -292,6 +299,14 @@ class Chains:
                 self.disputed(link.peer, "it signed for other rows than those it was sent")
                 return
             first += part.rows
+
+
+def run_span(link: Link, kind: trace.Kind, rows: int, hosts: int = 1) -> AbstractContextManager[trace.Span]:
+    """Rows at a host as a part of their request's trace, until they are here; of ``hosts`` that give them on, at the
+    first."""
+    first, last = link.layers
+    peer, layers = str(link.peer), f"{first}-{last}"
+    return trace.span(stagecalls.RUN, kind, peer=peer, stage=link.stage, layers=layers, rows=rows, hosts=hosts)
 
 
 def _parts(parts: Sequence[Rows], index: int) -> list[Part]:

@@ -37,6 +37,7 @@ from dmoe.ports import Quote, Seller
 from dmoe.stages.loaded import Job, LoadedStage, Place, StagePlan
 from dmoe.stages.segment import Segment
 from dmoe.stages.tickets import Ticket, Tickets
+from p2p import trace
 from p2p.face import Call, Network, Reply
 
 log = logging.getLogger(__name__)
@@ -334,14 +335,15 @@ class StageHost:
 
     async def _turn(self, parts: Sequence[Part], tickets: Sequence[Ticket], deadline: float) -> None:
         """Wait for the piece in front of a run, where there is one: the pieces of a prompt are sent one behind the
-        other, and the tasks that take them may start in any order."""
+        other, and the tasks that take them may start in any order. Pieces that do not come are waited for together."""
+        due = trio.current_time() + ORDER_SECONDS
         for part, ticket in zip(parts, tickets, strict=True):
             while ticket.cache.length < part.position and not ticket.closed:
-                patience = deadline if ticket.users else min(deadline, trio.current_time() + ORDER_SECONDS)
-                with trio.move_on_at(patience) as scope:
+                with trio.move_on_at(deadline if ticket.users else min(deadline, due)) as scope:
                     await ticket.rested.wait()
                 if scope.cancelled_caught:
                     break  # what is missing is said when it runs
+                due = trio.current_time() + ORDER_SECONDS
 
     def _check_open(self) -> None:
         if self._stopping:
@@ -448,11 +450,13 @@ class _Sending:
         self._call = (peer, method, header, (buffer,))
         self._left_ms = max(1, int(left_ms))
         self._behind, self._parts = behind, parts
+        self._span = trace.begin(method, "client", peer=str(peer))
 
     def begin(self) -> Any:  # noqa: ANN401 - p2p.face.Pending or None
         """Send at once what can be sent at once."""
         try:
-            return self._network.begin(*self._call, deadline_ms=self._left_ms)
+            with self._span.here():
+                return self._network.begin(*self._call, deadline_ms=self._left_ms)
         except RiosError:
             return None  # the slow way meets it again and names it
 
@@ -462,14 +466,18 @@ class _Sending:
             if pending is not None:
                 reply = await pending.wait()
             else:
-                reply = await self._network.call(*self._call, deadline_ms=self._left_ms)
+                with self._span.here():
+                    reply = await self._network.call(*self._call, deadline_ms=self._left_ms)
             if self._behind < 0:
                 return [], None
             trail, failure = stagecalls.parse_answer(reply.header, self._behind, self._parts)
         except RiosError as error:
             log.debug("giving rows to %s: %s", self._peer, error)
+            self._span.end(error)
             retry_ms = error.retry_after_ms if isinstance(error, BusyError) else 0
             return [], Failure(int(self._behind >= 0), error.code, error.message, error.hint, retry_ms)
+        finally:
+            self._span.end()
         if failure is None:
             return trail, None
         return trail, Failure(failure.hop + 1, failure.code, failure.message, failure.hint, failure.retry_after_ms)

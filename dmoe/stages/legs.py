@@ -33,6 +33,7 @@ from dmoe.stages.directions import Directions
 from dmoe.stages.host import StageHost
 from dmoe.stages.loaded import LoadedStage
 from dmoe.stages.sequence import Leg, StageSequence
+from p2p import trace
 from p2p.face import Network
 
 log = logging.getLogger(__name__)
@@ -224,7 +225,8 @@ class Legs:
         header = stagecalls.open_header(asked)
         hasty = not sequence.patient and has_spare(self._shared, self._manifest, link, self._privacy)
         left_ms = OPEN_PATIENCE_MS if hasty else OPEN_TIMEOUT_MS
-        reply = await self._shared.network.call(link.peer, stagecalls.OPEN, header, deadline_ms=left_ms)
+        with trace.span(stagecalls.OPEN, "client", peer=str(link.peer), stage=link.stage):
+            reply = await self._shared.network.call(link.peer, stagecalls.OPEN, header, deadline_ms=left_ms)
         ticket = reply.header.get("ticket")
         if not isinstance(ticket, bytes) or len(ticket) != stagecalls.TICKET_BYTES:
             raise RemoteError("protocol", f"{link.peer} gave a ticket that is none", peer_id=link.peer)

@@ -252,7 +252,8 @@ class LoadedStage:
     def _check_room(self, rows: int, deadline: float) -> None:
         if rows > self._queue_rows_max:
             raise RequestError("too_large", f"{rows} rows in one run, at most {self._queue_rows_max} fit")
-        wait = self.row_seconds * (self.rows_waiting + rows)
+        # who has nothing to do tries: after a stall it would refuse all prompts and never learn that it is quick again
+        wait = self.row_seconds * (self.rows_waiting + rows) if self._driving else 0.0
         if self.rows_waiting + rows > self._queue_rows_max or trio.current_time() + wait > deadline:
             self.refused += 1
             raise BusyError(

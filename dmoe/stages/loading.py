@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
+from dmoe.bills import Bill
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.wire import FloatRows
 from dmoe.kv import Cache
@@ -92,6 +93,7 @@ class SpreadLayers(StageLayers[Layers]):
         self._manifest = manifest
         self._elsewhere = experts
         self._tallies: WeakKeyDictionary[Cache, Tally] = WeakKeyDictionary()
+        self._bills: WeakKeyDictionary[Cache, Bill | None] = WeakKeyDictionary()
 
     async def open(self, capacity: int, like: Cache | None = None, length: int = 0) -> Cache:
         """See :class:`dmoe.segment.Segment`."""
@@ -100,14 +102,20 @@ class SpreadLayers(StageLayers[Layers]):
 
     async def run(self, x: FloatRows, parts: Sequence[Part]) -> FloatRows:
         """See :class:`dmoe.segment.Segment`."""
+        bills, counts = [self._bills.get(part.cache) for part in parts], [part.rows for part in parts]
+        self._elsewhere.begin(bills, counts, "hosting")
         y = await super().run(x, parts)
-        for part, share in zip(parts, self._elsewhere.take([part.rows for part in parts]), strict=True):
+        for part, share in zip(parts, self._elsewhere.take(counts), strict=True):
             self._tallies.setdefault(part.cache, Tally()).add(share)
         return y
 
     def compute(self, x: FloatRows, parts: Sequence[Part]) -> None:
         """See :class:`dmoe.segment.Segment`."""
         return None  # others are waited for
+
+    def charge(self, cache: Cache, bill: Bill | None) -> None:
+        """Who pays for the experts of a cache's sequence from now on; until then it is one of another node."""
+        self._bills[cache] = bill
 
     def report(self, cache: Cache) -> Report:
         """Who computed the experts of a cache's sequence so far."""

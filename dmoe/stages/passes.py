@@ -24,8 +24,9 @@ from dmoe.core.privacy import OPEN, Privacy
 from dmoe.core.wire import FloatRows
 from dmoe.replicas import now_us
 from dmoe.runner import Feed, Want
-from dmoe.stages.chain import Account, Rows, StageError, Way
+from dmoe.stages.chain import Account, Rows, StageError, Way, run_span
 from dmoe.stages.legs import Shared
+from dmoe.stages.loading import SpreadLayers
 from dmoe.stages.patience import Patience
 from dmoe.stages.pieces import PIECES_AT_ONCE, Turn, one_behind_the_other
 from dmoe.stages.segment import Ends
@@ -172,9 +173,12 @@ class StagePasses:
             if ticket.closed:
                 raise StageError(link, RemoteError("not_found", "the cache here was given up"))
             tickets.append(ticket)
+            if isinstance(spread := ticket.stage.segment, SpreadLayers):
+                spread.charge(ticket.cache, each.sequence.bill)
         places = [(each.position, len(each.tokens)) for each in work]
         try:
-            job = await self._shared.host.compute(tickets, places, x, deadline, self._shared.chains.number())
+            with run_span(link, "internal", len(x)):
+                job = await self._shared.host.compute(tickets, places, x, deadline, self._shared.chains.number())
         except RiosError as error:
             raise StageError(link, error) from error
         assert job.answer is not None
@@ -210,6 +214,7 @@ class StagePasses:
                 len(each.tokens),
                 each.outputs if is_last else len(each.tokens),
                 tuple(each.sequence.came(stage, each.position) for stage in stages),
+                each.sequence.bill,
             )
             for each in work
         ]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from config.vocabulary import PeerId
+from dmoe.bills import Bill
 from dmoe.core import history, stagecalls
 from dmoe.core.history import Said
 from dmoe.core.stagecalls import Part
@@ -94,6 +95,7 @@ class StageSequence:
     """Hosts are waited for to the last moment, though others could take their place: it is a second try."""
     retries: int = 0
     closed: bool = False
+    bill: Bill | None = None
     rows: Counter[PeerId] = field(default_factory=Counter)
     served: dict[PeerId, set[int]] = field(default_factory=dict)
     heard: dict[tuple[int, int], Heard] = field(default_factory=dict)

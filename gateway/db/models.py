@@ -41,6 +41,8 @@ users = sa.Table(
     sa.Column("name", _Name, nullable=False, unique=True),
     sa.Column("disabled", sa.Boolean, nullable=False),
     sa.Column("created_at_ms", sa.BigInteger, nullable=False),
+    sa.Column("role", sa.String(16), nullable=False, server_default="developer"),
+    sa.Column("email", _Name, nullable=True, index=True, unique=True),
 )
 
 api_keys = sa.Table(
@@ -52,6 +54,9 @@ api_keys = sa.Table(
     sa.Column("secret_sha256", sa.LargeBinary(32), nullable=False),
     sa.Column("created_at_ms", sa.BigInteger, nullable=False),
     sa.Column("revoked_at_ms", sa.BigInteger, nullable=True),
+    sa.Column("scopes", sa.String(1024), nullable=False, server_default=""),
+    sa.Column("expires_at_ms", sa.BigInteger, nullable=True),
+    sa.Column("cache", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 
 accounts = sa.Table(
@@ -82,7 +87,7 @@ postings = sa.Table(
     sa.Column("account_id", _Id, sa.ForeignKey("accounts.id"), primary_key=True),
     sa.Column("amount", sa.BigInteger, nullable=False),
     sa.CheckConstraint("amount <> 0", name="amount"),
-    sa.Index("ix_postings_account_id", "account_id"),
+    sa.Index("ix_postings_account_id_transaction_id", "account_id", "transaction_id"),
 )
 
 reservations = sa.Table(
@@ -120,8 +125,13 @@ usages = sa.Table(
     sa.Column("completion_tokens", sa.BigInteger, nullable=False),
     sa.Column("microcredits", sa.BigInteger, nullable=False),
     sa.Column("outcome", sa.String(16), nullable=False),
-    sa.Column("created_at_ms", sa.BigInteger, nullable=False),
+    sa.Column("created_at_ms", sa.BigInteger, nullable=False, index=True),
+    sa.Column("input_price", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("output_price", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("swarm_microcredits", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("swarm_nano", sa.BigInteger, nullable=False, server_default="0"),
     sa.Index("ix_usages_user_id_created_at_ms", "user_id", "created_at_ms"),
+    sa.Index("ix_usages_user_id_id", "user_id", "id"),
 )
 
 idempotency = sa.Table(

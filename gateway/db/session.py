@@ -7,47 +7,84 @@ Invariants: SQLite runs with WAL, ``synchronous=FULL`` (an acknowledged commit s
 a write transaction takes SQLite's write lock at its start, so it never fails halfway for want of it.
 """
 
+import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from config.errors import ConfigError, LocalError, RiosError
 
-POOL_SIZE = 4
+POOL_SIZE = 5
+"""One is the till's writer's."""
 _BUSY_MS = 5000
+_WAL_AGAIN_SECONDS = 0.01
 _CONNECT_SECONDS = 5
 _STATEMENT_MS = 10_000
-_READ_ONLY = "rios_read_only"
+_SYNCHRONOUS = "rios_synchronous"
+"""How a pooled connection to SQLite is set now."""
+_REPLICA_REST_SECONDS = 5.0
+"""So long nobody asks a replica again that did not answer."""
+
+_logger = logging.getLogger("rios.gateway")
+
+T = TypeVar("T")
 
 
 class Database:
     """An open pool. ``place`` names it for people (never with a password)."""
 
-    def __init__(self, engine: sa.Engine, place: str) -> None:
+    def __init__(self, engine: sa.Engine, place: str, replica: "Database | None" = None) -> None:
         self.engine = engine
         self.place = place
+        self._replica = replica
+        self._replica_rests_until = 0.0
 
     @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
-        """A transaction that commits at the end of the block, durably."""
-        with self._mapped(), self.engine.begin() as connection:
+    def write(self, *, synced: bool = True) -> Iterator[sa.Connection]:
+        """A transaction that commits at the end of the block, durably. Not ``synced``: others see it at once and a
+        killed process does not undo it, but a power cut may until the next one that is synced."""
+        with self._mapped(), self.engine.connect() as connection, connection.begin():
+            if not self.is_postgresql:
+                _begin_sqlite(connection, synced=synced)
+            elif not synced:
+                connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A transaction that only reads; it never waits for a writer."""
-        with self._mapped(), self.engine.connect() as connection:
-            yield connection.execution_options(**{_READ_ONLY: True})
+        with self._mapped(), self.engine.connect() as connection, connection.begin():
+            if not self.is_postgresql:
+                _begin_sqlite(connection, reads=True)
+            yield connection
+
+    def look(self, work: Callable[[sa.Connection], T]) -> T:
+        """What ``work`` reads, which may be a moment old: from the replica if there is one and it answers."""
+        if self._replica is not None and time.monotonic() >= self._replica_rests_until:
+            try:
+                with self._replica.read() as connection:
+                    return work(connection)
+            except LocalError as error:
+                self._replica_rests_until = time.monotonic() + _REPLICA_REST_SECONDS
+                _logger.warning("the replica is left out for a while: %s", error)
+        with self.read() as connection:
+            return work(connection)
 
     def ping(self) -> None:
         """See that it answers. Raises LocalError."""
         with self.read() as connection:
             connection.execute(sa.select(1))
+
+    def take_time(self, connection: sa.Connection) -> None:
+        """Let the statements of this transaction take as long as they do: they read whole tables."""
+        if self.is_postgresql:
+            connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")
 
     @property
     def is_postgresql(self) -> bool:
@@ -57,6 +94,8 @@ class Database:
     def close(self) -> None:
         """Close every pooled connection."""
         self.engine.dispose()
+        if self._replica is not None:
+            self._replica.close()
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -68,12 +107,17 @@ class Database:
             raise _translate(error, self.place) from error
 
 
-def open_database(dsn: str, data_dir: Path) -> Database:
-    """Open the pool; the first connection is made by the first transaction.
+def open_database(dsn: str, data_dir: Path, replica: str = "") -> Database:
+    """Open the pool, and that of a read replica; the first connection is made by the first transaction.
 
     Raises ConfigError for a DSN that is wrong or holds a password, LocalError if the data folder cannot be used.
     """
-    return _open_postgresql(dsn) if dsn else _open_sqlite(data_dir / "gateway.db")
+    if not dsn:
+        if replica:
+            raise ConfigError("config", "gateway.database_replica is set without gateway.database", "set both, or none")
+        return _open_sqlite(data_dir / "gateway.db")
+    other = _open_postgresql(replica, "gateway.database_replica") if replica else None
+    return _open_postgresql(dsn, "gateway.database", other)
 
 
 def _open_sqlite(path: Path) -> Database:
@@ -85,28 +129,54 @@ def _open_sqlite(path: Path) -> Database:
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         pool_size=POOL_SIZE,
+        pool_use_lifo=True,  # the one used last still has its pages in memory
         max_overflow=0,
         connect_args={"timeout": _BUSY_MS / 1000, "check_same_thread": False},
     )
     sa.event.listen(engine, "connect", _on_sqlite_connect)
-    sa.event.listen(engine, "begin", _on_sqlite_begin)
     return Database(engine, str(path))
 
 
 def _on_sqlite_connect(connection: sqlite3.Connection, record: object) -> None:
-    # The driver's own implicit BEGIN would leave DDL outside transactions; _on_sqlite_begin writes them itself.
+    # The driver's own implicit BEGIN would leave DDL outside transactions; _begin_sqlite writes them itself.
     connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    _switch_to_wal(connection)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
-def _on_sqlite_begin(connection: sa.Connection) -> None:
-    read_only = connection.get_execution_options().get(_READ_ONLY, False)
-    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """A new file becomes one with WAL by its first connection. SQLite refuses that, without waiting, while another
+    connection is at the file; so where two start at once, one of them tries again."""
+    deadline = time.monotonic() + _BUSY_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(_WAL_AGAIN_SECONDS)
 
 
-def _open_postgresql(dsn: str) -> Database:
-    url = _parse_dsn(dsn)
+def _begin_sqlite(connection: sa.Connection, *, reads: bool = False, synced: bool = True) -> None:
+    raw = connection.connection.driver_connection  # SQLAlchemy's way costs more than the statements do
+    assert isinstance(raw, sqlite3.Connection)
+    try:
+        if reads:
+            raw.execute("BEGIN")
+            return
+        synchronous = "FULL" if synced else "NORMAL"
+        if connection.info.get(_SYNCHRONOUS, "FULL") != synchronous:
+            raw.execute(f"PRAGMA synchronous={synchronous}")
+            connection.info[_SYNCHRONOUS] = synchronous
+        raw.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error as error:
+        raise sa.exc.OperationalError("BEGIN", None, error) from error
+
+
+def _open_postgresql(dsn: str, setting: str, replica: Database | None = None) -> Database:
+    url = _parse_dsn(dsn, setting)
     arguments: dict[str, Any] = {
         "connect_timeout": _CONNECT_SECONDS,
         "application_name": "rios-gateway",
@@ -119,19 +189,19 @@ def _open_postgresql(dsn: str) -> Database:
         pool_pre_ping=True,
         connect_args=arguments,
     )
-    return Database(engine, url.render_as_string(hide_password=True))
+    return Database(engine, url.render_as_string(hide_password=True), replica)
 
 
-def _parse_dsn(dsn: str) -> sa.URL:
+def _parse_dsn(dsn: str, setting: str) -> sa.URL:
     hint = "write postgresql://user@host:port/name and put the password into PGPASSWORD or a passfile"
     try:
         url = sa.make_url(dsn)
     except sa.exc.ArgumentError as error:
-        raise ConfigError("config", "gateway.database is not a database address", hint) from error
+        raise ConfigError("config", f"{setting} is not a database address", hint) from error
     if url.drivername not in ("postgresql", "postgres"):
-        raise ConfigError("config", f"gateway.database names {url.drivername!r}, which is not PostgreSQL", hint)
+        raise ConfigError("config", f"{setting} names {url.drivername!r}, which is not PostgreSQL", hint)
     if url.password is not None or "password" in url.query:
-        raise ConfigError("config", "gateway.database holds a password, and settings must not hold secrets", hint)
+        raise ConfigError("config", f"{setting} holds a password, and settings must not hold secrets", hint)
     return url
 
 

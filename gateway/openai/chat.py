@@ -3,38 +3,54 @@
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from config.generation import Delta, Finished
+from config.generation import Delta, Finished, PrivacyWish
+from gateway.accounts import Principal
+from gateway.endpoint import caller
 from gateway.openai.choices import Answer
 from gateway.openai.job import Order, Service
 from gateway.openai.keyed import key_of, keyed_answer
 from gateway.openai.logprobs import chat_logprobs
+from gateway.openai.remembered import memory_of
 from gateway.openai.requests import ChatBody, chat_request, read_body
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
 from gateway.openai.tools import call_deltas, whole_calls
-from gateway.request import identify, privacy_of
+from gateway.request import meter_of, privacy_of
 
 
 async def chat(request: Request) -> Response:
     """Answer a conversation, streamed or at once."""
     service: Service = request.app.state.service
-    principal = await identify(request)
+    principal = caller(request).principal
     body = await read_body(request, ChatBody)
-    generation = chat_request(body, request.scope["state"]["request_id"], privacy_of(request))
-    order = Order(principal=principal, request=generation, endpoint="chat.completions", choices=body.n or 1)
-    include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    shape = ChatShape(body.model, include_usage=include_usage)
+    order, shape = chat_order(body, principal, request.scope["state"]["request_id"], privacy_of(request))
+    order = replace(order, meter=meter_of(request))
     key = key_of(request)
     if key:
         return await keyed_answer(service, order, shape, key, body, streamed=bool(body.stream))
+    memory = memory_of(request, service, order, body)
+    known = memory.answer() if memory is not None else None
+    if known is not None:
+        return known
     if body.stream:
-        return EventStream(service, order, shape)
-    return await whole_answer(service, order, shape)
+        return EventStream(service, order, shape, memory)
+    return await whole_answer(service, order, shape, memory)
+
+
+def chat_order(
+    body: ChatBody, principal: Principal, request_id: str, privacy: PrivacyWish = ""
+) -> tuple[Order, "ChatShape"]:
+    """What is asked, and how its answer is written. Raises ApiError."""
+    generation = chat_request(body, request_id, privacy)
+    order = Order(principal=principal, request=generation, endpoint="chat.completions", choices=body.n or 1)
+    include_usage = bool(body.stream_options and body.stream_options.include_usage)
+    return order, ChatShape(body.model, include_usage=include_usage)
 
 
 class ChatShape:

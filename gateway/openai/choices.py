@@ -1,4 +1,4 @@
-"""Several answers to one request, side by side.
+"""Several answers to one request, side by side: a few to each of its prompts.
 
 Owns: how their pieces come together, what they cost together. Each is a job of its own (``gateway/openai/job.py``).
 
@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 import trio
 
 from config.generation import Delta, Finished, PlaceLogprobs, ToolDelta
+from gateway.money import Settlement
 from gateway.openai.job import Job
+from gateway.till import Till
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,16 @@ class Answer:
         )
 
 
-async def run_jobs(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:
-    """:func:`generate`, and settle the jobs."""
+async def run_jobs(till: Till, jobs: Sequence[Job], each: int, take: Callable[[int, Delta], Awaitable[None]]) -> None:
+    """:func:`generate`, and settle the jobs, of which every ``each`` have the same prompt."""
     await generate(jobs, take)
-    for job, prompt_tokens in zip(jobs, prompt_shares([job.finished for job in jobs]), strict=True):
-        await job.settle(prompt_tokens)
+    await till.settle(*conclude(jobs, each))
+
+
+def conclude(jobs: Sequence[Job], each: int) -> list[Settlement]:
+    """What settles finished jobs, for the till at once."""
+    shares = prompt_shares([job.finished for job in jobs], each)
+    return [job.conclude(tokens) for job, tokens in zip(jobs, shares, strict=True)]
 
 
 async def generate(jobs: Sequence[Job], take: Callable[[int, Delta], Awaitable[None]]) -> None:
@@ -81,9 +88,15 @@ async def _side_by_side(jobs: Sequence[Job], take: Callable[[int, Delta], Awaita
         raise failures[0]
 
 
-def prompt_shares(parts: Sequence[Finished]) -> list[int]:
-    """How many tokens of the prompt each answer is charged: one of them all, the others what was computed again. (The
-    last token of a prompt is always computed, so one token is no second computation.)"""
+def prompt_shares(parts: Sequence[Finished], each: int) -> list[int]:
+    """How many tokens of its prompt each answer is charged; ``each`` answers belong to a prompt: one of them pays for
+    all of it, the others for what was computed again. (The last token of a prompt is always computed, so one token is
+    no second computation.)"""
+    groups = (parts[start : start + each] for start in range(0, len(parts), each))
+    return [share for group in groups for share in _shares(group)]
+
+
+def _shares(parts: Sequence[Finished]) -> list[int]:
     first = min(range(len(parts)), key=lambda index: parts[index].cached_tokens)
     again = [part.prompt_tokens - part.cached_tokens for part in parts]
     return [
@@ -102,9 +115,9 @@ def _mean_logprob(answer: Answer) -> float:
     return sum(values) / len(values) if values else -math.inf
 
 
-def joined(parts: Sequence[Finished]) -> Finished:
-    """The account of all answers together: tokens, rows and retries add up (of the prompt: what is charged), times are
-    the longest."""
+def joined(parts: Sequence[Finished], each: int) -> Finished:
+    """The account of all answers together, ``each`` to a prompt: tokens, rows and retries add up (of prompts: what is
+    charged), times are the longest."""
     if len(parts) == 1:
         return parts[0]
     rows: dict[str, int] = {}
@@ -118,7 +131,7 @@ def joined(parts: Sequence[Finished]) -> Finished:
                 into[kind] = sorted({*into.get(kind, ()), *numbers})
     return replace(
         parts[0],
-        prompt_tokens=sum(prompt_shares(parts)),
+        prompt_tokens=sum(prompt_shares(parts, each)),
         completion_tokens=sum(part.completion_tokens for part in parts),
         prefill_seconds=max(part.prefill_seconds for part in parts),
         decode_seconds=max(part.decode_seconds for part in parts),

@@ -13,12 +13,16 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from config.generation import Embedded, EmbeddingRequest
+from config.generation import Embedded, EmbeddingRequest, PrivacyWish
+from gateway.accounts import Principal
+from gateway.books import new_id
+from gateway.endpoint import caller
 from gateway.errors import invalid, unsupported
-from gateway.money import EMBEDDED, Settlement
-from gateway.openai.job import Service, reserve
+from gateway.limits import Meter
+from gateway.money import EMBEDDED, FREE, Settlement
+from gateway.openai.job import Embedding, Service, Size, admission
 from gateway.openai.requests import RiosOptions, check_text, read_body, token_ids
-from gateway.request import identify, json_response, privacy_of
+from gateway.request import json_response, meter_of, privacy_of
 
 _ENDPOINT = "embeddings"
 
@@ -36,30 +40,52 @@ class EmbeddingBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 async def embeddings(request: Request) -> Response:
     """Turn texts into vectors."""
-    service: Service = request.app.state.service
-    principal = await identify(request)
     body = await read_body(request, EmbeddingBody)
+    who, request_id = caller(request).principal, request.scope["state"]["request_id"]
+    meter = meter_of(request)
+    return json_response(
+        await embed(request.app.state.service, who, body, request_id, privacy_of(request), meter=meter)
+    )
+
+
+async def embed(
+    service: Service,
+    principal: Principal,
+    body: EmbeddingBody,
+    request_id: str,
+    privacy: PrivacyWish,
+    *,
+    free: bool = False,
+    batch: bool = False,
+    meter: Meter | None = None,
+) -> dict[str, Any]:
+    """The answer to a request, charged unless it is ``free``; with ``batch`` it lets others go first. Raises
+    RiosError."""
     if body.dimensions is not None:
         raise unsupported("dimensions", "vectors have the model's own number of dimensions")
-    key = principal.key_id or principal.user_id
+    bill = new_id()
     wanted = EmbeddingRequest(
         model=body.model,
         inputs=_inputs(body.input),
-        request_id=request.scope["state"]["request_id"],
+        request_id=request_id,
         route=body.rios.route if body.rios is not None else None,
         user=principal.account_id,
-        privacy=privacy_of(request),
+        privacy=privacy,
+        bill=bill,
     )
-    with service.limits.running(key):
-        prepared = await service.engine.prepare_embeddings(wanted)
-        ticket = await reserve(service, principal, wanted, _ENDPOINT, prepared.prompt_tokens, 0)
+    prices = FREE if free else None
+    order = Embedding(principal=principal, request=wanted, endpoint=_ENDPOINT, prices=prices, meter=meter)
+    prepared = await service.engine.prepare_embeddings(wanted)
+    async with admission(service, order, Size(bill, prepared.prompt_tokens, 0)) as admitted:
         outcome = "failed"
         try:
-            found = await service.engine.embed(prepared)
+            with service.turns.place(principal.user_id, batch=batch) as turn:
+                await turn.come()
+                found = await service.engine.embed(prepared)
             outcome = EMBEDDED
         finally:
             settlement = Settlement(
-                reservation=ticket.reservation,
+                reservation=admitted.ticket.reservation,
                 prompt_tokens=prepared.prompt_tokens,
                 completion_tokens=0,
                 outcome=outcome,
@@ -68,9 +94,9 @@ async def embeddings(request: Request) -> Response:
                 service.metrics.observe_tokens(prepared.prompt_tokens, 0)
                 await service.till.settle(settlement)
             else:
-                service.limits.give_back_tokens(key, prepared.prompt_tokens)
+                admitted.give_back(prepared.prompt_tokens)
                 await service.till.settle_after_cancel(settlement)
-    return json_response(_answer(body, found))
+    return _answer(body, found)
 
 
 def _inputs(given: str | list[str | int | list[int]]) -> tuple[str | tuple[int, ...], ...]:

@@ -9,8 +9,8 @@ retry in another gateway is told to come back; one after a crash generates again
 Invariants:
 1. The end of an answer is told only when answer and charge are durable, in one transaction.
 2. An answer that did not come about costs nothing, and the key is let go.
-3. Bounded: :data:`RUNS_MAX` answers under way, :data:`ANSWER_BYTES_MAX` of one; a longer one ends, is charged as far as
-   it came, and its key says so from then on.
+3. Bounded: :data:`RUNS_MAX` answers under way, :data:`ANSWER_BYTES_MAX` of one. A longer one, or one whose caller may
+   not generate any more, ends, is charged as far as it came, and its key says so from then on.
 """
 
 import logging
@@ -29,12 +29,14 @@ from starlette.types import Receive, Scope, Send
 from config.errors import BusyError, RiosError
 from config.generation import Delta
 from gateway import idempotency
+from gateway.accounts import Principal
 from gateway.errors import ApiError, error_body, internal_error, invalid
 from gateway.idempotency import HEADER, Begun, Wanted
 from gateway.money import Closing, Settlement
-from gateway.openai.choices import Answer, generate, joined, prompt_shares
-from gateway.openai.job import Held, Job, Order, Service, open_jobs
-from gateway.openai.stream import DONE, Shape, Writer, shows
+from gateway.openai.choices import conclude, generate
+from gateway.openai.job import SEEDS, Held, Job, Order, Service, open_jobs
+from gateway.openai.stream import Events, Shape, Writer, whole_body
+from gateway.standing import Hold
 
 _logger = logging.getLogger("rios.gateway")
 
@@ -46,6 +48,9 @@ _STOP_SECONDS = 1.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _REPLAYED = (b"idempotency-replayed", b"true")
 _STREAM, _JSON = "text/event-stream", "application/json"
+_TOO_LONG, _CUT_OFF = 413, 403
+"""Statuses of answers that were ended before their end."""
+_KEEP_SECONDS = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +63,8 @@ class Run:
     ended: bool = False
     complete: bool = False
     replayed: bool = False
+    kept: bool = False
+    """How it ended stands in the database."""
     failure: RiosError | None = None
     changed: trio.Event = field(default_factory=trio.Event)
 
@@ -142,7 +149,7 @@ class Runs:
                 if begun.stored.status == 200:
                     run.finish(begun.stored.body)
                 else:
-                    run.failure = _too_long()
+                    run.failure = _too_long() if begun.stored.status == _TOO_LONG else _cut_off()
             else:
                 await self._generate(service, order, shape, run, begun, streamed)
         except RiosError as error:
@@ -162,19 +169,16 @@ class Runs:
         sampling = replace(order.request.sampling, seed=begun.seed)
         route = begun.route or order.request.route
         request = replace(order.request, sampling=sampling, route=route)  # type: ignore[arg-type]
-        held = replace(order, request=request, held=Held(run.asked.id, begun.holder))
-        kept = False
+        drawn = order.request.sampling.seed is None
+        held = replace(order, request=request, held=Held(run.asked.id, begun.holder), drawn=drawn)
         try:
-            if streamed:
-                await _stream(service, held, shape, run)
-            else:
-                await _whole(service, held, shape, run)
-            kept = True
-        except ApiError as error:
-            kept = error.code == "too_large"  # it was charged and the key says so
-            raise
+            with service.while_allowed(order.principal) as hold:
+                if streamed:
+                    await _stream(service, held, shape, run, hold)
+                else:
+                    await _whole(service, held, shape, run, hold)
         finally:
-            if not kept:
+            if not run.kept:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + _RELEASE_SECONDS):
                     await self._release(service, run.asked.id, begun.holder)
 
@@ -185,24 +189,21 @@ class Runs:
             _logger.error("an idempotency key is not let go yet: %s", error)  # the next request takes it over
 
 
-async def _stream(service: Service, order: Order, shape: Shape, run: Run) -> None:
+async def _stream(service: Service, order: Order, shape: Shape, run: Run, hold: Hold) -> None:
     async with open_jobs(service, order) as jobs:
-        leads = [shape.opening(choice) for choice in range(len(jobs))]
+        events = Events(shape, jobs, order.choices)
 
         async def show(choice: int, delta: Delta) -> None:
-            if shows(delta):
-                lead, leads[choice] = leads[choice], b""
-                run.put(lead + shape.piece(choice, delta))
+            run.put(events.of(choice, delta))
 
-        await _bounded(service, order, jobs, show)
-        ends = [leads[choice] + shape.closing(choice, job.finished) for choice, job in enumerate(jobs)]
-        tail = b"".join(ends) + shape.usage(joined([job.finished for job in jobs])) + DONE
-        await _keep(service, order, _concluded(jobs), b"".join([*run.pieces, tail]), _STREAM)
+        await _bounded(service, order, jobs, show, run, hold)
+        tail = events.tail()
+        await _keep(service, order, run, conclude(jobs, order.choices), b"".join([*run.pieces, tail]), _STREAM)
         run.finish(tail)
 
 
-async def _whole(service: Service, order: Order, shape: Shape, run: Run) -> None:
-    pieces: list[list[Delta]] = [[] for _ in range(order.choices)]
+async def _whole(service: Service, order: Order, shape: Shape, run: Run, hold: Hold) -> None:
+    pieces: list[list[Delta]] = [[] for _ in range(order.answers)]
 
     async def keep(choice: int, delta: Delta) -> None:
         pieces[choice].append(delta)
@@ -211,30 +212,29 @@ async def _whole(service: Service, order: Order, shape: Shape, run: Run) -> None
             raise _too_long()
 
     async with open_jobs(service, order) as jobs:
-        await _bounded(service, order, jobs, keep)
-        answers = [Answer.of(deltas, job.finished) for deltas, job in zip(pieces, jobs, strict=True)]
-        body = msgspec.json.encode(shape.whole(answers, joined([job.finished for job in jobs])))
-        await _keep(service, order, _concluded(jobs), body, _JSON)
+        await _bounded(service, order, jobs, keep, run, hold)
+        body = whole_body(shape, pieces, jobs, order.choices)
+        await _keep(service, order, run, conclude(jobs, order.choices), body, _JSON)
         run.finish(body)
 
 
-async def _bounded(service: Service, order: Order, jobs: list[Job], take: object) -> None:
-    """Generate; an answer that gets too long is charged as far as it came, and its key says so."""
+async def _bounded(service: Service, order: Order, jobs: list[Job], take: object, run: Run, hold: Hold) -> None:
+    """Generate; an answer that gets too long, or is ended, is charged as far as it came, and its key says so."""
     try:
         await generate(jobs, take)  # type: ignore[arg-type]
-    except ApiError as error:
-        if error.code == "too_large":
-            await _keep(service, order, [job.stop() for job in jobs], error_body(error), _JSON, status=413)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        hold.over = True  # from here on it is complete: kept, and charged in full
+    except BaseException as error:
+        too_long = isinstance(error, ApiError) and error.code == "too_large"
+        if too_long or hold.refusal is not None:
+            status = _TOO_LONG if too_long else _CUT_OFF
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _KEEP_SECONDS):
+                await _keep(service, order, run, [job.stop() for job in jobs], b"", _JSON, status=status)
         raise
 
 
-def _concluded(jobs: list[Job]) -> list[Settlement]:
-    shares = prompt_shares([job.finished for job in jobs])
-    return [job.conclude(tokens) for job, tokens in zip(jobs, shares, strict=True)]
-
-
 async def _keep(
-    service: Service, order: Order, settlements: list[Settlement], body: bytes, kind: str, status: int = 200
+    service: Service, order: Order, run: Run, settlements: list[Settlement], body: bytes, kind: str, status: int = 200
 ) -> None:
     """Charge and keep an answer, durably."""
     assert order.held is not None
@@ -247,6 +247,7 @@ async def _keep(
         answer=await _compressed(body),
     )
     await service.till.finish(closing)
+    run.kept = True
 
 
 async def _compressed(body: bytes) -> bytes:
@@ -257,7 +258,7 @@ async def _compressed(body: bytes) -> bytes:
 
 def _seed(order: Order) -> int:
     asked = order.request.sampling.seed
-    return secrets.randbits(63) if asked is None else asked
+    return secrets.randbelow(SEEDS) if asked is None else asked
 
 
 def _too_long() -> ApiError:
@@ -265,6 +266,11 @@ def _too_long() -> ApiError:
     return ApiError(
         "too_large", f"the answer is longer than the {most} kept under an idempotency key", "lower max_tokens"
     )
+
+
+def _cut_off() -> ApiError:
+    text = "the answer under this idempotency key was ended: its API key, session or user had ended"
+    return ApiError("forbidden", text, "ask again with a new idempotency key")
 
 
 # --- following one
@@ -288,9 +294,10 @@ async def keyed_answer(
     asked = idempotency.wanted(order.principal.account_id, key, order.endpoint, data, order.request.privacy)
     run = service.runs.join(service, order, shape, asked, streamed=streamed)
     if streamed:
-        return _Follower(run)
-    async for _ in run.follow():
-        pass
+        return _Follower(service, order.principal, run)
+    with service.while_allowed(order.principal):
+        async for _ in run.follow():
+            pass
     if run.failure is not None:
         raise run.failure
     headers = {_REPLAYED[0].decode(): _REPLAYED[1].decode()} if run.replayed else None
@@ -300,22 +307,31 @@ async def keyed_answer(
 class _Follower(Response):
     """Sends a streamed answer from its beginning, to whoever joins it."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, service: Service, who: Principal, run: Run) -> None:
+        self._service, self._who, self._run = service, who, run
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Raises RiosError if the generation fails before anything was sent."""
-        writer, run = Writer(send), self._run
+        writer = Writer(send)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.keep_alive)
-            async for data in run.follow():
-                if run.replayed:
-                    writer.headers = (*writer.headers, _REPLAYED)
-                await writer.write(data)
+            failure = await self._follow(writer)
             nursery.cancel_scope.cancel()
-        if run.failure is None:
+        if failure is None:
             await writer.end(b"")
         elif writer.started:
-            await writer.end(b"data: " + error_body(run.failure) + b"\n\n")
+            await writer.end(b"data: " + error_body(failure) + b"\n\n")
         else:
-            raise run.failure
+            raise failure
+
+    async def _follow(self, writer: Writer) -> RiosError | None:
+        """How it failed, if it did; also for this client alone, who may not listen any more."""
+        try:
+            with self._service.while_allowed(self._who):
+                async for data in self._run.follow():
+                    if self._run.replayed:
+                        writer.headers = (*writer.headers, _REPLAYED)
+                    await writer.write(data)
+        except ApiError as refusal:
+            return refusal
+        return self._run.failure

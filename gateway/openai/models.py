@@ -5,21 +5,47 @@ A model is listed under its name, or under its id where two models share a name;
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from config.generation import ModelInfo
 from gateway.errors import ApiError
 from gateway.openai.job import Service
-from gateway.request import identify, json_response
+from gateway.request import json_response
+
+
+class ModelDetails(msgspec.Struct, kw_only=True):
+    """What RiOS adds. ``reason``: why it is not ready."""
+
+    model_id: str
+    context_tokens: int
+    ready: bool
+    reason: str
+
+
+class ModelObject(msgspec.Struct, kw_only=True):
+    """A model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    rios: ModelDetails
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    """All of them: there are no pages."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
 
 
 async def list_models(request: Request) -> Response:
     """All models."""
     service: Service = request.app.state.service
-    await identify(request)
     models = service.engine.models()
     return json_response({"object": "list", "data": [_entry(name, info) for name, info in public_models(models)]})
 
@@ -27,7 +53,6 @@ async def list_models(request: Request) -> Response:
 async def retrieve_model(request: Request) -> Response:
     """One model. Raises ApiError ``not_found``."""
     service: Service = request.app.state.service
-    await identify(request)
     wanted = request.path_params["model"]
     for name, info in public_models(service.engine.models()):
         if wanted in (name, info.id):

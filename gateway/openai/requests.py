@@ -6,6 +6,7 @@ parameter is refused by name.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +15,7 @@ import trio
 from msgspec import Meta
 from starlette.requests import Request
 
-from config.generation import GenerationRequest, Message, PrivacyWish, RouteWish, Sampling
+from config.generation import GenerationRequest, Message, PrivacyWish, Prompt, RouteWish, Sampling
 from gateway.errors import ApiError, invalid, unsupported
 from gateway.openai.constraints import StructuredOutputs, constraint_of
 from gateway.openai.tools import check_results, message_calls, tool_use
@@ -145,12 +146,18 @@ _FIELD = re.compile(r"(?:missing required|unknown) field `(?P<field>[^`]*)`")
 
 async def read_body(request: Request, kind: type[B]) -> B:
     """The request's JSON body, checked. Raises ApiError that names the parameter."""
+    return decode(await read_bytes(request), kind)
+
+
+async def read_bytes(request: Request) -> bytes:
+    """The request's body as it came. Raises ApiError if it takes too long."""
     with trio.move_on_after(_BODY_SECONDS):
-        return _decode(await request.body(), kind)
+        return await request.body()
     raise ApiError("invalid_request", f"the body did not arrive within {_BODY_SECONDS:.0f} s", status=408)
 
 
-def _decode(data: bytes, kind: type[B]) -> B:
+def decode(data: bytes, kind: type[B]) -> B:
+    """A JSON body, checked. Raises ApiError that names the parameter."""
     try:
         body = msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
@@ -208,11 +215,10 @@ def chat_request(body: ChatBody, request_id: str, privacy: PrivacyWish = "") -> 
     )
 
 
-def completion_request(body: CompletionBody, request_id: str, privacy: PrivacyWish = "") -> GenerationRequest:
-    """A completion request for the engine."""
-    prompt = _prompt(body.prompt)
-    if body.echo and not isinstance(prompt, str):
-        raise invalid("echo", "echo needs a prompt that is text, not token ids")
+def completion_request(
+    body: CompletionBody, prompts: Sequence[Prompt], request_id: str, privacy: PrivacyWish = ""
+) -> GenerationRequest:
+    """A completion request for the engine, with the first of the prompts."""
     logprobs = _completion_logprobs(body)
     best_of, n = body.best_of or body.n or 1, body.n or 1
     if not n <= best_of <= CHOICES_MAX:
@@ -222,11 +228,17 @@ def completion_request(body: CompletionBody, request_id: str, privacy: PrivacyWi
     if best_of > n and logprobs is None:
         logprobs = 0  # the answers are compared by them
     sampling = _sampling(body, body.max_tokens or _COMPLETION_MAX_TOKENS, logprobs)
-    if body.echo and body.logprobs is not None and body.logprobs is not False:
+    told = body.logprobs is not None and body.logprobs is not False
+    if body.echo and (
+        told or not all(isinstance(prompt, str) for prompt in prompts)
+    ):  # one of token ids is spelled by those who tell of it
         sampling = replace(sampling, prompt_logprobs=True)
+    if body.echo and told and body.max_tokens == 1:
+        # harnesses score a prompt so and leave out the last place: a model that would stop there says something
+        sampling = replace(sampling, min_tokens=1)
     return GenerationRequest(
         model=body.model,
-        prompt=prompt,
+        prompt=prompts[0],
         sampling=sampling,
         request_id=request_id,
         route=_route(body),
@@ -274,16 +286,19 @@ def _content(where: str, content: object) -> str:
     return "".join(texts)
 
 
-def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        return check_text("prompt", prompt)
-    if not prompt:
-        raise invalid("prompt", "prompt is empty")
-    if not all(isinstance(token, int) for token in prompt):
-        raise unsupported("prompt", "it takes one prompt per request")
-    return token_ids("prompt", prompt)
+def prompts_of(body: CompletionBody) -> list[Prompt]:
+    """One or more: texts, or lists of token ids. Raises ApiError."""
+    given = body.prompt
+    if isinstance(given, str):
+        return [check_text("prompt", given)]
+    if not given or [] in given:
+        raise invalid("prompt", "a prompt is empty")
+    if all(isinstance(token, int) for token in given):
+        return [token_ids("prompt", given)]
+    return [
+        check_text("prompt", one) if isinstance(one, str) else token_ids(f"prompt[{place}]", one)
+        for place, one in enumerate(given)
+    ]
 
 
 def token_ids(where: str, given: object) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ the first byte a failure is an ordinary error answer, after it a ``data: {"error
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
@@ -17,14 +18,16 @@ from config.errors import RiosError
 from config.generation import Delta, Finished
 from gateway.errors import error_body, internal_error
 from gateway.openai.choices import Answer, joined, run_jobs
-from gateway.openai.job import Order, Service, open_jobs
+from gateway.openai.job import Job, Order, Service, open_jobs
+from gateway.openai.remembered import HEADER, Memory
 
 _logger = logging.getLogger("rios.gateway")
 
 KEEP_ALIVE_SECONDS = 10.0
+EVENTS = "text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
 _HEADERS: tuple[tuple[bytes, bytes], ...] = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"content-type", EVENTS.encode()),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
@@ -49,24 +52,39 @@ class Shape(Protocol):
         """The body of a reply that is not streamed."""
 
 
-async def whole_answer(service: Service, order: Order, shape: Shape) -> Response:
+async def whole_answer(service: Service, order: Order, shape: Shape, memory: Memory | None = None) -> Response:
     """Generate to the end and answer once."""
-    pieces: list[list[Delta]] = [[] for _ in range(order.choices)]
+    with service.while_allowed(order.principal):
+        return await _whole_answer(service, replace(order, whole=True), shape, memory)
+
+
+async def _whole_answer(service: Service, order: Order, shape: Shape, memory: Memory | None) -> Response:
+    pieces: list[list[Delta]] = [[] for _ in range(order.answers)]
 
     async def keep(choice: int, delta: Delta) -> None:
         pieces[choice].append(delta)
 
     async with open_jobs(service, order) as jobs:
-        await run_jobs(jobs, keep)
-        answers = [Answer.of(deltas, job.finished) for deltas, job in zip(pieces, jobs, strict=True)]
-        body = msgspec.json.encode(shape.whole(answers, joined([job.finished for job in jobs])))
-    return Response(body, media_type="application/json")
+        await run_jobs(service.till, jobs, order.choices, keep)
+        body = whole_body(shape, pieces, jobs, order.choices)
+    headers = {}
+    if memory is not None:
+        memory.keep(body, "application/json", [job.finished for job in jobs])
+        headers[HEADER] = "miss"
+    return Response(body, headers=headers, media_type="application/json")
+
+
+def whole_body(shape: Shape, pieces: Sequence[Sequence[Delta]], jobs: Sequence[Job], each: int) -> bytes:
+    """The reply of finished jobs, ``each`` to a prompt, and what they said."""
+    answers = [Answer.of(deltas, job.finished) for deltas, job in zip(pieces, jobs, strict=True)]
+    return msgspec.json.encode(shape.whole(answers, joined([job.finished for job in jobs], each)))
 
 
 class EventStream(Response):
     """Generate and send each piece at once."""
 
-    def __init__(self, service: Service, order: Order, shape: Shape) -> None:
+    def __init__(self, service: Service, order: Order, shape: Shape, memory: Memory | None = None) -> None:
+        self._memory = memory
         self._service = service
         self._order = order
         self._shape = shape
@@ -74,45 +92,69 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Raises RiosError if the generation fails before anything was sent."""
         writer = Writer(send)
+        if self._memory is not None:
+            writer.headers = (*writer.headers, (HEADER.encode(), b"miss"))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.keep_alive)
-            failure = await self._run(writer)
+            end = await self._end(writer)
             nursery.cancel_scope.cancel()
-        if failure is None:
-            return
-        if not writer.started:
-            raise failure
-        await writer.end(b"data: " + error_body(failure) + b"\n\n")
+        if isinstance(end, RiosError):
+            if not writer.started:
+                raise end
+            end = b"data: " + error_body(end) + b"\n\n"
+        await writer.end(end)
 
-    async def _run(self, writer: "Writer") -> RiosError | None:
-        """The stream up to its end, or what went wrong."""
-        shape = self._shape
+    async def _end(self, writer: "Writer") -> bytes | RiosError:
+        """The stream but for its end: that, or what went wrong."""
         try:
-            async with open_jobs(self._service, self._order) as jobs:
-                leads = [shape.opening(choice) for choice in range(len(jobs))]
-
-                async def show(choice: int, delta: Delta) -> None:
-                    if shows(delta):
-                        lead, leads[choice] = leads[choice], b""
-                        await writer.write(lead + shape.piece(choice, delta))
-                        jobs[choice].mark_delivered()
-
-                await run_jobs(jobs, show)
-                ends = [leads[choice] + shape.closing(choice, job.finished) for choice, job in enumerate(jobs)]
-                tail = b"".join(ends) + shape.usage(joined([job.finished for job in jobs])) + DONE
-            await writer.end(tail)
+            with self._service.while_allowed(self._order.principal):
+                return await self._run(writer)
         except RiosError as error:
             return error
         except Exception:
             request_id = self._order.request.request_id
             _logger.exception("request %s failed", request_id)
             return internal_error(request_id)
-        return None
+
+    async def _run(self, writer: "Writer") -> bytes:
+        memory, each = self._memory, self._order.choices
+        said: list[bytes] = []
+        async with open_jobs(self._service, self._order) as jobs:
+            events = Events(self._shape, jobs, each)
+
+            async def show(choice: int, delta: Delta) -> None:
+                if piece := events.of(choice, delta):
+                    if memory is not None:
+                        said.append(piece)
+                    await writer.write(piece)
+                    jobs[choice].mark_delivered()
+
+            await run_jobs(self._service.till, jobs, each, show)
+            tail = events.tail()
+        if memory is not None:
+            memory.keep(b"".join([*said, tail]), EVENTS, [job.finished for job in jobs])
+        return tail
 
 
-def shows(delta: Delta) -> bool:
-    """Whether a piece has something that a client sees."""
-    return bool(delta.text or delta.logprobs or delta.tool_calls or delta.reasoning or delta.prompt_logprobs)
+class Events:
+    """What a stream says of jobs, ``each`` to a prompt; owns that an answer's opening comes before all else of it."""
+
+    def __init__(self, shape: Shape, jobs: Sequence[Job], each: int) -> None:
+        self._shape, self._jobs, self._each = shape, jobs, each
+        self._leads = [shape.opening(choice) for choice in range(len(jobs))]
+
+    def of(self, choice: int, delta: Delta) -> bytes:
+        """A piece; empty if there is nothing in it that a client sees."""
+        if not (delta.text or delta.logprobs or delta.tool_calls or delta.reasoning or delta.prompt_logprobs):
+            return b""
+        lead, self._leads[choice] = self._leads[choice], b""
+        return lead + self._shape.piece(choice, delta)
+
+    def tail(self) -> bytes:
+        """All that comes when the jobs have finished."""
+        parts = [job.finished for job in self._jobs]
+        ends = [self._leads[choice] + self._shape.closing(choice, part) for choice, part in enumerate(parts)]
+        return b"".join(ends) + self._shape.usage(joined(parts, self._each)) + DONE
 
 
 class Writer:

@@ -224,6 +224,11 @@ class PayerChannel:
         """Microcredits of the newest voucher."""
         return self.voucher.cumulative if self.voucher else 0
 
+    @property
+    def counted_there(self) -> int:
+        """Microcredits that the worker may count: what is in doubt included. To be kept as ``receipt_cumulative``."""
+        return max(self.receipt_cumulative, (self.nano + self.doubt_nano) // NANO)
+
     def used(self, quote: Price, kflop: int) -> None:
         """Count a call whose answer arrived."""
         nano = kflop * quote.microcredits_per_tflop
@@ -291,14 +296,12 @@ class PayerChannel:
         """
         assert not self.excess(receipt)
         step = max(0, receipt.cumulative - self.receipt_cumulative)
-        if receipt.cumulative * NANO > self.nano:
-            before, self.doubt_nano = self.doubt_nano, receipt.cumulative * NANO - self.nano
-            grown = max(0, self.doubt_nano - before)
-            self.lost_nano = max(0, self.lost_nano - grown)
-            # used up bit by bit: a receipt from before the restart may come first and show only a part of what is lost
-            self.allowance_nano = max(0, self.allowance_nano - grown)
-        else:
-            self.doubt_nano = 0
+        # never less again: answers that came after the receipt was written hide the gap, they do not close it
+        grown = max(0, receipt.cumulative * NANO - self.nano - self.doubt_nano)
+        self.doubt_nano += grown
+        self.lost_nano = max(0, self.lost_nano - grown)
+        # used up bit by bit: a receipt from before the restart may come first and show only a part of what is lost
+        self.allowance_nano = max(0, self.allowance_nano - grown)
         self.receipt_n = max(self.receipt_n, receipt.n)
         self.receipt_cumulative = max(self.receipt_cumulative, receipt.cumulative)
         target = receipt.cumulative - self.lag
@@ -315,5 +318,7 @@ class PayerChannel:
             self.receipt_n = max(self.receipt_n, voucher.n)
 
     def resume(self, credit: int) -> None:
-        """After a restart: up to ``credit`` microcredits of calls may be missing from the own count, once."""
+        """After a restart: up to ``credit`` microcredits of calls may be missing from the own count, once, and what
+        was in doubt before still is."""
         self.allowance_nano = credit * NANO
+        self.doubt_nano = max(0, self.receipt_cumulative * NANO - self.nano)

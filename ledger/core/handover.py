@@ -191,18 +191,27 @@ class Inheritance:
 
     # transitions
 
-    def receive(self, signed: Signed) -> bytes | None:
-        """Take a handover: who handed over, None if it is known. The caller persists it.
+    def author_of(self, signed: Signed) -> bytes | None:
+        """Who handed over; None if it is known. The caller persists it before :meth:`receive`.
 
         Raises :class:`config.errors.IntegrityError` for a wrong one.
         """
-        body = open_handover(self._state, signed)
-        if body.epoch != self.old.epoch:
-            raise RuleError("epoch", f"a handover of epoch {body.epoch} where {self.old.epoch} is due")
+        body = self._open(signed)
+        return body.witness if body.witness not in self.received else None
+
+    def receive(self, signed: Signed) -> bytes | None:
+        """Take a handover: who handed over, None if it is known. Raises as :meth:`author_of`."""
+        body = self._open(signed)
         if body.witness in self.received:
             return None
         self._arriving[body.witness] = Arriving(self._state, body)
         return body.witness
+
+    def _open(self, signed: Signed) -> Handover:
+        body = open_handover(self._state, signed)
+        if body.epoch != self.old.epoch:
+            raise RuleError("epoch", f"a handover of epoch {body.epoch} where {self.old.epoch} is due")
+        return body
 
     def settle(self, checks: int | None = None) -> bool:
         """Count what has reached its frontier since; whether anything changed.

@@ -40,9 +40,11 @@ class Proof:
 class Answers:
     """The answers of one channel as its payer knows them."""
 
-    __slots__ = ("_arrived", "_proved", "_watched")
+    __slots__ = ("_arrived", "_last", "_proved", "_watched")
 
     def __init__(self) -> None:
+        self._last: list[bytes] = []
+        """The answers under the newest receipt: if its voucher was lost, the next one begins with them again."""
         self._arrived: dict[bytes, int] = {}
         self._watched: dict[bytes, None] = {}
         self._proved: dict[bytes, Proof] = {}
@@ -68,12 +70,18 @@ class Answers:
         self._watched.pop(leaf, None)
         self._proved.pop(leaf, None)
 
-    def foreign(self, leaves: Sequence[bytes]) -> int:
+    def foreign(self, leaves: list[bytes]) -> int:
         """How many of these never came, if they are most of many; else 0: a few are answers that were given up."""
-        unknown = sum(max(0, count - self._arrived.get(leaf, 0)) for leaf, count in Counter(leaves).items())
-        return unknown if len(leaves) >= FOREIGN_FROM and unknown * 2 > len(leaves) else 0
+        fresh = self._fresh(leaves)
+        unknown = sum(max(0, count - self._arrived.get(leaf, 0)) for leaf, count in Counter(fresh).items())
+        return unknown if len(fresh) >= FOREIGN_FROM and unknown * 2 > len(fresh) else 0
 
-    def check(self, receipt: Receipt, leaves: Sequence[bytes], *, all_known: bool = True) -> None:
+    def _fresh(self, leaves: list[bytes]) -> list[bytes]:
+        """Those that the receipt before did not cover."""
+        count = len(self._last)
+        return leaves[count:] if leaves[:count] == self._last else leaves
+
+    def check(self, receipt: Receipt, leaves: list[bytes], *, all_known: bool = True) -> None:
         """Raise RuleError ``use_root`` or ``leaves`` if a receipt is not over these leaves, or (where ``all_known``)
         most of them are not answers that arrived."""
         if merkle.root_of(leaves) != receipt.use_root:
@@ -81,7 +89,7 @@ class Answers:
         if all_known and (unknown := self.foreign(leaves)):
             raise RuleError("leaves", f"of {len(leaves)} answers under the receipt {unknown} never came")
 
-    def covered(self, signed: Signed, leaves: Sequence[bytes]) -> None:
+    def covered(self, signed: Signed, leaves: list[bytes]) -> None:
         """A checked receipt covers these answers: they are done with; the watched ones can be proved from now on."""
         wanted = [index for index, leaf in enumerate(leaves) if leaf in self._watched]
         levels = merkle.build(leaves) if wanted else []
@@ -92,7 +100,8 @@ class Answers:
             self._proved[leaf] = Proof(signed.body, signed.signature, index, path)
             if len(self._proved) > PROVED_MAX:
                 del self._proved[next(iter(self._proved))]
-        for leaf, count in Counter(leaves).items():
+        fresh, self._last = self._fresh(leaves), leaves
+        for leaf, count in Counter(fresh).items():
             left = self._arrived.pop(leaf, 0) - count
             if left > 0:
                 self._arrived[leaf] = left

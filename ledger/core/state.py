@@ -229,7 +229,8 @@ class State:
             self._check_claim(channel, key, item, claim)
         except RuleError as error:
             self.waiting_claims.pop(key, None)
-            self.broken[item.id] = error.message
+            if error.rule != "signature":  # which no vote is about: somebody put another one under a final claim
+                self.broken[item.id] = error.message
             return []
         # a final claim stands for every lower one: what the lock holds is paid before the top-up for the rest comes,
         # which may need just that money

@@ -2,7 +2,7 @@
 
 Owns what a witness has promised. ``consider_*`` decides and remembers; :meth:`Witness.seal` turns what was decided
 into one signed batch. The caller persists every effect (:class:`Batch`, :class:`FrozenChannel`, :class:`HandedOver`,
-vouchers of :meth:`take_shown`, handovers that :meth:`receive` took) durably (synchronous FULL) *before* it sends
+vouchers of :meth:`take_shown`, handovers before :meth:`receive`) durably (synchronous FULL) *before* it sends
 anything of it, and hands everything persisted back to :meth:`restore_*` after a restart.
 
 Life: ``collecting`` (epochs after the first) -> ``voting`` once ready -> ``stopped`` when the state knows the next
@@ -16,7 +16,7 @@ Invariants (numbers of LEDGER.md, "Witness rules"):
 7, 8. A slot or channel that the old committee may have decided is decided no other way. 9. Restored: silent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ledger.core import merkle
@@ -159,7 +159,9 @@ class Witness:
         slot = (entry.account, entry.seq)
         voted = self._voted.get(slot)
         if voted is not None and voted.id == item.id:
-            self._queue(item)
+            if voted.signed != item.signed:  # an id covers the body only: anybody may send it with another signature
+                check_entry_signature(item, entry)
+            self._queue(voted)
             return
         if voted is None:
             state = self._state
@@ -268,6 +270,11 @@ class Witness:
         unsaved, self._unsaved = self._unsaved, {}
         return list(unsaved.values())
 
+    def put_back(self, shown: Iterable[Shown]) -> None:
+        """They could not be persisted: :meth:`take_shown` gives them out again."""
+        for each in shown:
+            self._unsaved.setdefault(each.voucher.channel, each)
+
     def freeze(self, key: bytes, now_ms: int) -> FrozenChannel:
         """Freeze an expired channel at the highest voucher known; the same freeze again if it was frozen before."""
         done = self._frozen.get(key)
@@ -346,14 +353,19 @@ class Witness:
 
     # the epoch's end and beginning
 
-    def receive(self, signed: Signed) -> bytes | None:
-        """Take a handover of the epoch before: whose, if it was new (then persist it, and :meth:`advance`).
+    def author_of(self, signed: Signed) -> bytes | None:
+        """Whose handover of the epoch before this is, if it is new and still of use: persist it, then :meth:`receive`.
 
         Raises :class:`config.errors.IntegrityError` for a wrong one.
         """
         if self.inheritance is None or not self._is_collecting():
             return None
-        return self.inheritance.receive(signed)
+        return self.inheritance.author_of(signed)
+
+    def receive(self, signed: Signed) -> None:
+        """Take a handover that is durable; then :meth:`advance`. Raises as :meth:`author_of`."""
+        if self.inheritance is not None and self._is_collecting():
+            self.inheritance.receive(signed)
 
     @property
     def is_weighing(self) -> bool:

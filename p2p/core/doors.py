@@ -29,6 +29,13 @@ GRACE_S = 2.0
 """An undecided handshake younger than this is not ousted: an honest one over a bad link needs that long."""
 STRICT_PER_MINUTE = 12
 """Handshakes a minute that a place in disgrace still gets: a flooder's neighbours come in through these."""
+SHAKES_PER_SECOND, SHAKES_BURST = 20.0, 16.0
+"""Handshakes of one address that begin; a lane's counts as 1. Those above are not refused but wait for their turn: who
+wants many at once takes a share of this node's time, not all of it."""
+SHAKE_WAIT_S_MAX = 3.0
+"""Longer than that nobody waits for his turn but is refused: the other side gives up after five seconds."""
+SHARED = frozenset(("connections_per_second", "undecided"))
+"""Limits that are nobody's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,17 +96,20 @@ class Party:
 class Source(Party):
     """An address or a subnet: also counts arrivals."""
 
-    __slots__ = ("entered", "strict_rate")
+    __slots__ = ("entered", "shakes", "strict_rate")
 
     def __init__(self, whom: str, key: str, times: int, limits: Limits) -> None:
         super().__init__(whom, key, times, limits)
         per_minute = limits.connections_per_minute * times / ADDRESS_TIMES
         self.entered = _bucket(per_minute / 60, 30)
         self.strict_rate = Bucket(STRICT_PER_MINUTE / 60, 4)
+        self.shakes = Bucket(SHAKES_PER_SECOND, SHAKES_BURST)
 
     def idle(self, now: float) -> bool:
         """Whether forgetting it changes nothing."""
-        return super().idle(now) and (self.entered is None or self.entered.idle(now)) and self.strict_rate.idle(now)
+        return super().idle(now) and all(
+            b is None or b.idle(now) for b in (self.entered, self.strict_rate, self.shakes)
+        )
 
 
 class Entry:
@@ -191,6 +201,22 @@ class Doors:
             party.open += 1
         self.open += 1
         return None
+
+    def begin(self, entry: Entry, cost: float, now: float) -> float | Refusal:
+        """Its handshake can begin: in how many seconds it may; its grace begins then. See :meth:`give_back`."""
+        if not entry.sources:
+            return 0.0
+        address = entry.sources[0]
+        wait_s = address.shakes.spend(cost, now)
+        if wait_s > SHAKE_WAIT_S_MAX:
+            self.give_back(entry, cost, now)
+            return Refusal("handshakes_per_address", f"{address.key} has too many handshakes to wait for")
+        entry.at = now + wait_s
+        return wait_s
+
+    def give_back(self, entry: Entry, cost: float, now: float) -> None:
+        """It left before its turn: those that come need not wait for it."""
+        entry.sources[0].shakes.spend(-cost, now)
 
     def leave(self, entry: Entry) -> None:
         """It is closed, however far it came."""
@@ -342,8 +368,7 @@ def _parties(entry: Entry) -> tuple[Party, ...]:
 
 
 def _oldest(arrivals: dict[Entry, None], now: float) -> Entry | None:
-    entry = next(iter(arrivals), None)
-    return entry if entry is not None and now - entry.at >= GRACE_S else None
+    return next((entry for entry in arrivals if now - entry.at >= GRACE_S), None)
 
 
 def _bucket(rate: float, burst_seconds: float) -> Bucket | None:

@@ -87,7 +87,6 @@ class Standing:
         self._bans_max = bans_max
         self._records: dict[str, _Record] = {}
         self.bans: dict[str, Ban] = {}
-        self.trusted: set[str] = set()
 
     # -- scores
 
@@ -101,8 +100,7 @@ class Standing:
             weight = max(0.0, min(weight, SOFT_MAX - record.demerits))
         record.demerits += weight
         record.worst = fault
-        if record.demerits < BAN_AT or subject in self.trusted:
-            record.demerits = min(record.demerits, BAN_AT)
+        if record.demerits < BAN_AT:
             return None
         record.demerits = BAN_AT / 2  # half a chance when it comes back
         record.tenure_ms = 0
@@ -151,7 +149,6 @@ class Standing:
 
     def ban(self, subject: str, span_ms: int, reason: str, now_ms: int) -> Ban:
         """The operator shuts a subject out."""
-        self.trusted.discard(subject)
         known = self.bans.get(subject)
         until_ms = now_ms + span_ms
         return self._put(subject, Ban(until_ms, reason, known.count if known else 0, True), now_ms)

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,43 @@ P2P = (
 )
 HTTP = ("slow_head", "slow_body", "silent", "huge_length", "huge_chunk", "huge_head")
 HTTP_WITH_KEY = ("half_body", "slow_chunks", "gzip_bomb", "deep_json", "never_read")
+SPIN = "print('begin', flush=True)\nwhile True: pass"
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of all nodes: on a core in user and kernel mode, ready but waiting for one; and of the attackers."""
+
+    user_s: float
+    system_s: float
+    waited_s: float
+    attackers_s: float = 0.0
+
+    def __sub__(self, before: "Spent") -> "Spent":
+        return Spent(self.user_s - before.user_s, self.system_s - before.system_s, self.waited_s - before.waited_s)
+
+    def per_answer(self, answers: int, seconds: float) -> dict[str, float]:
+        """Milliseconds for each answer; of the attackers, the share of one core that they had."""
+        each = {"user": self.user_s, "system": self.system_s, "waited": self.waited_s}
+        told = {f"nodes_{what}_ms": round(1000 * spent / answers) for what, spent in each.items()}
+        return {**told, "attackers_cores": round(self.attackers_s / seconds, 2)}
+
+
+def _waited_s(pid: int) -> float:
+    """How long a process' threads were ready to run and did not, where the kernel tells."""
+    total = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError):
+            total += int(path.read_text().split()[1])
+    return total / 1e9
+
+
+def _cpu_s(processes: list[subprocess.Popen[bytes]]) -> float:
+    total = 0.0
+    for process in processes:
+        with suppress(psutil.Error):
+            total += sum(psutil.Process(process.pid).cpu_times()[:2])
+    return total
 
 
 class Besieged:
@@ -50,7 +88,7 @@ class Besieged:
         self.stretch_s = stretch_s
         self.quiet: list[float] = []
         self.attacked: list[float] = []
-        self.attacks: list[str] = []
+        self.sieges: list[dict[str, object]] = []
         self.size_before = self.sizes()
         self.growth_bytes = 0
         self._kinds = itertools.cycle(self._all_attacks())
@@ -90,13 +128,39 @@ class Besieged:
     def siege(self) -> None:
         """One stretch under attack by five peers at once."""
         chosen = [next(self._kinds) for _ in range(HOSTILE_PEERS)]
-        self.attacks += [name for name, _ in chosen]
-        attackers = [self._attacker(command) for _, command in chosen]
+        seconds: list[float] = []
+        spent = self.under([command for _, command in chosen], seconds)
+        self.attacked += seconds
+        self.sieges.append({"attacks": [name for name, _ in chosen], **told(seconds, spent)})
+
+    def each_attack(self, only: str = "") -> dict[str, dict[str, float]]:
+        """Five peers with the same attack, for each whose name contains ``only``: what honest answers took, and what
+        each cost the nodes (:class:`Spent`). ``none``: no attack; ``spin``: five processes that only burn CPU time,
+        which is what sharing a machine with attackers costs by itself."""
+        found = {}
+        for name, command in [("none", []), ("spin", ["-c", SPIN]), *self._all_attacks()]:
+            if name in ("none", "spin") or only in name:
+                seconds: list[float] = []
+                spent = self.under([command] * HOSTILE_PEERS if command else [], seconds)
+                found[name] = told(seconds, spent)
+        return found
+
+    def _spent(self) -> Spent:
+        nodes = [node.process.pid for node in self.rig.swarm.nodes if node.process]
+        times = [psutil.Process(pid).cpu_times() for pid in nodes]
+        waits = [_waited_s(pid) for pid in nodes]
+        return Spent(sum(each.user for each in times), sum(each.system for each in times), sum(waits))
+
+    def under(self, commands: list[list[str]], seconds: list[float]) -> Spent:
+        """Honest questions for one stretch while these attack."""
+        attackers = [self._attacker(command) for command in commands]
         try:
             for attacker in attackers:
                 assert attacker.stdout is not None
                 assert attacker.stdout.readline() == b"begin\n"
-            self.ask_for(self.attacked)
+            before, own_before = self._spent(), _cpu_s(attackers)
+            self.ask_for(seconds)
+            return replace(self._spent() - before, attackers_s=_cpu_s(attackers) - own_before)
         finally:
             for attacker in attackers:
                 attacker.kill()
@@ -112,7 +176,7 @@ class Besieged:
             "attacked_p50_s": round(sorted(self.attacked)[len(self.attacked) // 2], 4),
             "attacked_p99_s": round(p99(self.attacked), 4),
             "answers": [len(self.quiet), len(self.attacked)],
-            "attacks": self.attacks,
+            "sieges": self.sieges,
         }
 
     def _attacker(self, command: list[str]) -> subprocess.Popen[bytes]:
@@ -136,6 +200,13 @@ def p99(seconds: list[float]) -> float:
     return sorted(seconds)[min(len(seconds) - 1, int(0.99 * len(seconds)))]
 
 
+def told(seconds: list[float], spent: Spent) -> dict[str, float]:
+    """Of one stretch: answers a second, their times in milliseconds, what each cost."""
+    p50 = sorted(seconds)[len(seconds) // 2]
+    times = {"p50_ms": round(1000 * p50), "p99_ms": round(1000 * p99(seconds))}
+    return {"per_s": round(len(seconds) / sum(seconds), 1), **times, **spent.per_answer(len(seconds), sum(seconds))}
+
+
 def stretches(count: int) -> Iterator[bool]:
     """Whether the next stretch is a quiet one; quiet ones begin and end it."""
     for _ in range(count):
@@ -143,8 +214,11 @@ def stretches(count: int) -> Iterator[bool]:
     yield True
 
 
-def measure(count: int = STRETCHES, seconds: float = STRETCH_SECONDS, keep: str = "") -> dict[str, Any]:
-    """The ratios, their bounds and the figures behind them, of ``count`` stretches under attack and as many without."""
+def measure(
+    count: int = STRETCHES, seconds: float = STRETCH_SECONDS, keep: str = "", *, each: str | None = None
+) -> dict[str, Any]:
+    """The ratios, their bounds and the figures behind them, of ``count`` stretches under attack and as many without;
+    ``each``: also what every attack with this in its name costs by itself."""
     with (
         nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder,
         swarm_of(Path(folder), settings={"p2p.loopback_limits": True}) as rig,
@@ -156,12 +230,15 @@ def measure(count: int = STRETCHES, seconds: float = STRETCH_SECONDS, keep: str 
             else:
                 besieged.siege()
         print(f"# {besieged.figures()}", file=sys.stderr)
+        figures = besieged.figures()
+        if each is not None:
+            figures["each_attack"] = besieged.each_attack(each)
         rig.check_money()
     ratios = {
         "flood_memory_mb": round(besieged.growth_bytes / 1e6, 1),
         "flood_p99_ratio": round(p99(besieged.attacked) / p99(besieged.quiet), 2),
     }
-    return {"ratios": ratios, "bounds": BOUNDS, "figures": besieged.figures()}
+    return {"ratios": ratios, "bounds": BOUNDS, "figures": figures}
 
 
 def main() -> None:
@@ -170,8 +247,10 @@ def main() -> None:
     parser.add_argument("--stretches", type=int, default=STRETCHES, help="with an attack, and as many without")
     parser.add_argument("--seconds", type=float, default=STRETCH_SECONDS, help="of each")
     parser.add_argument("--keep", metavar="FOLDER", default="", help="keep the nodes' folders with their logs here")
+    each = "also what every attack by itself costs the nodes; NAME: of those whose name has this in it"
+    parser.add_argument("--each", nargs="?", const="", metavar="NAME", help=each)
     arguments = parser.parse_args()
-    found = measure(arguments.stretches, arguments.seconds, arguments.keep)
+    found = measure(arguments.stretches, arguments.seconds, arguments.keep, each=arguments.each)
     machine = {"cores": psutil.cpu_count(), "python": platform.python_version(), "load": psutil.getloadavg()[0]}
     print(json.dumps({"bench": "flood", **found, "machine": machine}))
 

@@ -103,7 +103,7 @@ def added_at_best(here: list[float], there: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=1000)
+    parser.add_argument("--turns", type=int, default=480, help="at most 500: the model's context")
     parser.add_argument("--vocabulary", type=int, default=49152)
     arguments = parser.parse_args()
     found: dict[str, Any] = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}

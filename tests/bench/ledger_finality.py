@@ -26,7 +26,8 @@ from ledger.core.objects import Certificate, Entry, Grant, Op, Transfer, sign
 from ledger.notes import Notes
 from ledger.quorum import Quorum
 from ledger.replicate import Replicator
-from ledger.store import Store, Writer
+from ledger.store import Store
+from ledger.writer import Writer
 from p2p.core.identity import Identity
 from p2p.network import open_network
 from tests.bench.ledger_witness import identity

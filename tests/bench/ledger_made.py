@@ -8,7 +8,8 @@ from ledger.core.genesis import Genesis
 from ledger.core.objects import Entry, Grant, Op, Transfer, parse, sign
 from ledger.core.state import State
 from ledger.core.witness import Witness
-from ledger.store import Final, Store
+from ledger.records import Final
+from ledger.store import Store
 from p2p.core.identity import Identity
 
 GRANT = 10**6

@@ -14,7 +14,8 @@ import trio
 
 from ledger.book import Book
 from ledger.replicate import Replicator
-from ledger.store import Store, Writer
+from ledger.store import Store
+from ledger.writer import Writer
 from p2p.core.identity import Identity
 from p2p.memory import MemoryHub
 from tests.bench.ledger_made import Made

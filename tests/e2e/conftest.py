@@ -23,6 +23,28 @@ def postgresql() -> Iterator[str]:
     cluster.__exit__(None, None, None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _end_chromium() -> Iterator[None]:
+    """A module's tests share a browser; where none was used, none was started."""
+    yield
+    rig = sys.modules.get("browser_rig")
+    if rig is not None and rig.chromium.cache_info().currsize:
+        rig.chromium().close()
+        rig.chromium.cache_clear()
+
+
+@pytest.fixture
+def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passwords are hashed the same way with the least of memory and passes, for tests that hash many."""
+    from argon2 import PasswordHasher
+
+    from gateway.identity import passwords
+
+    cheap = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+    monkeypatch.setattr(passwords, "_hasher", lambda: cheap)
+    monkeypatch.setattr(passwords, "_NOBODYS_HASH", cheap.hash("nobody's"))
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> str:
     """The ``gateway.database`` setting: SQLite in the data folder, then a fresh PostgreSQL database."""

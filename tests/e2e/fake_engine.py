@@ -13,6 +13,8 @@ import trio
 from config.errors import RequestError, RiosError
 from config.generation import (
     Delta,
+    Embedded,
+    EmbeddingRequest,
     Finished,
     GenerationEvent,
     GenerationRequest,
@@ -37,6 +39,12 @@ class FakePrepared:
         return self.request.route or "experts"
 
 
+@dataclass(frozen=True)
+class FakeEmbeddings:
+    request: EmbeddingRequest
+    prompt_tokens: int
+
+
 @dataclass
 class FakeEngine:
     """``pause_seconds`` before each token; ``fail_at``/``hang_at``: at this token raise ``error`` / wait for ever;
@@ -53,6 +61,8 @@ class FakeEngine:
     produced: int = 0
     stopped: trio.Event = field(default_factory=trio.Event)
     requests: list[GenerationRequest] = field(default_factory=list)
+    answered: list[str] = field(default_factory=list)
+    """The last messages of conversations whose turn came, in that order."""
 
     def models(self) -> tuple[ModelInfo, ...]:
         return (
@@ -77,12 +87,25 @@ class FakeEngine:
     @asynccontextmanager
     async def stream(self, prepared: FakePrepared) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
         self.running += 1
+        if prepared.request.messages:
+            self.answered.append(prepared.request.messages[-1].content)
         try:
             async with aclosing(self._events(prepared)) as events:
                 yield events
         finally:
             self.running -= 1
             self.stopped.set()
+
+    async def prepare_embeddings(self, request: EmbeddingRequest) -> FakeEmbeddings:
+        if request.model not in ("tiny", "a" * 64):
+            raise RequestError("not_found", f"the model {request.model!r} does not exist")
+        tokens = sum(len(each.split()) if isinstance(each, str) else len(each) for each in request.inputs)
+        return FakeEmbeddings(request, tokens)
+
+    async def embed(self, prepared: FakeEmbeddings) -> Embedded:
+        vector = bytes.fromhex("0000803f00000000")  # (1, 0)
+        count = len(prepared.request.inputs)
+        return Embedded(vectors=(vector,) * count, prompt_tokens=prepared.prompt_tokens, route="local", expert_rows={})
 
     async def _events(self, prepared: FakePrepared) -> AsyncIterator[GenerationEvent]:
         count = prepared.max_tokens if self.endless else min(len(ANSWER), prepared.max_tokens)

@@ -1,14 +1,15 @@
 """A real gateway on a free port over the fake engine, for tests, and what they do with it."""
 
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
 import openai
+import sqlalchemy as sa
 import trio
 from fake_engine import FakeEngine, FakeHealth
 from prometheus_client import CollectorRegistry
@@ -16,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from config.settings import GatewaySettings
 from gateway.accounts import Accounts, Balance
 from gateway.gateway import Gateway, open_gateway
-from gateway.ports import LedgerView
+from gateway.ports import LedgerView, Spending, Swarm
 
 T = TypeVar("T")
 
@@ -94,6 +95,17 @@ async def eventually(condition: Callable[[], bool]) -> None:
             await trio.sleep(0.01)
 
 
+@contextmanager
+def listening(event: str, to: Callable[..., None]) -> Iterator[None]:
+    """Tell ``to`` of an event of the databases that are opened meanwhile: an engine that threads use already takes no
+    listener without spoiling what they do at that moment."""
+    sa.event.listen(sa.Engine, event, to)
+    try:
+        yield
+    finally:
+        sa.event.remove(sa.Engine, event, to)
+
+
 @asynccontextmanager
 async def serving(
     data_dir: Path,
@@ -102,6 +114,9 @@ async def serving(
     credit: int = 1_000_000,
     free: bool = False,
     ledger_view: LedgerView | None = None,
+    slots: int = 0,
+    swarm: Swarm | None = None,
+    spending: Spending | None = None,
     **settings: object,
 ) -> AsyncIterator[Rig]:
     """A gateway with a user ada, her key and her credit."""
@@ -118,6 +133,9 @@ async def serving(
         registry=registry,
         free=free,
         ledger_view=ledger_view,
+        slots=slots,
+        swarm=swarm,
+        spending=spending,
     ) as gateway:
         key = await trio.to_thread.run_sync(_ada, gateway.accounts, credit)
         yield Rig(gateway=gateway, engine=engine, health=health, registry=registry, key=key)

@@ -1,10 +1,13 @@
 """Users, keys and money, on SQLite and on a real PostgreSQL alike, and what a crash leaves of them."""
 
 import json
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -193,6 +196,18 @@ def test_two_first_starts_at_once(tmp_path: Path, database: str) -> None:
         assert list(pool.map(start, range(3))) == [1, 1, 1]
 
 
+def test_a_first_start_waits_for_another_that_is_at_the_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.db"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("CREATE TABLE something (x)")
+        other.execute("BEGIN IMMEDIATE")  # SQLite does not make it a file with WAL meanwhile, nor does it wait
+        with pytest.raises(sqlite3.OperationalError, match="locked"), closing(sqlite3.connect(path)) as third:
+            third.execute("PRAGMA journal_mode=WAL")
+        threading.Timer(0.3, other.execute, ("COMMIT",)).start()
+        with open_accounts(GatewaySettings(), tmp_path) as opened:
+            assert len(opened.list_users()) == 1
+
+
 def test_damaged_sqlite_file(tmp_path: Path) -> None:
     (tmp_path / "gateway.db").write_bytes(b"this is not a database, and it is long enough to be looked at" * 50)
     with pytest.raises(LocalError, match="is damaged"), open_accounts(GatewaySettings(), tmp_path):
@@ -238,8 +253,10 @@ async def test_a_revoked_key_is_shut_out(tmp_path: Path, database: str, monkeypa
         pytest.fail("the key still works")
 
 
-async def test_kill_in_the_middle_of_a_stream(tmp_path: Path, database: str) -> None:
-    """The killed gateway's reservation is settled by the next start, on the progress that was recorded."""
+@pytest.mark.parametrize("answers", [1, 3])
+async def test_kill_in_the_middle_of_a_stream(tmp_path: Path, database: str, answers: int) -> None:
+    """The killed gateway's reservations are settled by the next start, on the progress that was recorded; several
+    answers pay for their prompt once."""
     command = [sys.executable, str(Path(__file__).with_name("gateway_process.py")), str(tmp_path), database]
     process = await trio.to_thread.run_sync(
         lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -247,10 +264,10 @@ async def test_kill_in_the_middle_of_a_stream(tmp_path: Path, database: str) -> 
     try:
         port, key = (await trio.to_thread.run_sync(process.stdout.readline)).split()
         async with await trio.open_tcp_stream("127.0.0.1", int(port)) as connection:
-            await connection.send_all(request_bytes(CHAT, json.dumps(STREAM).encode(), key))
+            await connection.send_all(request_bytes(CHAT, json.dumps({**STREAM, "n": answers}).encode(), key))
             await read_until(connection, b" the")
             with open_accounts(GatewaySettings(database=database), tmp_path) as accounts:
-                await eventually(lambda: _recorded(accounts) == 3)
+                await eventually(lambda: _recorded(accounts) == [3] * answers)
                 assert accounts.balance("ada").reserved > 0
             process.kill()
             process.wait()
@@ -261,15 +278,15 @@ async def test_kill_in_the_middle_of_a_stream(tmp_path: Path, database: str) -> 
         process.stdout.close()
     async with serving(tmp_path, database=database) as rig:
         balance = await rig.balance()
-        assert (balance.balance, balance.reserved) == (1_000_000 - 2 - 2 * 3, 0)
+        assert (balance.balance, balance.reserved) == (1_000_000 - 2 - 2 * 3 * answers, 0)
         usage = rig.accounts.usage("ada")
-        assert [(row.outcome, row.completion_tokens) for row in usage] == [("recovered", 3)]
+        assert [(row.outcome, row.completion_tokens) for row in usage] == [("recovered", 3)] * answers
         await trio.to_thread.run_sync(books_balance, rig.accounts)
 
 
-def _recorded(accounts: Accounts) -> int:
+def _recorded(accounts: Accounts) -> list[int]:
     with accounts.database.read() as connection:
-        return connection.execute(sa.text("SELECT completion_tokens FROM reservations")).scalar_one()
+        return list(connection.execute(sa.text("SELECT completion_tokens FROM reservations")).scalars())
 
 
 async def test_database_that_fails_while_serving(tmp_path: Path) -> None:

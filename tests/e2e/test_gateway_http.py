@@ -2,12 +2,13 @@
 
 import json
 import socket
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
 import trio
 from fake_engine import FakeEngine
+from fake_swarm import ME, FakeLedger
 from gateway_rig import eventually, read_all, read_until, request_bytes, serving
 from prometheus_client import CollectorRegistry
 
@@ -303,22 +304,19 @@ async def test_home_page_and_openapi(tmp_path: Path) -> None:
         assert document["openapi"].startswith("3.1")
         schema = document["components"]["schemas"]["ChatBody"]["properties"]
         assert schema["temperature"]["anyOf"][0]["maximum"] == 2
+        parts = ("ledger", "oidc", "workers", "swarm", "deployments", "payments")  # what this gateway does not have
         for path, operations in document["paths"].items():
             for method in operations:
+                if "{" in path.replace("{model}", "") or path == "/v1/events":
+                    continue  # what does not exist is not found; what tells of events does not end
                 answer = await http.request(method, path.replace("{model}", "tiny"))
-                assert answer.status_code not in (404, 405) or "ledger" in path, path
+                assert answer.status_code not in (404, 405) or any(part in path for part in parts), path
 
 
 async def test_ledger_balance(tmp_path: Path) -> None:
-    class FakeLedgerView:
-        def account(self) -> str:
-            return "12D3KooWnode"
-
-        def balance(self) -> int:
-            return 42
-
-    async with serving(tmp_path / "a", ledger_view=FakeLedgerView()) as rig, rig.http() as http:
-        assert (await http.get("/v1/ledger/balance")).json() == {"account": "12D3KooWnode", "balance": 42}
+    async with serving(tmp_path / "a", ledger_view=FakeLedger()) as rig, rig.http() as http:
+        answer = (await http.get("/v1/ledger/balance")).json()
+        assert answer == {"account": ME, "balance": 1_284_500_000, "locked": 92_000_000, "seq": 41}
     async with serving(tmp_path / "b") as rig, rig.http() as http:
         assert (await http.get("/v1/ledger/balance")).status_code == 404
 
@@ -414,7 +412,7 @@ async def test_database_out_of_reach(tmp_path: Path) -> None:
 
 async def test_data_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(LocalError, match="cannot open the accounts database"):
+    with pytest.raises(LocalError, match=r"cannot (open|use)"):
         async with serving(tmp_path / "file"):
             pass
 
@@ -484,3 +482,43 @@ async def test_who_makes_too_many_connections_is_shut_out_for_a_moment_and_other
         assert caplog.text.count("127.9.9.9 makes more than 5 connections a second") == 1
         await trio.sleep(0.5)
         assert (await asked("127.9.9.9")).startswith(b"HTTP/1.1 200"), "only for a moment"
+
+
+async def test_a_head_that_trickles_in_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, the head's end never: the connection has one deadline for all of it."""
+    monkeypatch.setattr("gateway.server._KEEP_ALIVE_SECONDS", 1.0)
+    async with (
+        serving(tmp_path) as rig,
+        await trio.open_tcp_stream(rig.gateway.host, rig.gateway.port) as stream,
+    ):
+        began = trio.current_time()
+        with trio.fail_after(10), suppress(trio.BrokenResourceError):
+            async with trio.open_nursery() as nursery:
+
+                async def trickle() -> None:
+                    with suppress(trio.BrokenResourceError):
+                        for letter in b"GET /healthz HTTP/1.1\r\n" * 10:
+                            await stream.send_all(bytes([letter]))
+                            await trio.sleep(0.2)
+
+                nursery.start_soon(trickle)
+                assert await stream.receive_some() == b""
+                nursery.cancel_scope.cancel()
+        assert trio.current_time() - began < 5
+
+
+async def test_a_connection_may_rest_between_requests_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.server._KEEP_ALIVE_SECONDS", 1.0)
+    engine = FakeEngine(pause_seconds=0.4)
+    async with serving(tmp_path, engine=engine) as rig:
+        stream = await rig.raw(CHAT, {**STREAM, "max_tokens": 5})
+        async with stream:
+            await read_until(stream, b"[DONE]")  # longer than a rest may be
+            await trio.sleep(0.5)
+            await stream.send_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            await read_until(stream, b"200")
+            with trio.fail_after(5), suppress(trio.BrokenResourceError):
+                while await stream.receive_some():
+                    pass

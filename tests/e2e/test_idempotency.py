@@ -81,6 +81,19 @@ async def test_a_retry_gets_the_same_bytes_and_costs_nothing(
             assert first.text.endswith("data: [DONE]\n\n")
 
 
+async def test_the_same_prompt_twice_has_two_answers_unless_a_seed_was_asked_for(tmp_path: Path) -> None:
+    async with serving(tmp_path, engine=FakeEngine(seeded=True)) as rig, rig.http() as http:
+
+        async def texts(key: str, **more: object) -> list[str]:
+            body = {**PROMPT, "prompt": ["hi there", "hi there", "hi there"], **more}
+            answer = await http.post(COMPLETIONS, json=body, headers={"idempotency-key": key})
+            return [choice["text"] for choice in answer.json()["choices"]]
+
+        assert len(set(await texts("drawn"))) > 1
+        assert await texts("drawn") == await texts("drawn")
+        assert len(set(await texts("asked", seed=5))) == 1
+
+
 async def test_another_body_another_path_another_privacy_is_refused(tmp_path: Path) -> None:
     async with serving(tmp_path) as rig, rig.http() as http:
         assert (await http.post(CHAT, json=BODY, headers=KEY)).status_code == 200

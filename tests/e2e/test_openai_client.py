@@ -1,9 +1,11 @@
 """The real, unmodified openai client against a real gateway."""
 
+import asyncio
 from pathlib import Path
 
 import openai
 import pytest
+import trio
 from fake_engine import ANSWER, FakeEngine
 from gateway_rig import serving
 
@@ -234,9 +236,10 @@ async def test_rate_limit(tmp_path: Path) -> None:
 
 
 async def test_client_retries_after_the_time_it_is_told(tmp_path: Path) -> None:
-    async with serving(tmp_path, requests_per_minute=120) as rig:
-        await rig.with_openai(lambda client: _exhaust(client, 200))
-        answer = await rig.with_openai(lambda client: _chat(client.with_options(max_retries=3)))
+    async with serving(tmp_path, requests_per_minute=20) as rig:
+        await rig.with_openai(lambda client: _exhaust(client, 100))
+        # its own pause before a first retry is half a second at most
+        answer = await rig.with_openai(lambda client: _chat(client.with_options(max_retries=1)))
         assert answer.choices[0].message.content == TEXT
 
 
@@ -278,6 +281,36 @@ async def test_busy_engine(tmp_path: Path) -> None:
             assert caught.value.response.headers["retry-after"] == "3"
         balance = await rig.balance()
         assert (balance.balance, balance.reserved) == (1_000_000, 0)
+
+
+async def test_client_tries_a_busy_server_again(tmp_path: Path) -> None:
+    engine = FakeEngine(fail_at=0, error=BusyError("all slots are taken", retry_after_ms=2000))
+
+    async def recovers() -> None:
+        await engine.stopped.wait()
+        await trio.sleep(1)
+        engine.fail_at = None
+
+    async with serving(tmp_path, engine=engine) as rig, trio.open_nursery() as nursery:
+        nursery.start_soon(recovers)
+        answer = await rig.with_openai(lambda client: _chat(client.with_options(max_retries=1)))
+        assert answer.choices[0].message.content == TEXT
+        assert (await rig.balance()).balance == 1_000_000 - 6 - 2 * 7, "the first try is not charged"
+    assert len(engine.requests) == 2
+
+
+async def test_the_asynchronous_client(tmp_path: Path) -> None:
+    async with serving(tmp_path) as rig:
+
+        async def use(count: int) -> list[str]:
+            async with openai.AsyncOpenAI(base_url=f"{rig.gateway.url}/v1", api_key=rig.key, max_retries=0) as client:
+                return await asyncio.gather(*(spelled(client) for _ in range(count)))
+
+        async def spelled(client: openai.AsyncOpenAI) -> str:
+            stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+        assert await trio.to_thread.run_sync(lambda: asyncio.run(use(5))) == [TEXT] * 5
 
 
 async def test_failure_midway_is_an_error_event(tmp_path: Path) -> None:

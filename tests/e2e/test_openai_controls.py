@@ -5,7 +5,10 @@ from pathlib import Path
 import openai
 import pytest
 from fake_engine import ANSWER, FakeEngine
-from gateway_rig import serving
+from gateway_rig import eventually, read_until, serving
+
+from gateway.money import Settlement
+from gateway.till import Till
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 TEXT = "".join(ANSWER)
@@ -138,11 +141,29 @@ async def test_one_answer_that_fails_fails_them_all_and_what_was_not_sent_costs_
         assert rig.engine.running == 0
 
 
-async def test_more_answers_than_a_key_may_run_is_refused_by_name(tmp_path: Path) -> None:
-    async with serving(tmp_path, concurrent_per_key=2) as rig:
+@pytest.mark.parametrize("limit", ["concurrent_per_key", "user_concurrent"])
+async def test_more_answers_than_may_ever_run_are_refused_by_name(tmp_path: Path, limit: str) -> None:
+    async with serving(tmp_path, **{limit: 2}) as rig:
         with pytest.raises(openai.BadRequestError, match="at the same time") as caught:
             await rig.with_openai(lambda client: _chat(client, n=3))
         assert caught.value.param == "n"
+
+
+async def test_answers_that_are_cut_off_wait_for_the_till_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, settle = [], Till.settle_after_cancel
+
+    async def told(till: Till, *settlements: Settlement) -> None:
+        together.append(len(settlements))
+        await settle(till, *settlements)
+
+    monkeypatch.setattr(Till, "settle_after_cancel", told)
+    async with serving(tmp_path, engine=FakeEngine(hang_at=2)) as rig:
+        asked = {"model": "tiny", "prompt": ["one", "two"], "n": 4, "stream": True}
+        async with await rig.raw("/v1/completions", asked) as stream:
+            await read_until(stream, b" is")
+        await eventually(lambda: rig.engine.running == 0)
+        assert together == [8]
+        assert rig.accounts.balance("ada").reserved == 0
 
 
 async def test_money_for_one_answer_is_not_enough_for_two(tmp_path: Path) -> None:

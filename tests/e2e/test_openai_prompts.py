@@ -3,6 +3,7 @@ over a real engine and a tiny model of random weights."""
 
 import base64
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import openai
 import pytest
 from gateway_rig import INPUT_PRICE, serving
 
-from tests.unit.dmoe.answer_kit import engine_running
+from tests.unit.dmoe.answer_kit import engine_running, token_of
 
 TEXT = "The quick brown fox jumps over the lazy dog. "
 
@@ -118,6 +119,46 @@ async def test_echo_tells_what_the_model_thinks_of_the_prompt(rig, stream: bool)
     assert prompt_tokens >= len(TEXT)
 
 
+async def test_a_prompt_that_is_scored_has_one_place_behind_it(rig) -> None:
+    """Also where the model would stop: who leaves out the last place must not lose the prompt's own."""
+
+    letter = token_of("a")
+
+    def told(client: openai.OpenAI, **changes: object) -> object:
+        options = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1, "logit_bias": {str(letter): 100}}
+        return _complete(client, TEXT, **{**options, **changes}).choices[0]
+
+    stopped = {"stop_token_ids": [letter]}
+    first = await rig.with_openai(told)
+    scored = await rig.with_openai(lambda client: told(client, extra_body=stopped))
+    assert scored.logprobs.token_logprobs[:-1] == first.logprobs.token_logprobs[:-1]
+    assert first.logprobs.tokens[-1] == "a" != scored.logprobs.tokens[-1]
+    longer = await rig.with_openai(lambda client: told(client, max_tokens=2, extra_body=stopped))
+    assert (longer.finish_reason, longer.text) == ("stop", TEXT), "an answer that is wanted still ends where it ends"
+
+
+async def test_a_prompt_of_token_ids_is_echoed_as_text(rig) -> None:
+    def told(client: openai.OpenAI, **changes: object) -> tuple[str, list[object], list[object]]:
+        got = _complete(client, [40, 41, 42, 43], echo=True, max_tokens=2, **changes)
+        choices = [chunk.choices[0] for chunk in got] if changes.get("stream") else [got.choices[0]]
+        places = [choice.logprobs for choice in choices if choice.logprobs]
+        offsets = [offset for place in places for offset in place.text_offset]
+        return (
+            "".join(choice.text for choice in choices),
+            offsets,
+            [p for place in places for p in place.token_logprobs],
+        )
+
+    plain, _, _ = await rig.with_openai(told)
+    whole, offsets, probabilities = await rig.with_openai(lambda client: told(client, logprobs=1))
+    streamed, *same = await rig.with_openai(lambda client: told(client, logprobs=1, stream=True))
+    assert plain == whole == streamed
+    assert same == [offsets, probabilities]
+    assert (offsets[:5], probabilities[0], len(probabilities)) == ([0, 1, 2, 3, 4], None, 6)
+    by_text = await rig.with_openai(lambda client: _complete(client, whole[:4], echo=True, max_tokens=2, logprobs=1))
+    assert by_text.choices[0].logprobs.token_logprobs[1:4] == probabilities[1:4]
+
+
 async def test_the_best_of_several(rig) -> None:
     def means(choices: list[object]) -> list[float]:
         return [sum(each.logprobs.token_logprobs) / len(each.logprobs.tokens) for each in choices]
@@ -156,3 +197,55 @@ async def test_a_seed_gives_the_same_answer_again(rig) -> None:
         for seed in (5, 5, 6)
     ]
     assert one == two != other
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_prompts_are_answered_as_each_would_be_alone(rig, stream: bool) -> None:
+    prompts: list[object] = [TEXT, [5, 6, 7], "Once upon a time"]
+    options = {"n": 2, "echo": True, "logprobs": 1, "temperature": 1, "seed": 3}
+
+    def told(client: openai.OpenAI, prompt: object) -> tuple[dict[int, str], dict[int, list[int]], object]:
+        got = _complete(client, prompt, stream=stream, **options, **asked)
+        texts: dict[int, str] = {}
+        offsets: dict[int, list[int]] = {}
+        usage = None
+        for chunk in got if stream else [got]:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] = texts.get(choice.index, "") + choice.text
+                offsets.setdefault(choice.index, []).extend(choice.logprobs.text_offset if choice.logprobs else ())
+        return texts, offsets, usage
+
+    asked = {"stream_options": {"include_usage": True}} if stream else {}
+    alone = [await rig.with_openai(partial(told, prompt=prompt)) for prompt in prompts]
+    spent = 1_000_000 - (await rig.balance()).balance
+    texts, offsets, usage = await rig.with_openai(partial(told, prompt=prompts))
+    assert texts == {2 * place + n: one[0][n] for place, one in enumerate(alone) for n in range(2)}
+    assert offsets == {2 * place + n: one[1][n] for place, one in enumerate(alone) for n in range(2)}
+    assert len(set(texts.values())) == 6
+    assert usage.completion_tokens == sum(one[2].completion_tokens for one in alone) == 48
+    assert usage.prompt_tokens == sum(one[2].prompt_tokens for one in alone)
+    assert 1_000_000 - (await rig.balance()).balance - spent <= spent  # prompts that were read before may be cheaper
+
+
+async def test_the_best_answers_to_each_of_several_prompts(rig) -> None:
+    def told(client: openai.OpenAI, prompt: object, **changes: object) -> list[str]:
+        got = _complete(client, prompt, best_of=4, temperature=1, seed=7, **changes)
+        assert [choice.index for choice in got.choices] == [*range(len(got.choices))]
+        return [choice.text for choice in got.choices]
+
+    first, second = [await rig.with_openai(partial(told, prompt=prompt)) for prompt in (TEXT, "Once upon a time")]
+    keyed = {"extra_headers": {"idempotency-key": "k"}}
+    assert await rig.with_openai(lambda client: told(client, [TEXT, "Once upon a time"], **keyed)) == first + second
+    paid = (await rig.balance()).balance
+    assert await rig.with_openai(lambda client: told(client, [TEXT, "Once upon a time"], **keyed)) == first + second
+    assert (await rig.balance()).balance == paid
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 33, ["a", [1, 10**6]], ["a", 5], [[1], []], []])
+async def test_prompts_that_are_refused_cost_nothing(rig, prompt: list[object]) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await rig.with_openai(lambda client: _complete(client, prompt))
+    assert str(caught.value.body["param"]).startswith("prompt")
+    balance = await rig.balance()
+    assert (balance.balance, balance.reserved) == (1_000_000, 0)

@@ -124,6 +124,9 @@ def test_a_stopped_worker_delays_the_answer_and_is_used_again(rig: Rig, text: st
     try:
         stopped, details = ask(rig, lambda count: os.kill(pid, signal.SIGSTOP) if count == STOP_AFTER else None)
         assert stopped == text
+        if not details["retries"]:  # the answer was ahead of its reader, and over by then: the next one meets it
+            stopped, details = ask(rig)
+            assert stopped == text
         assert details["retries"] > 0
         assert set(details["serving"]) <= {worker.peer_id for worker in rig.workers}
     finally:
@@ -291,7 +294,7 @@ class Hostile:
 
     def __enter__(self) -> "Hostile":
         self._thread.start()
-        assert self._up.wait(20)
+        assert self._up.wait(60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -403,13 +406,13 @@ async def _bother(hostile: Hostile, target: str) -> int:
 def test_hostile_peers_change_no_answer_and_no_balance(rig: Rig, text: str, tmp_path: Path) -> None:
     before = {node.name: len(node.log_file.read_text()) for node in rig.swarm.nodes}
     with Hostile(rig, tmp_path) as hostile:
-        wait_for(lambda: len(rig.first.ask("peers")) == 6, "the hostile peers to be taken for nodes", 20)
+        wait_for(lambda: len(rig.first.ask("peers")) == 6, "the hostile peers to be taken for nodes", 60)
         for _ in range(5):
             answer, details = ask(rig)
             assert answer == text
             assert set(details["serving"]) <= {worker.peer_id for worker in rig.workers}
         # by probes, if by nothing else: who fails one is not asked for an answer
-        wait_for(lambda: ask(rig)[0] == text and all(hostile.asked.values()), f"each to be asked, {hostile.asked}", 60)
+        wait_for(lambda: ask(rig)[0] == text and all(hostile.asked.values()), f"each to be asked, {hostile.asked}", 120)
         for node in rig.swarm.nodes:
             assert hostile.run(lambda node=node: _bother(hostile, node.peer_id)) == 40 * len(METHODS)
         assert ask(rig)[0] == text

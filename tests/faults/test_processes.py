@@ -80,21 +80,24 @@ def test_1_kill_every_role_again_and_again(rig: Rig, texts: dict[str, str]) -> N
 def test_10_a_host_dies_in_the_middle_of_a_call(rig: Rig, texts: dict[str, str], kind: str) -> None:
     victim, other = rig.workers[:2]
     asks = rig.orchestrators[("experts", "stages").index(kind)]
-    for host in (victim, other):
-        host.stop()
-    victim.prefix = (*LEAVING, kind, "25", "KILL", "0")  # the 25th call it takes kills it
+    victim.stop()
+    victim.prefix = (*LEAVING, kind, "0", "KILL", "0")
     rig.start(victim)
-    rig.wait_replicas(1)
-    rig.ask(asks, tokens=3)  # of two hosts of stages, the one that is known stays
-    rig.start(other)
     rig.wait_replicas()
+    rios(other, "pause", "--wait")
+    wait_for(lambda: _paused(asks, other), "the other host to be known as paused", 20)
+    assert victim.process is not None
+    process = victim.process
+
+    def die() -> None:
+        """In the middle of an answer that nobody else computes, as soon as somebody else could."""
+        rios(other, "resume")
+        wait_for(lambda: not _paused(asks, other), "the other host to be known again", 20)
+        process.send_signal(signal.SIGUSR1)
+
     try:
-        seconds = []
-        while victim.alive:
-            seconds.append(ask(rig, asks, texts))
-            assert len(seconds) < 20, f"{victim.name} was not called often enough"
-        assert victim.process is not None
-        assert victim.process.wait() == -signal.SIGKILL
+        seconds = ask(rig, asks, texts, die)
+        assert process.wait(10) == -signal.SIGKILL
     finally:
         victim.kill()
         victim.prefix = ()
@@ -103,8 +106,13 @@ def test_10_a_host_dies_in_the_middle_of_a_call(rig: Rig, texts: dict[str, str],
     money = rig.check_money()
     tell(
         f"kill -9 of one of two hosts in a call for {kind}: taken, not answered",
-        f"the same text in {seconds[-1]:.1f} s; {money['paid']} microcredits paid",
+        f"the same text in {seconds:.1f} s; {money['paid']} microcredits paid",
     )
+
+
+def _paused(asks: NodeProcess, host: NodeProcess) -> bool:
+    """What one node knows of another."""
+    return bool(next(peer for peer in asks.ask("peers") if peer["peer_id"] == host.peer_id)["paused"])
 
 
 def test_11_a_grey_host(rig: Rig, texts: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The JavaScript peer: its packages and its own Node, from the npm registry, below ``.cache/interop``."""
+"""The JavaScript peer and client: their packages and their own Node, from npm, below ``.cache/interop``."""
 
 import json
 import shutil
@@ -13,6 +13,8 @@ import pytest
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache" / "interop"
 INSTALL_SECONDS = 180
+
+sys.path.insert(0, str(HERE.parent / "e2e"))  # for the gateway's rig
 
 
 class Process:

@@ -63,10 +63,7 @@ RULES = {
     ),
     "frontier": Rule(
         "slot-change", "a handover counts once its frontier is applied (rule 7)",
-        lambda stack: (
-            stack.enter_context(patch.object(handover._Arriving, "reached", lambda arriving: True)),
-            stack.enter_context(patch.object(handover, "frontier_applied", lambda state, body: True)),
-        ),
+        _patch(handover, "is_reached", lambda arriving: True),
     ),
     "ban": Rule(
         "channel-change",

@@ -1,5 +1,7 @@
 """The small scopes in full, and that the explorer notices what it is for; ``make model`` explores everything."""
 
+from contextlib import ExitStack
+
 import pytest
 
 from tests.model.explorer import SCOPES, explore
@@ -31,6 +33,12 @@ def test_a_rule_switched_off_has_a_readable_counterexample(off, invariant, last)
     result = explore(SCOPE_OF[RULES[off].scope], off=off)
     assert result.violation.startswith(invariant)
     assert last is None or last in result.trace[-1]
+
+
+@pytest.mark.parametrize("off", RULES)
+def test_every_rule_can_still_be_switched_off(off):
+    with ExitStack() as stack:
+        RULES[off].switch_off(stack)
 
 
 def test_the_limits_hold():

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from ledger.core.objects import Grant
-from ledger.store import Store, Voted
+from ledger.records import Voted
+from ledger.store import Store
 from tests.unit.ledger.ledger_kit import Maker
 
 GROUP = 3

@@ -156,6 +156,7 @@ ENTRY_MUTANTS = (
         f"{RULES}:Scratch.own_channel",
         "channel.closed_at is not None or self.closes(key)",
         "self.closes(key)",
+        _rules("test_freeze_then_reclaim_pays_the_highest_voucher_and_returns_the_rest"),
     ),
     _one(
         "hostile-signer", "a channel for a key of small order", f"{RULES}:_open", "not is_valid_key(op.signer)", "False"
@@ -193,6 +194,22 @@ ENTRY_MUTANTS = (
         "    now_ms, ops = self._book.now_ms(), getattr(body, 'ops', ())\n"
         "    if any(getattr(op, 'expiry_ms', now_ms) < now_ms for op in ops):\n"
         "        raise RuleError('expired', 'the channel has expired')\n",
+    ),
+    _one(
+        "any-signature-again",
+        "an entry that was voted for is taken with any signature",
+        f"{WITNESS}:Witness.consider_entry",
+        "voted.signed != item.signed",
+        "False",
+        _here("an_entry_that_was_voted_for_keeps_its_signature"),
+    ),
+    _one(
+        "grants-of-two-issuers",
+        "what a replaced issuer may have granted is granted again",
+        f"{WITNESS}:Witness.consider_entry",
+        "state.supply + self._promised_grants(entry)",
+        "state.supply",
+        _here("what_the_replaced_issuer_may_have_granted_is_kept_free"),
     ),
     _one(
         "slots-forgotten",
@@ -367,7 +384,7 @@ CRASH_MUTANTS = (
         "freeze-sent-before-persisted",
         "a freeze leaves before it is on the disk",
         f"{VOTING}:Voting._freeze",
-        "await self._book.writer.commit([record, *kept, self._lineage.promise()])",
+        "await self._commit(witness, Frozen(channel, frozen.signed, witness.epoch), self._lineage.promise())",
         "pass",
     ),
     _one(
@@ -639,8 +656,24 @@ EPOCH_MUTANTS = (
         "handover-not-kept",
         "a handover leaves before it is on the disk",
         f"{SEATS}:Seats._hand_over",
-        "await self._book.writer.commit([standing, Handed(effect.epoch, effect.witness, effect.signed)])",
+        "await self._book.writer.commit([standing, handed, self._lineage.promise()])",
         "self._book.store.promises._early = effect",
+    ),
+    _one(
+        "handover-lost-on-a-full-disk",
+        "a handover counts as received though the disk had no room for it",
+        f"{SEATS}:Seats.receive",
+        "author = witness.author_of(signed)",
+        "author = witness.inheritance.receive(signed)",
+        "tests/unit/ledger/test_seats_restart.py",
+    ),
+    _one(
+        "handover-no-promise",
+        "an older copy of a database does not know that its witness handed over",
+        f"{SEATS}:Seats._hand_over",
+        "[standing, handed, self._lineage.promise()]",
+        "[standing, handed]",
+        "tests/unit/ledger/test_committee_change.py::test_a_witness_that_forgot_its_handover_is_silent",
     ),
     _one(
         "restart-waits",
@@ -694,6 +727,14 @@ RESTORE_MUTANTS = (
         "tests/unit/ledger/test_lineage.py",
     ),
     _one(
+        "mark-not-synced",
+        "a loss of power takes the counter outside the database away",
+        "ledger.mark:Mark.follow",
+        "self._sync()",
+        "pass",
+        "tests/unit/ledger/test_lineage.py",
+    ),
+    _one(
         "wallet-signs-anew",
         "a wallet from a backup signs without asking everybody",
         f"{RECOVERY}:Recovery.may_sign_anew",
@@ -708,6 +749,14 @@ RESTORE_MUTANTS = (
         "bool(self._lineage.wallet_unsure) or not self._glanced",
         "False",
         "tests/unit/ledger/test_committee_change.py::test_a_wallet_that_lost_its_disk_completes_what_it_had_signed",
+    ),
+    _one(
+        "wallet-sure-in-memory",
+        "a wallet is sure of itself though its disk had no room to say so",
+        "ledger.recovering:Recovering._keep",
+        "await self._book.writer.commit([*records, unsure])",
+        "self._lineage.became(unsure); await self._book.writer.commit([*records, unsure])",
+        "tests/unit/ledger/test_wallet_order.py",
     ),
     _one(
         "only-the-head",
@@ -807,6 +856,41 @@ DIRECTED_MUTANTS = (
     ),
 )
 
+METERING_MUTANTS = (
+    _one(
+        "doubt-forgotten",
+        "answers that overtake a receipt bring an old doubt back",
+        "ledger.core.channel:PayerChannel.pay",
+        "self.doubt_nano += grown",
+        "self.doubt_nano = max(0, receipt.cumulative * NANO - self.nano)",
+        "tests/unit/ledger/test_channel.py::test_a_receipt_that_answers_overtook_brings_no_old_doubt_back",
+    ),
+    _one(
+        "doubt-not-kept",
+        "a payer that restarts forgets what was in doubt before",
+        "ledger.core.channel:PayerChannel.resume",
+        "self.doubt_nano = max(0, self.receipt_cumulative * NANO - self.nano)",
+        "self.doubt_nano = 0",
+        "tests/unit/ledger/test_channel.py::test_a_payer_that_is_restarted_again_and_again_keeps_its_doubt",
+    ),
+    _one(
+        "answers-known-once",
+        "answers of a receipt whose voucher was lost have never come the second time",
+        "ledger.core.proof:Answers._fresh",
+        "leaves[:count] == self._last",
+        "not count",
+        "tests/unit/ledger/test_proof.py::test_a_receipt_whose_voucher_was_lost_lists_its_answers_again",
+    ),
+    _one(
+        "voucher-not-kept",
+        "a voucher leaves before it is on the disk",
+        "ledger.buying:Buying._persist",
+        "await self._book.writer.commit([self._row(worker, channel, signed)])",
+        "pass",
+        "tests/unit/ledger/test_network.py::test_restart_of_worker_and_payer_keeps_vouchers_and_counts",
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *QUORUM_MUTANTS,
     *ENTRY_MUTANTS,
@@ -816,5 +900,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *STATE_MUTANTS,
     *EPOCH_MUTANTS,
     *RESTORE_MUTANTS,
+    *METERING_MUTANTS,
     *DIRECTED_MUTANTS,
 )

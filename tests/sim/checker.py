@@ -21,6 +21,7 @@ from ledger.core.objects import (
     Signed,
     Vote,
     Votes,
+    Voucher,
     parse,
 )
 from p2p.core import codec
@@ -51,6 +52,7 @@ class Checker:
         self._claim_votes: dict[tuple[bytes, int, bytes], int] = {}
         self._freezes: dict[tuple[bytes, int, bytes], int] = {}
         self._known_certificates: set[tuple[bytes, tuple[bytes, ...]]] = set()
+        self._promised: dict[bytes, int] = {}
         self._signed: dict[tuple[bytes, int], bytes] = {}
 
     # what witnesses send
@@ -165,6 +167,17 @@ class Checker:
             return
         if self._signed.setdefault((account, item.object.seq), item.id) != item.id:
             raise Violation("W9", f"an honest wallet signed two entries {item.object.seq}")
+
+    def promised(self, account: bytes, signed: Signed) -> None:
+        """A voucher left an honest payer."""
+        voucher = codec.decode(Voucher, signed.body, bytes_max=4096)
+        channel = self.model.channels.get(voucher.channel)
+        if channel is None or channel.payer != account or voucher.cumulative > channel.lock:
+            raise Violation("M1", f"a voucher of {voucher.cumulative} that its payer's lock does not cover")
+        before = self._promised.get(voucher.channel, 0)
+        if voucher.cumulative < before and account not in self.from_backup:
+            raise Violation("M1", f"a voucher fell from {before} to {voucher.cumulative}")
+        self._promised[voucher.channel] = max(before, voucher.cumulative)
 
     # what nodes take in
 

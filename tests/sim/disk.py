@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from config.errors import LocalError
 from ledger.mark import Mark
+from ledger.records import Record
 from ledger.schema import migrate
-from ledger.store import Record, Store
+from ledger.store import Store
 
 
 def _memory(image: bytes = b"") -> sqlite3.Connection:
@@ -108,10 +110,13 @@ class SimMark(Mark):
         self._disk = disk
 
     def _read(self) -> tuple[bytes, int, int] | None:
-        return self._disk.mark
+        return self._disk.marks[-1]
 
     def _write(self) -> None:
-        self._disk.mark = (self.lineage, self.promises, self.entries)
+        self._disk.marks.append((self.lineage, self.promises, self.entries))
+
+    def _sync(self) -> None:
+        del self._disk.marks[:-1]
 
 
 class Disk:
@@ -123,7 +128,8 @@ class Disk:
         self.fault: Fault = lambda records: None
         self.wrote: Callable[[Sequence[Record]], None] = lambda records: None
         self.current: SimStore | None = None
-        self.mark: tuple[bytes, int, int] | None = None
+        self.marks: list[tuple[bytes, int, int] | None] = [None]
+        """What was written to the mark, from what is synced on."""
         if not folder:
             self.memory = _memory(_image())
 
@@ -135,6 +141,10 @@ class Disk:
         store = SimStore(self, self.net)
         self.current = store
         return store
+
+    def cut_power(self, random: Random) -> None:
+        """Of what is not synced, the mark's last writes, the latest are lost; commits are synced."""
+        del self.marks[random.randint(1, len(self.marks)) :]
 
     def backup(self) -> bytes:
         """A copy of everything."""

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ledger.core.objects import Entry, Grant, parse
 from ledger.core.state import State
 from ledger.lineage import FOUND
 from tests.sim.model import Violation
@@ -32,27 +33,33 @@ def _unsettled(world: "World") -> tuple[str, str] | None:
         if not node.up:
             return "I6", f"{node.name} is down"
     for person in world.people:
-        if _excused(world, person.node):
+        if _excused(world, person.node) or _wedged(person.node):
             continue
         if person.node.ledger.wallet.pending:
             return "I6", f"{person.node.name} waits for its entry: {facts(person.node)}"
-        me, state = person.identity.public_key, person.node.ledger.book.state
-        for key, channel in sorted(state.channels.items()):
-            if channel.payer == me and channel.closed_at is None:
-                return "I6", f"{person.node.name} cannot reclaim channel {key.hex()[:8]}"
+        for key, _ in person.own_channels():
+            return "I6", f"{person.node.name} cannot reclaim channel {key.hex()[:8]}"
     if not world.root.done:
         return "I6", f"epoch {world.epoch} of {world.plan.changes}"
     if any(crook.hidden for crook in world.crooks):
         return "I5", "certificates are still hidden"
     if len({node.ledger.book.state.digest() for node in world.honest()}) > 1:
         return "I5", f"digests differ: {[facts(node) for node in world.honest()]}"
-    return None
+    return next((why for pair in world.pairs if (why := pair.trouble())), None)
 
 
 def _excused(world: "World", node: "Node") -> bool:
     """A wallet from a backup may wait for the next committee if some witness of this one is silent (rule 9)."""
     silent = any(w.liar or w.name in world.faults.restored_nodes for w in world.root.members[-1].values())
     return silent and node.ledger._lineage.wallet_unsure == FOUND and node.name in world.faults.restored_nodes
+
+
+def _wedged(node: "Node") -> bool:
+    """An issuer that was replaced while a grant of its was under way may be stuck there: decision 30's price."""
+    committees, pending = node.ledger.book.state.committees, node.ledger.wallet._pending
+    replaced = node.identity.public_key in committees.issuers and committees.issuer != node.identity.public_key
+    entry = parse(pending).object if pending is not None else None
+    return replaced and isinstance(entry, Entry) and any(isinstance(op, Grant) for op in entry.ops)
 
 
 def _check_end(world: "World") -> None:

@@ -1,5 +1,6 @@
 """What goes wrong: messages are lost, late and doubled, nodes are cut off, die, and come back with an older disk."""
 
+from random import Random
 from typing import TYPE_CHECKING
 
 import trio
@@ -14,6 +15,7 @@ class Faults:
 
     def __init__(self, world: "World") -> None:
         self.world = world
+        self._power = Random(f"power/{world.seed}")
         self.blocked: set[tuple[str, str]] = set()
         """From whom to whom nothing gets through."""
         self.restored_nodes: set[str] = set()
@@ -65,6 +67,8 @@ class Faults:
             if node.up:
                 self.world.log("crash", node.name)
                 node.crash()
+                if self._power.random() < self.world.plan.power:
+                    node.disk.cut_power(self._power)
 
     async def _restore(self) -> None:
         """Somebody's database is put back to an older copy. What is beside it (keys, the mark) stays."""

@@ -84,13 +84,14 @@ class Model:
     channels: dict[bytes, Channel] = field(default_factory=dict)
     slots: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
     epochs: list[Epoch] = field(default_factory=list)
-    issuer: bytes = b""
+    issuers: set[bytes] = field(default_factory=set)
+    """Present and past: what a replaced one was promised votes for may become final later."""
     supply: int = 0
     objects: int = 0
 
     def __post_init__(self) -> None:
         self.epochs.append(Epoch(tuple(self.genesis.witnesses), self.genesis.f))
-        self.issuer = self.genesis.issuer
+        self.issuers.add(self.genesis.issuer)
 
     def account(self, key: bytes) -> Account:
         """The account, made on first sight."""
@@ -141,8 +142,8 @@ class Model:
         """Note what an op credits; what it spends."""
         op, genesis = entry.ops[index], self.genesis
         if isinstance(op, Grant):
-            if entry.account != self.issuer:
-                raise Violation("valid", "somebody else than the issuer granted")
+            if entry.account not in self.issuers:
+                raise Violation("valid", "somebody else than an issuer granted")
             self._minimum(op.amount, genesis.min_amount)
             credits.append((op.to, op.amount))
             self.supply += op.amount
@@ -218,7 +219,7 @@ class Model:
         if entry.account != self.genesis.root or len(entry.ops) != 1:
             raise Violation("valid", "a change of committee or issuer that root did not make alone in its entry")
         if isinstance(op, Issuer):
-            self.issuer = op.key
+            self.issuers.add(op.key)
             return
         if op.epoch != len(self.epochs):
             raise Violation("I1", f"committee {op.epoch} follows committee {len(self.epochs) - 1}")

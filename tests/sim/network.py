@@ -108,6 +108,8 @@ class SimNetwork:
         deadline_s = trio.current_time() + min(deadline_ms, DEADLINE_MS_MAX) / 1000
         if method == "ledger.submit" and not self._node.crooked:
             world.checker.submitted(self.identity.public_key, read_signed(header["object"]))
+        if method == "ledger.channel":
+            world.checker.promised(self.identity.public_key, read_signed(header["voucher"]))
         out = world.faults.way(self._node, target, method)
         if out is None:
             raise await self._lost(target, deadline_s)

@@ -12,12 +12,13 @@ from ledger.core.objects import SMALL_BYTES_MAX, Freeze, Signed, Vote, parse
 from ledger.keys import EpochKeys
 from ledger.ledger import Ledger
 from ledger.promises import Listed
-from ledger.store import Final, Record
+from ledger.records import Final, Record
 from ledger.voting import read_signed
 from p2p.core import codec
 from p2p.core.identity import Identity
 from p2p.face import Call, Reply
 from tests.sim.disk import Crash, Disk
+from tests.sim.metering import settings
 from tests.sim.network import Box, SimNetwork, handle
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Node:
             self.identity,
             self.world.genesis,
             self.name,
-            LedgerSettings(witness=self.witness and not self.liar, sync_seconds=SYNC_SECONDS),
+            LedgerSettings(witness=self.witness and not self.liar, sync_seconds=SYNC_SECONDS, **settings(self.world)),
             payout=None,
             in_thread=False,
             now_ms=self.now_ms,
@@ -174,6 +175,8 @@ class Node:
             body = codec.decode(Freeze, signed.body, bytes_max=SMALL_BYTES_MAX)
             self.world.log("freeze", self.name, body.channel.hex()[:8], body.total)
             checker.freeze(signed, self.now_ms())
+        elif call.method == "ledger.receipt":
+            checker.promised(self.identity.public_key, read_signed(reply.header["voucher"]))
         elif call.method == "ledger.handover" and reply.buffers:
             signed = Signed(bytes(reply.buffers[0]), reply.header["signature"])
             checker.handover(signed)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from config.errors import RiosError
-from ledger.core.objects import Claim, Grant, Op, Open, Reclaim, Signed, TopUp, Transfer, Voucher, sign
+from ledger.core.objects import Claim, Entry, Grant, Op, Open, Reclaim, Signed, TopUp, Transfer, Voucher, parse, sign
 from ledger.core.rules import ChannelState
 from p2p.core import codec
 from p2p.core.identity import Identity
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 APPEND_S = 4.0
 CERTIFY_S = 3.0
+GRANT_MAX = 400
+METERED_MS = 3_600_000
+"""Channels that live longer than this are not paid by hand."""
 
 
 @dataclass
@@ -36,7 +39,6 @@ class Person:
     """The owner of a node: payer and worker."""
 
     node: "Node"
-    grants: bool = False
     promised: dict[bytes, Signed] = field(default_factory=dict)
     held: dict[bytes, Held] = field(default_factory=dict)
     entries: int = 0
@@ -70,10 +72,14 @@ class Person:
     def _ops(self) -> list[Op]:
         """Something to do with the money that is there."""
         node, world, random = self.node, self.node.world, self.node.random
-        if self.grants and random.random() < 0.6:
-            left = world.genesis.max_supply - node.ledger.book.state.supply
+        state = node.ledger.book.state
+        if state.committees.issuer == self.identity.public_key and random.random() < 0.6:
+            left = world.genesis.max_supply - state.supply - self._granting()
+            # who comes after another leaves room for what that one may have granted last
+            room = left - GRANT_MAX * (len(state.committees.issuers) - 1)
             # a greedy issuer: its wallet refuses what exceeds the supply
-            amount = left + random.randint(1, 50) if random.random() < 0.2 else min(left, random.randint(50, 400))
+            greedy = random.random() < 0.2
+            amount = left + random.randint(1, 50) if greedy else min(room, random.randint(50, GRANT_MAX))
             return [Grant(world.anybody(random), amount)] if amount > 0 else []
         left = node.ledger.wallet.balance
         ops: list[Op] = []
@@ -85,9 +91,15 @@ class Person:
             ops.append(op)
         return ops
 
+    def _granting(self) -> int:
+        """What a grant of one's own brings that is not final yet."""
+        pending = self.node.ledger.wallet._pending
+        entry = parse(pending).object if pending is not None else None
+        return sum(op.amount for op in entry.ops if isinstance(op, Grant)) if isinstance(entry, Entry) else 0
+
     def _op(self, amount: int) -> Transfer | Open | TopUp:
         node, world, random = self.node, self.node.world, self.node.random
-        own = [key for key, c in self._own_channels() if c.expiry_ms > node.now_ms()]
+        own = [key for key, c in self.own_channels() if c.expiry_ms > node.now_ms()]
         kind = random.random()
         if kind < 0.15 and own:
             return TopUp(random.choice(own), amount)
@@ -98,16 +110,22 @@ class Person:
             return Open(signer, payout, amount, node.now_ms() + life_ms)
         return Transfer(world.anybody(random), amount)
 
-    def _own_channels(self) -> list[tuple[bytes, ChannelState]]:
+    def own_channels(self) -> list[tuple[bytes, ChannelState]]:
+        """Open channels on which this person promises by hand."""
         state, me = self.node.ledger.book.state, self.identity.public_key
-        return sorted((k, c) for k, c in state.channels.items() if c.payer == me and c.closed_at is None)
+        late_ms = self.node.now_ms() + METERED_MS
+        return sorted(
+            (k, c)
+            for k, c in state.channels.items()
+            if c.payer == me and c.closed_at is None and c.expiry_ms < late_ms  # others are the metering's
+        )
 
     async def _promise(self, node: "Node") -> None:
         """Vouchers on open channels, freezes and reclaims on expired ones."""
         random, world = node.random, node.world
         while True:
             await trio.sleep(random.uniform(0.5, 1.5))
-            for key, channel in self._own_channels():
+            for key, channel in self.own_channels():
                 if node.now_ms() > channel.expiry_ms + world.plan.grace_ms:
                     await self._reclaim(node, key, channel)
                 elif world.busy and node.now_ms() < channel.expiry_ms and random.random() < 0.7:

@@ -29,20 +29,27 @@ class Plan:
     grace_ms: int = 1000
     margin_ms: int = 500
     calm_s: float = 90.0
+    issuer_epoch: int = -1
+    """In which epoch root names another issuer; -1: in none."""
+    metering: bool = False
+    """Whether people have work done and pay for it call by call."""
+    power: float = 0.0
+    """How often a crash is a loss of power: what was not synced is lost."""
     real: bool = False
 
 
 def plan_of(seed: int) -> Plan:
     """The plan of a seed: most have f = 1 with one liar; some none, some f = 2, some f = 0."""
-    random = Random(f"plan/{seed}")
+    random, more = Random(f"plan/{seed}"), Random(f"more/{seed}")
     f = random.choice((1, 1, 1, 1, 1, 1, 1, 1, 2, 0))
     changes = random.choice((0, 1, 2, 2, 2))
     liars = f if random.random() < 0.65 else random.randint(0, f)
+    restores = f - liars if changes else 0
     return Plan(
         f=f,
         liars=liars,
         changes=changes,
-        restores=f - liars if changes else 0,
+        restores=restores,
         style=random.choice((*STYLES, "mixed", "yes")),
         loss=random.choice((0.0, 0.05, 0.1, 0.2)),
         duplicate=random.choice((0.0, 0.1, 0.3)),
@@ -51,4 +58,8 @@ def plan_of(seed: int) -> Plan:
         commit_crash=random.choice((0.0, 0.005, 0.02)),
         skew_ms=random.choice((0, 500, 3000)),
         real=seed % 50 == 49,
+        # with an older database as well, a mark that lags would hide that
+        issuer_epoch=more.randint(0, changes) if seed % 8 == 6 else -1,
+        metering=seed % 8 == 2,
+        power=0.0 if restores else more.choice((0.0, 0.5, 1.0)),
     )

@@ -1,4 +1,4 @@
-"""The root account and the operators: committee changes, agreed on beforehand, and databases put back from backups."""
+"""The root account and the operators: changes of the committee and of the issuer, agreed on beforehand."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from config.errors import RiosError
-from ledger.core.objects import Committee, Entry, Signed, parse, sign
+from ledger.core.objects import Committee, Entry, Issuer, Op, Signed, parse, sign
 from p2p.core.identity import Identity
 
 if TYPE_CHECKING:
@@ -24,9 +24,16 @@ class Root:
     signed: list[Signed] = field(default_factory=list)
     members: list[dict[bytes, "Node"]] = field(default_factory=list)
     """Who sits in each committee, by the key it votes with."""
+    steps: list[tuple[type[Op], int]] = field(default_factory=list)
+    """What root's entries do, and in which epoch."""
 
     def attach(self) -> None:
         """Live on the node."""
+        plan = self.world.plan
+        for epoch in range(plan.changes + 1):
+            self.steps += [(Issuer, epoch)] * (epoch == plan.issuer_epoch) + [(Committee, epoch)] * (
+                epoch < plan.changes
+            )
         self.members.append({node.identity.public_key: node for node in self.world.founders})
         self.node.tasks.append(self._run)
         thief = self.world.crooks[0]
@@ -35,32 +42,42 @@ class Root:
     @property
     def done(self) -> bool:
         """Whether every change is final at the root's node."""
-        return self.node.ledger.book.state.committees.epoch == self.world.plan.changes
+        return self._made() == len(self.steps)
 
-    def due_s(self, epoch: int) -> float:
+    def _made(self) -> int:
+        return self.node.ledger.book.state.account(self.identity.public_key).seq
+
+    def due_s(self, epoch: float) -> float:
         """How long after the faults began (virtual s) the committee of an epoch is to be replaced."""
         plan = self.world.plan
         return plan.chaos_s * (epoch + 0.6) / (plan.changes + 0.6)
 
     async def _run(self, node: "Node") -> None:
-        plan = self.world.plan
         while True:
             await trio.sleep(0.5)
-            epoch = node.ledger.book.state.committees.epoch
-            if epoch >= plan.changes:
+            if self.done:
                 continue
-            if len(self.signed) <= epoch:
-                if not self.world.began_s or trio.current_time() < self.world.began_s + self.due_s(epoch):
+            step = self._made()
+            if len(self.signed) <= step:
+                kind, epoch = self.steps[step]
+                due_s = self.due_s(epoch - (0.5 if kind is Issuer else 0))
+                if not self.world.began_s or trio.current_time() < self.world.began_s + due_s:
                     continue
-                self.signed.append(self._sign(epoch + 1))
+                self.signed.append(self._sign(self._next_issuer() if kind is Issuer else self._committee(epoch + 1)))
             for other in self.world.honest():
-                other.agree(parse(self.signed[epoch]).id)
+                other.agree(parse(self.signed[step]).id)
             try:
-                await node.ledger.buyer._quorum.certify(self.signed[epoch], timeout_s=3.0)
+                await node.ledger.buyer._quorum.certify(self.signed[step], timeout_s=3.0)
             except RiosError as error:
                 self.world.log("root", error.code, error.message[:400])
 
-    def _sign(self, epoch: int) -> Signed:
+    def _next_issuer(self) -> Issuer:
+        people = [person.node for person in self.world.people if person.node is not self.node]
+        chosen = self.world.random.choice(people)
+        self.world.log("issuer", chosen.name)
+        return Issuer(chosen.identity.public_key)
+
+    def _committee(self, epoch: int) -> Committee:
         world, random = self.world, self.world.random
         pool = [node for node in world.nodes if not node.crooked and not node.liar]
         liars = [liar.node for liar in world.liars if random.random() < 0.8]
@@ -73,17 +90,19 @@ class Root:
             seats[key.public_key] = node
         self.members.append(seats)
         world.checker.liars |= {key for key, node in seats.items() if node.liar}
-        state = self.node.ledger.book.state
-        known = state.account(self.identity.public_key)
-        ops = (Committee(epoch, tuple(seats), f),)
         world.log("change", epoch, *(node.name for node in seats.values()))
-        entry = Entry(state.genesis.net, self.identity.public_key, known.seq + 1, known.head, ops)
+        return Committee(epoch, tuple(seats), f)
+
+    def _sign(self, op: Committee | Issuer) -> Signed:
+        world, state = self.world, self.node.ledger.book.state
+        known = state.account(self.identity.public_key)
+        entry = Entry(state.genesis.net, self.identity.public_key, known.seq + 1, known.head, (op,))
         signed = sign(self.identity, entry)
         world.checker.listed.add(parse(signed).id)
         return signed
 
     async def _steal(self, node: "Node") -> None:
-        """Whoever has stolen root's key names a committee of its own: nobody has listed it."""
+        """Whoever has stolen root's key names a committee or an issuer of its own: nobody has listed it."""
         world, random = self.world, node.random
         while True:
             await trio.sleep(random.uniform(2, 8))
@@ -92,6 +111,8 @@ class Root:
             state, f = node.ledger.book.state, world.plan.f
             known = state.account(self.identity.public_key)
             keys = tuple(world.stranger(n).public_key for n in range(3 * f + 1))
-            op = Committee(state.committees.epoch + 1, keys, f)
+            op: Committee | Issuer = Committee(state.committees.epoch + 1, keys, f)
+            if world.plan.issuer_epoch >= 0 and random.random() < 0.5:
+                op = Issuer(keys[0])
             entry = Entry(state.genesis.net, self.identity.public_key, known.seq + 1, known.head, (op,))
             await world.crooks[0].spread(node, [sign(self.identity, entry)])

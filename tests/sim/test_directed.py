@@ -11,6 +11,7 @@ from ledger.core.objects import (
     Freeze,
     Grant,
     Held,
+    Issuer,
     Open,
     Reclaim,
     Signed,
@@ -21,7 +22,7 @@ from ledger.core.objects import (
     sign,
 )
 from ledger.core.state import State
-from tests.unit.ledger.committee_kit import EXPIRY_MS, ISSUER, LATE_MS, OTHER, PAYEE, PAYER, Net
+from tests.unit.ledger.committee_kit import EXPIRY_MS, ISSUER, LATE_MS, OTHER, PAYEE, PAYER, ROOT, Net
 from tests.unit.ledger.test_channel import call, exchange, pair
 
 
@@ -58,6 +59,51 @@ def test_grants_of_one_entry_add_up_to_the_supply(net, channel):
     grant = Grant(PAYER.public_key, left // 2 + 1)
     assert refused(net, net.entry(ISSUER, grant, grant)) == "supply"
     net.votes(0, (1,), net.entry(ISSUER, grant))
+
+
+def replace_issuer(net: Net, who) -> None:
+    """Root names another issuer; every operator has agreed."""
+    signed = net.entry(ROOT, Issuer(who.public_key))
+    for node in net.nodes[net.observer.state.committees.epoch]:
+        node.witness.listed.add(parse(signed).id)
+    net.settle(signed)
+
+
+def half_of_what_is_left(net: Net) -> int:
+    return (net.genesis.max_supply - net.observer.state.supply) // 2
+
+
+def test_what_the_replaced_issuer_may_have_granted_is_kept_free(net, channel):
+    """Its grant may be final without the witnesses that voted for it knowing: the new one's comes on top."""
+    half = half_of_what_is_left(net)
+    old = net.entry(ISSUER, Grant(PAYER.public_key, half))
+    certificate = net.certify(0, old, net.votes(0, (0, 1, 2), old))  # and nobody is shown it
+    replace_issuer(net, OTHER)
+    too_much = net.entry(OTHER, Grant(PAYER.public_key, half + 2))
+    assert [refused(net, too_much, n) for n in (1, 2)] == ["supply", "supply"]
+    net.votes(0, (3,), too_much)  # it never saw the first: with one liar these two are no quorum
+    net.settle(net.entry(OTHER, Grant(PAYER.public_key, half)), who=(0, 1, 2))
+    net.publish(certificate)
+    assert net.observer.state.supply <= net.genesis.max_supply
+    assert not net.observer.state.broken
+
+
+def test_what_the_replaced_issuer_may_have_granted_is_kept_free_by_the_next_committee(net, channel):
+    half = half_of_what_is_left(net)
+    old = net.entry(ISSUER, Grant(PAYER.public_key, half))
+    net.votes(0, (0, 1, 2), old)
+    replace_issuer(net, OTHER)
+    net.change(1)
+    net.begin(1, net.handovers(0, (1, 2, 3)))
+    assert refused(net, net.entry(OTHER, Grant(PAYER.public_key, half + 2)), epoch=1) == "supply"
+    net.votes(1, (1,), net.entry(OTHER, Grant(PAYER.public_key, half)))
+
+
+def test_the_replaced_issuer_grants_no_more_and_spends_as_ever(net, channel):
+    net.settle(net.entry(ISSUER, Grant(ISSUER.public_key, 10)))
+    replace_issuer(net, OTHER)
+    assert refused(net, net.entry(ISSUER, Grant(PAYER.public_key, 5))) == "issuer"
+    net.settle(net.entry(ISSUER, Transfer(PAYER.public_key, 5)))
 
 
 def test_an_entry_spends_final_credits_only(net, channel):
@@ -212,7 +258,11 @@ def test_a_voucher_shown_on_a_banned_channel_is_kept_and_paid(net, channel):
     net.begin(1, net.handovers(0, (1, 2, 3)))
     witness = net.nodes[1][1].witness
     assert refused(net, net.claim(channel, 20), epoch=1) == "frozen"
-    assert [shown.voucher.cumulative for shown in witness.take_shown()] == [20]
+    shown = witness.take_shown()
+    assert [each.voucher.cumulative for each in shown] == [20]
+    assert not witness.take_shown()
+    witness.put_back(shown)  # the disk was full
+    assert witness.take_shown() == shown
     assert net.nodes[1][1].witness.freeze(channel, LATE_MS).signed.body.endswith(witness._best[channel][1])
 
 
@@ -232,6 +282,16 @@ def test_a_freeze_is_signed_by_its_witness(net, channel):
     one, two, three = freezes(net, channel)
     forged = Signed(three.body, bytes(64))
     assert refused(net, net.entry(PAYER, Reclaim(channel, 0, (one, two, forged)))) == "signature"
+
+
+def test_an_entry_that_was_voted_for_keeps_its_signature(net, channel):
+    """Seed 4117: an id covers the body only, so whoever has seen an entry can send it again with another signature."""
+    signed = net.entry(PAYER, Transfer(OTHER.public_key, 5))
+    witness, forged = net.nodes[0][1].witness, parse(Signed(signed.body, bytes(64)))
+    witness.consider_entry(parse(signed))
+    with pytest.raises(RuleError, match="signature"):
+        witness.consider_entry(forged)
+    assert [item.signed for item in witness.seal().items] == [signed], "what is written must be evidence later"
 
 
 def test_a_lower_claim_is_nothing_new(net, channel):

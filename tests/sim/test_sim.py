@@ -19,7 +19,7 @@ FIRST = int(os.environ.get("RIOS_SIM_SEED", "0"))
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 def test_a_hundred_seeds_break_no_invariant():
     totals = simulate(FIRST, 100, workers=1)
     assert totals["seeds"] == 100

@@ -21,6 +21,7 @@ from tests.sim.crooks import Crook
 from tests.sim.ending import EPOCH_MS, settle
 from tests.sim.faults import Faults
 from tests.sim.liars import Liar
+from tests.sim.metering import pairs
 from tests.sim.model import Model
 from tests.sim.node import Node
 from tests.sim.people import Person
@@ -94,13 +95,10 @@ class World:
         self.by_key = {node.identity.public_key: node for node in self.nodes}
         self.liars = [Liar(node, plan.style) for node in self.random.sample(self.founders, plan.liars)]
         self.checker.liars = {liar.node.identity.public_key for liar in self.liars}
-        self.people = [
-            Person(node, grants=node.identity is self.issuer)
-            for node in self.nodes
-            if not node.liar and node.name != "crook"
-        ]
+        self.people = [Person(node) for node in self.nodes if not node.liar and node.name != "crook"]
         for person in self.people:
             person.attach()
+        self.pairs = pairs(self)
         crook = self.nodes[-1]
         crook.crooked = True
         self.crooks = [Crook(crook, style, self.key(style), self.key(f"{style}'s worker")) for style in CROOKS]

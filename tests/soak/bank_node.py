@@ -24,7 +24,7 @@ import trio
 
 from config.errors import RemoteError, RiosError
 from config.settings import LedgerSettings, P2pSettings
-from ledger import store
+from ledger import records, store
 from ledger.core import genesis as genesis_file
 from ledger.core.objects import Entry, Grant, Item, Op, Open, TopUp, Transfer, channel_id
 from ledger.ledger import Ledger, open_ledger
@@ -36,7 +36,7 @@ from p2p.network import PeerNetwork, open_network
 KFLOP_PER_CALL = 1_000_000
 CALL_DEADLINE_MS = 5_000
 BROKEN = {"votes": "Voted", "freezes": "Frozen", "wallet": "Own"}
-"""What a broken build forgets to write: the record's name in ``ledger.store``."""
+"""What a broken build forgets to write: the record's name in ``ledger.records``."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,9 @@ def _entry(item: Item) -> dict[str, Any]:
 
 def break_on_purpose(what: str) -> None:
     """Make this process a build that forgets to write one kind of record. The test must notice."""
-    real, kind = store.Store.commit, getattr(store, BROKEN[what])
+    real, kind = store.Store.commit, getattr(records, BROKEN[what])
 
-    def commit(self: store.Store, records: Sequence[store.Record]) -> None:
+    def commit(self: store.Store, records: Sequence[records.Record]) -> None:
         real(self, [record for record in records if type(record) is not kind])
 
     store.Store.commit = commit  # type: ignore[method-assign]

@@ -111,20 +111,19 @@ async def test_single_experts_are_asked_for_too_because_a_low_weight_hides_in_a_
         for serves in (False, True, True):
             await s.node(serves=serves)
         caller = await s.caller(share=1.0)
-        asked, ask = [], caller.audit.ask
+        alone, single = [], caller.audit._single
 
-        async def seen(*args, **kwargs):
-            asked.append(await ask(*args, **kwargs))
-            return asked[-1]
+        async def seen(sample):
+            asked = await single(sample)
+            if asked is not sample:  # none of its experts was asked for with the row that was drawn
+                alone.append(asked)
+            return asked
 
-        caller.audit.ask = seen
-
-        def alone():  # calls have two rows, so a single one is asked for alone
-            return [sample for sample in asked if len(sample.asked.rows) == 1]
-
-        await calls(caller, manifest, 200, rows=2, until=lambda: len(alone()) >= 6)
-        assert len(alone()) >= 6
-        for sample in alone():
+        caller.audit._single = seen
+        await calls(caller, manifest, 400, rows=2, until=lambda: len(alone) >= 6)
+        assert len(alone) >= 6
+        for sample in alone:
+            assert len(sample.asked.rows) == 1
             (members,) = [place.experts for place in sample.owed.places]
             (experts,) = sample.asked.experts.tolist()
             assert experts[0] in members
@@ -141,7 +140,7 @@ async def test_a_replica_is_tried_out_before_it_is_relied_on_and_its_lie_is_told
         liar, honest = await s.node(lie="nudge"), await s.node()
         bystander = await s.node(serves=False)
         other = await s.caller(3, share=0.5, paid=False)
-        other.audit._notary = s.ledgers[3].buyer
+        other.audit._notary = other.audit.court._notary = s.ledgers[3].buyer
         other.map(manifest)
         caller = await s.caller(share=0.001, probes=True)
         caller.map(manifest)
@@ -190,7 +189,7 @@ async def test_forged_evidence_does_not_hide_the_true_one_that_follows(tmp_path)
         await s.node(serves=False)
         caller = await s.caller(share=1.0)
         other = await s.caller(3, share=0.5, paid=False)
-        other.audit._notary = s.ledgers[3].buyer
+        other.audit._notary = other.audit.court._notary = s.ledgers[3].buyer
         other.map(manifest)
         await calls(caller, manifest, 40, until=found_out(caller, liar))
         await until(lambda: s.blamed)
@@ -215,7 +214,7 @@ async def test_gossip_about_an_honest_worker_is_blamed_on_its_sender(tmp_path):
         found = await _evidence(caller, s, manifest)
         other = await s.caller(2, share=0.5, paid=False)
         assert other is not None
-        caller.audit._seen.clear()
+        caller.audit.court._seen.clear()
         await s.networks[2].publish("rios/evidence/1", evidence.write(found))
         await until(lambda: s.blamed)
         assert s.blamed[0][:3] == (0, framer, "bad_record")
@@ -231,7 +230,7 @@ async def _evidence(caller, s, manifest):
     await until(lambda: kept)
     owed = kept[0].owed
     signed = await s.ledgers[0].buyer.proof(owed.channel, owed.leaf(), 10.0)
-    from dmoe.audit import evidence_of
+    from dmoe.samples import evidence_of
 
     return evidence_of(owed, signed)
 

@@ -50,6 +50,9 @@ class LentExperts:
     async def open(self):
         await self._meter.open()
 
+    def begin(self, bills, counts, spare="kept"):
+        self._meter.begin(bills, counts, spare)
+
     def take(self, counts):
         return self._meter.take(counts)
 

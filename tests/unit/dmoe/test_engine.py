@@ -15,7 +15,9 @@ import trio.testing
 from tokenizers import pre_tokenizers
 
 from config.errors import BusyError, RemoteError, RequestError, RiosError
-from config.generation import Delta, Finished, GenerationRequest, Message, Sampling
+from config.generation import Delta, EmbeddingRequest, Finished, GenerationRequest, Message, Sampling
+from dmoe import embedding
+from dmoe.bills import Bills
 from dmoe.engine import Engine
 from dmoe.importer.tokenizer import tokenizer_json
 from dmoe.passes import PassOptions
@@ -258,7 +260,7 @@ async def test_prompts_as_text_ids_and_chat():
         ({"prompt": None}, "invalid_request", "exactly one"),
         ({"messages": (Message(role="user", content="x"),)}, "invalid_request", "exactly one"),
         ({"prompt": (1, 999999)}, "invalid_request", "token 1 is 999999"),
-        ({"prompt": "a" * 4096}, "context_length_exceeded", "4096 tokens, the context of fake is 4096"),
+        ({"prompt": "a" * 4096}, "context_length_exceeded", "4096 tokens, this model's maximum context length is 4096"),
         ({"prompt": "a" * 5000}, "context_length_exceeded", "5000 tokens"),
         ({"prompt": "a" * 4090, "sampling": Sampling(min_tokens=7)}, "context_length_exceeded", "min_tokens 7"),
         ({"sampling": Sampling(top_p=2)}, "invalid_request", "top_p"),
@@ -351,6 +353,47 @@ async def test_cancelling_the_consumer_cancels_the_answer():
     assert engine.statistics().active == 0
     await trio.testing.wait_all_tasks_blocked()
     assert (model.open_sequences, model.busy) == ([], []), "the pass that nobody wants has been cancelled"
+
+
+async def test_who_leaves_in_a_pass_pays_for_its_rows_to_the_end_of_the_pass():
+    """The pass goes on for others, and its later calls are shared by what its sequences say then."""
+    model = FakeModel()
+    engine = engine_of(model, prefix_positions_max=1000)
+    leaves, stays = [
+        await engine.prepare(replace(request(letter * 40, max_tokens=20, min_tokens=20), user=letter, bill=letter))
+        for letter in "ab"
+    ]
+    model.gate = trio.Event()
+    async with engine.stream(stays) as others:
+        async with engine.stream(leaves) as mine:
+            model.gate.set()
+            await anext(mine)  # its prompt is through: it will be kept
+            model.gate = trio.Event()
+            await trio.testing.wait_all_tasks_blocked()
+        assert {sequence.bill.name for sequence in model.busy} == {"a", "b"}
+        kept = next(sequence for sequence in model.busy if sequence.bill.name == "a")
+        model.gate.set()
+        assert isinstance([event async for event in others][-1], Finished)
+    assert kept in model.open_sequences
+    assert kept.bill is None
+
+
+async def test_the_texts_of_one_request_for_vectors_have_one_bill(monkeypatch):
+    """Its sums are taken again and again while some of its texts are through and none is under way."""
+    monkeypatch.setattr(embedding, "_AT_ONCE_MAX", 1)
+    bills, written = Bills(), {}
+
+    class Paid(FakeModel):
+        async def before(self, feeds):
+            for feed in feeds:
+                feed.sequence.bill.add("peer", b"channel", len(feed.tokens))
+            written.update({(each.bill, cost.channel): cost.nano for each in bills.take() for cost in each.costs})
+
+    engine = engine_of(Paid(), bills=bills)
+    texts = tuple("a" * (1 + number % 5) for number in range(40))
+    asked = await engine.prepare_embeddings(EmbeddingRequest(model="fake", inputs=texts, bill="mine"))
+    await engine.embed(asked)
+    assert written == {("mine", b"channel".hex()): sum(map(len, texts))}
 
 
 async def test_the_consumers_own_error_leaves_as_it_is():

@@ -8,6 +8,7 @@ import trio
 import trio.testing
 
 from config.errors import BusyError, RemoteError
+from dmoe.bills import Bills
 from dmoe.core.dispatch import RETRIES_MAX
 from dmoe.core.hedge import SAVED_MAX, SHARE, HedgeBudget
 from dmoe.ports import Quote
@@ -43,12 +44,12 @@ class Pair:
         assert got.tobytes() == expected(self.manifest, layer, h).tobytes()
 
 
-async def pair(net, manifest, *, quote=FREE, buyer=None, sellers=(None, None)):
+async def pair(net, manifest, *, quote=FREE, buyer=None, sellers=(None, None), **options):
     await net.node(())
     nodes = [await net.node(EVERYTHING, quote=quote, seller=seller) for seller in sellers]
     if buyer is not None:
         buyer.sellers = {node.peer_id: seller for node, seller in zip(nodes, sellers, strict=True)}
-    caller = await net.caller(buyer=buyer)
+    caller = await net.caller(buyer=buyer, **options)
     session = caller.session(manifest)
     for token in range(10):
         await answer(session, manifest, rows(1, token))
@@ -122,6 +123,31 @@ async def test_both_replicas_answer_and_both_are_paid_alike(manifest):
             assert buyer.kflop[node.peer_id] == sum(seller.kflop.values())
         assert sum(two.session.report().rows.values()) == rows_then + 4, "who lost computed nothing of the answer"
         assert two.caller.dispatcher.estimate(two.first).in_flight == 0
+
+
+async def test_what_a_loser_costs_is_on_the_bill_of_an_answer_that_is_over(manifest):
+    """Nobody holds the bill any more but the call itself, and another pass is under way."""
+    sellers, buyer, bills = (CountingSeller(), CountingSeller()), CountingBuyer(), Bills()
+    async with swarm(manifest) as net:
+        two = await pair(net, manifest, quote=QUOTE, buyer=buyer, sellers=sellers, bills=bills)
+        bills.take()
+        before = buyer.kflop.total()
+        two.hub.stall(two.first)
+        two.session.begin([bills.of("over")], [1])
+        await two.layer()
+        (early,) = bills.take(["over"]) or [None]
+        two.session.begin([bills.of("next")], [1])
+        two.hub.wake(two.first)
+        await until(lambda: not two.caller.dispatcher.estimate(two.first).in_flight)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        lines = {}
+        for spent in (early, *bills.take()):
+            if spent is not None:
+                assert spent.bill == "over"
+                lines |= {cost.channel: cost.nano for cost in spent.costs}
+        assert len(lines) == 2
+        spent_nano = (buyer.kflop.total() - before) * QUOTE.microcredits_per_tflop
+        assert sum(lines.values()) == spent_nano > 0
 
 
 async def test_the_first_answers_after_all_while_the_hedge_is_open(manifest):

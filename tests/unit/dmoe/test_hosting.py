@@ -325,7 +325,7 @@ async def test_models_of_strangers_are_refused(tmp_path):
         assert careful.hosting.status()["deployments"] == []
         assert not careful.store.manifests()
         with pytest.raises(RequestError, match="published by"):
-            await careful.hosting.ensure_trunk(manifest.model_id)
+            await careful.hosting.bringer.trunk(manifest.model_id)
 
 
 async def test_one_peer_cannot_forbid_a_model_that_another_one_gives(tmp_path):
@@ -370,7 +370,7 @@ async def test_trunk_and_tokenizer_come_here_by_name_or_id(tmp_path):
         got = []
 
         async def ask():
-            got.append(await client.hosting.ensure_trunk("tiny"))
+            got.append(await client.hosting.bringer.trunk("tiny"))
 
         net.nursery.start_soon(ask)  # before anybody knows the model
         await publisher.hosting.deploy(manifest.model_id, 1)
@@ -379,7 +379,7 @@ async def test_trunk_and_tokenizer_come_here_by_name_or_id(tmp_path):
         assert client.store.has_shard(manifest.model_id, "trunk")
         client.store.verify_file(manifest.model_id, manifest.tokenizer)
         assert not client.store.has_shard(manifest.model_id, manifest.shards[0].id)
-        await whole.hosting.ensure_whole(manifest.model_id)
+        await whole.hosting.bringer.whole(manifest.model_id)
         assert all(whole.store.has_shard(manifest.model_id, shard.id) for shard in manifest.shards)
 
 

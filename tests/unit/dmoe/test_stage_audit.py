@@ -29,7 +29,6 @@ async def until(check, seconds=90):
             await trio.sleep(0.02)
 
 
-@pytest.mark.flaky(reruns=1)
 @pytest.mark.parametrize(("lie", "may_forward"), [("fp16", True), ("int8", False), ("nudge", True)])
 async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path, lie, may_forward):
     store, manifest = await model(tmp_path, kind="F32")
@@ -38,12 +37,16 @@ async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path
         liar = await s.node(1, lie=lie)
         await s.node(0)
         await s.node(2)
-        runner = await s.runner(share=1.0, may_forward=may_forward)
+        runner = await s.runner(
+            share=100.0, may_forward=may_forward
+        )  # every pass is picked, however long it was before
         trust = runner.auditor.trust
-        sequence = await runner.open(40)  # by way of the liar, as nobody else is there yet
+        sequence = await runner.open(150)  # by way of the liar, as nobody else is there yet
         await s.node(1)
         await until(lambda: list(runner.audits.replicas(manifest, 1, OPEN, liar)))
-        for token in range(20):
+        for token in range(
+            70
+        ):  # what an audit can be compared with, and when it may be computed here, is left to chance
             await runner.forward([Feed(sequence=sequence, tokens=(token + 3, token + 9), outputs=1)])
             await quiet(runner)
             if not trust.trusted(liar):

@@ -8,6 +8,7 @@ import trio.testing
 from config.errors import RemoteError
 from dmoe.runner import Feed
 from dmoe.stages.chain import Link, Rows, StageError, Way
+from dmoe.stages.host import ORDER_SECONDS
 from dmoe.stages.pieces import PIECES_AT_ONCE, Turn, one_behind_the_other
 from tests.unit.dmoe.stages_kit import staged, swarm
 
@@ -105,17 +106,24 @@ async def test_a_lost_cache_is_rebuilt_in_pieces(manifest, alone):
         assert spare.segments[2].batches == [[50]] * 5 + [[49], [1]]
 
 
+async def direct(net, node, tickets):
+    """Tickets at a node for the first stage, and what runs rows on them past the orchestrator's passes."""
+    manifest = net.manifest
+    runner = await net.runner()
+    stage = node.host.local(manifest.model_id, manifest.stages[0].layers)
+    made = [await node.host.open(stage, runner.node.peer_id, 100, signed=True) for _ in range(tickets)]
+    link = Link(0, node.peer_id, manifest.stages[0].layers, 1000, b"", None)
+    way = Way(manifest.model_id, manifest.wire_dtype, manifest.architecture.hidden, (link,), False)
+    return made, runner._passes._shared.chains, way
+
+
 async def test_pieces_that_reach_a_host_in_another_order_wait_for_each_other(manifest):
     async with swarm(manifest) as net:
         node = await net.node(0)
-        runner = await net.runner()
-        stage = node.host.local(manifest.model_id, manifest.stages[0].layers)
-        ticket = await node.host.open(stage, runner.node.peer_id, 100, signed=True)
-        chains, width = runner._passes._shared.chains, manifest.architecture.hidden
+        (ticket,), chains, way = await direct(net, node, 1)
+        width = manifest.architecture.hidden
         numbers = iter((2, 1, 3))  # who was sent later, comes first
         chains.number = lambda: next(numbers)
-        link = Link(0, node.peer_id, manifest.stages[0].layers, 1000, b"", None)
-        way = Way(manifest.model_id, manifest.wire_dtype, width, (link,), False)
         x = np.ones((4, width), np.float32)
         done = []
 
@@ -133,6 +141,18 @@ async def test_pieces_that_reach_a_host_in_another_order_wait_for_each_other(man
         assert ticket.cache.length == 8
         with pytest.raises(StageError, match="run begins at 50"):
             await send(50, 0)
+
+
+async def test_a_run_of_many_sequences_waits_once_for_what_is_gone(manifest, autojump_clock):
+    async with swarm(manifest) as net:
+        node = await net.node(0)
+        tickets, chains, way = await direct(net, node, 6)
+        x = np.ones((6, manifest.architecture.hidden), np.float32)
+        parts = [Rows((ticket.token,), 50, 1, 1) for ticket in tickets]
+        before = trio.current_time()
+        with pytest.raises(StageError, match="run begins at 50"):
+            await chains.run(way, parts, x, before + 60, lambda account: None)
+        assert trio.current_time() - before < 2 * ORDER_SECONDS
 
 
 async def test_turns_keep_the_order_and_bound_what_is_under_way():

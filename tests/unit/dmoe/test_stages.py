@@ -502,6 +502,18 @@ async def test_a_host_without_room_is_left_for_one_with_room_and_named_if_there_
         assert all(node.host.statistics()["sequences"] == 1 for node in full)
 
 
+async def test_a_host_that_stalled_takes_work_again_and_learns_that_it_is_quick(manifest):
+    async with swarm(manifest) as net:
+        node = await net.node(0)
+        stage = node.host.local(manifest.model_id, manifest.stages[0].layers)
+        ticket = await node.host.open(stage, node.peer_id, 10)
+        stage.row_seconds = 60.0  # the machine slept in the middle of a row
+        x = np.ones((4, manifest.architecture.hidden), np.float32)
+        await node.host.compute([ticket], [(0, 4)], x, trio.current_time() + 2, 1)
+        assert stage.row_seconds < 60.0
+        assert stage.refused == 0
+
+
 async def test_a_cancelled_run_whose_ticket_is_closed_spoils_no_other_run(manifest):
     async with swarm(manifest) as net:
         node = await net.node(0)

@@ -18,6 +18,10 @@ def test_a_node_without_gateway_loads_nothing_of_it() -> None:
     assert not _loaded("import gateway, gateway.ports") & {"sqlalchemy", "alembic", "starlette", "hypercorn", "msgspec"}
 
 
+def test_what_signs_people_in_is_only_loaded_when_somebody_signs_in() -> None:
+    assert not _loaded("import gateway.gateway") & {"jwt", "cryptography", "argon2", "pyotp", "httpx", "authlib"}
+
+
 def test_alembic_is_only_loaded_to_migrate(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\n"
@@ -27,3 +31,8 @@ def test_alembic_is_only_loaded_to_migrate(tmp_path: Path) -> None:
     )
     assert "alembic" in _loaded(code, str(tmp_path))
     assert "alembic" not in _loaded(code, str(tmp_path))
+
+
+def test_graphql_is_only_loaded_to_answer_it() -> None:
+    assert "graphql" not in _loaded("import gateway.gateway, gateway.app")
+    assert "graphql" in _loaded("import gateway.graphql.answering")

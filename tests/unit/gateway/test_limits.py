@@ -1,9 +1,24 @@
-"""Rates and concurrency per key, with a clock that tests turn."""
+"""Rates and concurrency of keys, users and addresses, with a clock that tests turn; the same rules in memory and Redis.
+
+Redis counts by its own clock, so what depends on time passing is asked of memory only, and of Redis in milliseconds.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import trio
 
+from config.errors import ConfigError
+from config.settings import GatewaySettings
+from gateway.accounts import LOCAL
 from gateway.errors import ApiError
-from gateway.limits import Bucket, Limits
+from gateway.limits import Levels, Limits, Metering, Place, Rates, Subject, Verdict
+from gateway.quotas import Bucket, MemoryLimits
+from gateway.resp import Address, Redis, RedisAway, RedisRefused, Replies
+from gateway.shared import SharedLimits
+from tests.redis_server import running_redis
 
 SECOND = 1_000_000_000
 
@@ -15,27 +30,61 @@ class Clock:
         return self.now
 
 
-def limits(**changes: int) -> tuple[Limits, Clock]:
-    clock = Clock()
-    values = {"requests_per_minute": 3, "tokens_per_minute": 100, "concurrent_per_key": 2, **changes}
-    return Limits(**values, clock_ns=clock), clock
+class Asked:
+    """Limits that raise what they refuse."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+
+    async def request(self, subjects: list[Subject]) -> Levels:
+        return self._heard(await self.limits.request(subjects)).levels
+
+    async def enter(self, subjects: list[Subject], tokens: int) -> tuple[Place, Levels]:
+        verdict = self._heard(await self.limits.enter(subjects, tokens))
+        assert verdict.place is not None
+        return verdict.place, verdict.levels
+
+    def _heard(self, verdict: Verdict) -> Verdict:
+        if verdict.refusal is not None:
+            raise verdict.refusal.error()
+        return verdict
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.limits, name)
 
 
-def test_requests_refill_evenly() -> None:
-    limit, clock = limits()
-    for _ in range(3):
-        limit.take_request("a")
-    with pytest.raises(ApiError) as caught:
-        limit.take_request("a")
-    assert (caught.value.code, caught.value.retry_after_ms) == ("rate_limited", 20_000)
-    limit.take_request("b")
-    clock.now += 20 * SECOND - 1
-    with pytest.raises(ApiError):
-        limit.take_request("a")
-    clock.now += 1
-    limit.take_request("a")
-    with pytest.raises(ApiError):
-        limit.take_request("a")
+def key(name: str = "a", **changes: int) -> Subject:
+    rates = {"requests_per_minute": 3, "tokens_per_minute": 100, "concurrent": 2, **changes}
+    return Subject("key", f"k:{name}", Rates(**rates))
+
+
+@pytest.fixture(scope="module")
+def redis_port() -> Iterator[int]:
+    with running_redis() as port:
+        yield port
+
+
+@pytest.fixture
+async def shared(redis_port: int, nursery: trio.Nursery) -> Asked:
+    return await a_shared(redis_port, nursery)
+
+
+async def a_shared(port: int, nursery: trio.Nursery) -> Asked:
+    limits = SharedLimits(Redis(Address.parse(f"redis://127.0.0.1:{port}")), MemoryLimits())
+    nursery.start_soon(limits.run)
+    with trio.fail_after(5):
+        while not limits.redis.connected:  # noqa: ASYNC110 - it tells nobody
+            await trio.sleep(0.01)
+    await limits.redis.call("FLUSHALL")
+    return Asked(limits)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def limits(request: pytest.FixtureRequest) -> Asked:
+    return Asked(MemoryLimits(Clock())) if request.param == "memory" else request.getfixturevalue("shared")
+
+
+# --- the bucket
 
 
 def test_no_request_is_lost_to_rounding() -> None:
@@ -56,40 +105,242 @@ def test_waiting_as_told_is_enough() -> None:
             assert bucket.take(3, now) == 0
 
 
-def test_more_than_a_minutes_worth_takes_a_full_bucket() -> None:
-    limit, clock = limits()
-    limit.take_tokens("a", 5000)
+# --- in memory, by a clock
+
+
+async def test_requests_refill_evenly() -> None:
+    clock = Clock()
+    limit = Asked(MemoryLimits(clock))
+    for _ in range(3):
+        await limit.request([key()])
+    with pytest.raises(ApiError) as caught:
+        await limit.request([key()])
+    assert (caught.value.code, caught.value.retry_after_ms) == ("rate_limited", 20_000)
+    await limit.request([key("b")])
+    clock.now += 20 * SECOND - 1
     with pytest.raises(ApiError):
-        limit.take_tokens("a", 1)
-    clock.now += 60 * SECOND
-    limit.take_tokens("a", 5000)
+        await limit.request([key()])
+    clock.now += 1
+    await limit.request([key()])
 
 
-def test_unused_tokens_come_back_but_never_more_than_a_minutes_worth() -> None:
-    limit, _ = limits()
-    limit.take_tokens("a", 90)
-    limit.give_back_tokens("a", 80)
-    limit.take_tokens("a", 90)
-    limit.give_back_tokens("a", 10_000)
-    assert limit.headers("a")["x-ratelimit-remaining-tokens"] == "100"
+async def test_table_of_subjects_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.quotas._SUBJECTS_MAX", 10)
+    clock = Clock()
+    limit = Asked(MemoryLimits(clock))
+    await limit.request([key("busy")])
+    for index in range(100):
+        clock.now += SECOND // 10
+        limit.quotas([key(f"k{index}")])
+    assert len(limit._quotas) <= 11
+    assert limit.quotas([key("busy")])[0].requests.remaining(clock.now) == 2
 
 
-def test_concurrency() -> None:
-    limit, _ = limits()
-    with limit.running("a"), limit.running("a"):
-        with limit.running("b"):
+# --- the same in memory and in Redis
+
+
+async def test_a_burst_and_then_no_more(limits: Asked) -> None:
+    assert [(await limits.request([key()])).requests for _ in range(3)] == [2, 1, 0]
+    with pytest.raises(ApiError) as caught:
+        await limits.request([key()])
+    assert caught.value.code == "rate_limited"
+    assert 15_000 < caught.value.retry_after_ms <= 20_000
+    assert (await limits.request([key("b")])).requests == 2
+
+
+async def test_more_than_a_minutes_worth_takes_a_full_bucket(limits: Asked) -> None:
+    await limits.enter([key()], 5000)
+    with pytest.raises(ApiError) as caught:
+        await limits.enter([key()], 5000)
+    assert 55_000 < caught.value.retry_after_ms <= 60_000
+
+
+async def test_unused_tokens_come_back_but_never_more_than_a_minutes_worth(limits: Asked) -> None:
+    place, levels = await limits.enter([key()], 90)
+    assert levels.tokens == 10
+    place.give_back(80)
+    place.leave()
+    again, levels = await limits.enter([key()], 90)
+    assert 0 <= levels.tokens <= 1
+    again.give_back(10_000)
+    assert (await limits.request([key()])).tokens == 100
+
+
+async def test_concurrency(limits: Asked) -> None:
+    places = [(await limits.enter([key()], 1))[0] for _ in range(2)]
+    await limits.enter([key("b")], 1)
+    with pytest.raises(ApiError, match="2 requests at the same time"):
+        await limits.enter([key()], 1)
+    places[0].leave()
+    await limits.enter([key()], 1)
+
+
+async def test_one_subject_that_refuses_takes_nothing_of_the_others(limits: Asked) -> None:
+    wide = key(requests_per_minute=100, concurrent=0)
+    user = Subject("user", "u:ada", Rates(requests_per_minute=1, tokens_per_minute=50, concurrent=1))
+    assert (await limits.request([wide, user])).requests == 99
+    with pytest.raises(ApiError, match="this user asked for more than 1 requests per minute"):
+        await limits.request([wide, user])
+    assert (await limits.request([wide])).requests == 98
+    place, _ = await limits.enter([wide, user], 40)
+    place.leave()
+    with pytest.raises(ApiError, match="this user asked for more than 50 tokens"):
+        await limits.enter([wide, user], 40)
+    assert (await limits.request([wide])).tokens == 60
+
+
+async def test_no_rate_is_no_limit(limits: Asked) -> None:
+    free = Subject("key", "k:free", Rates())
+    for _ in range(50):
+        await limits.request([free])
+        await limits.enter([free], 1 << 40)
+
+
+# --- in Redis
+
+
+async def test_two_gateways_count_together(redis_port: int, nursery: trio.Nursery) -> None:
+    one, two = await a_shared(redis_port, nursery), await a_shared(redis_port, nursery)
+    assert [(await each.request([key()])).requests for each in (one, two, one)] == [2, 1, 0]
+    with pytest.raises(ApiError):
+        await two.request([key()])
+    place, _ = await one.enter([key()], 1)
+    await two.enter([key()], 1)
+    with pytest.raises(ApiError):
+        await one.enter([key()], 1)
+    place.leave()
+    await one.redis.call("PING")  # it has been told
+    await two.enter([key()], 1)
+
+
+async def test_simultaneous_requests_never_pass_the_limit(shared: Asked) -> None:
+    granted = 0
+
+    async def ask() -> None:
+        nonlocal granted
+        try:
+            await shared.enter([key(concurrent=7, tokens_per_minute=1 << 20)], 1)
+            granted += 1
+        except ApiError:
             pass
-        with pytest.raises(ApiError), limit.running("a"):
-            pass
-    with limit.running("a"), limit.running("a"):
-        pass
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(ask)
+    assert granted == 7
 
 
-def test_headers() -> None:
-    limit, _ = limits(requests_per_minute=2, tokens_per_minute=600)
-    limit.take_request("a")
-    limit.take_tokens("a", 3)
-    assert limit.headers("a") == {
+async def test_a_dead_gateways_leases_run_out(shared: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.shared.LEASE_MS", 100)
+    await shared.enter([key(concurrent=1)], 1)
+    with pytest.raises(ApiError):
+        await shared.enter([key(concurrent=1)], 1)
+    shared._renew()
+    await trio.sleep(0.06)
+    shared._renew()
+    await trio.sleep(0.06)
+    with pytest.raises(ApiError):
+        await shared.enter([key(concurrent=1)], 1)
+    await trio.sleep(0.12)
+    await shared.enter([key(concurrent=1)], 1)
+
+
+async def test_without_redis_each_counts_alone_until_it_is_back(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_redis() as port:
+        shared = await a_shared(port, nursery)
+        place, _ = await shared.enter([key()], 10)
+        assert (await shared.request([key()])).requests == 2
+    with trio.fail_after(5):
+        while shared.redis.connected:  # noqa: ASYNC110 - it tells nobody
+            await trio.sleep(0.01)
+    place.give_back(5)
+    place.leave()
+    for _ in range(3):
+        await shared.request([key()])
+    with pytest.raises(ApiError):
+        await shared.request([key()])
+    alone, _ = await shared.enter([key()], 10)
+    with running_redis(port):
+        with trio.fail_after(5):
+            while not shared.redis.connected:  # noqa: ASYNC110 - it tells nobody
+                await trio.sleep(0.01)
+        assert (await shared.request([key()])).requests == 2
+        alone.leave()  # in memory, where it was let in
+        await shared.enter([key(concurrent=1)], 1)
+    told = [record.message for record in caplog.records if "Redis is" in record.message]
+    assert len([each for each in told if "away" in each]) == 1, told
+
+
+async def test_a_redis_that_hangs_is_waited_for_half_a_second(nursery: trio.Nursery) -> None:
+    async def silent(stream: trio.SocketStream) -> None:
+        await trio.sleep_forever()
+
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    nursery.start_soon(trio.serve_listeners, silent, [listener])
+    redis = Redis(Address.parse(f"redis://127.0.0.1:{listener.socket.getsockname()[1]}"))
+    shared = Asked(SharedLimits(redis, MemoryLimits()))
+    nursery.start_soon(shared.run)
+    await trio.sleep(0.1)
+    began = trio.current_time()
+    assert (await shared.request([key()])).requests == 2
+    assert trio.current_time() - began < 2
+
+
+async def test_passwords_and_databases(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_redis(password="open sesame") as port:
+        shut = SharedLimits(Redis(Address.parse(f"redis://127.0.0.1:{port}/3")), MemoryLimits())
+        nursery.start_soon(shut.run)
+        await trio.sleep(0.2)
+        assert not shut.redis.connected
+        monkeypatch.setenv("REDISCLI_AUTH", "open sesame")
+        with trio.fail_after(5):
+            while not shut.redis.connected:  # noqa: ASYNC110 - it tells nobody
+                await trio.sleep(0.01)
+        await shut.request([key()])
+        assert await shut.redis.call("DBSIZE") == 1
+        with pytest.raises(RedisRefused, match="unknown command"):
+            await shut.redis.call("NONSENSE")
+
+
+@pytest.mark.parametrize("url", ["http://x", "redis://", "redis://x/y", "redis://u:secret@x", "redis://x:99999"])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Address.parse(url)
+    assert "secret" not in str(caught.value)
+
+
+# --- what comes over the wire
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 1000])
+def test_replies_in_pieces(step: int) -> None:
+    data = b"+OK\r\n:-12\r\n$3\r\na\r\n\r\n$-1\r\n*2\r\n:1\r\n$0\r\n\r\n*0\r\n"
+    replies = Replies()
+    found = [reply for at in range(0, len(data), step) for reply in replies.feed(data[at : at + step])]
+    assert found == [b"OK", -12, b"a\r\n", None, [1, b""], []]
+
+
+@pytest.mark.parametrize(
+    "data", [b"?1\r\n", b":x\r\n", b"$99999999\r\n", b"*-5\r\n", b"*1\r\n" * 9, b"+" + b"x" * 70_000]
+)
+def test_what_no_redis_says(data: bytes) -> None:
+    with pytest.raises(RedisAway):
+        list(Replies().feed(data))
+
+
+# --- what clients are told
+
+
+async def test_headers() -> None:
+    settings = GatewaySettings(requests_per_minute=2, tokens_per_minute=600)
+    meter = Metering(MemoryLimits(Clock()), settings).meter(LOCAL)
+    assert meter.headers() == {}
+    await meter.request()
+    place = await meter.enter(10)
+    meter.give_back(place, 7)
+    assert meter.headers() == {
         "x-ratelimit-limit-requests": "2",
         "x-ratelimit-limit-tokens": "600",
         "x-ratelimit-remaining-requests": "1",
@@ -97,16 +348,12 @@ def test_headers() -> None:
         "x-ratelimit-reset-requests": "30s",
         "x-ratelimit-reset-tokens": "300ms",
     }
-    limit.take_request("a")
-    assert limit.headers("a")["x-ratelimit-reset-requests"] == "1m0s"
+    await meter.request()
+    assert meter.headers()["x-ratelimit-reset-requests"] == "1m0s"
 
 
-def test_table_of_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.limits._KEYS_MAX", 10)
-    limit, clock = limits()
-    limit.take_request("busy")
-    for index in range(100):
-        clock.now += SECOND // 10
-        limit.headers(f"k{index}")
-    assert len(limit._quotas) <= 11
-    assert limit.headers("busy")["x-ratelimit-remaining-requests"] == "2"
+def test_who_is_counted() -> None:
+    meters = Metering(MemoryLimits(), GatewaySettings(user_concurrent=1, address_requests_per_minute=5))
+    kinds = [subject.kind for subject in meters.meter(LOCAL, "10.0.0.1")._subjects]
+    assert kinds == ["key", "user", "address"]
+    assert re.fullmatch("a:.*", meters.meter(LOCAL, "10.0.0.1")._subjects[2].name)

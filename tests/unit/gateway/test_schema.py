@@ -11,7 +11,12 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+import gateway.db.audit
+import gateway.db.billing
+import gateway.db.identity
+import gateway.db.jobs
 import gateway.db.migrate as migrate_module
+import gateway.db.swarm  # noqa: F401 - its tables
 from config.errors import ConfigError
 from gateway import books
 from gateway.books import Batch

@@ -4,8 +4,10 @@ Everybody has a state of its own; ``show`` brings certificates (and what they bu
 plain identities: tests sign for them whatever they like.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+from config.errors import LocalError
 from ledger.core import merkle
 from ledger.core.certificate import Collector, Verifier
 from ledger.core.genesis import Genesis
@@ -32,6 +34,8 @@ from ledger.core.objects import (
 )
 from ledger.core.state import State
 from ledger.core.witness import VOTING, Witness
+from ledger.records import Record
+from ledger.store import Store
 from p2p.core.identity import Identity
 
 ROOT, PAYER, PAYEE, OTHER, ISSUER = (Identity.from_seed(bytes([n]) * 32) for n in range(1, 6))
@@ -42,6 +46,20 @@ LATE_MS = 2000
 def member(epoch: int, n: int) -> Identity:
     """The key of witness ``n`` in an epoch."""
     return Identity.from_seed(bytes([100 + epoch, n]) * 16)
+
+
+@contextmanager
+def full_disk(store: Store) -> Iterator[None]:
+    """Whatever is committed meanwhile finds no room."""
+
+    def refuse(records: Sequence[Record]) -> None:
+        raise LocalError("disk_full", f"no room for {len(records)} records")
+
+    store.commit = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del store.commit
 
 
 class Node:

@@ -7,7 +7,7 @@ from ledger.core.genesis import Genesis
 from ledger.core.objects import Claim, Entry, Item, Op, Open, Signed, Voucher, channel_id, parse, sign
 from ledger.core.state import State
 from ledger.core.witness import Witness
-from ledger.store import Final
+from ledger.records import Final
 from p2p.core.identity import Identity
 
 START_MS = 1_800_000_000_000

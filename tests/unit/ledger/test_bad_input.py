@@ -28,7 +28,8 @@ from ledger.core.objects import (
     sign,
 )
 from ledger.core.witness import Witness
-from ledger.store import Store, Writer
+from ledger.store import Store
+from ledger.writer import Writer
 from p2p.core import codec
 from tests.unit.ledger.ledger_kit import START_MS, Maker
 

@@ -261,3 +261,43 @@ def test_what_a_killed_payer_has_forgotten_may_come_with_more_than_one_receipt()
     for _ in range(30):
         seller.served(ONE, GFLOP, bytes(32))
     assert killed.excess(seller.receipt()) > 0, "55 calls were allowed for, once"
+
+
+def test_a_receipt_that_answers_overtook_brings_no_old_doubt_back():
+    """Three calls were given up and their doubt accepted. Then a receipt is looked at late, when more answers than
+    that have come since: the gap is still there, and the last receipt shows it again."""
+    seller, payer = pair()
+    for _ in range(10):
+        call(seller, payer)
+    for _ in range(3):
+        seller.served(ONE, GFLOP, bytes(32))
+        payer.lost(ONE, GFLOP)
+    exchange(seller, payer)
+    late = seller.receipt()
+    for _ in range(10):
+        call(seller, payer)
+    payer.pay(late)
+    exchange(seller, payer)
+    assert payer.lost_nano == 0, "what was given up counts once"
+    seller.served(ONE, GFLOP, bytes(32))
+    seller.served(ONE, GFLOP, bytes(32))
+    assert payer.excess(seller.receipt()) == 1000, "one more call may be in doubt, not two"
+
+
+def test_a_payer_that_is_restarted_again_and_again_keeps_its_doubt():
+    """What was missing after one restart is missing after the next as well; only what is new needs the allowance."""
+    seller, payer = pair()
+    for _ in range(4):
+        for _ in range(30):
+            call(seller, payer)
+        exchange(seller, payer)
+        kept = payer.nano, payer.receipt_n, payer.counted_there
+        for _ in range(30):
+            call(seller, payer)
+        again = PayerChannel(NET, KEY, payer.lock, payer.prepay)
+        again.nano, again.receipt_n, again.receipt_cumulative = kept
+        again.adopt(payer.voucher)
+        again.resume(50_000)
+        payer = again
+        exchange(seller, payer)
+    assert payer.lock > payer.promised >= seller.earned

@@ -194,12 +194,12 @@ class Nodes:
         self.hub, self.tmp_path, self.nursery, self.maker = MemoryHub(1), tmp_path, nursery, maker
         self.made = {}
 
-    async def start(self, n, *, archive=False):
+    async def start(self, n, *, archive=False, **changes):
         """Node ``n`` holds person ``n``'s key, or one of its own."""
         me = self.maker.people[n] if n < len(self.maker.people) else identity(500 + n)
         path = self.tmp_path / f"{n}.db"
         witness = n < len(self.maker.witnesses)
-        settings = LedgerSettings(witness=witness, archive=archive, sync_seconds=1, lag_calls=0)
+        settings = LedgerSettings(witness=witness, archive=archive, sync_seconds=1, lag_calls=0, **changes)
         network = self.hub.add(me)
         self.made[n] = await open_ledger(
             network, me, self.maker.genesis, path, settings, nursery=self.nursery, in_thread=False,
@@ -207,10 +207,10 @@ class Nodes:
         )  # fmt: skip
         return self.made[n]
 
-    async def four(self):
+    async def four(self, **changes):
         """The witnesses, and a ledger of a dozen entries."""
         for n in range(4):
-            await self.start(n)
+            await self.start(n, **changes)
         people = self.maker.people
         await self.made[0].wallet.append([Grant(p.public_key, 500 * CREDIT) for p in people[:4]])
         await self.same()
@@ -229,7 +229,7 @@ class Nodes:
 
 @asynccontextmanager
 async def nodes(tmp_path, maker):
-    with trio.fail_after(60):
+    with trio.fail_after(300):
         async with trio.open_nursery() as nursery:
             made = Nodes(tmp_path, nursery, maker)
             yield made
@@ -267,6 +267,38 @@ async def test_a_new_node_starts_from_a_checkpoint_two_peers_prove_and_works(tmp
         again = await s.start(7)
         await s.same()
         assert again.balance() == 2 * CREDIT
+
+
+def checkpoints_of(s, n):
+    """Entries under each checkpoint on a node's disk."""
+    return [row[0] for row in s.made[n].book.store._query("SELECT entries FROM checkpoints ORDER BY entries")]
+
+
+async def test_witnesses_make_checkpoints_on_their_own_and_keep_two(tmp_path, maker, autojump_clock):
+    async with nodes(tmp_path, maker) as s:
+        made = []
+        propose = Checkpoints.propose
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Checkpoints, "propose", lambda self: made.append(self) or propose(self))
+            await s.four(checkpoint_entries=5)
+            await trio.sleep(60)
+            assert [checkpoints_of(s, n) for n in range(4)] == [[12]] * 4
+            for total in (17, 22):
+                for _ in range(5):
+                    await s.made[1].transfer(maker.people[2].public_key, 7)
+                await s.same()
+                await trio.sleep(60)
+                assert all(checkpoints_of(s, n)[-1] == total for n in range(4))
+            assert [checkpoints_of(s, n) for n in range(4)] == [[17, 22]] * 4
+        assert len(made) == 3, "one witness makes it, the others find it"
+        assert len(set(made)) > 1, "they take turns"
+
+
+async def test_no_checkpoint_is_made_with_zero(tmp_path, maker, autojump_clock):
+    async with nodes(tmp_path, maker) as s:
+        await s.four(checkpoint_entries=0)
+        await trio.sleep(60)
+        assert [checkpoints_of(s, n) for n in range(4)] == [[]] * 4
 
 
 async def test_one_prover_is_not_enough_and_an_archive_wants_everything(tmp_path, maker, monkeypatch):

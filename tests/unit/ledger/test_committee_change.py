@@ -214,6 +214,41 @@ async def test_a_witness_whose_database_is_put_back_never_votes_again_in_its_epo
         assert s.ledgers[1].seats._seats[0].is_restored(), "it remembers"
 
 
+async def test_workers_claim_at_once_when_the_committee_changes(tmp_path, autojump_clock):
+    async with epochs(tmp_path, seconds=600) as s:
+        await s.ledgers[0].grant(s.ids[USER].public_key, 30 * CREDIT)
+        await s.converged()
+        channel = await work(s.ledgers[USER], s.ledgers[1], 40)
+        worker = s.ledgers[1]
+        await until(lambda: worker.channels()[0]["promised"] >= 40_000)
+        await trio.sleep(100)
+        assert worker.book.state.channels[channel].paid == 0, "it claims once an hour"
+        await s.change(s.committee(1, s.made.values()))
+        await until(lambda: worker.book.state.channels[channel].paid >= 40_000)
+        assert worker.book.state.committees.epoch == 1
+
+
+async def test_a_witness_that_forgot_its_handover_is_silent(tmp_path, autojump_clock):
+    """Seed 5363: an identity as a witness key cannot be erased; an older copy would vote on, or hand over once more."""
+    async with epochs(tmp_path, seconds=200) as s:
+        await s.converged()
+        await s.stop(1)
+        shutil.copy(tmp_path / "1.db", tmp_path / "copy.db")
+        await s.start(1)
+        await s.change(s.committee(1, s.made.values()), (0, 2, 3))  # 1 gives no vote, it only hands over
+        await until(lambda: s.ledgers[1].book.store.promises.handover(0, s.ids[1].public_key) is not None)
+        await s.stop(1)
+        for tail in ("-wal", "-shm"):
+            (tmp_path / f"1.db{tail}").unlink(missing_ok=True)
+        shutil.copy(tmp_path / "copy.db", tmp_path / "1.db")
+        back = await s.start(1)
+        assert back.is_restored
+        assert back.seats._seats[0].restored
+        await s.converged()
+        await trio.sleep(60)
+        assert back.book.store.promises.handover(0, s.ids[1].public_key) is None
+
+
 async def test_a_whole_folder_put_back_is_noticed_by_the_batches_that_peers_know(tmp_path, autojump_clock):
     async with epochs(tmp_path) as s:
         await s.ledgers[0].grant(s.ids[USER].public_key, 30 * CREDIT)

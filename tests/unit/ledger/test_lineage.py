@@ -1,5 +1,7 @@
 """A node tells an older copy of its database from a first start, at whatever step either of them died."""
 
+import os
+
 import pytest
 
 from ledger.core.recovery import Recovery
@@ -59,6 +61,17 @@ def test_a_restoration_is_noticed_though_the_start_that_noticed_it_dies(tmp_path
         start(tmp_path, dies_at=place)
     again = start(tmp_path)
     assert again.verdict == RESTORED or again.wallet_unsure == FOUND
+
+
+def test_the_mark_is_on_the_disk_before_the_database_says_that_there_is_one(tmp_path, monkeypatch):
+    """Else a loss of power takes it away, and the node looks restored."""
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(
+        "os.fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle))
+    )
+    with pytest.raises(Died):
+        start(tmp_path, dies_at="commit")
+    assert synced == [str(tmp_path / "l.db.mark"), str(tmp_path)]
 
 
 def test_an_empty_database_beside_a_mark_that_promised_is_a_restoration(tmp_path):

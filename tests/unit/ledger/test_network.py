@@ -12,7 +12,7 @@ from config.errors import RemoteError, RequestError, RiosError
 from config.settings import LedgerSettings
 from ledger.core.certificate import Verifier
 from ledger.core.genesis import Genesis
-from ledger.core.objects import Entry, Receipt, Transfer, Voucher, open_signed, parse, sign
+from ledger.core.objects import Entry, Open, Receipt, Transfer, Voucher, open_signed, parse, sign
 from ledger.ledger import Ledger, open_ledger
 from ledger.voting import read_signed
 from p2p.core import codec
@@ -60,7 +60,7 @@ class Swarm:
         self.ledgers: dict[int, Ledger] = {}
         self.now_ms = 1_800_000_000_000
 
-    async def start(self, n, **changes):
+    async def start(self, n, *, payout=None, **changes):
         settings = replace(LedgerSettings(sync_seconds=1, witness=n < self.witnesses, lag_calls=0), **changes)
         network = self.hub.add(self.ids[n])
         self.ledgers[n] = await open_ledger(
@@ -70,6 +70,7 @@ class Swarm:
             self.tmp_path / f"{n}.db",
             settings,
             nursery=self.nursery,
+            payout=payout,
             in_thread=self.in_thread,
             now_ms=lambda: self.now_ms,
         )
@@ -151,6 +152,49 @@ async def test_work_is_metered_paid_and_settled(tmp_path, in_thread):
         assert spent <= paid == worker.balance() <= spent + 50_000
         assert bought["paid"] == paid
         assert (await s.ledgers[2].verify()).claims == 1
+
+
+async def busy_stream(s, calls_per_ms: int, milliseconds: int, kflop: int) -> int:
+    """Calls from node 0 to node 1 at a steady rate; how many receipts were exchanged meanwhile."""
+    payer, worker = s.ledgers[0], s.ledgers[1]
+    me, them = s.ids[0].peer_id, s.ids[1].peer_id
+    channel = await payer.buyer.open_channel(them)
+    for _ in range(milliseconds):
+        for _ in range(calls_per_ms):
+            worker.seller.admit(me, channel, QUOTE)  # raises where the provider would be owed too much
+            worker.seller.served(me, channel, QUOTE, kflop, LEAF)
+            payer.buyer.used(them, channel, QUOTE, kflop, LEAF)
+        await trio.sleep(0.001)
+    return worker.seller.receipts
+
+
+async def test_many_small_calls_share_a_voucher_and_the_last_one_comes_at_once(tmp_path, autojump_clock):
+    async with swarm(tmp_path, nodes=2) as s:
+        await s.ledgers[0].grant(s.ids[0].public_key, 20 * CREDIT)
+        receipts = await busy_stream(s, 3, 1000, kflop=1_000)
+        assert 8 <= receipts <= 12, "one for 100 ms, not one for 32 calls"
+        before = trio.current_time()
+        await until(lambda: not next(iter(s.ledgers[1].seller._channels.values())).leaves)
+        assert trio.current_time() - before <= 0.25
+
+
+async def test_a_busy_channel_is_paid_before_half_of_what_is_lent_is_used_up(tmp_path, autojump_clock):
+    async with swarm(tmp_path, nodes=2) as s:
+        await s.ledgers[0].grant(s.ids[0].public_key, 20 * CREDIT)
+        # 1,000 microcredits a millisecond: 100 ms would cost as much as is lent and prepaid together
+        receipts = await busy_stream(s, 1, 1000, kflop=1_000_000)
+        assert receipts > 12
+        sold = next(iter(s.ledgers[1].seller._channels.values()))
+        assert sold.nano <= sold.limit_nano
+
+
+async def test_settling_collects_what_waits_between_two_receipts(tmp_path, autojump_clock):
+    async with swarm(tmp_path, nodes=2) as s:
+        await s.ledgers[0].grant(s.ids[0].public_key, 20 * CREDIT)
+        s.ledgers[0].buyer._settings = replace(s.ledgers[0].buyer._settings, prepay=0)
+        await busy_stream(s, 3, 250, kflop=10_000)
+        assert s.ledgers[1].seller._pausing, "the exchange is between two receipts"
+        assert await s.ledgers[1].settle_all() == s.ledgers[1].channels()[0]["earned"]
 
 
 async def test_a_payer_that_does_not_pay_is_cut_off(tmp_path):
@@ -513,3 +557,63 @@ async def test_lists_of_no_certificates_are_refused(tmp_path, method, field, par
             await stranger.call(s.ids[0].peer_id, method, {field: parts, "channel": bytes(32)}, deadline_ms=5000)
         assert refused.value.code == "invalid_request"
         assert not caplog.records
+
+
+async def test_the_payout_account_is_paid_and_a_change_of_it_leaves_open_channels_alone(tmp_path):
+    cold, colder = identity(77).public_key, identity(78).public_key
+    async with swarm(tmp_path) as s:
+        payer = s.ledgers[1]
+        await s.ledgers[0].grant(s.ids[1].public_key, 20 * CREDIT)
+        await s.stop(2)
+        worker = await s.start(2, payout=cold)
+        await s.converged()
+        first = await work(payer, worker, 50)
+        await worker.settle_all()
+        assert payer.book.state.channels[first].payout == cold
+        paid = worker.balance(cold)
+        assert paid >= 50_000
+        assert worker.balance() == 0
+        await s.stop(2)
+        worker = await s.start(2, payout=colder)
+        await s.stop(1)
+        payer = await s.start(1)  # it introduces the open channel again
+        assert await work(payer, worker, 50) == first
+        await worker.settle_all()
+        assert worker.balance(cold) > paid, "what a channel says when it is opened stays"
+        s.now_ms += 73 * 3600 * 1000
+        await payer.buyer.reclaim_expired()
+        await s.converged()
+        second = await payer.buyer.open_channel(s.ids[2].peer_id)
+        assert payer.book.state.channels[second].payout == colder
+
+
+async def test_a_channel_that_pays_somebody_else_is_refused(tmp_path):
+    async with swarm(tmp_path) as s:
+        payer = s.ledgers[1]
+        await s.ledgers[0].grant(s.ids[1].public_key, 20 * CREDIT)
+        await s.converged()
+        op = Open(s.ids[2].public_key, s.ids[1].public_key, 5 * CREDIT, s.now_ms + 72 * 3600 * 1000)
+        await payer.wallet.append([op])
+        await s.converged()
+        with pytest.raises(RiosError, match="pays somebody else"):
+            await payer.buyer.open_channel(s.ids[2].peer_id)
+
+
+async def test_two_that_reclaim_at_once_reclaim_once(tmp_path):
+    async with swarm(tmp_path, nodes=5, f=1) as s:
+        payer, worker = s.ledgers[4], s.ledgers[1]
+        await s.ledgers[0].grant(s.ids[4].public_key, 6 * CREDIT)
+        await s.converged()
+        await work(payer, worker, 10)
+        before = payer.book.state.account(payer.account).seq
+        s.now_ms += 73 * 3600 * 1000
+        returned = []
+
+        async def reclaim():
+            returned.append(await payer.buyer.reclaim_expired())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reclaim)
+            nursery.start_soon(reclaim)
+        assert sorted(returned)[0] == 0 < sorted(returned)[1]
+        assert payer.book.state.account(payer.account).seq == before + 1

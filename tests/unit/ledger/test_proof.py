@@ -98,8 +98,22 @@ def test_the_same_answer_twice_is_known_twice_and_proved_once():
     for _ in range(3):
         answers.arrived(b"a" * 32)
     answers.watch(b"a" * 32)
-    first, second = [b"a" * 32] * 2, [b"a" * 32] * proof.FOREIGN_FROM
+    first, second = [b"a" * 32] * 2, [b"a" * 32] * (2 + proof.FOREIGN_FROM)
     assert not answers.foreign(first)
     answers.covered(Signed(b"receipt", b"s" * 64), first)
     assert answers.proof(b"a" * 32) is not None
     assert answers.foreign(second) == proof.FOREIGN_FROM - 1
+
+
+def test_a_receipt_whose_voucher_was_lost_lists_its_answers_again():
+    """The payer had paid it; what it had done with once had "never come" the second time, and payments ended."""
+    answers, count = proof.Answers(), proof.FOREIGN_FROM + 8
+    leaves = leaves_of(count)
+    for more in (0, 3, 5):
+        leaves = leaves + leaves_of(more, first=len(leaves))
+        for leaf in leaves_of(more or count, first=len(leaves) - (more or count)):
+            answers.arrived(leaf)
+        answers.check(receipt_over(leaves), leaves)
+        answers.covered(sign(WORKER, receipt_over(leaves)), leaves)
+    assert not answers._arrived
+    assert answers.foreign(leaves[1:]) == len(leaves) - 1, "only the newest receipt, whole"

@@ -13,7 +13,8 @@ from ledger.core.objects import Grant, Transfer
 from ledger.core.state import State
 from ledger.core.sync import Digests, Heads, behind, differing, lacking, slices
 from ledger.replicate import Replicator
-from ledger.store import Store, Writer
+from ledger.store import Store
+from ledger.writer import Writer
 from p2p.core import codec
 from p2p.face import Reply
 from p2p.memory import MemoryHub

@@ -240,6 +240,7 @@ def test_freeze_then_reclaim_pays_the_highest_voucher_and_returns_the_rest(small
     small.final(small.entry(B, op))
     assert (small.state.balance(B.public_key), small.state.balance(X.public_key)) == (80, 20)
     assert small.refused(small.entry(B, TopUp(key, 5))).rule == "closed"
+    assert small.refused(small.entry(B, op)).rule == "closed"
     small.state.check_invariants()
 
 

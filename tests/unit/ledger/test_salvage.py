@@ -7,8 +7,9 @@ import pytest
 
 from config.errors import ConfigError, IntegrityError
 from ledger.core.objects import Entry, Grant, Transfer, sign
+from ledger.records import Meta, Own, Voted
 from ledger.salvage import salvage
-from ledger.store import Meta, Own, Store, Voted
+from ledger.store import Store
 from ledger.verify import verify_file
 from tests.unit.ledger.ledger_kit import Maker
 

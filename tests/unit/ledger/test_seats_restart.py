@@ -2,16 +2,19 @@
 
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 
+from config.errors import LocalError
 from config.settings import LedgerSettings
 from ledger.core.objects import Transfer, parse
 from ledger.core.witness import VOTING
 from ledger.ledger import open_ledger
 from ledger.promises import Handed
-from ledger.store import Final, Store
+from ledger.records import Final
+from ledger.store import Store
 from p2p.memory import MemoryHub
-from tests.unit.ledger.committee_kit import OTHER, PAYER, Net, member
+from tests.unit.ledger.committee_kit import OTHER, PAYER, Net, full_disk, member
 
 
 @asynccontextmanager
@@ -60,3 +63,19 @@ async def test_a_handover_counts_once_its_frontier_is_reached_also_after_the_beg
         assert ledger.seats.witness.inheritance.counted == 3
         await ledger.book.learn(net.final[-1:])
         assert await soon(lambda: ledger.seats.witness.inheritance.counted == 4), "what liars invented would stay"
+
+
+async def test_a_handover_that_a_full_disk_refused_is_asked_for_again(tmp_path, autojump_clock):
+    """Seed 2539: it counted as received, but nobody looked at it any more, and nothing new could become final."""
+    net = Net()
+    net.fund()
+    net.change(1)
+    handovers = net.handovers(0, range(3))
+    async with restarted(tmp_path, net, net.final, handovers[:2]) as ledger:
+        seats, store = ledger.seats, ledger.book.store
+        with full_disk(store), pytest.raises(LocalError):
+            await seats.receive(seats.witness, handovers[2])
+        assert net.keys[0][2].public_key not in seats.witness.inheritance.received
+        await seats.receive(seats.witness, handovers[2])
+        assert await soon(lambda: seats.witness.phase == VOTING)
+        assert store.promises.handovers(0).keys() == {key.public_key for key in net.keys[0][:3]}

@@ -16,9 +16,11 @@ from ledger.core.state import State
 from ledger.core.witness import Witness
 from ledger.lineage import Lineage
 from ledger.mark import NEW, Mark
+from ledger.records import ChannelRow, Final, Frozen, Meta, Voted
 from ledger.schema import MIGRATIONS
-from ledger.store import ChannelRow, Final, Frozen, Meta, Store, Voted, Writer
+from ledger.store import Store
 from ledger.verify import verify_file
+from ledger.writer import Writer
 from p2p.core.identity import Identity
 
 ISSUER = Identity.from_seed(b"i" * 32)

@@ -1,7 +1,12 @@
-"""A wallet finishes what it signed in the order in which it signed it."""
+"""A wallet finishes what it signed in the order in which it signed it, and is sure of itself once its disk says so."""
 
+import pytest
+
+from config.errors import LocalError
 from ledger.core.objects import Entry, Transfer, parse, sign
-from ledger.store import Own, Store
+from ledger.records import Own
+from ledger.store import Store
+from tests.unit.ledger.committee_kit import full_disk
 from tests.unit.ledger.test_network import swarm, until
 
 
@@ -24,3 +29,19 @@ async def test_two_entries_without_certificates_are_finished_in_order(tmp_path, 
         await s.converged()
         assert s.ledgers[2].balance() == 50
         assert s.ledgers[0].book.state.account(me.public_key).seq == 2
+
+
+async def test_a_first_entry_on_a_full_disk_leaves_the_wallet_as_it_was(tmp_path, autojump_clock):
+    """Seed 2769: it was sure in memory only, signed, and after a restart had entries but "no history": it waited for
+    every witness, of which one was silent for good."""
+    async with swarm(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[1].public_key, 100)
+        await s.converged()
+        ledger, pay = s.ledgers[1], (Transfer(s.ids[2].public_key, 5),)
+        with full_disk(ledger.book.store), pytest.raises(LocalError):
+            await ledger.wallet.append(pay)
+        assert ledger.is_restored, "what the disk does not say is not so"
+        await ledger.wallet.append(pay)
+        assert not ledger.is_restored
+        await s.stop(1)
+        assert not (await s.start(1)).is_restored

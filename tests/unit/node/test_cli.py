@@ -89,6 +89,8 @@ def test_gateway_users_keys_and_credits_without_a_daemon(home, capsys):
     assert made["secret"].startswith("rios_")
     assert main(["gateway", "user", "credit", "ann", "2.5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["balance"] == 2_500_000
+    assert main(["gateway", "user", "credit", "ann", "0"]) != 0
+    assert "more than 0" in capsys.readouterr().err
     assert main(["gateway", "key", "revoke", made["key_id"]]) == 0
     capsys.readouterr()
     assert main(["gateway", "key", "ls", "--json"]) == 0

@@ -9,7 +9,8 @@ import pytest
 from ledger.core import certificate as certificates
 from ledger.core.certificate import Verifier
 from ledger.core.objects import Entry, Grant, Signed, Transfer, Votes, Voucher, parse, sign
-from ledger.store import ChannelRow, Own, Proof, Store
+from ledger.records import ChannelRow, Own, Proof
+from ledger.store import Store
 from node.cli import main
 from p2p import keyfile
 from p2p.core import codec
@@ -197,6 +198,30 @@ def test_repair_without_peers_saves_what_can_be_read_and_says_so(made, home, cap
     assert "not readable to the end" in text
     assert "start the node, it fetches the rest" in text
     assert "stays silent for its epoch" in text
+
+
+def test_a_cut_write_ahead_log_is_the_ledger_as_it_was_before_and_repair_goes_through(made, home, capsys, monkeypatch):
+    monkeypatch.setattr("node.repair.SECONDS_FOR_PEERS", 0.1)
+    monkeypatch.setenv("RIOS_PASSPHRASE", "not needed to look")
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    before = told(capsys, "verify")["digest"]
+    known = len(made.finals)
+    made.entry(2, Transfer(made.people[3].public_key, 5))
+    store, files = Store(home / "ledger.db", made.genesis.net), (home / "ledger.db", home / "ledger.db-wal")
+    store.commit(made.finals[known:])
+    assert told(capsys, "verify")["digest"] == made.state.digest().hex() != before
+    as_killed = [file.read_bytes() for file in files]
+    store.close()
+    for file, data in zip(files, as_killed, strict=True):
+        file.write_bytes(data)
+    files[1].write_bytes(as_killed[1][:-1])  # the last commit is torn
+    report = told(capsys, "verify")
+    assert (report["verified"], report["digest"]) == (True, before)
+    quiet = ("--set", "p2p.listen=/ip4/127.0.0.1/tcp/0", "--set", "p2p.mdns=off")
+    assert told(capsys, "repair", *quiet)["repaired"] is False
+    report = told(capsys, "repair", "--force", *quiet)
+    assert (report["verified"], report["digest"]) == (True, before)
+    assert told(capsys, "verify")["digest"] == before
 
 
 def test_no_ledger_and_no_key_are_said(home, capsys):

@@ -8,11 +8,12 @@ import trio
 
 from config.errors import RequestError
 from p2p import doors as doors_module
-from p2p.core.doors import Limits
+from p2p.core.doors import SHAKES_BURST, SHAKES_PER_SECOND, Limits
 from p2p.core.identity import Identity
 from p2p.core.standing import ADDRESS_SHARE, BAN_AT, FAULTS
 from p2p.doors import Doors, Visit
 from p2p.refusals import FLOOD_BURST
+from p2p.rpc import UNKNOWN_TIMES
 
 HOME = "203.0.113.7"
 TENURE_MS = 3600_000
@@ -207,3 +208,82 @@ async def test_what_the_operator_sees_is_json(doors):
     assert shown[0]["score"] == 100 - FAULTS["slow"].weight
     assert shown[0]["fault"] == "slow"
     assert shown[1]["ban"]["reason"] == "protocol"
+
+
+async def test_who_is_refused_for_itself_is_told_to_the_sieve_and_what_all_share_is_nobodys_fault(monkeypatch):
+    doors = Doors(Limits(undecided_per_address_max=3, connections_per_second=5), peers_max=8)
+    told: list[str] = []
+    monkeypatch.setattr(doors.sieve, "refuse", told.append)
+    for _ in range(5):
+        doors.enter(HOME)
+    assert told == [HOME, HOME]
+    for n in range(20):
+        doors.enter(f"198.51.{n}.1")
+    assert doors.statistics()["refused"]["connections_per_second"] > 5
+    assert told == [HOME, HOME]
+    doors.ban("198.51.100.9", 10)
+    assert doors.enter("198.51.100.9") is None
+    assert told == [HOME, HOME, "198.51.100.9"]
+
+
+async def test_a_handshake_above_the_pace_waits(autojump_clock):
+    doors = Doors(Limits(), peers_max=8)
+    visit = doors.enter(HOME)
+    assert visit is not None
+    began = trio.current_time()
+    await visit.turn(SHAKES_BURST)
+    assert trio.current_time() == began
+    await visit.turn(SHAKES_PER_SECOND)
+    assert trio.current_time() - began == pytest.approx(1.0)
+
+
+async def test_who_is_cancelled_before_its_turn_gives_it_back_and_a_line_too_long_is_hung_up(autojump_clock):
+    doors = Doors(Limits(), peers_max=8)
+    first, second, third = (doors.enter(HOME) for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert await first.turn(SHAKES_BURST)
+    with trio.move_on_after(0.5):
+        await second.turn(2 * SHAKES_PER_SECOND)
+    began = trio.current_time()
+    assert await third.turn(1)
+    assert trio.current_time() == pytest.approx(began)
+    assert not await third.turn(SHAKES_BURST + 4 * SHAKES_PER_SECOND)
+    assert third.hung_up
+    assert doors.statistics()["refused"]["handshakes_per_address"] == 1
+
+
+@pytest.mark.parametrize("known_by", ["pin", "dial"])
+async def test_where_a_pinned_peer_was_seen_nobody_is_shunned_or_waits(monkeypatch, autojump_clock, known_by):
+    doors = Doors(Limits(undecided_per_address_max=1), peers_max=8)
+    told: list[str] = []
+    monkeypatch.setattr(doors.sieve, "refuse", told.append)
+    doors.pin(peer(1))
+    if known_by == "dial":
+        seen = doors.dialled(peer(1), HOME)
+    else:
+        seen = doors.enter(HOME)
+        assert seen is not None
+        assert seen.known(peer(1))
+    assert seen is not None
+    seen.leave()
+    visit = doors.enter(HOME)
+    assert visit is not None
+    assert doors.enter(HOME) is None
+    assert told == []
+    began = trio.current_time()
+    assert await visit.turn(100 * SHAKES_BURST)
+    assert trio.current_time() == began
+    doors.ban(HOME, 10)
+    assert doors.enter(HOME) is None
+    assert told == [HOME], "the operator's word counts more"
+
+
+async def test_calls_of_unknown_methods_make_a_flood_sooner(doors):
+    come(doors, 1)
+    meter, calls = doors.meter(peer(1)), 0
+    while not meter.over("calls_of_unknown_methods", UNKNOWN_TIMES):
+        calls += 1
+    assert calls * UNKNOWN_TIMES <= 1.2 * FLOOD_BURST
+    assert doors.faults["flood"] == 1

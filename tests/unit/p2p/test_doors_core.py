@@ -7,7 +7,7 @@ import pytest
 
 from p2p.core import standing as standing_module
 from p2p.core.buckets import Bucket
-from p2p.core.doors import GRACE_S, Doors, Entry, Limits, Refusal
+from p2p.core.doors import GRACE_S, SHAKE_WAIT_S_MAX, SHAKES_BURST, SHAKES_PER_SECOND, Doors, Entry, Limits, Refusal
 from p2p.core.places import place_of, subject_of
 from p2p.core.slots import Seat, choose_victim
 from p2p.core.standing import BAN_MS, BAN_MS_MAX, FAULTS, GROWTH, HALF_LIFE_MS, Ban, Standing
@@ -100,6 +100,37 @@ def test_who_is_refused_for_himself_uses_up_nothing_that_all_share():
     outcomes = [doors.enter(host, 0.0) for host in hosts]
     assert 14 <= sum(isinstance(outcome, Entry) for outcome in outcomes) <= 15
     assert refused(outcomes[-1]) == "connections_per_second"
+
+
+def test_handshakes_of_one_address_begin_at_a_pace_and_wait_for_their_turn():
+    doors = Doors(Limits(undecided_per_address_max=100, connections_per_minute=10_000))
+    waits = [doors.begin(entered(doors, "203.0.113.7", 0.0), 4, 0.0) for _ in range(20)]
+    at_once = int(SHAKES_BURST) // 4
+    line = int(SHAKE_WAIT_S_MAX * SHAKES_PER_SECOND) // 4 - 1
+    assert waits[:at_once] == [0.0] * at_once
+    assert waits[at_once : at_once + line] == pytest.approx([4 * (n + 1) / SHAKES_PER_SECOND for n in range(line)])
+    assert {refused(each) for each in waits[at_once + line + 1 :]} == {"handshakes_per_address"}
+    assert doors.begin(entered(doors, "203.0.113.8", 0.0), 4, 0.0) == 0.0, "its neighbour does not wait for it"
+    assert doors.begin(entered(doors, "127.0.0.1", 0.0), 1000, 0.0) == 0.0, "nor does this machine"
+    assert doors.begin(entered(doors, "203.0.113.7", 10.0), 4, 10.0) == 0.0
+
+
+def test_who_waits_for_its_turn_is_not_ousted_for_that():
+    doors = Doors(Limits(undecided_per_address_max=2))
+    doors.begin(entered(doors, "203.0.113.7", 0.0), SHAKES_BURST + 2 * SHAKES_PER_SECOND, 0.0)
+    silent = entered(doors, "203.0.113.7", 0.5)
+    assert refused(doors.enter("203.0.113.7", 1.0)) == "undecided_per_address"
+    assert entered(doors, "203.0.113.7", 0.5 + GRACE_S).ousted is silent, (
+        "it said nothing; the elder waits because it must"
+    )
+
+
+def test_nobody_waits_for_one_that_left_before_its_turn():
+    doors = Doors(Limits())
+    first = entered(doors, "203.0.113.7", 0.0)
+    assert doors.begin(first, SHAKES_BURST + SHAKES_PER_SECOND, 0.0) == pytest.approx(1.0)
+    doors.give_back(first, SHAKES_BURST + SHAKES_PER_SECOND, 0.0)
+    assert doors.begin(entered(doors, "203.0.113.7", 0.0), SHAKES_BURST, 0.0) == pytest.approx(0.0)
 
 
 def test_loopback_is_exempt_only_while_the_setting_says_so():
@@ -236,11 +267,9 @@ def test_bans_expire_and_grow():
     assert spans[-1] == BAN_MS_MAX
 
 
-def test_one_proof_of_cheating_bans_and_the_trusted_are_never_banned_by_themselves():
+def test_one_proof_of_cheating_bans_and_the_operator_bans_and_unbans():
     standing = Standing()
     assert standing.blame("cheat", "cheat", 0)
-    standing.trusted.add("friend")
-    assert standing.blame("friend", "cheat", 0) is None
     standing.ban("friend", 1000, "operator", 0)
     assert standing.banned("friend", 999).by_operator
     assert standing.unban("friend")

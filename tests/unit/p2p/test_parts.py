@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.errors import BusyError, ConfigError, IntegrityError, RemoteError
+from config.errors import BusyError, ConfigError, IntegrityError, RemoteError, RequestError
 from p2p.core import failures, headers
 from p2p.core.advert import Advert
 from p2p.core.chunks import Plan, chunk_count, chunk_span
@@ -173,6 +173,21 @@ def test_errors_travel():
 def test_hostile_headers_are_refused(data):
     with pytest.raises(IntegrityError):
         headers.unpack(data)
+
+
+def lists(count: int) -> bytes:
+    """A header with so many lists in a list."""
+    return b"\x81\xa1a\xdd" + count.to_bytes(4, "big") + b"\x91\x01" * count
+
+
+def test_a_header_has_so_many_parts_for_its_size():
+    assert len(headers.unpack(lists(headers.PARTS_MAX - 2))["a"]) == headers.PARTS_MAX - 2
+    with pytest.raises(IntegrityError, match="too many"):
+        headers.unpack(lists(headers.PARTS_MAX - 1))
+    with pytest.raises(RequestError, match="too many"):
+        headers.pack({"a": [[1]] * headers.PARTS_MAX})
+    entries = [{"id": n, "hash": bytes(32)} for n in range(2 * headers.PARTS_MAX // 3)]
+    assert headers.unpack(headers.pack({"a": entries}))["a"] == entries, "large ones may have more"
 
 
 def test_of_many_peers_those_in_other_networks_are_dialled_first():

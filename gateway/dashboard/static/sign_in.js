@@ -1,0 +1,33 @@
+// Signing in: e-mail and password, then the second factor where there is one.
+import { $, api, busy, values } from "./app.js";
+
+const form = $("#sign-in");
+const problem = $("#problem");
+
+function say(text, field) {
+  problem.textContent = text;
+  problem.hidden = !text;
+  for (const input of form.querySelectorAll("input")) input.removeAttribute("aria-invalid");
+  field?.setAttribute("aria-invalid", "true");
+  field?.focus();
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const { email, password, code } = values(form);
+  if (!email) return say("Enter your e-mail address.", $("#email"));
+  if (!password) return say("Enter your password.", $("#password"));
+  busy($("[type=submit]", form), async () => {
+    try {
+      await api("POST", "/v1/auth/login", { email, password, code: code?.replaceAll(" ", "") ?? "", cookie: true });
+      location.assign(form.dataset.next);
+    } catch (error) {
+      if (error.code !== "totp_required") return say(error.message, code ? $("#code") : $("#password"));
+      say("");
+      $("#first").hidden = true;
+      $("#second").hidden = false;
+      $("#code").required = true;
+      $("#code").focus();
+    }
+  });
+});

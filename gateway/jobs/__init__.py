@@ -1,0 +1,3 @@
+"""Work that outlives a request: files, and batches of requests over them. Durable in the accounts database, so that any
+gateway of it can go on where another one stopped.
+"""

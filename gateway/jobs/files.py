@@ -1,0 +1,176 @@
+"""Files of users: bytes in the accounts database, in pieces, so that every gateway has them and none has all in memory.
+
+Blocking calls. Invariants: what was not uploaded to its end is nobody's file and is swept away; a user's files together
+are bounded; a file does not change once it is complete.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from gateway.books import new_id, now_ms
+from gateway.db.jobs import batches, file_chunks, files
+from gateway.db.session import Database
+from gateway.errors import ApiError
+
+CHUNK_BYTES = 256 << 10
+USER_BYTES_MAX = 4 << 30
+USER_FILES_MAX = 10_000
+PURPOSES = ("batch", "user_data", "evals", "batch_output")
+_ABANDONED_MS = 3600 * 1000
+_SWEPT_AT_ONCE = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """What is known of a file, without its bytes."""
+
+    id: str
+    user_id: str
+    purpose: str
+    filename: str
+    bytes: int
+    created_at_ms: int
+
+
+_COLUMNS = tuple(column for column in files.c if column.name != "complete")
+
+
+class Upload:
+    """A file on its way in: :meth:`write` its bytes, then :meth:`finish`; or :meth:`drop` it."""
+
+    def __init__(self, database: Database, user_id: str, *, bytes_max: int = 0) -> None:
+        """``bytes_max`` 0: the gateway writes it for the user, and nothing bounds it."""
+        self.id = f"file-{new_id()}"
+        self.size = 0
+        self._database, self._bytes_max = database, bytes_max
+        self._rest, self._place = bytearray(), 0
+        with database.write() as connection:
+            mine = files.c.user_id == user_id
+            total = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(mine)
+            count, size = connection.execute(total).one()
+            self._room = USER_BYTES_MAX - int(size)
+            if bytes_max and (count >= USER_FILES_MAX or self._room <= 0):
+                raise _full()
+            row = {"id": self.id, "user_id": user_id, "purpose": "", "filename": "", "bytes": 0, "complete": False}
+            connection.execute(sa.insert(files), {**row, "created_at_ms": now_ms()})
+
+    def write(self, data: bytes) -> None:
+        """More of it. Raises ApiError ``too_large``."""
+        self.size += len(data)
+        if self._bytes_max and self.size > self._bytes_max:
+            raise ApiError("too_large", f"a file has {self._bytes_max} bytes at most", param="file")
+        if self._bytes_max and self.size > self._room:
+            raise _full()
+        self._rest += data
+        while len(self._rest) >= CHUNK_BYTES:
+            self._put(bytes(self._rest[:CHUNK_BYTES]))
+            del self._rest[:CHUNK_BYTES]
+
+    def finish(self, filename: str, purpose: str) -> File:
+        """That was all of it."""
+        if self._rest:
+            self._put(bytes(self._rest))
+            self._rest.clear()
+        values = {"purpose": purpose, "filename": filename, "bytes": self.size, "complete": True}
+        with self._database.write() as connection:
+            connection.execute(sa.update(files).where(files.c.id == self.id).values(**values))
+            row = connection.execute(sa.select(*_COLUMNS).where(files.c.id == self.id)).mappings().one()
+            return File(**row)
+
+    def drop(self) -> None:
+        """It does not become a file."""
+        with self._database.write() as connection:
+            _delete(connection, self.id)
+
+    def _put(self, data: bytes) -> None:
+        with self._database.write() as connection:
+            connection.execute(sa.insert(file_chunks), {"file_id": self.id, "place": self._place, "data": data})
+            connection.execute(sa.update(files).where(files.c.id == self.id).values(bytes=self.size))
+        self._place += 1
+
+
+def list_files(
+    database: Database, *, owner: str | None, purpose: str, limit: int, after: str, newest_first: bool = True
+) -> Sequence[File]:
+    """The owner's, or all."""
+    query = sa.select(*_COLUMNS).where(files.c.complete.is_(sa.true())).limit(limit)
+    if owner is not None:
+        query = query.where(files.c.user_id == owner)
+    if purpose:
+        query = query.where(files.c.purpose == purpose)
+    if after:
+        query = query.where(files.c.id < after if newest_first else files.c.id > after)
+    query = query.order_by(files.c.id.desc() if newest_first else files.c.id)
+    with database.read() as connection:
+        return [File(**row) for row in connection.execute(query).mappings()]
+
+
+def get_file(database: Database, file_id: str, owner: str | None) -> File:
+    """Raises ApiError ``not_found``, also for files out of reach."""
+    with database.read() as connection:
+        return _file(connection, file_id, owner)
+
+
+def read_chunk(database: Database, file_id: str, place: int) -> bytes | None:
+    """A piece of a file, from 0 on; None behind its end."""
+    which = file_chunks.c.file_id == file_id, file_chunks.c.place == place
+    with database.read() as connection:
+        data = connection.execute(sa.select(file_chunks.c.data).where(*which)).scalar()
+    return None if data is None else bytes(data)
+
+
+def lines_of(read: Callable[[int], bytes | None], line_bytes_max: int) -> Iterator[tuple[int, bytes | None]]:
+    """The lines of a file with their numbers from 1, without blank ones; None for one that is too long, the last."""
+    rest, number, place = b"", 0, 0
+    while (chunk := read(place)) is not None:
+        place += 1
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            number += 1
+            if line.strip():
+                yield number, line
+        if len(rest) > line_bytes_max:
+            yield number + 1, None
+            return
+    if rest.strip():
+        yield number + 1, rest
+
+
+def delete_file(database: Database, file_id: str, owner: str | None) -> None:
+    """Raises ApiError ``not_found``; ``conflict`` while a batch reads it."""
+    with database.write() as connection:
+        _file(connection, file_id, owner)
+        running = batches.c.input_file_id == file_id, batches.c.status == "validating"
+        if connection.execute(sa.select(batches.c.id).where(*running).limit(1)).first() is not None:
+            raise ApiError("conflict", "a batch is reading this file", "wait for it, or cancel it")
+        _delete(connection, file_id)
+
+
+def sweep(database: Database) -> int:
+    """Delete some of what was never uploaded to its end; how many."""
+    old = sa.and_(files.c.complete.is_(sa.false()), files.c.created_at_ms < now_ms() - _ABANDONED_MS)
+    with database.write() as connection:
+        names = list(connection.execute(sa.select(files.c.id).where(old).limit(_SWEPT_AT_ONCE)).scalars())
+        for name in names:
+            _delete(connection, name)
+    return len(names)
+
+
+def _delete(connection: sa.Connection, file_id: str) -> None:
+    connection.execute(sa.delete(file_chunks).where(file_chunks.c.file_id == file_id))
+    connection.execute(sa.delete(files).where(files.c.id == file_id))
+
+
+def _file(connection: sa.Connection, file_id: str, owner: str | None) -> File:
+    query = sa.select(*_COLUMNS).where(files.c.id == file_id, files.c.complete.is_(sa.true()))
+    row = connection.execute(query).mappings().first()
+    if row is None or owner not in (None, row["user_id"]):
+        raise ApiError("not_found", f"there is no file {file_id!r:.80}", public_code="not_found")
+    return File(**row)
+
+
+def _full() -> ApiError:
+    most = f"{USER_FILES_MAX} files and {USER_BYTES_MAX >> 30} GiB"
+    return ApiError("conflict", f"a user's files are {most} at most", "delete some first", param="file")
