@@ -69,6 +69,13 @@ def _show_and_end(item: pytest.Item) -> None:
     os._exit(70)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why a test had a second try: a fault that shows seldom is a fault."""
+    for report in terminalreporter.getreports("rerun"):
+        terminalreporter.section(f"first try of {report.nodeid}", sep="_")
+        terminalreporter.write_line(report.longreprtext)
+
+
 def pytest_collection_finish() -> None:
     """What is loaded and collected stays: no test waits for a collection that walks it again."""
     gc.collect()

@@ -242,8 +242,7 @@ class Rig:
         earned = {worker.peer_id: balances.get(worker.peer_id, 0) for worker in self.workers}
         paid = sum(each["paid"] for each in sold)
         assert sum(earned.values()) == paid
-        least = min((each["paid"] for each in sold), default=0)
-        return {"paid": paid, "locked": reports[0]["locked"], "channels": len(sold), "least_paid": least}
+        return {"paid": paid, "locked": reports[0]["locked"], "channels": len(sold)}
 
     def _channels(self, nodes: Sequence[NodeProcess], side: str) -> list[Any]:
         return [each for node in nodes for each in node.ask("ledger.channels") if each["side"] == side]
