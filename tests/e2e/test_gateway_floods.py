@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from gateway_rig import eventually
 
 from gateway import server as server_module
 from gateway.address import neighbourhood
