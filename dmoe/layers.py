@@ -14,6 +14,7 @@ Exactness, held by tests for fp32, int8 and the source's int4, on 1 and 2 thread
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +48,7 @@ from dmoe.segment import INLINE_FLOPS_MAX, SHORT_ROWS_MAX, FusedSegment, Part, P
 from dmoe.shardfile import ShardFile
 from dmoe.stages.segment import Ends as StageEnds
 from dmoe.tally import Meter, OwnMeter, Tally
+from dmoe.threads import here_or_aside
 
 CHUNK_ROWS = 256
 """Rows of one sequence that go through the model at once: bounds the memory of attention and the length of a step."""
@@ -298,13 +300,13 @@ class ModelRunner:
         if self._is_here:
             return await trio.to_thread.run_sync(self._run_here, passes, wanted)
         for one in passes:
-            x: FloatRows = self._ends.embedding.gather(one.token_ids)
+            x: FloatRows = await here_or_aside(partial(self._ends.embedding.gather, one.token_ids))
             self._meter.begin([sequence.bill for sequence in one.sequences], [len(chunk) for chunk in one.chunks])
             for index, segment in enumerate(self._segments):
                 x = await segment.run(self._rounded(x), one.parts(index))
             self._taken(one, wanted, x)
         if self._ends.is_quick(wanted.count):
-            return wanted.through(self._ends)
+            return await here_or_aside(partial(wanted.through, self._ends))
         return await trio.to_thread.run_sync(wanted.through, self._ends)
 
     def _run_here(self, passes: Items[_Pass], wanted: _Wanted) -> list[FloatRows]:
@@ -365,7 +367,7 @@ class LocalExperts:
         """See :class:`dmoe.segment.Experts`."""
         if len(h) * self._flops_per_row <= INLINE_FLOPS_MAX:
             await trio.lowlevel.checkpoint()
-            return self.compute(layer, h, routing)
+            return await here_or_aside(partial(self.compute, layer, h, routing))
         return await trio.to_thread.run_sync(self.compute, layer, h, routing)
 
     def compute(self, layer: int, h: FloatRows, routing: Routing) -> FloatRows:

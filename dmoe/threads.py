@@ -11,12 +11,25 @@ import logging
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import TypeVar
 
 import trio
+
+from config.errors import RiosError
 
 log = logging.getLogger(__name__)
 
 Work = Callable[[], None]
+T = TypeVar("T")
+
+
+async def here_or_aside(work: Callable[[], T]) -> T:
+    """Short work, on the event loop; what fails there (a cell that is late holds nobody up for long) has its time in a
+    thread, and its error is told from there. It may be done twice."""
+    try:
+        return work()
+    except RiosError:
+        return await trio.to_thread.run_sync(work)
 
 
 class Threads:

@@ -8,7 +8,7 @@ and nobody else has to look after zombies.
 
 Invariants:
 1. A call ends by its deadline: with an answer, or with RemoteError ``unavailable`` and the cell killed. On the event
-   loop it ends after :data:`LOOP_SECONDS` at the latest; the cell may have the rest of its time.
+   loop nobody waits longer than ``call.LOOP_SECONDS``; the cell may have the rest of its time.
 2. A cell that ended is started again with the same shards, ever later if it keeps ending; meanwhile its calls fail at
    once, so that callers go elsewhere. Shards that keep ending it (``blame``) are withdrawn: its owner is told.
 3. A cell gets three kinds of descriptors: its sockets, sealed memory, and files of its own shards, open for reading
@@ -32,16 +32,15 @@ from numpy.typing import NDArray
 from config.errors import LocalError, RemoteError, RiosError
 from dmoe.cells import sandbox
 from dmoe.cells.blame import ENDS_MAX, WINDOW_SECONDS, Blame
+from dmoe.cells.call import Answer, Call, Late
 from dmoe.cells.content import Content, Store
-from dmoe.cells.lanes import ANSWERED, ANSWERER_SPIN_SECONDS, LaneLost, ParentLane
+from dmoe.cells.lanes import LaneLost, ParentLane
 from dmoe.cells.launch import Process
 from dmoe.cells.link import START_SECONDS_MAX, Link, Options, Starting
 from dmoe.core.manifest import Manifest, Shard
 
 log = logging.getLogger("rios.security.cells")
 
-LOOP_SECONDS = 0.25
-"""For so long a call may hold up the event loop."""
 LANE_POLL_SECONDS = 0.0005
 PAUSE_FIRST_SECONDS, PAUSE_SECONDS_MAX = 0.1, 60.0
 """Before a cell that ended is started again; doubled each time."""
@@ -77,22 +76,6 @@ class Counters:
     """Shards that were withdrawn because they keep ending their cell."""
     ram_bytes: int = 0
     """What a cell takes without a shard: the most that was measured."""
-
-
-class Answer:
-    """A lane with an answer in it; it is given back at the end of the ``with`` block."""
-
-    __slots__ = ("_free", "lane")
-
-    def __init__(self, lane: ParentLane, free: deque[ParentLane]) -> None:
-        self.lane = lane
-        self._free = free
-
-    def __enter__(self) -> ParentLane:
-        return self.lane
-
-    def __exit__(self, *_: object) -> None:
-        self._free.append(self.lane)
 
 
 class _Idleness:
@@ -175,7 +158,7 @@ class Cell:
         self._closing = True
         if self._process is not None:
             self._process.kill()
-        self._wake()
+        self.wake()
 
     def close(self) -> None:
         """End it for good, and wait for that."""
@@ -200,6 +183,12 @@ class Cell:
         """Whether a process runs that may be asked."""
         link = self._link
         return link is not None and not link.is_lost
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the event loop may not wait for it now."""
+        link = self._link
+        return link is not None and bool(link.late)
 
     @property
     def ram_bytes(self) -> int:
@@ -310,7 +299,7 @@ class Cell:
                 elif monotonic() >= due:
                     self._kill(link, "it did not answer a call in time")
             except LaneLost as lost:
-                self._lost(link, lost)
+                self.lost(link, lost)
 
     def _end(self, link: Link, failures: int) -> None:
         self._tell(None, None)
@@ -360,17 +349,18 @@ class Cell:
             if link.reason:
                 return
             link.reason = reason
-        self._wake()
+        self.wake()
 
-    def _lost(self, link: Link, lost: LaneLost) -> None:
-        """It cannot be called any more. If it hung up, its exit code says why."""
+    def lost(self, link: Link, lost: LaneLost) -> None:
+        """A process cannot be asked any more. If it hung up, its exit code says why."""
         if lost.gone:
             link.gone = True
-            self._wake()
+            self.wake()
         else:
             self._kill(link, f"in a call: {lost}")
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let the cell's thread look at what has changed; does not block."""
         try:
             self._wake_write.send(b".")
         except OSError:
@@ -400,7 +390,7 @@ class Cell:
             except BaseException:
                 del self._contents[content.number]
                 link.loading = link.is_lost
-                self._wake()  # it may be lost
+                self.wake()  # it may be lost
                 raise
         return content.number
 
@@ -414,7 +404,7 @@ class Cell:
     def say(self, message: dict[str, Any]) -> None:
         """Tell the process something, soon, if it still is the one that knows of it; does not block."""
         self._said.append(message)
-        self._wake()
+        self.wake()
 
     def _pass_on(self, link: Link) -> None:
         """In the cell's thread: what is to be said."""
@@ -441,10 +431,21 @@ class Cell:
 
     def ask(
         self, numbers: Sequence[int], parts: Sequence[NDArray[Any]], seconds: float, also: Sequence[int] = ()
-    ) -> "Answer":
+    ) -> Answer:
         """Ask the shard with the first of ``numbers`` (and those of ``also``) and wait: a lane with the answer, to be
         given back. Raises RemoteError ``unavailable`` if the cell ends, is late or is down, or what it says of its
         failure."""
+        call = self.begin(numbers, parts, seconds, also)
+        try:
+            return call.wait()
+        except Late as late:
+            call.give_up()
+            raise self._unavailable(str(late)) from late
+
+    def begin(
+        self, numbers: Sequence[int], parts: Sequence[NDArray[Any]], seconds: float, also: Sequence[int] = ()
+    ) -> Call:
+        """Ask, and let somebody wait for the answer. Raises as :meth:`ask`."""
         link = self._running()
         shards = (numbers[0], *also)
         if self.withdrawn and not self.withdrawn.keys().isdisjoint(shards):
@@ -452,35 +453,13 @@ class Cell:
         on_loop = trio.lowlevel.in_trio_run()
         if on_loop and link.late:
             raise self._unavailable("it is late with another call")
-        seconds = min(seconds, self.options.call_seconds_max)
-        begun = monotonic()
-        due = begun + seconds
+        due = monotonic() + min(seconds, self.options.call_seconds_max)
         lane = self._free_lane(link, 0 if on_loop else due)
         link.asked[lane] = shards
-        try:
-            lane.ask(numbers, parts)
-            lane.wait(min(LOOP_SECONDS, seconds) if on_loop else seconds)
-        except LaneLost as lost:
-            if lost.late and on_loop:
-                link.late[lane] = due
-                self._wake()
-            else:
-                self._lost(link, lost)
-            raise self._unavailable(str(lost)) from lost
-        except BaseException:
-            del link.asked[lane]
-            link.free.append(lane)
-            raise
-        finally:
-            link.asked_seconds += monotonic() - begun + ANSWERER_SPIN_SECONDS[1]
-        del link.asked[lane]
-        answer = Answer(lane, link.free)
+        call = Call(self, link, lane, due)
+        call.ask(numbers, parts)
         self._counters.calls += 1
-        status, size = lane.outcome()
-        if status != ANSWERED:
-            with answer:
-                raise RemoteError("unavailable", f"in the cell of {self.name}: {lane.error_text(size)}")
-        return answer
+        return call
 
     def _free_lane(self, link: Link, due: float) -> ParentLane:
         """One that nobody uses, the last one used first: its memory is warm. A thread may wait for it."""

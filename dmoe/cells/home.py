@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from config.errors import LocalError, RemoteError, RequestError
 from config.vocabulary import MIB
 from dmoe.cells import launch
+from dmoe.cells.call import Answer
 from dmoe.cells.cell import Cell, Counters
 from dmoe.cells.content import SLACK_BYTES, Content, Store
 from dmoe.cells.homeprogram import DONE, GATHER, OPEN, OUTPUTS, RUN, STEP, WANTS
@@ -387,16 +388,21 @@ class HomeAttention(HomeLayers):
         self, numbers: Sequence[int], parts: Sequence[NDArray[Any]], rows: slice, layer: int
     ) -> tuple[FloatRows, Routing]:
         """The next layer's input and routing, or what comes out behind the last."""
-        if (rows.stop - rows.start) * self._flops_per_row <= INLINE_FLOPS_MAX * max(1, len(self._sparse)):
+        size = rows.stop - rows.start
+        if size * self._flops_per_row <= INLINE_FLOPS_MAX * max(1, len(self._sparse)):
             await trio.lowlevel.checkpoint()
-            return self._asked(numbers, parts, rows, layer)
+            if not self._cell.is_late:
+                call = self._cell.begin(numbers, parts, self.seconds(rows))
+                return self._taken(await call.answer(), size, layer)
         return await trio.to_thread.run_sync(self._asked, numbers, parts, rows, layer)
 
     def _asked(
         self, numbers: Sequence[int], parts: Sequence[NDArray[Any]], rows: slice, layer: int
     ) -> tuple[FloatRows, Routing]:
-        size = rows.stop - rows.start
-        with self._cell.ask(numbers, parts, self.seconds(rows)) as lane:
+        return self._taken(self._cell.ask(numbers, parts, self.seconds(rows)), rows.stop - rows.start, layer)
+
+    def _taken(self, answer: Answer, size: int, layer: int) -> tuple[FloatRows, Routing]:
+        with answer as lane:
             _, found = lane.outcome()
             if found != layer:
                 raise RemoteError("integrity", f"the cell of {self._cell.name} is at layer {found}, not {layer}")

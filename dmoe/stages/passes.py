@@ -31,6 +31,7 @@ from dmoe.stages.patience import Patience
 from dmoe.stages.pieces import PIECES_AT_ONCE, Turn, one_behind_the_other
 from dmoe.stages.segment import Ends
 from dmoe.stages.sequence import Heard, StageSequence, spread_report
+from dmoe.threads import here_or_aside
 
 CHUNK_ROWS = 256
 """Rows of one sequence in one message: bounds the length of a step at a host."""
@@ -131,12 +132,13 @@ class StagePasses:
 
     async def _head(self, rows: FloatRows, want: Want) -> FloatRows:
         if self._ends.is_quick(len(rows)):
-            return self._ends.outputs(rows, want)
+            return await here_or_aside(partial(self._ends.outputs, rows, want))
         return await trio.to_thread.run_sync(self._ends.outputs, rows, want)
 
     async def _through(self, work: Sequence[Work], stages: range, turn: Turn, ahead: int) -> FloatRows:
         """One piece; ``ahead`` rows of its pass may still be under way in front of it."""
-        x = wire.rounded(self._embedded([token for each in work for token in each.tokens]), self._manifest.wire_dtype)
+        tokens = [token for each in work for token in each.tokens]
+        x = wire.rounded(await here_or_aside(partial(self._embedded, tokens)), self._manifest.wire_dtype)
         deadline = trio.current_time() + self.pass_seconds(len(stages))
         for each in work:
             for stage in stages:  # until it is known that more is there, no more is

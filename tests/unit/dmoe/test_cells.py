@@ -333,7 +333,7 @@ async def test_a_cell_that_hears_no_bell_holds_up_nobody(model):
 
 
 async def test_the_event_loop_is_not_held_up_by_a_late_cell(model, monkeypatch):
-    monkeypatch.setattr("dmoe.cells.cell.LOOP_SECONDS", 0.05)
+    monkeypatch.setattr("dmoe.cells.call.LOOP_SECONDS", 0.05)
     _store, _manifest = model
     with hostile(model, seconds=3.0) as (_cell, shard, counters):
         with pytest.raises(RemoteError, match="did not answer"):

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import trio
 from config.errors import LocalError, RemoteError
 from config.generation import Delta, GenerationRequest, Message, Sampling
 from dmoe.cells import sandbox
+from dmoe.cells.cell import Cell
 from dmoe.cells.cells import Cells
 from dmoe.cells.home import Homes
 from dmoe.cells.link import Options
@@ -139,6 +141,29 @@ async def test_an_answer_goes_on_when_its_cell_dies(model, homes, route):
         os.kill(pid, signal.SIGKILL)
 
     assert same(await logits(models(model, homes), route, between=kill), expected)
+
+
+@pytest.mark.parametrize("call", range(4))  # the embedding, the first layers, behind some experts, the head
+async def test_a_cell_that_is_late_on_the_event_loop_is_waited_for_in_a_thread(model, homes, call, monkeypatch):
+    """As on a machine that is busy with something else: nobody but this node has its own answers."""
+    monkeypatch.setattr("dmoe.cells.call.LOOP_SECONDS", 0.02)
+    expected = await logits(models(model, None), "experts")
+    begin, calls, timers = Cell.begin, 0, []
+
+    def stopped(cell, *args):
+        nonlocal calls
+        if trio.lowlevel.in_trio_run():
+            if calls == call:
+                os.kill(cell.pid, signal.SIGSTOP)
+                timers.append(threading.Timer(0.2, os.kill, (cell.pid, signal.SIGCONT)))
+                timers[0].start()
+            calls += 1
+        return begin(cell, *args)
+
+    monkeypatch.setattr(Cell, "begin", stopped)
+    assert same(await logits(models(model, homes), "experts"), expected)
+    assert timers
+    assert not homes.cells[0].restarts
 
 
 async def test_the_text_stays_when_the_cell_is_killed_in_the_middle_of_an_answer(model, homes):
