@@ -53,8 +53,8 @@ class Batches:
     def __init__(self, *, threads: int, queue_rows_max: int, batch_rows_max: int) -> None:
         self.refused = dict.fromkeys(LIMITS, 0)
         """Calls told busy, by the limit that was hit."""
-        self.idle = trio.Event()
-        """Set whenever a call or a batch has ended; whoever waits for calm replaces it first."""
+        self.calm = trio.lowlevel.ParkingLot()
+        """Who waits for the end of calls or batches is woken at every one."""
         self._threads = Threads(threads)
         self._queue_rows_max = queue_rows_max
         self._batch_rows_max = batch_rows_max
@@ -150,7 +150,7 @@ class Batches:
     def answered(self) -> None:
         """A call's answer is ready: what starts right after this was waiting for it."""
         self._last_end = perf_counter()
-        self.idle.set()
+        self.calm.unpark_all()
 
     # --- in turn
 
@@ -289,7 +289,7 @@ class Batches:
         if calls > 1:
             self._crowd_until = perf_counter() + CROWD_MEMORY_SECONDS
         self._ready.extend(loaded for loaded in shards if loaded.waiting)
-        self.idle.set()
+        self.calm.unpark_all()
         self._start()
 
 

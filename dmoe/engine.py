@@ -427,7 +427,7 @@ class Engine:
         """End the loops of models that are gone from this node."""
         known = {model.id for model in self._models.models()}
         for key, passes in list(self._passes.items()):
-            if key[0] not in known and passes.idle:
+            if key[0] not in known and passes.idle and passes not in self._slots.values():
                 self._passes.pop(key).close()
 
     def _admit(self) -> None:

@@ -23,7 +23,7 @@ from typing import Any, get_args
 import msgspec
 import trio
 
-from config.errors import RequestError
+from config.errors import LocalError, RequestError
 from config.vocabulary import PeerId
 from dmoe.bringing import Bringer
 from dmoe.core.demand import ASKED_MAX
@@ -438,7 +438,10 @@ class Hosting:
         if not keep_files:
             needed = self._taker.ready(manifest) | {i for m, i in self._taker.progress if m == model_id}
             others = frozenset(manifest.shards[i].id for i in needed - {index})
-            await trio.to_thread.run_sync(self._store.remove_shard, model_id, shard.id, others)
+            try:
+                await trio.to_thread.run_sync(self._store.remove_shard, model_id, shard.id, others)
+            except LocalError as error:  # its files stay
+                log.warning("%s: shard %s: %s", manifest.name, shard.id, error.message)
             await self._taker.measure_disk()
         log.info("%s: shard %s is dropped: enough others have it", manifest.name, shard.id)
         await self._remember()

@@ -273,8 +273,8 @@ class ModelRunner:
         if not sequence.is_lost:
             return
         tokens = tuple(sequence.tokens)
-        await trio.to_thread.run_sync(sequence.begin_again)
         try:
+            await trio.to_thread.run_sync(sequence.begin_again)
             if tokens:
                 await self._forward([Feed(sequence=sequence, tokens=tokens, outputs=0)])
         finally:

@@ -210,12 +210,15 @@ class ModelStore:
         shutil.rmtree(self.root / model_id, ignore_errors=True)
 
     def remove_shard(self, model_id: str, shard_id: str, kept: Collection[str] = ()) -> None:
-        """Delete a shard's files, except those that the shards in ``kept`` have too; keep the manifest."""
+        """Delete a shard's files, except those that the shards in ``kept`` have too; keep the manifest. Raises
+        LocalError."""
         manifest = self.manifest(model_id)
         needed = {file.path for shard in manifest.shards if shard.id in kept for file in shard.files}
         for file in manifest.shards[manifest.shard_index(ShardId(shard_id))].files:
             if file.path not in needed:
-                self.path(model_id, file).unlink(missing_ok=True)
+                path = self.path(model_id, file)
+                with disk_errors(path):
+                    path.unlink(missing_ok=True)
 
     def disk_bytes(self) -> int:
         """Bytes that all models take."""

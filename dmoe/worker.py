@@ -107,8 +107,7 @@ class Worker:
 
     async def _calm(self) -> None:
         """Until a call or a batch has ended."""
-        self._batches.idle = trio.Event()
-        await self._batches.idle.wait()
+        await self._batches.calm.park()
 
     # --- shards
 

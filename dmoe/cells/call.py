@@ -12,7 +12,7 @@ import trio
 from numpy.typing import NDArray
 
 from config.errors import RemoteError
-from dmoe.cells.lanes import ANSWERED, ANSWERER_SPIN_SECONDS, LaneLost, ParentLane
+from dmoe.cells.lanes import ANSWERED, LaneLost, ParentLane
 from dmoe.cells.link import Link
 
 LOOP_SECONDS = 0.25
@@ -54,11 +54,10 @@ class Asked(Protocol):
 class Call:
     """A question that was asked; somebody waits for it until it is answered, lost or given up."""
 
-    __slots__ = ("_cell", "_due", "_lane", "_link", "_since")
+    __slots__ = ("_cell", "_due", "_lane", "_link")
 
     def __init__(self, cell: Asked, link: Link, lane: ParentLane, due: float) -> None:
         self._cell, self._link, self._lane, self._due = cell, link, lane, due
-        self._since = monotonic()
 
     def ask(self, numbers: Sequence[int], parts: Sequence[NDArray[Any]]) -> None:
         """See :meth:`ParentLane.ask`. Raises RemoteError ``unavailable`` if the cell is lost."""
@@ -68,7 +67,7 @@ class Call:
             self._cell.lost(self._link, lost)
             raise self._unavailable(lost) from lost
         except BaseException:
-            self._over()
+            del self._link.asked[self._lane]
             self._link.free.append(self._lane)
             raise
 
@@ -81,14 +80,11 @@ class Call:
             self._lane.wait(min(LOOP_SECONDS, seconds) if on_loop else seconds)
         except LaneLost as lost:
             if lost.late and on_loop:
+                self._link.away.begin(monotonic())
                 raise Late(str(lost)) from lost
             self._cell.lost(self._link, lost)
             raise self._unavailable(lost) from lost
-        finally:
-            now = monotonic()
-            self._link.asked_seconds += now - self._since + ANSWERER_SPIN_SECONDS[1]
-            self._since = now
-        self._over()
+        self._link.answered(self._lane)
         answer = Answer(self._lane, self._link)
         status, size = self._lane.outcome()
         if status != ANSWERED:
@@ -111,9 +107,6 @@ class Call:
         """Nobody waits any more; the cell may have the rest of its time."""
         self._link.late[self._lane] = self._due
         self._cell.wake()
-
-    def _over(self) -> None:
-        del self._link.asked[self._lane]
 
     def _unavailable(self, lost: LaneLost) -> RemoteError:
         return RemoteError("unavailable", f"the cell of {self._cell.name}: {lost}", "ask another replica")

@@ -36,12 +36,14 @@ from dmoe.cells.call import Answer, Call, Late
 from dmoe.cells.content import Content, Store
 from dmoe.cells.lanes import LaneLost, ParentLane
 from dmoe.cells.launch import Process
-from dmoe.cells.link import START_SECONDS_MAX, Link, Options, Starting
+from dmoe.cells.link import START_SECONDS_MAX, Asked, Link, Options, Starting
 from dmoe.core.manifest import Manifest, Shard
 
 log = logging.getLogger("rios.security.cells")
 
 LANE_POLL_SECONDS = 0.0005
+LATE_LOOK_SECONDS = 0.05
+"""So often the lanes of calls that were given up are looked after."""
 PAUSE_FIRST_SECONDS, PAUSE_SECONDS_MAX = 0.1, 60.0
 """Before a cell that ended is started again; doubled each time."""
 END_SECONDS = 1.0
@@ -79,7 +81,7 @@ class Counters:
 
 
 class _Idleness:
-    """Whether a process computes while nobody waits for it: it might work for somebody else."""
+    """Whether a process computes more than it was asked for: it might work for somebody else."""
 
     def __init__(self, link: Link, threads: int) -> None:
         self.due = monotonic() + IDLE_CHECK_SECONDS
@@ -95,12 +97,11 @@ class _Idleness:
         used, asked = self._figures()
         spent = used - self._used - (1 + self._threads) * (asked - self._asked)
         self._used, self._asked = used, asked
-        late = bool(self._link.late)  # what was given up is still being computed
-        return not late and spent > IDLE_SHARE_MAX * IDLE_CHECK_SECONDS
+        return spent > IDLE_SHARE_MAX * IDLE_CHECK_SECONDS
 
     def _figures(self) -> tuple[float, float]:
         try:
-            return self._link.cpu_seconds(), self._link.asked_seconds
+            return self._link.cpu_seconds(), self._link.asked_seconds()
         except OSError:
             return 0.0, 0.0  # it has ended, and that is noticed elsewhere
 
@@ -109,9 +110,10 @@ class Cell:
     """The cell of a publisher. Every method may be called from any thread."""
 
     def __init__(
-        self, name: str, options: Options, counters: Counters, on_withdrawn: Callable[[], None] = lambda: None
+        self, name: str, options: Options, counters: Counters, on_withdrawn: Callable[[], None] | None = lambda: None
     ) -> None:
-        """``on_withdrawn`` is called in the cell's thread when there is something new in :attr:`withdrawn`."""
+        """``on_withdrawn`` is called in the cell's thread when there is something new in :attr:`withdrawn`. None: what
+        keeps ending it stays, and is asked ever later: its node has nobody else to ask."""
         self.name = name
         self.expected = 0
         """Shards that are in it, or on their way (kept by its owner)."""
@@ -186,9 +188,9 @@ class Cell:
 
     @property
     def is_late(self) -> bool:
-        """Whether the event loop may not wait for it now."""
+        """Whether the event loop may not wait for it now: it was late there."""
         link = self._link
-        return link is not None and bool(link.late)
+        return link is not None and (bool(link.late) or not link.away.is_over(monotonic()))
 
     @property
     def ram_bytes(self) -> int:
@@ -274,7 +276,7 @@ class Cell:
         poll.register(self._wake_read, select.POLLIN)
         idle = _Idleness(link, self.options.threads)
         while True:
-            due = min([idle.due, *link.late.values()])
+            due = min(idle.due, monotonic() + LATE_LOOK_SECONDS) if link.late else idle.due
             ready = poll.poll(max(0.0, due - monotonic()) * 1000 + 1)
             for descriptor, _ in ready:
                 if descriptor != self._wake_read.fileno():
@@ -294,7 +296,7 @@ class Cell:
             try:
                 if lane.is_answered():
                     del link.late[lane]
-                    link.asked.pop(lane, None)
+                    link.answered(lane)
                     link.free.append(lane)
                 elif monotonic() >= due:
                     self._kill(link, "it did not answer a call in time")
@@ -324,11 +326,13 @@ class Cell:
             min(PAUSE_SECONDS_MAX, PAUSE_FIRST_SECONDS * 2 ** min(failures - 1, 20)),
         )
         if not link.loading:  # else whoever loads is told
-            asked = {number for numbers in list(link.asked.values()) for number in numbers}
+            asked = {number for call in list(link.asked.values()) for number in call.shards}
             self._count_end(asked or list(self._contents), self.last_end)
 
     def _count_end(self, numbers: Iterable[int], how: str) -> None:
         """An end of the process, or a start that failed, counts against shards."""
+        if self._on_withdrawn is None:
+            return
         for number in self._blame.ended(numbers, monotonic()):
             within = f"{WINDOW_SECONDS / 60:.0f} minutes"
             self._withdraw(number, f"its cell ended {ENDS_MAX} times within {within}, at last because: {how}")
@@ -341,7 +345,8 @@ class Cell:
         self.withdrawn[number] = why
         self._counters.withdrawn += 1
         log.error("%s of %s is withdrawn: %s", content.shard.id, self.name, why)
-        self._on_withdrawn()
+        if self._on_withdrawn is not None:
+            self._on_withdrawn()
 
     def _kill(self, link: Link, reason: str) -> None:
         """End this process; the cell's thread sees to the rest. Done once."""
@@ -455,7 +460,7 @@ class Cell:
             raise self._unavailable("it is late with another call")
         due = monotonic() + min(seconds, self.options.call_seconds_max)
         lane = self._free_lane(link, 0 if on_loop else due)
-        link.asked[lane] = shards
+        link.asked[lane] = Asked(shards, monotonic())
         call = Call(self, link, lane, due)
         call.ask(numbers, parts)
         self._counters.calls += 1

@@ -16,6 +16,7 @@ Invariants:
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from time import monotonic, sleep
@@ -95,6 +96,7 @@ class Home:
                 gvisor=options.gvisor,
             ),
             counters,
+            on_withdrawn=None,
         )
         self._store = store
         self.cell.start()
@@ -163,6 +165,7 @@ class HomeEnds:
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _gathered(self, rows: NDArray[np.int64]) -> FloatRows:
+        _wait_up(self._cell)
         numbers = (self._number, GATHER, len(rows), 0, 0)
         with self._cell.ask(numbers, [np.asarray(rows, np.int64)], CALL_SECONDS_MIN) as lane:
             return lane.rows(len(rows), self._hidden)
@@ -175,6 +178,7 @@ class HomeEnds:
         return np.concatenate(found) if found else np.empty((0, width), np.float32)
 
     def _some(self, rows: FloatRows, want: Want, width: int) -> FloatRows:
+        _wait_up(self._cell)
         numbers = (self._number, OUTPUTS, len(rows), self._hidden, WANTS.index(want))
         seconds = _seconds(len(rows) * self._flops_per_row)
         with self._cell.ask(numbers, [np.asarray(rows, np.float32)], seconds) as lane:
@@ -391,8 +395,11 @@ class HomeAttention(HomeLayers):
         size = rows.stop - rows.start
         if size * self._flops_per_row <= INLINE_FLOPS_MAX * max(1, len(self._sparse)):
             await trio.lowlevel.checkpoint()
+            call = None
             if not self._cell.is_late:
-                call = self._cell.begin(numbers, parts, self.seconds(rows))
+                with suppress(RemoteError):  # a thread may wait for a way to it, or for the next process
+                    call = self._cell.begin(numbers, parts, self.seconds(rows))
+            if call is not None:
                 return self._taken(await call.answer(), size, layer)
         return await trio.to_thread.run_sync(self._asked, numbers, parts, rows, layer)
 
@@ -477,7 +484,9 @@ class Homes:
 
 
 def _wait_up(cell: Cell) -> None:
-    """Until a process runs, also a new one after the last has ended. Raises RiosError."""
+    """Until a process runs, also a new one after the last has ended. Raises RiosError, on the event loop at once."""
+    if trio.lowlevel.in_trio_run():
+        return  # whoever asks is told
     end = monotonic() + START_SECONDS_MAX
     while not cell.is_up and monotonic() < end:
         sleep(_POLL_SECONDS)

@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from config.errors import IntegrityError, LocalError, RemoteError
 from config.vocabulary import KIB, MIB
 from dmoe.cells import lanes, launch, sandbox
-from dmoe.cells.lanes import ParentLane, lane_bytes
+from dmoe.cells.lanes import ANSWERER_SPIN_SECONDS, ParentLane, lane_bytes
+from dmoe.loaded import Away
 
 START_SECONDS_MAX = 30.0
 TOLD_SECONDS_MAX = 30.0
@@ -67,6 +68,13 @@ class Options:
         return PRIVATE_BYTES_GUESS + self.lane_count * lane_bytes(self.asked_bytes, self.answer_bytes)
 
 
+class Asked(NamedTuple):
+    """A call under way: the shards that it is for, and since when."""
+
+    shards: Sequence[int]
+    since: float
+
+
 class Link:
     """A process that is up, with its walls."""
 
@@ -85,16 +93,18 @@ class Link:
         self.begun = monotonic()
         self.late: dict[ParentLane, float] = {}
         """Calls that were given up on the event loop, and until when they may still be answered."""
-        self.asked: dict[ParentLane, Sequence[int]] = {}
-        """The shards that calls under way are for."""
+        self.asked: dict[ParentLane, Asked] = {}
+        """Calls under way."""
+        self.away = Away()
+        """Whether the event loop may wait for it."""
         self.loading = False
         """A new shard is on its way into it."""
         self.reason = ""
         """Why it is to be killed."""
         self.gone = False
         """It hung up."""
-        self.asked_seconds = 0.0
-        """For how long it was waited for: what it may have computed in."""
+        self._asked_seconds = 0.0
+        self._told_at: float | None = None
         self._base_bytes = process.memory_allowed()
         self.ram_bytes = _private_bytes(process.walled_pid) + sum(lane.size_bytes for lane in made)
         """Memory that it takes without a shard, its lanes included."""
@@ -103,6 +113,20 @@ class Link:
     def is_lost(self) -> bool:
         """Whether nothing may be asked of it any more."""
         return bool(self.reason) or self.gone
+
+    def asked_seconds(self) -> float:
+        """For how long it was asked for something, all calls together: what it may have computed in."""
+        since = [asked.since for asked in list(self.asked.values())]
+        if (told_at := self._told_at) is not None:
+            since.append(told_at)
+        now = monotonic()
+        return self._asked_seconds + sum(now - each for each in since)
+
+    def answered(self, lane: ParentLane) -> None:
+        """A call is over."""
+        asked = self.asked.pop(lane, None)
+        if asked is not None:
+            self._asked_seconds += monotonic() - asked.since + ANSWERER_SPIN_SECONDS[1]
 
     def cpu_seconds(self) -> float:
         """Processor time that it has used. Raises OSError if it has ended."""
@@ -120,7 +144,7 @@ class Link:
         """Say something on the control socket and wait for the answer. Raises the error that it tells of, RemoteError
         ``unavailable`` if it does not answer: then it is lost."""
         self.control.settimeout(seconds)
-        begun = monotonic()
+        self._told_at = begun = monotonic()
         try:
             socket.send_fds(self.control, [msgspec.json.encode(message)], list(descriptors))
         except OSError as error:
@@ -132,7 +156,8 @@ class Link:
             self.reason = self.reason or f"asked to {message['do']}: {error.message}"
             raise
         finally:
-            self.asked_seconds += monotonic() - begun
+            self._told_at = None
+            self._asked_seconds += monotonic() - begun
 
     def destroy(self) -> None:
         """Kill and reap the process, hang up."""

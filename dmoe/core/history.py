@@ -27,6 +27,8 @@ from dmoe.core.wire import Dtype, FloatRows
 
 DIGEST_BYTES = 32
 START = sha256(b"rios/stage-rows/1\0").digest()
+WAITING_BYTES_MAX = 8 << 20
+"""Rows that wait to be hashed, of one cache: of runs whose callers have gone nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +96,15 @@ class History:
         self._codes: NDArray[Any] = np.empty((0, width), "<u2" if dtype == "fp16" else "<f4")
         self._wide: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._waiting: list[tuple[Added, int, FloatRows, FloatRows]] = []
+        self._waiting_bytes = 0
 
     def append(self, position: int, x: FloatRows, y: FloatRows) -> Added:
         """Rows ``x f32[N, H]`` came in at a position, ``y`` came of them (not rounded yet). Neither may change."""
         added = Added(self)
+        self._waiting_bytes += x.nbytes + y.nbytes
+        if self._waiting_bytes > WAITING_BYTES_MAX:
+            self.settle()  # who asked for those has gone
+            self._waiting_bytes = x.nbytes + y.nbytes
         self._waiting.append((added, position, x, y))
         return added
 
@@ -109,7 +116,7 @@ class History:
 
     def settle(self) -> None:
         """Hash what waits."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         for added, position, x, y in waiting:
             assert position < len(self._came), "rows behind a gap"
             del self._came[position + 1 :], self._went[position + 1 :]

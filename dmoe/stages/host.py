@@ -95,7 +95,7 @@ class StageHost:
         self._stages: dict[tuple[str, tuple[int, int]], LoadedStage] = {}
         self._nursery: trio.Nursery | None = None
         self._active = 0
-        self._calm = trio.Event()
+        self._calm = trio.lowlevel.ParkingLot()
         self._stopping = False
         self._runs = self._forwarded = self._delivered = 0
         network.serve(stagecalls.OPEN, self._open)
@@ -127,8 +127,7 @@ class StageHost:
     async def drained(self) -> None:
         """Wait until no run is in flight."""
         while self._active:
-            self._calm = trio.Event()
-            await self._calm.wait()
+            await self._calm.park()
 
     # --- stages
 
@@ -331,7 +330,7 @@ class StageHost:
             return await self._answer(call, asked, tickets)
         finally:
             self._active -= 1
-            self._calm.set()
+            self._calm.unpark_all()
 
     async def _turn(self, parts: Sequence[Part], tickets: Sequence[Ticket], deadline: float) -> None:
         """Wait for the piece in front of a run, where there is one: the pieces of a prompt are sent one behind the

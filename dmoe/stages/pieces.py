@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from config.errors import RiosError
 from dmoe.stages.chain import StageError
 
 PIECES_AT_ONCE = 8
@@ -36,17 +37,17 @@ class Turn:
 
 
 async def one_behind_the_other(count: int, through: Callable[[int, Turn], Awaitable[None]]) -> None:
-    """Let ``through`` see each of ``count`` pieces through. Raises StageError."""
+    """Let ``through`` see each of ``count`` pieces through. Raises StageError, or RiosError of what happens here."""
     if count == 1:
         await through(0, Turn(None))
         return
-    failures: list[StageError] = []
+    failures: list[StageError | RiosError] = []
     places = trio.Semaphore(PIECES_AT_ONCE)
 
     async def one(piece: int, turn: Turn) -> None:
         try:
             await through(piece, turn)
-        except StageError as error:
+        except (StageError, RiosError) as error:
             failures.append(error)
             nursery.cancel_scope.cancel()
         finally:

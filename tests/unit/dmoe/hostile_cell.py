@@ -18,7 +18,8 @@ import numpy as np
 
 from dmoe.cells import launch, program
 
-HONEST, ATTEMPTS, LOOP, BOMB, LEAVE, CRASH, EXEC, TRACE, SCRIBBLE, RING, NAN, LIE, SHARED_BOMB, MINE, DEAF = range(15)
+HONEST, ATTEMPTS, LOOP, BOMB, LEAVE, CRASH, EXEC, TRACE, SCRIBBLE, RING, NAN, LIE = range(12)
+SHARED_BOMB, MINE, DEAF, LONG = range(12, 16)
 BOOT = launch.boot("tests.unit.dmoe.hostile_cell")
 
 
@@ -106,6 +107,11 @@ class Hostile(program.ExpertsInside):
             super().answer(lane, numbers, shards)
         elif deed == MINE:
             threading.Thread(target=_mine, daemon=True).start()
+            super().answer(lane, numbers, shards)
+        elif deed == LONG:
+            end = time.process_time() + 2.5
+            while time.process_time() < end:
+                pass
             super().answer(lane, numbers, shards)
         elif deed == RING:
             for _ in range(200):

@@ -523,6 +523,32 @@ async def test_unloading_waits_for_the_calls_on_the_shard():
         assert worker.indices(manifest.model_id) == {1, 2, 3}
 
 
+async def test_two_may_wait_for_calm_at_the_same_time():
+    manifest = make_manifest()
+    async with swarm(manifest) as s:
+        await s.node((*FIRST,))
+        worker, shard = s.workers[0], s.shards[0][0]
+        loaded = slow(worker, manifest, shard)
+        done = []
+
+        async def wait(for_what, *arguments):
+            await for_what(*arguments)
+            done.append(for_what)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.compute, [loaded], 0, rows(2), None, None, trio.current_time() + 60)
+            await running(loaded)
+            worker._active += 1  # a peer's call: ``compute`` alone is this node's own
+            nursery.start_soon(wait, worker.unload, manifest.model_id, manifest.shards[0].id)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(wait, worker.drained)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not done
+            worker._active -= 1
+            shard.gate.set()
+        assert len(done) == 2
+
+
 async def test_an_old_price_is_refused():
     manifest = make_manifest()
     seller = CountingSeller({b"c"})

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import trio
 from config.errors import LocalError, RemoteError
 from config.generation import Delta, GenerationRequest, Message, Sampling
 from dmoe.cells import sandbox
+from dmoe.cells.blame import ENDS_MAX
 from dmoe.cells.cell import Cell
 from dmoe.cells.cells import Cells
-from dmoe.cells.home import Homes
+from dmoe.cells.home import HomeLayers, Homes
 from dmoe.cells.link import Options
 from dmoe.core.privacy import OPEN
 from dmoe.layers import local_experts
@@ -24,6 +26,7 @@ from dmoe.runtime import RuntimeOptions
 from dmoe.segment import Part
 from dmoe.stages.loading import SpreadLayers, load_spread
 from dmoe.tally import OwnMeter
+from dmoe.threads import here_or_aside
 from tests.unit.dmoe.engine_kit import SelfRunningEngine
 from tests.unit.dmoe.model_kit import tiny
 from tests.unit.dmoe.stages_kit import staged
@@ -141,6 +144,65 @@ async def test_an_answer_goes_on_when_its_cell_dies(model, homes, route):
         os.kill(pid, signal.SIGKILL)
 
     assert same(await logits(models(model, homes), route, between=kill), expected)
+
+
+async def test_what_cannot_be_filled_again_is_no_empty_context(model, homes, monkeypatch):
+    """The next process may not take the caches at once: whoever comes next tries again, and nothing is computed on top
+    of nothing."""
+    expected = await logits(models(model, None), "local")
+    made, failures = HomeLayers.made, []
+
+    def failing(layers, capacity):
+        if len(failures) < 2:
+            failures.append(capacity)
+            raise RemoteError("unavailable", "no memory for a cache")
+        return made(layers, capacity)
+
+    (one,) = models(model, homes).models()
+    runner = await one.runner("local")
+    sequence = await runner.open(64)
+    found = [*await runner.forward([feed(sequence, PROMPT[:20], 2)])]
+    os.kill(homes.cells[0].pid, signal.SIGKILL)
+    monkeypatch.setattr(HomeLayers, "made", failing)
+    with pytest.raises(RemoteError, match="no memory"):
+        await runner.forward([feed(sequence, PROMPT[20:], 1)])
+    assert sequence.length == 20
+    found += await runner.forward([feed(sequence, PROMPT[20:], 1)])
+    assert same(found, expected[:2])
+
+
+def _until_another(cell: Cell, pid: int) -> None:
+    end = time.monotonic() + 30
+    while not cell.is_up or cell.pid in (0, pid):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+async def test_a_cell_that_keeps_ending_is_asked_again(model, homes):
+    """Nobody but this node has its own answers: nothing of them is withdrawn."""
+    expected = await logits(models(model, None), "local")
+    found = models(model, homes)
+    (one,) = found.models()
+    await one.runner("local")
+    (cell,) = homes.cells
+    for _ in range(ENDS_MAX + 1):
+        pid = cell.pid
+        os.kill(pid, signal.SIGKILL)
+        await trio.to_thread.run_sync(_until_another, cell, pid)
+    assert not cell.withdrawn
+    assert same(await logits(found, "local"), expected)
+
+
+async def test_embedding_and_head_wait_for_the_next_process(model, homes):
+    (one,) = models(model, homes).models()
+    await one.runner("local")
+    ends = await one._ends.get()
+    rows = np.arange(4)
+    expected = ends.embedding.gather(rows)
+    for _ in range(2):
+        os.kill(homes.cells[0].pid, signal.SIGKILL)
+        assert np.array_equal(await here_or_aside(lambda: ends.embedding.gather(rows)), expected)
+    assert homes.cells[0].restarts
 
 
 @pytest.mark.parametrize("call", range(4))  # the embedding, the first layers, behind some experts, the head

@@ -32,6 +32,16 @@ def test_digests_know_rows_and_order_not_pieces(pieces):
     assert digest(X[:-1]) != digest(X)
 
 
+def test_runs_that_nobody_asks_about_do_not_pile_up(monkeypatch):
+    """Their callers have gone: the digests are the same as if they had not."""
+    monkeypatch.setattr("dmoe.core.history.WAITING_BYTES_MAX", 2000)
+    made = History(8, "fp16")
+    for _ in range(100):
+        made.append(0, X, Y)
+        assert len(made._waiting) <= 2
+    assert made.append(len(X), X, Y).said(0).came == digest(np.concatenate([X, X]))
+
+
 def test_what_is_taken_back_is_forgotten():
     made, _ = fed([12])
     made.append(5, X[:3], Y[:3])  # three guesses, two of them refused

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 from config.errors import RemoteError
@@ -40,6 +41,16 @@ async def test_a_long_prompt_goes_in_pieces_and_no_bit_changes(manifest, alone, 
         assert np.array_equal(await outputs(runner), alone)
         for index, node in enumerate(nodes):
             assert node.segments[index].batches == [[50]] * 6
+
+
+async def test_what_fails_here_is_told_as_what_it_is():
+    async def through(piece: int, turn: Turn) -> None:
+        if piece == 1:
+            raise RemoteError("unavailable", "the head's cell is being restarted")
+        await trio.lowlevel.checkpoint()
+
+    with pytest.raises(RemoteError, match="being restarted"):
+        await one_behind_the_other(3, through)
 
 
 async def test_hosts_work_at_the_same_time(manifest, alone):

@@ -1,5 +1,6 @@
 """Models on disk: altered and truncated files are found and named, chunks are served, nothing is half there."""
 
+import errno
 import json
 import os
 from hashlib import sha256
@@ -78,6 +79,18 @@ def test_a_missing_file_is_named(model):
     store.remove_shard(manifest.model_id, shard.id)
     with pytest.raises(LocalError, match=rf"{path.name} is missing"):
         store.verify_shard(manifest.model_id, shard.id)
+
+
+def test_a_file_that_cannot_be_deleted_is_named(model, monkeypatch):
+    store, manifest = model
+    shard, path = first_file(store, manifest)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(type(path), "unlink", read_only)
+    with pytest.raises(LocalError, match=f"{path.name}: Read-only"):
+        store.remove_shard(manifest.model_id, shard.id)
 
 
 def test_chunks_are_served_by_their_hash_and_never_altered(model):
