@@ -351,19 +351,19 @@ async def test_the_event_loop_is_not_held_up_by_a_late_cell(model, monkeypatch):
 def test_a_cell_that_computes_what_it_was_asked_is_not_ended(model, monkeypatch):
     """However long one call takes, and whenever somebody looks."""
     monkeypatch.setattr("dmoe.cells.cell.IDLE_CHECK_SECONDS", 1.0)
-    with hostile(model) as (cell, shard, counters):
-        h = rows(deed=hostile_cell.LONG)
-        assert (shard.partial(0, h) == here(model).partial(0, h)).all()
+    with hostile(model, seconds=60.0) as (cell, shard, counters):
+        with cell.ask((shard.number, 0, 2, HIDDEN, 0), [rows(deed=hostile_cell.LONG)], 60.0) as lane:
+            assert lane.rows(2, HIDDEN).any()
         assert not counters.killed, cell.last_end
 
 
 async def test_the_loop_does_not_wait_again_and_again_for_a_late_cell(model, monkeypatch):
     monkeypatch.setattr("dmoe.cells.call.LOOP_SECONDS", 0.05)
     monkeypatch.setattr("dmoe.loaded.AWAY_SECONDS_FIRST", 60.0)
-    with hostile(model) as (cell, shard, _):
+    with hostile(model, seconds=60.0) as (cell, shard, _):
         assert not cell.is_late
         numbers = (shard.number, 0, 2, HIDDEN, 0)
-        with await cell.begin(numbers, [rows(deed=hostile_cell.LONG)], 9.0).answer() as lane:
+        with await cell.begin(numbers, [rows(deed=hostile_cell.LONG)], 60.0).answer() as lane:
             assert lane.rows(2, HIDDEN).any()
         assert cell.is_late, "though the call was answered: the next may be late, too"
         with cell.ask(numbers, [rows()], 9.0):
