@@ -57,7 +57,7 @@ batches = sa.Table(
     sa.Index("ix_batches_user_id_id", "user_id", "id"),
     sa.Index("ix_batches_status_held_until_ms", "status", "held_until_ms"),
 )
-"""``holder``: the gateway that works on it until ``held_until_ms``, which it moves on while it does."""
+"""``holder``: the gateway and its claim that work on it until ``held_until_ms``, which they move on while they do."""
 
 batch_lines = sa.Table(
     "batch_lines",
