@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import trio
 
-from config.errors import RiosError
+from config.errors import BusyError, RiosError
 from gateway.accounts import LOCAL, Accounts, Principal
 from gateway.books import now_ms
 from gateway.db.session import Database
@@ -47,8 +47,8 @@ _POLL_SECONDS = 1.0
 _SWEEP_SECONDS = 600.0
 _FETCH_LINES = 64
 _PAUSE_SECONDS, _PAUSE_SECONDS_MAX = 1.0, 30.0
-_LATER = frozenset((408, 409, 429, 503))
-"""Statuses of what may be answered later."""
+_LATER = frozenset((408, 409, 429, 503, 507))
+"""Statuses of what may be answered later; also a full disk, which leaves a charge to be booked when there is room."""
 
 
 class Runner:
@@ -121,7 +121,7 @@ class _Work:
         self._ends_as = ""
         """How it shall end before its lines do."""
         self._seen_before = batch.status == "in_progress"
-        """Another gateway may have been paid for the first lines without writing their answers down."""
+        """The first lines may have been paid for, here or in another gateway, without their answers being noted."""
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -188,7 +188,7 @@ class _Work:
                         self._limiter.release_on_behalf_of(line)
                         break
                     nursery.start_soon(self._answer, line)
-            self._seen_before = False
+            self._seen_before = self._later > 0  # what is put off comes first in the next round
             if self._later:
                 await trio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX) if self._later == len(lines) else _PAUSE_SECONDS
@@ -241,12 +241,15 @@ class _Work:
         return response.status_code, bytes(response.body), asked.id
 
     async def _embed(self, line: Line, principal: Principal, name: str) -> bytes:
-        paid = False
-        if self._seen_before:
-            since_ms = self._batch.created_at_ms
-            paid = await self._till.in_thread(self._accounts.has_usage, principal.user_id, name, since_ms)
+        paid = self._seen_before and await self._is_paid(principal, name)
         body = decode(line.body, EmbeddingBody)
         return msgspec.json.encode(await embed(self._service, principal, body, name, "", free=paid, batch=True))
+
+    async def _is_paid(self, principal: Principal, name: str) -> bool:
+        """Whether vectors of an earlier try were charged. Raises BusyError while that is not known yet."""
+        if any(ticket.reservation.request_id == name for ticket in self._till.running()):
+            raise BusyError(f"request {name} is still being settled", "try again later")
+        return await self._till.in_thread(self._accounts.has_usage, principal.user_id, name, self._batch.created_at_ms)
 
     async def _principal(self) -> Principal:
         """Who pays, as they are now. Raises ApiError ``forbidden``."""
