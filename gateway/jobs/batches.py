@@ -36,7 +36,8 @@ LINES_MAX = 50_000
 LINE_BYTES_MAX = 1 << 20
 ERRORS_MAX = 50
 OPEN_MAX = 50
-"""Batches of a user that have not ended."""
+"""Batches of a user that have not ended, or failed a moment ago: reading their inputs costs the user nothing."""
+FAILED_MINUTES = 10
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _WINDOW_MS = {"24h": 24 * 3600 * 1000}
 _LINES_AT_ONCE = 200
@@ -123,9 +124,11 @@ def create(
             )
         if found.purpose != "batch":
             raise invalid("input_file_id", f"the purpose of this file is {found.purpose}, not batch")
-        mine = batches.c.user_id == user_id, batches.c.status.in_(LIVE)
+        failed = sa.and_(batches.c.status == "failed", batches.c.ended_at_ms > now - FAILED_MINUTES * 60_000)
+        mine = batches.c.user_id == user_id, sa.or_(batches.c.status.in_(LIVE), failed)
         if connection.execute(sa.select(sa.func.count()).where(*mine)).scalar_one() >= OPEN_MAX:
-            raise ApiError("conflict", f"a user has {OPEN_MAX} open batches at most", "wait for one to end")
+            most = f"a user has {OPEN_MAX} batches at most that are open or failed in the last {FAILED_MINUTES} minutes"
+            raise ApiError("conflict", most, "wait for one to end")
         row = {
             "id": f"batch_{new_id()}",
             "user_id": user_id,

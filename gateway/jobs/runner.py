@@ -7,6 +7,7 @@ Invariants:
 1. At most ``lines_at_once`` lines of all batches run here at the same time: those who wait for answers come first.
 2. A line that cannot be answered now (limits, no replica, a full engine) is tried again until the batch's time is over.
 3. A batch that another gateway took over is left alone at once.
+4. One pass over a whole file at a time, in a thread that is not one of the till's: what others wait for has those.
 """
 
 import logging
@@ -47,6 +48,7 @@ _POLL_SECONDS = 1.0
 _SWEEP_SECONDS = 600.0
 _FETCH_LINES = 64
 _PAUSE_SECONDS, _PAUSE_SECONDS_MAX = 1.0, 30.0
+_ABANDONED_SECONDS = 0.5
 _LATER = frozenset((408, 409, 429, 503, 507))
 """Statuses of what may be answered later; also a full disk, which leaves a charge to be booked when there is room."""
 
@@ -58,6 +60,7 @@ class Runner:
         self._service, self._accounts = service, accounts
         self._till = service.till
         self._limiter = trio.CapacityLimiter(lines_at_once)
+        self._passes = trio.CapacityLimiter(1)
         self._wake = trio.Event()
 
     def wake(self) -> None:
@@ -71,10 +74,15 @@ class Runner:
             await self._till.in_thread(batches.let_all_go, self._till.database, self._till.instance)
         except RiosError as error:
             _logger.warning("batches of an earlier run wait until they are free: %s", error)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._sweep)
-            for _ in range(WORKERS):
-                nursery.start_soon(self._serve)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._sweep)
+                for _ in range(WORKERS):
+                    nursery.start_soon(self._serve)
+        finally:
+            # A pass that nobody waits for any more has its connection a moment longer.
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ABANDONED_SECONDS):
+                await self._passes.acquire()
 
     async def _serve(self) -> None:
         while True:
@@ -101,7 +109,7 @@ class Runner:
             await trio.sleep(_SWEEP_SECONDS)
 
     async def _work(self, batch: Batch) -> None:
-        work = _Work(self._service, self._accounts, self._limiter, batch)
+        work = _Work(self._service, self._accounts, self._limiter, self._passes, batch)
         try:
             await work.run()
         finally:
@@ -115,8 +123,15 @@ class Runner:
 class _Work:
     """One batch, from where it stands to its end."""
 
-    def __init__(self, service: Service, accounts: Accounts, limiter: trio.CapacityLimiter, batch: Batch) -> None:
-        self._service, self._accounts, self._limiter = service, accounts, limiter
+    def __init__(
+        self,
+        service: Service,
+        accounts: Accounts,
+        limiter: trio.CapacityLimiter,
+        passes: trio.CapacityLimiter,
+        batch: Batch,
+    ) -> None:
+        self._service, self._accounts, self._limiter, self._passes = service, accounts, limiter, passes
         self._till, self._batch = service.till, batch
         self._ends_as = ""
         """How it shall end before its lines do."""
@@ -136,15 +151,20 @@ class _Work:
     async def _advance(self) -> None:
         self._note(self._batch)
         if self._batch.status == "validating" and not self._ends_as:
-            validated = await self._call(batches.validate)
+            validated = await self._pass(batches.validate)
             if validated is None or validated.status == "failed":
                 return
             self._note(validated)
         await self._answer_all()
         if not self._ends_as:
             await self._call(batches.set_finalizing)
-        status = self._ends_as or "completed"
-        await self._till.in_thread(batches.finish, self._till.database, self._batch, status)
+        await self._pass(partial(batches.finish, status=self._ends_as or "completed"))
+
+    async def _pass(self, function: Callable[[Database, Batch], T]) -> T:
+        """What takes as long as the file is large."""
+        return await trio.to_thread.run_sync(
+            function, self._till.database, self._batch, limiter=self._passes, abandon_on_cancel=True
+        )
 
     async def _call(self, function: Callable[[Database, Batch], T]) -> T:
         return await self._till.in_thread(function, self._till.database, self._batch)

@@ -1,19 +1,25 @@
 """Who holds a batch works on it, and nobody else."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+import trio
+from gateway_rig import eventually, serving
 
 from gateway.accounts import Accounts
+from gateway.books import now_ms
 from gateway.db.jobs import batch_lines
 from gateway.db.jobs import batches as table
 from gateway.db.migrate import migrate
 from gateway.db.session import Database, open_database
+from gateway.errors import ApiError
 from gateway.jobs import batches
 from gateway.jobs.batches import Batch
 from gateway.jobs.files import Upload
+from gateway.jobs.runner import WORKERS
 
 CHAT = "/v1/chat/completions"
 
@@ -100,3 +106,41 @@ def test_a_gateway_that_starts_again_frees_what_it_held_and_nothing_else(opened:
     assert batches.hold(opened, kept) is not None
     assert [batches.hold(opened, each) for each in mine] == [None, None]
     assert {claimed(opened, instance).id for _ in mine} == {each.id for each in mine}
+
+
+def test_batches_that_fail_count_for_a_while(opened: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "OPEN_MAX", 2)
+    for _ in range(2):
+        begin(opened, b"no request")
+        failed = batches.validate(opened, claimed(opened, "here"))
+        assert failed is not None
+        assert failed.status == "failed"
+    with pytest.raises(ApiError, match="2 batches at most"):
+        begin(opened)
+    with opened.write() as connection:
+        connection.execute(sa.update(table).values(ended_at_ms=now_ms() - batches.FAILED_MINUTES * 60_000))
+    begin(opened)
+
+
+async def test_passes_over_files_leave_the_database_to_those_who_wait_for_answers(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends, begun = threading.Event(), []
+
+    def validate(_database: Database, batch: Batch) -> None:
+        begun.append(batch.id)
+        ends.wait(10)
+
+    monkeypatch.setattr(batches, "validate", validate)
+    async with serving(tmp_path, database=database) as rig, rig.http() as http:
+        try:
+            for _ in range(WORKERS):
+                await trio.to_thread.run_sync(begin, rig.accounts.database)
+            await eventually(lambda: bool(begun))
+            await trio.sleep(2.5)  # by then each worker has looked for one
+            assert len(begun) == 1
+            with trio.fail_after(3):
+                answers = [await http.get("/v1/files") for _ in range(3)]
+            assert {answer.status_code for answer in answers} == {200}
+        finally:
+            ends.set()
