@@ -19,7 +19,8 @@ files = sa.Table(
     sa.Column("created_at_ms", sa.BigInteger, nullable=False),
     sa.Index("ix_files_user_id_id", "user_id", "id"),
 )
-"""``complete``: false while it is being uploaded; what stays so is swept away."""
+"""``complete``: false while it is being uploaded; what stays so is swept away. ``created_at_ms``: when its last piece
+came."""
 
 file_chunks = sa.Table(
     "file_chunks",
