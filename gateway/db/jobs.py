@@ -19,7 +19,8 @@ files = sa.Table(
     sa.Column("created_at_ms", sa.BigInteger, nullable=False),
     sa.Index("ix_files_user_id_id", "user_id", "id"),
 )
-"""``complete``: false while it is being uploaded; what stays so is swept away."""
+"""``complete``: false while it is being uploaded; what stays so is swept away. ``created_at_ms``: when its last piece
+came."""
 
 file_chunks = sa.Table(
     "file_chunks",
@@ -57,7 +58,7 @@ batches = sa.Table(
     sa.Index("ix_batches_user_id_id", "user_id", "id"),
     sa.Index("ix_batches_status_held_until_ms", "status", "held_until_ms"),
 )
-"""``holder``: the gateway that works on it until ``held_until_ms``, which it moves on while it does."""
+"""``holder``: the gateway and its claim that work on it until ``held_until_ms``, which they move on while they do."""
 
 batch_lines = sa.Table(
     "batch_lines",

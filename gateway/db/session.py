@@ -22,6 +22,8 @@ from config.errors import ConfigError, LocalError, RiosError
 
 POOL_SIZE = 5
 """One is the till's writer's."""
+_OVERFLOW = 1
+"""For a pass over a batch's file, beside the till's threads."""
 _BUSY_MS = 5000
 _WAL_AGAIN_SECONDS = 0.01
 _CONNECT_SECONDS = 5
@@ -130,7 +132,7 @@ def _open_sqlite(path: Path) -> Database:
         sa.URL.create("sqlite", database=str(path)),
         pool_size=POOL_SIZE,
         pool_use_lifo=True,  # the one used last still has its pages in memory
-        max_overflow=0,
+        max_overflow=_OVERFLOW,
         connect_args={"timeout": _BUSY_MS / 1000, "check_same_thread": False},
     )
     sa.event.listen(engine, "connect", _on_sqlite_connect)
@@ -185,7 +187,7 @@ def _open_postgresql(dsn: str, setting: str, replica: Database | None = None) ->
     engine = sa.create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_size=POOL_SIZE,
-        max_overflow=0,
+        max_overflow=_OVERFLOW,
         pool_pre_ping=True,
         connect_args=arguments,
     )

@@ -6,13 +6,14 @@ Blocking calls on the accounts database. Owns a batch's states and its lines; ru
 ``cancelled``, ``failed`` (the input is no batch), ``expired`` (its window is over).
 
 Invariants:
-1. One gateway works on a batch at a time: who takes it holds it for :data:`HOLD_MS` and moves that on while it works.
-   Whoever lost it cannot write its lines any more.
+1. One worker of one gateway works on a batch at a time: who takes it holds it for :data:`HOLD_MS` and moves that on
+   while it works. Whoever lost it cannot write its lines any more.
 2. A line is answered once: its answer is written only over none.
 """
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,12 +36,15 @@ LINES_MAX = 50_000
 LINE_BYTES_MAX = 1 << 20
 ERRORS_MAX = 50
 OPEN_MAX = 50
-"""Batches of a user that have not ended."""
+"""Batches of a user that have not ended, or failed a moment ago: reading their inputs costs the user nothing."""
+FAILED_MINUTES = 10
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _WINDOW_MS = {"24h": 24 * 3600 * 1000}
 _LINES_AT_ONCE = 200
 _ANSWERS_AT_ONCE = 20
 """An answer may be large."""
+_TOKEN_BYTES = 12
+_HOLDER_CHARACTERS = 64
 LIVE = ("validating", "in_progress", "finalizing", "cancelling")
 
 
@@ -120,9 +124,11 @@ def create(
             )
         if found.purpose != "batch":
             raise invalid("input_file_id", f"the purpose of this file is {found.purpose}, not batch")
-        mine = batches.c.user_id == user_id, batches.c.status.in_(LIVE)
+        failed = sa.and_(batches.c.status == "failed", batches.c.ended_at_ms > now - FAILED_MINUTES * 60_000)
+        mine = batches.c.user_id == user_id, sa.or_(batches.c.status.in_(LIVE), failed)
         if connection.execute(sa.select(sa.func.count()).where(*mine)).scalar_one() >= OPEN_MAX:
-            raise ApiError("conflict", f"a user has {OPEN_MAX} open batches at most", "wait for one to end")
+            most = f"a user has {OPEN_MAX} batches at most that are open or failed in the last {FAILED_MINUTES} minutes"
+            raise ApiError("conflict", most, "wait for one to end")
         row = {
             "id": f"batch_{new_id()}",
             "user_id": user_id,
@@ -178,9 +184,10 @@ def cancel(database: Database, batch_id: str, owner: str | None) -> Batch:
 # --- what the gateway that works on one does
 
 
-def claim(database: Database, holder: str) -> Batch | None:
-    """Take a batch that nobody works on, the oldest first."""
-    now = now_ms()
+def claim(database: Database, instance: str) -> Batch | None:
+    """Take a batch that nobody works on, the oldest first. Each claim holds under a name of its own: another of the
+    same gateway, after a suspend or a step of the clock, is another holder."""
+    holder, now = f"{_held_by(instance)}{secrets.token_hex(_TOKEN_BYTES)}", now_ms()
     free = sa.and_(batches.c.status.in_(LIVE), batches.c.held_until_ms < now)
     query = sa.select(batches.c.id).where(free).order_by(batches.c.created_at_ms).limit(1)
     with database.write() as connection:
@@ -207,14 +214,20 @@ def let_go(database: Database, batch: Batch) -> None:
         connection.execute(sa.update(batches).where(*mine).values(holder="", held_until_ms=0))
 
 
-def let_all_go(database: Database, holder: str) -> None:
+def let_all_go(database: Database, instance: str) -> None:
     """What a gateway held in an earlier life is free."""
+    its = batches.c.holder.startswith(_held_by(instance), autoescape=True)
     with database.write() as connection:
-        connection.execute(sa.update(batches).where(batches.c.holder == holder).values(holder="", held_until_ms=0))
+        connection.execute(sa.update(batches).where(its).values(holder="", held_until_ms=0))
+
+
+def _held_by(instance: str) -> str:
+    """How the names of a gateway's claims begin; they fit their column."""
+    return f"{instance[: _HOLDER_CHARACTERS - 2 * _TOKEN_BYTES - 1]}:"
 
 
 def validate(database: Database, batch: Batch) -> Batch | None:
-    """Read the input into lines, or say what is wrong with it. None if the batch was lost.
+    """Read the input into lines, or say what is wrong with it. None if the batch was lost, or cancelled meanwhile.
 
     Looked at once as a whole, then written some lines at a time, so that no booking waits long for the database.
     """
@@ -258,8 +271,11 @@ def _check(found: Iterator[tuple[int, bytes | None]], endpoint: str) -> tuple[li
 
 
 def _write_lines(database: Database, batch: Batch) -> bool:
-    """The lines of a checked input, over what an earlier try left of them; false if the batch was lost."""
+    """The lines of a checked input, over what an earlier try left; false if the batch was lost, or cancelled."""
     with database.write() as connection:
+        # Who has it now may have answers in these lines, and they are paid.
+        if not _is_mine(connection, batch, status="validating"):
+            return False
         connection.execute(sa.delete(batch_lines).where(batch_lines.c.batch_id == batch.id))
     found = _lines(database, batch)
     while some := list(islice(found, _LINES_AT_ONCE)):
@@ -393,9 +409,11 @@ def request_id(batch_id: str, place: int) -> str:
     return f"{batch_id}/{place}"
 
 
-def _is_mine(connection: sa.Connection, batch: Batch) -> bool:
-    query = sa.select(batches.c.holder).where(batches.c.id == batch.id).with_for_update()
-    return bool(connection.execute(query).scalar() == batch.holder)
+def _is_mine(connection: sa.Connection, batch: Batch, *, status: str = "") -> bool:
+    """Whether it is held as ``batch`` says, and in this status if one is given."""
+    query = sa.select(batches.c.holder, batches.c.status).where(batches.c.id == batch.id).with_for_update()
+    row = connection.execute(query).first()
+    return row is not None and row.holder == batch.holder and status in ("", row.status)
 
 
 def _batch(connection: sa.Connection, batch_id: str, owner: str | None, *, lock: bool = False) -> Batch:

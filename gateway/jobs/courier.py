@@ -1,6 +1,7 @@
 """The task that delivers webhooks on this gateway, beside those of the other gateways of the database.
 
-A webhook has one delivery at a time here, and all together at most ``AT_ONCE``: one that hangs holds up nobody else.
+A webhook has one delivery at a time here, a user's together have few, and all at most ``AT_ONCE``: who hangs holds up
+nobody else.
 """
 
 import logging

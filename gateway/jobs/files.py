@@ -6,11 +6,13 @@ are bounded; a file does not change once it is complete.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
 from gateway.books import new_id, now_ms
 from gateway.db.jobs import batches, file_chunks, files
+from gateway.db.models import users
 from gateway.db.session import Database
 from gateway.errors import ApiError
 
@@ -44,38 +46,35 @@ class Upload:
         """``bytes_max`` 0: the gateway writes it for the user, and nothing bounds it."""
         self.id = f"file-{new_id()}"
         self.size = 0
-        self._database, self._bytes_max = database, bytes_max
+        self._database, self._user_id, self._bytes_max = database, user_id, bytes_max
         self._rest, self._place = bytearray(), 0
         with database.write() as connection:
-            mine = files.c.user_id == user_id
-            total = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(mine)
-            count, size = connection.execute(total).one()
-            self._room = USER_BYTES_MAX - int(size)
-            if bytes_max and (count >= USER_FILES_MAX or self._room <= 0):
-                raise _full()
+            if bytes_max:
+                count, size = self._others(connection)
+                if count >= USER_FILES_MAX or size >= USER_BYTES_MAX:
+                    raise _full()
             row = {"id": self.id, "user_id": user_id, "purpose": "", "filename": "", "bytes": 0, "complete": False}
             connection.execute(sa.insert(files), {**row, "created_at_ms": now_ms()})
 
     def write(self, data: bytes) -> None:
-        """More of it. Raises ApiError ``too_large``."""
+        """More of it. Raises ApiError ``too_large``, or ``conflict``: the user's files are too many, or it was given
+        up."""
         self.size += len(data)
         if self._bytes_max and self.size > self._bytes_max:
             raise ApiError("too_large", f"a file has {self._bytes_max} bytes at most", param="file")
-        if self._bytes_max and self.size > self._room:
-            raise _full()
         self._rest += data
         while len(self._rest) >= CHUNK_BYTES:
             self._put(bytes(self._rest[:CHUNK_BYTES]))
             del self._rest[:CHUNK_BYTES]
 
     def finish(self, filename: str, purpose: str) -> File:
-        """That was all of it."""
+        """That was all of it. Raises ApiError as :meth:`write`."""
         if self._rest:
             self._put(bytes(self._rest))
             self._rest.clear()
         values = {"purpose": purpose, "filename": filename, "bytes": self.size, "complete": True}
         with self._database.write() as connection:
-            connection.execute(sa.update(files).where(files.c.id == self.id).values(**values))
+            self._update(connection, values)
             row = connection.execute(sa.select(*_COLUMNS).where(files.c.id == self.id)).mappings().one()
             return File(**row)
 
@@ -86,9 +85,25 @@ class Upload:
 
     def _put(self, data: bytes) -> None:
         with self._database.write() as connection:
+            if self._bytes_max and self._others(connection)[1] + self.size > USER_BYTES_MAX:
+                raise _full()
+            self._update(connection, {"bytes": self.size, "created_at_ms": now_ms()})
             connection.execute(sa.insert(file_chunks), {"file_id": self.id, "place": self._place, "data": data})
-            connection.execute(sa.update(files).where(files.c.id == self.id).values(bytes=self.size))
         self._place += 1
+
+    def _others(self, connection: sa.Connection) -> tuple[int, int]:
+        """How many files the user has beside this one, and their bytes. Other uploads of the user wait meanwhile."""
+        connection.execute(sa.select(users.c.id).where(users.c.id == self._user_id).with_for_update(key_share=True))
+        mine = files.c.user_id == self._user_id, files.c.id != self.id
+        total = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(*mine)
+        count, size = connection.execute(total).one()
+        return count, int(size)
+
+    def _update(self, connection: sa.Connection, values: dict[str, Any]) -> None:
+        if not connection.execute(sa.update(files).where(files.c.id == self.id).values(**values)).rowcount:
+            minutes = _ABANDONED_MS // 60_000
+            why = f"nothing came of this file for {minutes} minutes, and its upload was given up"
+            raise ApiError("conflict", why, "send it again", param="file")
 
 
 def list_files(
@@ -149,16 +164,19 @@ def delete_file(database: Database, file_id: str, owner: str | None) -> None:
 
 
 def sweep(database: Database) -> int:
-    """Delete some of what was never uploaded to its end; how many."""
+    """Delete some of what was never uploaded to its end, and of which nothing came for long; how many."""
     old = sa.and_(files.c.complete.is_(sa.false()), files.c.created_at_ms < now_ms() - _ABANDONED_MS)
+    query = sa.select(files.c.id).where(old).limit(_SWEPT_AT_ONCE)
     with database.write() as connection:
-        names = list(connection.execute(sa.select(files.c.id).where(old).limit(_SWEPT_AT_ONCE)).scalars())
+        names = list(connection.execute(query.with_for_update(skip_locked=True)).scalars())
         for name in names:
             _delete(connection, name)
     return len(names)
 
 
 def _delete(connection: sa.Connection, file_id: str) -> None:
+    # First a piece that is being written meanwhile, by whom nobody waits for any more.
+    connection.execute(sa.select(files.c.id).where(files.c.id == file_id).with_for_update())
     connection.execute(sa.delete(file_chunks).where(file_chunks.c.file_id == file_id))
     connection.execute(sa.delete(files).where(files.c.id == file_id))
 

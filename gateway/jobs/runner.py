@@ -7,6 +7,7 @@ Invariants:
 1. At most ``lines_at_once`` lines of all batches run here at the same time: those who wait for answers come first.
 2. A line that cannot be answered now (limits, no replica, a full engine) is tried again until the batch's time is over.
 3. A batch that another gateway took over is left alone at once.
+4. One pass over a whole file at a time, in a thread that is not one of the till's: what others wait for has those.
 """
 
 import logging
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import trio
 
-from config.errors import RiosError
+from config.errors import BusyError, RiosError
 from gateway.accounts import LOCAL, Accounts, Principal
 from gateway.books import now_ms
 from gateway.db.session import Database
@@ -47,8 +48,11 @@ _POLL_SECONDS = 1.0
 _SWEEP_SECONDS = 600.0
 _FETCH_LINES = 64
 _PAUSE_SECONDS, _PAUSE_SECONDS_MAX = 1.0, 30.0
-_LATER = frozenset((408, 409, 429, 503))
-"""Statuses of what may be answered later."""
+_ABANDONED_SECONDS = 0.5
+_CLOCKS_APART_MS = 3600 * 1000
+"""A usage row may have the date of another clock than its batch."""
+_LATER = frozenset((408, 409, 429, 503, 507))
+"""Statuses of what may be answered later; also a full disk, which leaves a charge to be booked when there is room."""
 
 
 class Runner:
@@ -58,6 +62,7 @@ class Runner:
         self._service, self._accounts = service, accounts
         self._till = service.till
         self._limiter = trio.CapacityLimiter(lines_at_once)
+        self._passes = trio.CapacityLimiter(1)
         self._wake = trio.Event()
 
     def wake(self) -> None:
@@ -71,10 +76,15 @@ class Runner:
             await self._till.in_thread(batches.let_all_go, self._till.database, self._till.instance)
         except RiosError as error:
             _logger.warning("batches of an earlier run wait until they are free: %s", error)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._sweep)
-            for _ in range(WORKERS):
-                nursery.start_soon(self._serve)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._sweep)
+                for _ in range(WORKERS):
+                    nursery.start_soon(self._serve)
+        finally:
+            # A pass that nobody waits for any more has its connection a moment longer.
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ABANDONED_SECONDS):
+                await self._passes.acquire()
 
     async def _serve(self) -> None:
         while True:
@@ -101,7 +111,7 @@ class Runner:
             await trio.sleep(_SWEEP_SECONDS)
 
     async def _work(self, batch: Batch) -> None:
-        work = _Work(self._service, self._accounts, self._limiter, batch)
+        work = _Work(self._service, self._accounts, self._limiter, self._passes, batch)
         try:
             await work.run()
         finally:
@@ -115,13 +125,20 @@ class Runner:
 class _Work:
     """One batch, from where it stands to its end."""
 
-    def __init__(self, service: Service, accounts: Accounts, limiter: trio.CapacityLimiter, batch: Batch) -> None:
-        self._service, self._accounts, self._limiter = service, accounts, limiter
+    def __init__(
+        self,
+        service: Service,
+        accounts: Accounts,
+        limiter: trio.CapacityLimiter,
+        passes: trio.CapacityLimiter,
+        batch: Batch,
+    ) -> None:
+        self._service, self._accounts, self._limiter, self._passes = service, accounts, limiter, passes
         self._till, self._batch = service.till, batch
         self._ends_as = ""
         """How it shall end before its lines do."""
         self._seen_before = batch.status == "in_progress"
-        """Another gateway may have been paid for the first lines without writing their answers down."""
+        """The first lines may have been paid for, here or in another gateway, without their answers being noted."""
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -136,15 +153,20 @@ class _Work:
     async def _advance(self) -> None:
         self._note(self._batch)
         if self._batch.status == "validating" and not self._ends_as:
-            validated = await self._call(batches.validate)
+            validated = await self._pass(batches.validate)
             if validated is None or validated.status == "failed":
                 return
             self._note(validated)
         await self._answer_all()
         if not self._ends_as:
             await self._call(batches.set_finalizing)
-        status = self._ends_as or "completed"
-        await self._till.in_thread(batches.finish, self._till.database, self._batch, status)
+        await self._pass(partial(batches.finish, status=self._ends_as or "completed"))
+
+    async def _pass(self, function: Callable[[Database, Batch], T]) -> T:
+        """What takes as long as the file is large."""
+        return await trio.to_thread.run_sync(
+            function, self._till.database, self._batch, limiter=self._passes, abandon_on_cancel=True
+        )
 
     async def _call(self, function: Callable[[Database, Batch], T]) -> T:
         return await self._till.in_thread(function, self._till.database, self._batch)
@@ -188,7 +210,7 @@ class _Work:
                         self._limiter.release_on_behalf_of(line)
                         break
                     nursery.start_soon(self._answer, line)
-            self._seen_before = False
+            self._seen_before = self._later > 0  # what is put off comes first in the next round
             if self._later:
                 await trio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX) if self._later == len(lines) else _PAUSE_SECONDS
@@ -241,12 +263,16 @@ class _Work:
         return response.status_code, bytes(response.body), asked.id
 
     async def _embed(self, line: Line, principal: Principal, name: str) -> bytes:
-        paid = False
-        if self._seen_before:
-            since_ms = self._batch.created_at_ms
-            paid = await self._till.in_thread(self._accounts.has_usage, principal.user_id, name, since_ms)
+        paid = self._seen_before and await self._is_paid(principal, name)
         body = decode(line.body, EmbeddingBody)
         return msgspec.json.encode(await embed(self._service, principal, body, name, "", free=paid, batch=True))
+
+    async def _is_paid(self, principal: Principal, name: str) -> bool:
+        """Whether vectors of an earlier try were charged. Raises BusyError while that is not known yet."""
+        if any(ticket.reservation.request_id == name for ticket in self._till.running()):
+            raise BusyError(f"request {name} is still being settled", "try again later")
+        since_ms = self._batch.created_at_ms - _CLOCKS_APART_MS
+        return await self._till.in_thread(self._accounts.has_usage, principal.user_id, name, since_ms)
 
     async def _principal(self) -> Principal:
         """Who pays, as they are now. Raises ApiError ``forbidden``."""

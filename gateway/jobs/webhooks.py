@@ -38,6 +38,8 @@ WAITING_MAX = 5_000
 KEPT_MS = 7 * 24 * 3600 * 1000
 DISABLED_AFTER_MS = 3 * 24 * 3600 * 1000
 LEASE_MS = 60_000
+AT_ONCE_OF_USER = 4
+"""Webhooks of a user that a gateway delivers to at the same time."""
 BACKOFF_MS_MIN, BACKOFF_MS_MAX = 5_000, 6 * 3600 * 1000
 _EVENTS_AT_ONCE = 200
 _PROBLEM_CHARACTERS_MAX = 255
@@ -263,17 +265,27 @@ def _row(webhook: Webhook, kind: str, data: object, when: int, *, dead: bool) ->
 
 
 def claim(database: Database, holder: str, *, limit: int, busy: Collection[str]) -> Sequence[Due]:
-    """Deliveries to try now, leased: one for each webhook, and none for those that are ``busy``."""
-    now = now_ms()
-    first = sa.select(deliveries.c.webhook_id, sa.func.min(deliveries.c.due_at_ms).label("due"))
-    first = first.select_from(_WITH_OWNER)
-    first = first.where(deliveries.c.status == "pending", deliveries.c.due_at_ms <= now, *_SENT)
-    first = first.group_by(deliveries.c.webhook_id)
-    if busy:
-        first = first.where(deliveries.c.webhook_id.not_in(list(busy)))
+    """Deliveries to try now, leased, the longest due first: one for each webhook, and none for those that are
+    ``busy``; of a user at most :data:`AT_ONCE_OF_USER`, with the busy ones."""
     with database.read() as connection:
-        names = [row.webhook_id for row in connection.execute(first.limit(limit))]
+        names = list(connection.execute(_due(now_ms(), list(busy)).limit(limit)).scalars())
     return [due for name in names if (due := _claim_one(database, holder, name)) is not None]
+
+
+def _due(now: int, busy: Sequence[str]) -> sa.Select[str]:
+    """The webhooks that have something to deliver, in the order of :func:`claim`."""
+    owner, earliest = webhooks.c.user_id, sa.func.min(deliveries.c.due_at_ms)
+    place = sa.func.row_number().over(partition_by=owner, order_by=earliest)
+    waiting = (
+        sa.select(deliveries.c.webhook_id, owner, earliest.label("due"), place.label("place"))
+        .select_from(_WITH_OWNER)
+        .where(deliveries.c.status == "pending", deliveries.c.due_at_ms <= now, *_SENT)
+        .where(deliveries.c.webhook_id.not_in(busy))
+        .group_by(deliveries.c.webhook_id, owner)
+        .subquery()
+    )
+    taken = sa.select(sa.func.count()).where(webhooks.c.id.in_(busy), owner == waiting.c.user_id).scalar_subquery()
+    return sa.select(waiting.c.webhook_id).where(waiting.c.place + taken <= AT_ONCE_OF_USER).order_by(waiting.c.due)
 
 
 def _claim_one(database: Database, holder: str, webhook_id: str) -> Due | None:

@@ -17,9 +17,12 @@ from gateway_rig import Rig, serving
 from test_rights import client, key_of
 
 from config.errors import BusyError, LocalError
+from gateway import books
 from gateway.db.jobs import batch_lines, file_chunks
 from gateway.db.models import idempotency, usages
-from gateway.jobs import files
+from gateway.db.session import Database
+from gateway.jobs import batches, files
+from gateway.money import Refused
 
 CHAT, EMBED = "/v1/chat/completions", "/v1/embeddings"
 TEXT = "".join(ANSWER)
@@ -316,3 +319,53 @@ async def test_a_batch_survives_the_gateway_that_worked_on_it(tmp_path: Path, da
         assert len(charged) == len({row["request_id"] for row in charged}) == count + 8
         paid = 1_000_000 - (await rig.balance()).balance
         assert paid == sum(row["microcredits"] for row in charged)
+
+
+async def vectors_once(rig: Rig, count: int = 1) -> None:
+    """A batch of lines for vectors ends well, and each was paid once."""
+
+    def begin(api: openai.OpenAI) -> str:
+        file = upload(api, b"\n".join(line(number, EMBED) for number in range(count)))
+        return api.batches.create(input_file_id=file, endpoint=EMBED, completion_window="24h").id
+
+    batch = await ended(rig, await rig.with_openai(begin))
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", count, 0)
+    balance = await rig.balance()
+    assert (balance.balance, balance.reserved) == (1_000_000 - 2 * count, 0)
+    charged = [row["request_id"] for row in await rows(rig, sa.select(usages)) if row["microcredits"]]
+    assert sorted(charged) == [f"{batch.id}/{place}" for place in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("code", ["unavailable", "disk_full", "local"])
+async def test_vectors_whose_answer_could_not_be_noted_are_paid_once(
+    tmp_path: Path, database: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.jobs.runner._PAUSE_SECONDS", 0.05)
+    note, failures = batches.answered, [LocalError(code, "it cannot be noted") for _ in range(3)]
+    monkeypatch.setattr("gateway.jobs.batches.now_ms", lambda: books.now_ms() + 60_000)  # by the clock of another host
+
+    def answered(*arguments: object, **more: object) -> bool:
+        if failures:
+            raise failures.pop()
+        return note(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("gateway.jobs.batches.answered", answered)
+    async with serving(tmp_path, database=database) as rig:
+        await vectors_once(rig, count=2)
+
+
+@pytest.mark.parametrize("code", ["unavailable", "disk_full"])
+async def test_vectors_whose_charge_is_booked_late_are_paid_once(
+    tmp_path: Path, database: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.jobs.runner._PAUSE_SECONDS", 0.05)
+    write, failures = books.write_batch, [LocalError(code, "it cannot be booked") for _ in range(3)]
+
+    def write_batch(database: Database, batch: books.Batch) -> dict[str, Refused]:
+        if failures and batch.settle:
+            raise failures.pop()
+        return write(database, batch)
+
+    monkeypatch.setattr("gateway.books.write_batch", write_batch)
+    async with serving(tmp_path, database=database) as rig:
+        await vectors_once(rig)

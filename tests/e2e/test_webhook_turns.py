@@ -1,0 +1,60 @@
+"""Whose webhooks are delivered to next."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from gateway.accounts import Accounts
+from gateway.audit import OPERATOR
+from gateway.books import now_ms
+from gateway.db.jobs import deliveries
+from gateway.db.migrate import migrate
+from gateway.db.session import Database, open_database
+from gateway.identity.vault import Vault
+from gateway.jobs import webhooks
+from gateway.jobs.webhooks import AT_ONCE_OF_USER, WEBHOOKS_OF_USER_MAX
+
+
+@pytest.fixture
+def opened(tmp_path: Path, database: str) -> Iterator[Database]:
+    found = open_database(database, tmp_path)
+    migrate(found)
+    for name in ("ada", "bob"):
+        Accounts(found).create_user(name)
+    yield found
+    found.close()
+
+
+def due(database: Database, user: str, count: int, ago_ms: int) -> list[str]:
+    """Webhooks of a user that all have something to deliver, the first one for ``ago_ms``, the others a bit less."""
+    owner = Accounts(database).find_user(user).id
+    make = partial(webhooks.create, database, Vault(bytes(32)), OPERATOR, user_id=owner, kinds=())
+    names = [make(url="https://example.com/")[0].id for _ in range(count)]
+    for number, name in enumerate(names):
+        made = webhooks.ping(database, name, None)
+        with database.write() as connection:
+            mine = sa.update(deliveries).where(deliveries.c.id == made.id)
+            connection.execute(mine.values(due_at_ms=now_ms() - ago_ms + number))
+    return names
+
+
+def claim(database: Database, limit: int, busy: list[str]) -> list[str]:
+    return [each.webhook_id for each in webhooks.claim(database, "here", limit=limit, busy=busy)]
+
+
+def test_many_webhooks_of_one_user_leave_the_others_their_places(opened: Database) -> None:
+    many = due(opened, "ada", WEBHOOKS_OF_USER_MAX, ago_ms=60_000)
+    few = due(opened, "bob", 2, ago_ms=1_000)
+    first = claim(opened, 16, [])
+    assert first == [*many[:AT_ONCE_OF_USER], *few]
+    assert claim(opened, 16, first) == []
+    assert claim(opened, 16, first[1:]) == [many[AT_ONCE_OF_USER]]
+
+
+def test_who_has_waited_longest_comes_first(opened: Database) -> None:
+    late = due(opened, "ada", 2, ago_ms=1_000)
+    early = due(opened, "bob", 2, ago_ms=60_000)
+    assert claim(opened, 3, []) == [*early, late[0]]
