@@ -11,7 +11,7 @@ import pytest
 
 from tests.soak.churn import run
 
-NICE = 5
+NICE = 10
 MINUTES = float(os.environ.get("SOAK_MINUTES", "3"))
 
 
