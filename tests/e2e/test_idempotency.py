@@ -23,6 +23,7 @@ from dmoe.store import ModelStore
 from gateway import books, idempotency
 from gateway.accounts import Accounts, open_accounts
 from gateway.books import Batch
+from gateway.db.session import Database
 from gateway.money import Closing
 from p2p.core.identity import Identity
 from tests.unit.dmoe.model_kit import write_gguf
@@ -53,6 +54,12 @@ def accounts(tmp_path: Path, database: str) -> Iterator[Accounts]:
 
 def asked(accounts: Accounts, key: str = "k", body: bytes = b"{}") -> idempotency.Wanted:
     return idempotency.wanted(f"user:{accounts.find_user('ada').id}", key, "chat.completions", body, "")
+
+
+def pass_ms(monkeypatch: pytest.MonkeyPatch, passed_ms: int) -> None:
+    """From now on it is so much later."""
+    real = Database.now_ms
+    monkeypatch.setattr(Database, "now_ms", lambda self: real(self) + passed_ms)
 
 
 # --- over HTTP
@@ -354,9 +361,7 @@ def test_a_key_of_a_dead_gateway_is_taken_over_and_the_dead_one_charges_nothing(
     with pytest.raises(RiosError, match="being answered by another gateway") as busy:
         idempotency.begin(database, wanted, "here", 8)
     assert busy.value.retry_after_ms > 0
-    real = books.now_ms
-    for module in (books, idempotency):
-        monkeypatch.setattr(module, "now_ms", lambda: real() + books.ABANDONED_MS + 1)
+    pass_ms(monkeypatch, books.ABANDONED_MS + 1)
     second = idempotency.begin(database, wanted, "here", 8)
     assert (second.seed, second.route, second.stored) == (7, "local", None)
     assert accounts.balance("ada").reserved == 0
@@ -392,8 +397,7 @@ def test_keys_are_bounded_and_forgotten_after_a_day(accounts: Accounts, monkeypa
     assert full.value.code == "rate_limited"
     assert 23 * 3600 * 1000 < full.value.retry_after_ms <= 24 * 3600 * 1000
     assert idempotency.expire(database) == 0
-    real = books.now_ms
-    monkeypatch.setattr(idempotency, "now_ms", lambda: real() + 2 * idempotency.KEPT_MS + 1)
+    pass_ms(monkeypatch, 2 * idempotency.KEPT_MS + 1)
     monkeypatch.setattr(idempotency, "EXPIRED_AT_ONCE", 2)
     assert idempotency.expire(database) == 3
     with database.read() as connection:
@@ -413,10 +417,9 @@ def test_a_key_whose_day_is_over_stands_for_a_new_request(accounts: Accounts, mo
     )
     books.write_batch(database, Batch(close=[done]))
     assert idempotency.begin(database, asked(accounts), "here", 2).stored.body == b""
-    real = books.now_ms
-    monkeypatch.setattr(idempotency, "now_ms", lambda: real() + idempotency.KEPT_MS + 1)
+    pass_ms(monkeypatch, idempotency.KEPT_MS + 1)
     fresh = idempotency.begin(database, asked(accounts, body=b'{"another": 1}'), "here", 3)
     assert (fresh.seed, fresh.stored) == (3, None)
-    monkeypatch.setattr(idempotency, "now_ms", lambda: real() + 2 * idempotency.KEPT_MS + 2)
+    pass_ms(monkeypatch, idempotency.KEPT_MS + 1)
     later = idempotency.begin(database, asked(accounts, body=b'{"a third": 1}'), "here", 4)  # its holder has died
     assert (later.seed, later.stored) == (4, None)
