@@ -229,6 +229,19 @@ async def test_a_payment_counts_once_and_only_if_it_is_signed(tmp_path: Path, da
         await ties(rig)
 
 
+def test_a_payment_and_a_change_of_the_same_account_do_not_deadlock(tmp_path: Path, database: str) -> None:
+    with open_accounts(GatewaySettings(database=database), tmp_path) as opened, ThreadPoolExecutor(1) as pool:
+        user = opened.create_user("ada").id
+        with opened.database.write() as connection:
+            books.lock_account(connection, f"user:{user}")
+            booked = pool.submit(payment.book, opened.database, "pay_1", user, 500)
+            time.sleep(0.5)  # by now it waits for the account
+            audit.record(connection, audit.OPERATOR, "budget.set", "b", owner_id=user)
+        assert booked.result(10)[1]
+        assert opened.balance("ada").balance == 500
+        assert audit.verify(opened.database)[0] == 2
+
+
 async def test_an_admin_pays_in_once_per_reference(tmp_path: Path, database: str) -> None:
     async with with_root(tmp_path, database) as (rig, root, ada):
         body = {"user_id": await user_id(rig, "ada"), "microcredits": 70, "reference": "invoice 12"}
