@@ -17,6 +17,7 @@ from gateway_rig import eventually, read_until, serving
 from test_gateway_accounts import books_balance, reservation, settlement
 
 from config.errors import RiosError
+from config.generation import Delta, PlaceLogprobs, TokenLogprob, ToolDelta
 from config.settings import GatewaySettings
 from dmoe.importer.build import import_gguf
 from dmoe.store import ModelStore
@@ -25,6 +26,7 @@ from gateway.accounts import Accounts, open_accounts
 from gateway.books import Batch
 from gateway.db.session import Database
 from gateway.money import Closing
+from gateway.openai import keyed
 from p2p.core.identity import Identity
 from tests.unit.dmoe.model_kit import write_gguf
 
@@ -238,6 +240,41 @@ async def test_an_answer_too_long_to_keep_is_charged_once_and_its_key_says_so(
         assert again.status_code == 413
         assert (await rig.balance()).balance == charged
         assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize("asked_for", [{"top_logprobs": 2}, {"n": 3}, {}], ids=["logprobs", "several", "text"])
+async def test_a_whole_answer_too_long_to_keep_is_charged_once_and_its_key_says_so(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, asked_for: dict
+) -> None:
+    """What counts is how long it is as it is kept."""
+    body = {**BODY, "max_tokens": 30, "logprobs": "top_logprobs" in asked_for, **asked_for}
+    engine = FakeEngine(endless=True)
+    async with serving(tmp_path, engine=engine, database=database) as rig, rig.http() as http:
+        whole = await http.post(CHAT, json=body, headers={"idempotency-key": "short-enough"})
+        assert whole.status_code == 200
+        paid = 1_000_000 - (await rig.balance()).balance
+        monkeypatch.setattr("gateway.openai.keyed.ANSWER_BYTES_MAX", len(whole.content) - 60)
+        cut = await http.post(CHAT, json=body, headers=KEY)
+        assert cut.status_code == 413
+        charged = (await rig.balance()).balance
+        assert 0 < 1_000_000 - charged - paid <= paid + 2 * 2
+        again = await http.post(CHAT, json=body, headers=KEY)
+        assert again.status_code == 413
+        assert (await rig.balance()).balance == charged
+        assert (await rig.balance()).reserved == 0
+
+
+def test_what_is_collected_of_an_answer_is_bounded_whatever_it_is() -> None:
+    token = TokenLogprob(token=1, data=b"x", logprob=-1.0)
+    place = PlaceLogprobs(chosen=token, top=(token,) * 20, offset=0)
+    for more in (
+        {"text": "x" * 600},
+        {"reasoning": "x" * 600},
+        {"tool_calls": (ToolDelta(index=0, arguments="x" * 600),)},
+        {"logprobs": (place,)},
+        {"prompt_logprobs": (place,)},
+    ):
+        assert 600 <= keyed._least_bytes(Delta(**{"text": "", "tokens": (1,), **more})) <= 700
 
 
 async def test_a_stopping_gateway_lets_go_of_its_keys(tmp_path: Path, database: str) -> None:
