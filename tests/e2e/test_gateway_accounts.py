@@ -24,7 +24,7 @@ from gateway import books, idempotency
 from gateway.accounts import Accounts, open_accounts
 from gateway.db.session import open_database
 from gateway.errors import ApiError
-from gateway.money import Prices, Progress, Reservation, Settlement
+from gateway.money import EMBEDDED, Prices, Progress, Reservation, Settlement
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi there"}]}
@@ -208,6 +208,17 @@ def test_a_gateway_whose_clock_is_wrong_is_no_dead_one(
             found = books.find_abandoned(wrong.database, "there")
         assert [each.reservation.id for each in found] == [theirs.id]
     assert sum("apart: set them" in record.message for record in caplog.records) == 1
+
+
+def test_vectors_are_known_to_be_paid_where_a_hosts_clock_is_fast(accounts: Accounts) -> None:
+    user, now = accounts.create_user("ada").id, books.now_ms()
+    for name, outcome in (("unpaid", "failed"), ("paid", EMBEDDED)):
+        assert not accounts.has_usage(user, "x", now)
+        reserved = reservation(accounts, name)
+        books.write_batch(accounts.database, books.Batch(reserve=[reserved]))
+        books.write_batch(accounts.database, books.Batch(settle=[settlement(reserved, 0, outcome)]))
+    assert accounts.has_usage(user, "x", now + 60_000)
+    assert not accounts.has_usage(user, "another", now)
 
 
 def test_newer_schema_is_refused(tmp_path: Path, database: str) -> None:
