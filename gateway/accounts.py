@@ -31,6 +31,7 @@ _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
 _EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f]+@[^\s@\x00-\x1f\x7f]+")
 _EMAIL_CHARACTERS_MAX = 254
 _SECRET_BYTES = 32
+_CLOCKS_APART_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,8 +277,9 @@ class Accounts:
         )
 
     def has_usage(self, user_id: str, request_id: str, since_ms: int) -> bool:
-        """Whether a request for vectors of this user was settled under this id."""
-        mine = usages.c.user_id == user_id, usages.c.created_at_ms >= since_ms
+        """Whether a request for vectors of this user was settled under this id. ``since_ms`` is of some host's clock,
+        and usage has the database's."""
+        mine = usages.c.user_id == user_id, usages.c.created_at_ms >= since_ms - _CLOCKS_APART_MS
         paid = *mine, usages.c.request_id == request_id, usages.c.outcome == EMBEDDED
         with self.database.read() as connection:
             return connection.execute(sa.select(usages.c.id).where(*paid).limit(1)).first() is not None

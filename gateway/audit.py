@@ -5,7 +5,8 @@ has to change all hashes after it; and the newest one is anchored elsewhere ever
 
 Invariants:
 1. A row is written in the transaction of what it tells, so neither is there without the other.
-2. Rows are in one order on all gateways of a database: the head is locked while one is added.
+2. Rows are in one order on all gateways of a database: the head is locked while one is added. It is locked last, behind
+   accounts and whatever else a transaction locks, so that gateways cannot deadlock.
 3. No secret stands in a row.
 """
 
@@ -79,7 +80,7 @@ def record(
     owner_id: str = "",
     detail: Mapping[str, object] | None = None,
 ) -> None:
-    """Add a row in an open transaction."""
+    """Add a row in an open transaction, which locks nothing of others after it (invariant 2)."""
     head = sa.select(audit_head.c.place, audit_head.c.hash).where(audit_head.c.id == 1).with_for_update()
     place, before = connection.execute(head).one()
     row = {

@@ -8,6 +8,7 @@ Invariants:
 3. A reservation is settled once: whoever finds its row gone does nothing.
 4. The answer to a request under an idempotency key is kept in the transaction that charges it, and only by its holder.
 5. A budget changes only under the lock of its account, with the reservation or the charge that it counts.
+6. Whether a gateway is alive is told by the database's clock alone, so that a host's wrong clock gives nothing away.
 """
 
 import secrets
@@ -149,7 +150,8 @@ class _Rows:
 
 
 def now_ms() -> int:
-    """Unix time in milliseconds."""
+    """Unix time in milliseconds by this host's clock. What gateways compare with each other's is told by
+    :meth:`Database.now_ms`."""
     return time.time_ns() // 1_000_000
 
 
@@ -165,7 +167,7 @@ def write_batch(database: Database, batch: Batch) -> dict[str, Refused]:
     """
     try:
         with database.write(synced=batch.synced) as connection:
-            return _apply(connection, batch, now_ms())
+            return _apply(connection, batch, database.now_ms())
     except sa.exc.IntegrityError as error:
         raise LocalError("local", f"the accounts database refused a booking: {error.orig}") from error
 
@@ -174,9 +176,10 @@ def find_abandoned(database: Database, instance: str) -> list[Settlement]:
     """Reservations that may have nobody working on them: all of this gateway's own, and those that another gateway
     stopped touching; each as the settlement that bills its recorded progress."""
     own = reservations.c.instance == instance
-    stale = reservations.c.updated_at_ms < now_ms() - ABANDONED_MS
-    query = sa.select(reservations).where(sa.or_(own, stale)).order_by(reservations.c.id).limit(_SWEEP_ROWS_MAX)
     with database.read() as connection:
+        database.set_clock(connection)
+        stale = reservations.c.updated_at_ms < database.now_ms() - ABANDONED_MS
+        query = sa.select(reservations).where(sa.or_(own, stale)).order_by(reservations.c.id).limit(_SWEEP_ROWS_MAX)
         return [_recovered(row) for row in connection.execute(query).mappings()]
 
 
@@ -185,12 +188,12 @@ def lock_account(connection: sa.Connection, account_id: str) -> None:
     _LOCK_ACCOUNTS.rows(connection, [account_id])
 
 
-def give_back(connection: sa.Connection, idempotency_id: str) -> None:
+def give_back(connection: sa.Connection, idempotency_id: str, now: int) -> None:
     """Release, without a charge, whatever is still reserved for a request under this key. Its account is locked."""
     query = sa.select(reservations).where(reservations.c.idempotency_id == idempotency_id)
     left = [_recovered(row) for row in connection.execute(query).mappings()]
     if left:
-        _apply(connection, Batch(settle=left), now_ms())
+        _apply(connection, Batch(settle=left), now)
 
 
 def credit(database: Database, account_id: str, microcredits: int, reference: str) -> None:

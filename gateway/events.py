@@ -26,7 +26,7 @@ from config.errors import RiosError
 from gateway.books import now_ms
 from gateway.db.jobs import events
 from gateway.db.session import Database
-from gateway.money import Closing, Settlement
+from gateway.money import Settlement
 
 if TYPE_CHECKING:
     from gateway.till import Till
@@ -168,21 +168,20 @@ class Bus:
         self._buffer.append(_row(kind, owner_id, data))
         self._wanted.set()
 
-    def settled(self, work: Settlement | Closing) -> None:
-        """Requests that were charged."""
-        for settlement in work.settlements if isinstance(work, Closing) else (work,):
-            asked = settlement.reservation
-            data = {
-                "request_id": asked.request_id,
-                "endpoint": asked.endpoint,
-                "model": asked.model,
-                "key_id": asked.key_id,
-                "prompt_tokens": settlement.prompt_tokens,
-                "completion_tokens": settlement.completion_tokens,
-                "microcredits": settlement.microcredits,
-                "outcome": settlement.outcome,
-            }
-            self.publish("request.finished", asked.user_id, data)
+    def settled(self, settlement: Settlement) -> None:
+        """A request was charged."""
+        asked = settlement.reservation
+        data = {
+            "request_id": asked.request_id,
+            "endpoint": asked.endpoint,
+            "model": asked.model,
+            "key_id": asked.key_id,
+            "prompt_tokens": settlement.prompt_tokens,
+            "completion_tokens": settlement.completion_tokens,
+            "microcredits": settlement.microcredits,
+            "outcome": settlement.outcome,
+        }
+        self.publish("request.finished", asked.user_id, data)
 
     @asynccontextmanager
     async def subscribe(self, owner: str | None, kinds: Collection[str] = ()) -> AsyncIterator[Subscription]:

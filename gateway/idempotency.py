@@ -75,7 +75,7 @@ def wanted(account_id: str, key: str, endpoint: str, body: bytes, privacy: str) 
 
 def begin(database: Database, asked: Wanted, instance: str, seed: int) -> Begun:
     """Hold a key, durably, or find its answer. A new one gets ``seed``. Raises ApiError, LocalError."""
-    holder, now = f"{instance}:{secrets.token_hex(12)}", now_ms()
+    holder, now = f"{instance}:{secrets.token_hex(12)}", database.now_ms()
     with database.write() as connection:
         books.lock_account(connection, asked.account_id)  # first of all, as every booking does
         row = _current(connection, asked.id, instance, now)
@@ -90,7 +90,7 @@ def begin(database: Database, asked: Wanted, instance: str, seed: int) -> Begun:
             return Begun("", row["seed"], row["route"], Stored(row["status"], row["content_type"], body))
         if _is_alive(connection, row, instance, now):
             raise in_progress()
-        books.give_back(connection, asked.id)
+        books.give_back(connection, asked.id, now)
         taken = sa.update(idempotency).where(idempotency.c.id == asked.id).values(holder=holder, updated_at_ms=now)
         connection.execute(taken)
         return Begun(holder, row["seed"], row["route"])
@@ -107,7 +107,7 @@ def release(database: Database, name: str, holder: str) -> None:
 
 def expire(database: Database) -> int:
     """Forget what is older than :data:`KEPT_MS`, some at a time; how many."""
-    cutoff, count = now_ms() - KEPT_MS, 0
+    cutoff, count = database.now_ms() - KEPT_MS, 0
     old = sa.or_(
         sa.and_(idempotency.c.created_at_ms < cutoff, idempotency.c.holder == ""),
         idempotency.c.created_at_ms < cutoff - KEPT_MS,  # held by somebody who died and was never asked again
@@ -175,7 +175,7 @@ def _current(connection: sa.Connection, name: str, instance: str, now: int) -> s
     row = connection.execute(sa.select(idempotency).where(idempotency.c.id == name)).mappings().first()
     if row is None or row["created_at_ms"] > now - KEPT_MS or _is_alive(connection, row, instance, now):
         return row
-    books.give_back(connection, name)
+    books.give_back(connection, name, now)
     connection.execute(sa.delete(idempotency).where(idempotency.c.id == name))
     return None
 

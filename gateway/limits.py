@@ -5,7 +5,7 @@ Owns the vocabulary: what is limited (:class:`Subject`), what a request is told 
 shared by several gateways. Whoever serves a request takes here, and gives back what it did not use.
 
 Invariants: a request that one of its subjects refuses takes nothing of the others; giving back never waits and never
-fails; a bucket never holds more than a minute's worth.
+fails; a bucket never holds more than a minute's worth, and never gets back more than was taken of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,11 +77,17 @@ RUNNING_WAIT_MS = _BUSY_RETRY_MS
 """Told to who has too many running: nobody knows when one of them ends."""
 
 
+def back_of(rates: Rates, worst_case: int, unused: int) -> int:
+    """Tokens that a subject has back of a generation: what was taken, which is a minute's worth at most, but for what
+    was used."""
+    return max(0, min(worst_case, rates.tokens_per_minute) - (worst_case - unused))
+
+
 class Place(Protocol):
     """A generation that was let in. Both methods work at once, whatever has become of the limits' store."""
 
-    def give_back(self, tokens: int) -> None:
-        """Return the part of its worst case that was not used."""
+    def give_back(self, tokens: int) -> int:
+        """Return the part of its worst case that was not used; how much of it the first subject has back."""
 
     def leave(self) -> None:
         """It runs no more."""
@@ -132,11 +138,11 @@ class Meter:
 
     def give_back(self, place: Place, tokens: int) -> None:
         """Return the part of a generation's worst case that was not used."""
-        place.give_back(tokens)
+        back = place.give_back(tokens)
         levels, rate = self._levels, self._subjects[0].rates.tokens_per_minute
         if levels is not None and rate:
-            levels.tokens = min(rate, levels.tokens + tokens)
-            levels.tokens_full_ms = max(0, levels.tokens_full_ms - tokens * MS_PER_MINUTE // rate)
+            levels.tokens = min(rate, levels.tokens + back)
+            levels.tokens_full_ms = max(0, levels.tokens_full_ms - back * MS_PER_MINUTE // rate)
 
     def headers(self) -> Mapping[str, str]:
         """The ``x-ratelimit-*`` headers of an answer."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gateway.limits import RUNNING_WAIT_MS, Levels, Rates, Refusal, Subject, Subjects, Verdict
+from gateway.limits import RUNNING_WAIT_MS, Levels, Rates, Refusal, Subject, Subjects, Verdict, back_of
 
 _NS_PER_MINUTE = 60_000_000_000
 _NS_PER_MS = 1_000_000
@@ -120,7 +120,7 @@ class MemoryLimits:
         for quota in quotas:
             quota.tokens.take(tokens, now)
             quota.running += 1
-        return Verdict(quotas[0].levels(now), place=_Place(quotas, self.clock_ns))
+        return Verdict(quotas[0].levels(now), place=_Place(subjects, quotas, tokens, self.clock_ns))
 
     def quotas(self, subjects: Subjects) -> list[_Quota]:
         """What is counted of each, made where nothing was."""
@@ -140,13 +140,17 @@ class MemoryLimits:
 
 @dataclass(slots=True)
 class _Place:
+    subjects: Subjects
     quotas: list[_Quota]
+    worst_case: int
     clock_ns: Callable[[], int]
 
-    def give_back(self, tokens: int) -> None:
+    def give_back(self, tokens: int) -> int:
         now = self.clock_ns()
-        for quota in self.quotas:
-            quota.tokens.give_back(tokens, now)
+        back = [back_of(subject.rates, self.worst_case, tokens) for subject in self.subjects]
+        for quota, count in zip(self.quotas, back, strict=True):
+            quota.tokens.give_back(count, now)
+        return back[0]
 
     def leave(self) -> None:
         for quota in self.quotas:

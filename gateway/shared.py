@@ -13,12 +13,12 @@ Invariants:
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import trio
 
-from gateway.limits import RUNNING_WAIT_MS, Levels, Limits, Refusal, Subjects, Verdict
+from gateway.limits import RUNNING_WAIT_MS, Levels, Limits, Refusal, Subjects, Verdict, back_of
 from gateway.resp import Redis, RedisAway, RedisRefused, Reply
 
 _logger = logging.getLogger("rios.gateway")
@@ -78,13 +78,13 @@ for _, n in ipairs(refusal or {}) do answer[#answer + 1] = n end
 return answer
 """
 
-# KEYS as above. ARGV: tokens to give back, lease to end or "". A bucket that is gone is full.
+# KEYS as above. ARGV: lease to end or "", tokens to give back to each subject. A bucket that is gone is full.
 _GIVE = """
 for i = 1, #KEYS / 2 do
   local bucket = KEYS[2 * i - 1]
   local level = tonumber(redis.call('HGET', bucket, 't'))
-  if level then redis.call('HSET', bucket, 't', string.format('%.17g', level + tonumber(ARGV[1]))) end
-  if ARGV[2] ~= '' then redis.call('ZREM', KEYS[2 * i], ARGV[2]) end
+  if level then redis.call('HSET', bucket, 't', string.format('%.17g', level + tonumber(ARGV[i + 1]))) end
+  if ARGV[1] ~= '' then redis.call('ZREM', KEYS[2 * i], ARGV[1]) end
 end
 """
 
@@ -152,7 +152,7 @@ class SharedLimits:
 
     async def enter(self, subjects: Subjects, tokens: int) -> Verdict:
         """Count a generation and its worst case."""
-        place = _Place(self, subjects, secrets.token_hex(8))
+        place = _Place(self, subjects, tokens, secrets.token_hex(8))
         self._leases[place.lease] = [f"{_name(each.name)}:running" for each in subjects if each.rates.concurrent]
         taken = False
         try:
@@ -181,12 +181,12 @@ class SharedLimits:
         which, what, wait_ms = refused
         return Verdict(levels, Refusal(subjects[which - 1], _WHAT[what - 1], wait_ms or RUNNING_WAIT_MS))
 
-    def give(self, subjects: Subjects, tokens: int, lease: str) -> None:
-        """Give tokens back, and end a lease. What does not reach Redis refills or runs out by itself."""
+    def give(self, subjects: Subjects, back: Sequence[int], lease: str) -> None:
+        """Give tokens back to each subject, and end a lease. What does not reach Redis refills or runs out alone."""
         if lease:
             self._leases.pop(lease, None)
         try:
-            _give.post(self.redis, keys_of(subjects), tokens, lease)
+            _give.post(self.redis, keys_of(subjects), lease, *back)
         except RedisAway as why:
             self._tell(why)
 
@@ -216,14 +216,17 @@ class SharedLimits:
 class _Place:
     limits: SharedLimits
     subjects: Subjects
+    worst_case: int
     lease: str
 
-    def give_back(self, tokens: int) -> None:
-        if tokens:
-            self.limits.give(self.subjects, tokens, "")
+    def give_back(self, tokens: int) -> int:
+        back = [back_of(subject.rates, self.worst_case, tokens) for subject in self.subjects]
+        if any(back):
+            self.limits.give(self.subjects, back, "")
+        return back[0]
 
     def leave(self) -> None:
-        self.limits.give(self.subjects, 0, self.lease)
+        self.limits.give(self.subjects, [0] * len(self.subjects), self.lease)
 
 
 def keys_of(subjects: Subjects) -> list[str]:

@@ -7,8 +7,10 @@ requests each second and settles what crashed gateways left behind.
 Invariants:
 1. ``reserve`` returns only after the reservation is committed, durably if it says so; ``settle`` after it is durable.
 2. A settlement that was handed over is written even if nobody waits for it any more; while the database is down it is
-   tried again each second.
-3. The queue is bounded by the number of answers: each has at most one operation waiting, and while many wait nothing
+   tried again each second. By then its requester was told that it failed, so an answer of which nothing was told before
+   its end is charged nothing.
+3. The answers of one request are charged together or not at all.
+4. The queue is bounded by the number of answers: each has at most one operation waiting, and while many wait nothing
    new is reserved.
 """
 
@@ -16,7 +18,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import trio
@@ -45,11 +47,18 @@ _ABANDONED_SECONDS = 0.5
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """How the answers of one request ended."""
+
+    settlements: tuple[Settlement, ...]
+
+
 @dataclass(slots=True, eq=False)
 class _Operation:
     """Something that waits for the writer. ``abandoned``: its requester was cancelled while it waited."""
 
-    work: Reservation | Settlement | Closing | tuple[Progress, ...]
+    work: Reservation | _Ends | Closing | tuple[Progress, ...]
     costs: bool = False
     """Whatever the swarm was paid is to be written too."""
     done: trio.Event = field(default_factory=trio.Event)
@@ -82,11 +91,11 @@ class Till:
         self._active: dict[str, Ticket] = {}
         self._scope = trio.CancelScope(shield=True)
         self.closed = trio.Event()
-        self._late: list[Settlement | Closing] = []
+        self._late: list[_Ends | Closing] = []
         self._problem = ""
         self.spending: CostBook | None = None
         """What the swarm is paid; None: nobody counts it."""
-        self.on_settled: Callable[[Settlement | Closing], None] | None = None
+        self.on_settled: Callable[[Settlement], None] | None = None
         """Told of what was settled, when that is written."""
 
     @property
@@ -155,8 +164,9 @@ class Till:
         return ticket
 
     async def settle(self, *settlements: Settlement) -> None:
-        """Charge what was produced and give the rest back, durably. All handed over at once, even when cancelled."""
-        await self._submit(*map(_Operation, settlements))
+        """Charge what was produced and give the rest back, durably, in one transaction. Handed over at once, even when
+        cancelled."""
+        await self._submit(_Operation(_Ends(settlements)))
 
     async def finish(self, closing: Closing) -> None:
         """Charge the answers under an idempotency key and keep what the client is told, in one transaction."""
@@ -171,16 +181,13 @@ class Till:
                 names = ", ".join(each.reservation.id for each in settlements)
                 _logger.error("request %s is not settled yet: %s", names, error)
 
-    async def _submit(self, *operations: _Operation) -> None:
+    async def _submit(self, operation: _Operation) -> None:
         if not self._open:
             raise LocalError("unavailable", "the gateway is stopping")
-        for operation in operations:
-            self._queue.put(operation)
-        for operation in operations:
-            await operation.done.wait()
-        for operation in operations:
-            if operation.error is not None:
-                raise operation.error
+        self._queue.put(operation)
+        await operation.done.wait()
+        if operation.error is not None:
+            raise operation.error
 
     async def run(self) -> None:
         """The writer. Ends after :meth:`close`, when all that waits is written or the time for that is over."""
@@ -315,32 +322,40 @@ class Till:
                 operation.refused = refused.get(operation.work.id)
                 if operation.abandoned and not failure and not operation.refused:
                     self._give_back(operation.work)
-            elif isinstance(operation.work, Settlement | Closing):
+            elif isinstance(operation.work, _Ends | Closing):
                 self._finish(operation.work, failed=failure is not None)
             operation.done.set()
 
-    def _finish(self, work: Settlement | Closing, *, failed: bool) -> None:
+    def _finish(self, work: _Ends | Closing, *, failed: bool) -> None:
         if failed:
-            self._late.append(work)
+            self._late.append(_Ends(tuple(map(_unheard, work.settlements))) if isinstance(work, _Ends) else work)
             return
-        if self.on_settled is not None:
-            self.on_settled(work)
-        for settlement in work.settlements if isinstance(work, Closing) else (work,):
+        for settlement in work.settlements:
+            if self.on_settled is not None:
+                self.on_settled(settlement)
             self._active.pop(settlement.reservation.id, None)
 
     def _give_back(self, unused: Reservation) -> None:
         """Release a reservation whose requester left while it was being written."""
         nothing = Settlement(reservation=unused, prompt_tokens=0, completion_tokens=0, outcome="cancelled")
-        self._queue.put(_Operation(nothing))
+        self._queue.put(_Operation(_Ends((nothing,))))
 
 
 def _batch_of(operations: list[_Operation]) -> Batch:
     return Batch(
         reserve=[o.work for o in operations if isinstance(o.work, Reservation)],
-        settle=[o.work for o in operations if isinstance(o.work, Settlement)],
+        settle=[each for o in operations if isinstance(o.work, _Ends) for each in o.work.settlements],
         close=[o.work for o in operations if isinstance(o.work, Closing)],
         progress=[step for o in operations if isinstance(o.work, tuple) for step in o.work],
     )
+
+
+def _unheard(settlement: Settlement) -> Settlement:
+    """What is left to settle once the requester was told that it failed. Answers under a key need none of this: a retry
+    gets what was kept, or takes the key over, and then the late one charges nothing."""
+    if settlement.reservation.synced or settlement.outcome == "cancelled":
+        return settlement  # something was told of it, or the client had left
+    return replace(settlement, completion_tokens=0, outcome="failed")
 
 
 def _payment_required(refused: Refused) -> ApiError:

@@ -1,9 +1,10 @@
 """Invoices: one per user and month that cost something, numbered without gaps, never changed once closed. Blocking.
 
 Invariants:
-1. Numbers are given under the lock of ``invoice_head``, in the transaction that stores the invoice.
+1. Numbers are given under the lock of ``invoice_head``, in the transaction that stores the invoice. What it says is
+   summed up before, which takes long and holds up nobody.
 2. A month is closed ``GRACE_MS`` after its end: a charge is dated when its transaction begins, so none of that month
-   comes later, unless a gateway's clock is wrong by that much (``rios billing reconcile`` would tell).
+   comes later, unless the database's clock is wrong by that much (``rios billing reconcile`` would tell).
 3. The lines add up to the charges of the month, to the microcredit. A charge is rounded down once per request, so a
    line may be less than its tokens times its prices.
 """
@@ -33,24 +34,32 @@ _GROUP = (usages.c.model, usages.c.input_price, usages.c.output_price)
 
 def close_months(database: Database, actor: Actor, now: int | None = None) -> int:
     """Make the invoices of every month that is over; how many."""
-    over = month_of((now_ms() if now is None else now) - GRACE_MS)
-    with database.read() as connection:
-        if (next_month_to_close(connection) or over) >= over:
-            return 0
-    made = 0
+    over, made = month_of((database.now_ms() if now is None else now) - GRACE_MS), 0
+    while True:
+        with database.read() as connection:
+            month = next_month_to_close(connection)
+            if month is None or month >= over:
+                return made
+            database.take_time(connection)
+            found = _lines(connection, month)
+        made += _close(database, actor, month, found)
+
+
+def _close(database: Database, actor: Actor, month: str, found: Mapping[str, Sequence[dict[str, Any]]]) -> int:
+    """Number and store a month's invoices, unless somebody else did meanwhile; how many."""
     with database.write() as connection:
         head = connection.execute(sa.select(invoice_head).with_for_update()).mappings().one()
-        number, month = int(head["number"]), next_month_to_close(connection)
-        while month is not None and month < over:
-            for user_id in _spenders(connection, month):
-                number += 1
-                connection.execute(sa.insert(invoices), _invoice(connection, number, user_id, month))
-                made += 1
-            connection.execute(sa.update(invoice_head).values(number=number, month=month))
-            month = next_month(month)
-        if made:
-            audit.record(connection, actor, "invoices.made", str(number), detail={"count": made})
-    return made
+        if next_month_to_close(connection) != month:
+            return 0
+        first = int(head["number"]) + 1
+        rows = [_invoice(number, *each, month) for number, each in enumerate(found.items(), first)]
+        last = first + len(rows) - 1
+        if rows:
+            connection.execute(sa.insert(invoices), rows)
+        connection.execute(sa.update(invoice_head).values(number=last, month=month))
+        if rows:
+            audit.record(connection, actor, "invoices.made", str(last), detail={"count": len(rows)})
+    return len(rows)
 
 
 def next_month_to_close(connection: sa.Connection) -> str | None:
@@ -87,12 +96,22 @@ def as_csv(invoice: Mapping[str, Any]) -> str:
     return to_csv(("invoice", "month", *LINE), [*rows, (*head, "total", "", "", "", "", "", invoice["microcredits"])])
 
 
-def lines_of(connection: sa.Connection, user_id: str, month: str) -> list[dict[str, Any]]:
+def lines_of(connection: sa.Connection, user_id: str, month: str) -> Sequence[dict[str, Any]]:
     """What a user's charged requests of a month come to, per model and price."""
-    sums = [sa.func.sum(usages.c[name]).label(name) for name in _SUMS]
-    query = sa.select(*_GROUP, sa.func.count().label("requests"), *sums).where(usages.c.user_id == user_id)
-    query = query.where(*_within(month), usages.c.microcredits > 0).group_by(*_GROUP).order_by(*_GROUP)
-    return [{n: row[n] if n == "model" else int(row[n]) for n in LINE} for row in connection.execute(query).mappings()]
+    return _lines(connection, month, user_id).get(user_id, ())
+
+
+def _lines(connection: sa.Connection, month: str, user_id: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The same of everybody who was charged, by user."""
+    who, sums = usages.c.user_id, [sa.func.sum(usages.c[name]).label(name) for name in _SUMS]
+    query = sa.select(who, *_GROUP, sa.func.count().label("requests"), *sums)
+    query = query.where(*_within(month), usages.c.microcredits > 0).group_by(who, *_GROUP).order_by(who, *_GROUP)
+    if user_id is not None:
+        query = query.where(who == user_id)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in connection.execute(query).mappings():
+        found.setdefault(row["user_id"], []).append({n: row[n] if n == "model" else int(row[n]) for n in LINE})
+    return found
 
 
 def _within(month: str) -> "tuple[sa.ColumnElement[bool], ...]":
@@ -100,13 +119,7 @@ def _within(month: str) -> "tuple[sa.ColumnElement[bool], ...]":
     return usages.c.created_at_ms >= begins, usages.c.created_at_ms < ends
 
 
-def _spenders(connection: sa.Connection, month: str) -> Sequence[str]:
-    query = sa.select(usages.c.user_id).where(*_within(month), usages.c.microcredits > 0).distinct()
-    return connection.execute(query.order_by(usages.c.user_id)).scalars().all()
-
-
-def _invoice(connection: sa.Connection, number: int, user_id: str, month: str) -> dict[str, Any]:
-    lines = lines_of(connection, user_id, month)
+def _invoice(number: int, user_id: str, lines: Sequence[dict[str, Any]], month: str) -> dict[str, Any]:
     return {
         "number": number,
         "user_id": user_id,

@@ -85,9 +85,10 @@ def book(database: Database, event_id: str, user_id: str, microcredits: int) -> 
     try:
         with database.write() as connection:
             account = _account_of(connection, user_id)
+            name = books.post_credit(connection, account, microcredits, event_id, "payment")
             detail = {"microcredits": microcredits}
             audit.record(connection, _PROVIDER, "payment.booked", event_id, owner_id=user_id, detail=detail)
-            return books.post_credit(connection, account, microcredits, event_id, "payment"), True
+            return name, True
     except sa.exc.IntegrityError:
         return _booked(database, event_id, f"user:{user_id}", microcredits), False
 

@@ -30,6 +30,9 @@ _CONNECT_SECONDS = 5
 _STATEMENT_MS = 10_000
 _SYNCHRONOUS = "rios_synchronous"
 """How a pooled connection to SQLite is set now."""
+_CLOCK_OFF_MS = 5_000
+"""A clock that is wrong by more than this is told of."""
+_ASK_TIME = "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)"
 _REPLICA_REST_SECONDS = 5.0
 """So long nobody asks a replica again that did not answer."""
 
@@ -46,6 +49,11 @@ class Database:
         self.place = place
         self._replica = replica
         self._replica_rests_until = 0.0
+        self._clock: tuple[int, float] | None = None
+        """What PostgreSQL's clock said, and this host's monotonic seconds then."""
+        self._clock_is_off = False
+        if self.is_postgresql:
+            sa.event.listen(engine, "connect", self._on_connect)
 
     @contextmanager
     def write(self, *, synced: bool = True) -> Iterator[sa.Connection]:
@@ -87,6 +95,37 @@ class Database:
         """Let the statements of this transaction take as long as they do: they read whole tables."""
         if self.is_postgresql:
             connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")
+
+    def now_ms(self) -> int:
+        """Unix time in milliseconds by the clock that all gateways of the database share: PostgreSQL's, as it was asked
+        last and as time went on since; with SQLite this host's. Asks nobody but at first."""
+        if not self.is_postgresql:
+            return time.time_ns() // 1_000_000
+        if self._clock is None:
+            self.ping()
+        assert self._clock is not None  # every new connection sets it
+        then_ms, then = self._clock
+        return then_ms + int((time.monotonic() - then) * 1000)
+
+    def set_clock(self, connection: sa.Connection) -> None:
+        """Ask PostgreSQL for the time again, for what :meth:`now_ms` tells."""
+        if self.is_postgresql:
+            asked_at = time.monotonic()
+            self._set_clock(int(connection.exec_driver_sql(_ASK_TIME).scalar_one()), asked_at)
+
+    def _on_connect(self, raw: Any, record: object) -> None:  # noqa: ANN401 - a driver's connection
+        asked_at = time.monotonic()
+        with raw.cursor() as cursor:
+            cursor.execute(_ASK_TIME)
+            self._set_clock(int(cursor.fetchone()[0]), asked_at)
+        raw.rollback()
+
+    def _set_clock(self, theirs_ms: int, asked_at: float) -> None:
+        self._clock = theirs_ms, (asked_at + time.monotonic()) / 2
+        off_ms, was_off = time.time_ns() // 1_000_000 - theirs_ms, self._clock_is_off
+        self._clock_is_off = abs(off_ms) > _CLOCK_OFF_MS
+        if self._clock_is_off and not was_off:
+            _logger.warning("the clocks of this host and of %s are %d ms apart: set them", self.place, abs(off_ms))
 
     @property
     def is_postgresql(self) -> bool:

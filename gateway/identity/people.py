@@ -101,8 +101,8 @@ def set_password(database: Database, actor: Actor, user_id: str, hashed: str, *,
     with database.write() as connection:
         put_password(connection, user_id, hashed)
         connection.execute(sa.delete(invites).where(invites.c.user_id == user_id))
-        audit.record(connection, actor, "password.changed", user_id, owner_id=user_id)
         sessions.revoke_all(connection, actor, user_id, keep=keep_session)
+        audit.record(connection, actor, "password.changed", user_id, owner_id=user_id)
 
 
 def put_password(connection: sa.Connection, user_id: str, hashed: str) -> None:

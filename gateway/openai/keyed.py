@@ -51,6 +51,8 @@ _STREAM, _JSON = "text/event-stream", "application/json"
 _TOO_LONG, _CUT_OFF = 413, 403
 """Statuses of answers that were ended before their end."""
 _KEEP_SECONDS = 2.0
+_LOGPROB_BYTES = 32
+"""A token's log probability takes more than that in JSON, but where two share an entry."""
 
 
 @dataclass(slots=True, eq=False)
@@ -207,15 +209,25 @@ async def _whole(service: Service, order: Order, shape: Shape, run: Run, hold: H
 
     async def keep(choice: int, delta: Delta) -> None:
         pieces[choice].append(delta)
-        run.size += len(delta.text) + 64 * len(delta.logprobs)
+        run.size += _least_bytes(delta)
         if run.size > ANSWER_BYTES_MAX:
             raise _too_long()
 
     async with open_jobs(service, order) as jobs:
         await _bounded(service, order, jobs, keep, run, hold)
         body = whole_body(shape, pieces, jobs, order.choices)
+        if len(body) > ANSWER_BYTES_MAX:
+            await _keep_end(service, order, run, jobs, _TOO_LONG)
+            raise _too_long()
         await _keep(service, order, run, conclude(jobs, order.choices), body, _JSON)
         run.finish(body)
+
+
+def _least_bytes(delta: Delta) -> int:
+    """What a piece adds to the answer's JSON at least; its real length is known when all of it is there."""
+    places = (*delta.logprobs, *delta.prompt_logprobs)
+    calls = sum(len(call.id) + len(call.name) + len(call.arguments) for call in delta.tool_calls)
+    return len(delta.text) + len(delta.reasoning) + calls + _LOGPROB_BYTES * sum(1 + len(place.top) for place in places)
 
 
 async def _bounded(service: Service, order: Order, jobs: list[Job], take: object, run: Run, hold: Hold) -> None:
@@ -227,10 +239,14 @@ async def _bounded(service: Service, order: Order, jobs: list[Job], take: object
     except BaseException as error:
         too_long = isinstance(error, ApiError) and error.code == "too_large"
         if too_long or hold.refusal is not None:
-            status = _TOO_LONG if too_long else _CUT_OFF
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _KEEP_SECONDS):
-                await _keep(service, order, run, [job.stop() for job in jobs], b"", _JSON, status=status)
+            await _keep_end(service, order, run, jobs, _TOO_LONG if too_long else _CUT_OFF)
         raise
+
+
+async def _keep_end(service: Service, order: Order, run: Run, jobs: list[Job], status: int) -> None:
+    """Charge answers as far as they came, and keep why they ended."""
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + _KEEP_SECONDS):
+        await _keep(service, order, run, [job.stop() for job in jobs], b"", _JSON, status=status)
 
 
 async def _keep(

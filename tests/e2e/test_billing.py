@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 import trio
 from fake_engine import FakeEngine
-from gateway_rig import Rig, serving
+from gateway_rig import Rig, listening, serving
 from test_rights import client, key_of, user_id
 
 from config.errors import ConfigError, LocalError
@@ -27,7 +27,7 @@ from gateway.billing.reconcile import reconcile
 from gateway.books import Batch
 from gateway.db.models import accounts, usages
 from gateway.db.session import Database, open_database
-from gateway.money import Prices, Reservation
+from gateway.money import Prices, Reservation, Settlement
 
 SECRET = "a secret of the payment service"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 4}
@@ -195,6 +195,57 @@ async def test_invoices_are_numbered_add_up_and_stay(tmp_path: Path, database: s
         await ties(rig)
 
 
+def test_who_sums_up_a_month_holds_up_nobody(tmp_path: Path, database: str) -> None:
+    """A charge is booked while a month's usage is read, for however long that takes."""
+    settings = GatewaySettings(database=database)
+    with open_accounts(settings, tmp_path) as opened, open_accounts(settings, tmp_path) as other:
+        user = opened.create_user("ada").id
+        opened.credit("ada", 1000)
+        key = opened.create_key("ada", "k").key.id
+        charge(opened.database, a_reservation(user, key))
+        timeouts: list[str] = []
+
+        def meanwhile(connection: sa.Connection, _k: object, statement: str, *_: object) -> None:
+            if connection.engine is opened.database.engine and "sum(usages.microcredits)" in statement:
+                charge(other.database, a_reservation(user, key))
+                if opened.database.is_postgresql:
+                    timeouts.append(connection.connection.cursor().execute("SHOW statement_timeout").fetchone()[0])
+
+        with listening("before_cursor_execute", meanwhile):
+            later = month_begins_ms(next_month(month_of(books.now_ms()))) + invoices.GRACE_MS
+            assert invoices.close_months(opened.database, audit.OPERATOR, later) == 1
+        assert opened.balance("ada").balance == 980
+        assert timeouts == (["0"] if opened.database.is_postgresql else [])
+
+
+def test_months_are_closed_one_by_one_and_by_one_of_several_gateways(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, now = GatewaySettings(database=database), Database.now_ms
+    with open_accounts(settings, tmp_path) as one, open_accounts(settings, tmp_path) as two:
+        users = [one.create_user(name).id for name in ("ada", "eve")]
+        for user in users:
+            one.credit(user, 1000)
+        key = one.create_key("ada", "k").key.id
+        for days_ago in (100, 30):  # and nothing in the month between
+            with monkeypatch.context() as patch:
+                patch.setattr(Database, "now_ms", lambda self, ago=days_ago: now(self) - ago * 86_400_000)
+                for user in users:
+                    charge(one.database, a_reservation(user, key))
+        later = int(time.time() * 1000) + 32 * 86_400_000
+        with ThreadPoolExecutor(4) as pool:
+            made = list(
+                pool.map(lambda each: invoices.close_months(each.database, audit.OPERATOR, later), [one, two, one, two])
+            )
+        assert sum(made) == 4
+        with one.database.read() as connection:
+            found = invoices.list_invoices(connection, owner=None, limit=9, after="")
+        assert [each["number"] for each in found] == [4, 3, 2, 1]
+        assert len({each["month"] for each in found}) == 2
+        assert {each["microcredits"] for each in found} == {10}
+        assert reconcile(two.database)["ties"]
+
+
 async def test_a_payment_counts_once_and_only_if_it_is_signed(tmp_path: Path, database: str, payments: None) -> None:
     async with with_root(tmp_path, database) as (rig, _, ada):
         me, now = await user_id(rig, "ada"), int(time.time())
@@ -227,6 +278,19 @@ async def test_a_payment_counts_once_and_only_if_it_is_signed(tmp_path: Path, da
         top_ups = (await ada.get("/v1/billing/topups")).json()["data"]
         assert [row["kind"] for row in top_ups] == ["payment", "credit"]
         await ties(rig)
+
+
+def test_a_payment_and_a_change_of_the_same_account_do_not_deadlock(tmp_path: Path, database: str) -> None:
+    with open_accounts(GatewaySettings(database=database), tmp_path) as opened, ThreadPoolExecutor(1) as pool:
+        user = opened.create_user("ada").id
+        with opened.database.write() as connection:
+            books.lock_account(connection, f"user:{user}")
+            booked = pool.submit(payment.book, opened.database, "pay_1", user, 500)
+            time.sleep(0.5)  # by now it waits for the account
+            audit.record(connection, audit.OPERATOR, "budget.set", "b", owner_id=user)
+        assert booked.result(10)[1]
+        assert opened.balance("ada").balance == 500
+        assert audit.verify(opened.database)[0] == 2
 
 
 async def test_an_admin_pays_in_once_per_reference(tmp_path: Path, database: str) -> None:
@@ -280,6 +344,13 @@ def test_gateways_that_reserve_at_the_same_time_do_not_pass_a_budget(tmp_path: P
         assert granted == 10  # of 10 microcredits each
         assert one.balance("ada").reserved == 100
         assert reconcile(two.database)["ties"]
+
+
+def charge(database: Database, wanted: Reservation) -> None:
+    """All that it reserves."""
+    books.write_batch(database, Batch(reserve=[wanted]))
+    done = Settlement(reservation=wanted, prompt_tokens=2, completion_tokens=8, outcome="stop")
+    books.write_batch(database, Batch(settle=[done]))
 
 
 def a_reservation(user: str, key: str) -> Reservation:

@@ -5,9 +5,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ import sqlalchemy as sa
 import trio
 from fake_engine import FakeEngine
 from gateway_rig import eventually, read_until, request_bytes, serving
+from postgresql import new_database
 
 from config.errors import ConfigError, LocalError, RequestError
 from config.settings import GatewaySettings
-from gateway import books
+from gateway import books, idempotency
 from gateway.accounts import Accounts, open_accounts
 from gateway.db.session import open_database
-from gateway.money import Prices, Progress, Reservation, Settlement
+from gateway.errors import ApiError
+from gateway.money import EMBEDDED, Prices, Progress, Reservation, Settlement
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi there"}]}
@@ -174,6 +177,48 @@ def test_recovery_bills_recorded_progress(accounts: Accounts) -> None:
     found = books.find_abandoned(accounts.database, "here")
     assert [each.reservation.id for each in found] == ["r2"]
     books_balance(accounts)
+
+
+@pytest.mark.parametrize("off_s", [-60, 60])
+def test_a_gateway_whose_clock_is_wrong_is_no_dead_one(
+    tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, off_s: int
+) -> None:
+    """On PostgreSQL; SQLite has one host."""
+    settings, real = GatewaySettings(database=new_database(postgresql), starting_balance=500), time.time_ns
+
+    @contextmanager
+    def wrong_clock() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time_ns", lambda: real() + off_s * 1_000_000_000)
+            yield
+
+    with open_accounts(settings, tmp_path) as right, open_accounts(settings, tmp_path) as wrong:
+        right.create_user("ada")
+        asked = idempotency.wanted(f"user:{right.find_user('ada').id}", "k", "chat.completions", b"{}", "")
+        mine, theirs = (reservation(right, name, instance=name) for name in ("here", "there"))
+        with wrong_clock():
+            books.write_batch(wrong.database, books.Batch(reserve=[theirs]))
+            books.write_batch(wrong.database, books.Batch(progress=[Progress(theirs.id, 3)]))
+            idempotency.begin(wrong.database, asked, "there", 7)
+        assert books.find_abandoned(right.database, "here") == []
+        with pytest.raises(ApiError, match="being answered by another gateway"):
+            idempotency.begin(right.database, asked, "here", 8)
+        books.write_batch(right.database, books.Batch(reserve=[mine]))
+        with wrong_clock():
+            found = books.find_abandoned(wrong.database, "there")
+        assert [each.reservation.id for each in found] == [theirs.id]
+    assert sum("apart: set them" in record.message for record in caplog.records) == 1
+
+
+def test_vectors_are_known_to_be_paid_where_a_hosts_clock_is_fast(accounts: Accounts) -> None:
+    user, now = accounts.create_user("ada").id, books.now_ms()
+    for name, outcome in (("unpaid", "failed"), ("paid", EMBEDDED)):
+        assert not accounts.has_usage(user, "x", now)
+        reserved = reservation(accounts, name)
+        books.write_batch(accounts.database, books.Batch(reserve=[reserved]))
+        books.write_batch(accounts.database, books.Batch(settle=[settlement(reserved, 0, outcome)]))
+    assert accounts.has_usage(user, "x", now + 60_000)
+    assert not accounts.has_usage(user, "another", now)
 
 
 def test_newer_schema_is_refused(tmp_path: Path, database: str) -> None:

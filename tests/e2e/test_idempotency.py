@@ -17,13 +17,16 @@ from gateway_rig import eventually, read_until, serving
 from test_gateway_accounts import books_balance, reservation, settlement
 
 from config.errors import RiosError
+from config.generation import Delta, PlaceLogprobs, TokenLogprob, ToolDelta
 from config.settings import GatewaySettings
 from dmoe.importer.build import import_gguf
 from dmoe.store import ModelStore
 from gateway import books, idempotency
 from gateway.accounts import Accounts, open_accounts
 from gateway.books import Batch
+from gateway.db.session import Database
 from gateway.money import Closing
+from gateway.openai import keyed
 from p2p.core.identity import Identity
 from tests.unit.dmoe.model_kit import write_gguf
 
@@ -53,6 +56,12 @@ def accounts(tmp_path: Path, database: str) -> Iterator[Accounts]:
 
 def asked(accounts: Accounts, key: str = "k", body: bytes = b"{}") -> idempotency.Wanted:
     return idempotency.wanted(f"user:{accounts.find_user('ada').id}", key, "chat.completions", body, "")
+
+
+def pass_ms(monkeypatch: pytest.MonkeyPatch, passed_ms: int) -> None:
+    """From now on it is so much later."""
+    real = Database.now_ms
+    monkeypatch.setattr(Database, "now_ms", lambda self: real(self) + passed_ms)
 
 
 # --- over HTTP
@@ -233,6 +242,41 @@ async def test_an_answer_too_long_to_keep_is_charged_once_and_its_key_says_so(
         assert len(engine.requests) == 1
 
 
+@pytest.mark.parametrize("asked_for", [{"top_logprobs": 2}, {"n": 3}, {}], ids=["logprobs", "several", "text"])
+async def test_a_whole_answer_too_long_to_keep_is_charged_once_and_its_key_says_so(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, asked_for: dict
+) -> None:
+    """What counts is how long it is as it is kept."""
+    body = {**BODY, "max_tokens": 30, "logprobs": "top_logprobs" in asked_for, **asked_for}
+    engine = FakeEngine(endless=True)
+    async with serving(tmp_path, engine=engine, database=database) as rig, rig.http() as http:
+        whole = await http.post(CHAT, json=body, headers={"idempotency-key": "short-enough"})
+        assert whole.status_code == 200
+        paid = 1_000_000 - (await rig.balance()).balance
+        monkeypatch.setattr("gateway.openai.keyed.ANSWER_BYTES_MAX", len(whole.content) - 60)
+        cut = await http.post(CHAT, json=body, headers=KEY)
+        assert cut.status_code == 413
+        charged = (await rig.balance()).balance
+        assert 0 < 1_000_000 - charged - paid <= paid + 2 * 2
+        again = await http.post(CHAT, json=body, headers=KEY)
+        assert again.status_code == 413
+        assert (await rig.balance()).balance == charged
+        assert (await rig.balance()).reserved == 0
+
+
+def test_what_is_collected_of_an_answer_is_bounded_whatever_it_is() -> None:
+    token = TokenLogprob(token=1, data=b"x", logprob=-1.0)
+    place = PlaceLogprobs(chosen=token, top=(token,) * 20, offset=0)
+    for more in (
+        {"text": "x" * 600},
+        {"reasoning": "x" * 600},
+        {"tool_calls": (ToolDelta(index=0, arguments="x" * 600),)},
+        {"logprobs": (place,)},
+        {"prompt_logprobs": (place,)},
+    ):
+        assert 600 <= keyed._least_bytes(Delta(**{"text": "", "tokens": (1,), **more})) <= 700
+
+
 async def test_a_stopping_gateway_lets_go_of_its_keys(tmp_path: Path, database: str) -> None:
     async with serving(tmp_path, engine=FakeEngine(hang_at=3, seeded=True), database=database) as rig:
         connection = await rig.raw(CHAT, STREAM, idempotency_key="order-66")
@@ -354,9 +398,7 @@ def test_a_key_of_a_dead_gateway_is_taken_over_and_the_dead_one_charges_nothing(
     with pytest.raises(RiosError, match="being answered by another gateway") as busy:
         idempotency.begin(database, wanted, "here", 8)
     assert busy.value.retry_after_ms > 0
-    real = books.now_ms
-    for module in (books, idempotency):
-        monkeypatch.setattr(module, "now_ms", lambda: real() + books.ABANDONED_MS + 1)
+    pass_ms(monkeypatch, books.ABANDONED_MS + 1)
     second = idempotency.begin(database, wanted, "here", 8)
     assert (second.seed, second.route, second.stored) == (7, "local", None)
     assert accounts.balance("ada").reserved == 0
@@ -392,8 +434,7 @@ def test_keys_are_bounded_and_forgotten_after_a_day(accounts: Accounts, monkeypa
     assert full.value.code == "rate_limited"
     assert 23 * 3600 * 1000 < full.value.retry_after_ms <= 24 * 3600 * 1000
     assert idempotency.expire(database) == 0
-    real = books.now_ms
-    monkeypatch.setattr(idempotency, "now_ms", lambda: real() + 2 * idempotency.KEPT_MS + 1)
+    pass_ms(monkeypatch, 2 * idempotency.KEPT_MS + 1)
     monkeypatch.setattr(idempotency, "EXPIRED_AT_ONCE", 2)
     assert idempotency.expire(database) == 3
     with database.read() as connection:
@@ -413,10 +454,9 @@ def test_a_key_whose_day_is_over_stands_for_a_new_request(accounts: Accounts, mo
     )
     books.write_batch(database, Batch(close=[done]))
     assert idempotency.begin(database, asked(accounts), "here", 2).stored.body == b""
-    real = books.now_ms
-    monkeypatch.setattr(idempotency, "now_ms", lambda: real() + idempotency.KEPT_MS + 1)
+    pass_ms(monkeypatch, idempotency.KEPT_MS + 1)
     fresh = idempotency.begin(database, asked(accounts, body=b'{"another": 1}'), "here", 3)
     assert (fresh.seed, fresh.stored) == (3, None)
-    monkeypatch.setattr(idempotency, "now_ms", lambda: real() + 2 * idempotency.KEPT_MS + 2)
+    pass_ms(monkeypatch, idempotency.KEPT_MS + 1)
     later = idempotency.begin(database, asked(accounts, body=b'{"a third": 1}'), "here", 4)  # its holder has died
     assert (later.seed, later.stored) == (4, None)

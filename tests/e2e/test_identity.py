@@ -2,6 +2,8 @@
 
 import logging
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from identity_rig import LOGIN, ME, PASSWORD, REFRESH, Clock, add_user, bearer, 
 
 from gateway import audit, books, guard, managing
 from gateway.audit import OPERATOR
+from gateway.db.identity import sessions as db_sessions
 from gateway.identity import factors, guesses, passwords, people, sessions
 from gateway.listing import Page
 
@@ -183,6 +186,24 @@ async def test_a_password_that_changes_while_one_signs_in_with_it(
         monkeypatch.setattr(passwords, "verify_password", slow)
         assert (await sign_in(http, "grace")).status_code == 401
         assert sessions.of_user(rig.accounts.database, user_id) == []
+
+
+async def test_a_new_password_and_a_session_that_ends_do_not_deadlock(tmp_path: Path, database: str) -> None:
+    async with serving(tmp_path, database=database) as rig, client(rig) as http:
+        user_id = await trio.to_thread.run_sync(add_user, rig, "grace")
+        await sign_in(http, "grace")
+        books_of = rig.accounts.database
+
+        def both() -> None:
+            with ThreadPoolExecutor(1) as pool:
+                with books_of.write() as connection:
+                    connection.execute(sa.update(db_sessions).values(revoked_at_ms=1))
+                    changed = pool.submit(people.set_password, books_of, OPERATOR, user_id, "a hash")
+                    time.sleep(0.5)  # by now it waits for the session
+                    audit.record(connection, OPERATOR, "session.ended", "s", owner_id=user_id)
+                changed.result(10)
+
+        await trio.to_thread.run_sync(both)
 
 
 async def test_signing_up_only_where_it_is_allowed(tmp_path: Path, database: str) -> None:
@@ -439,8 +460,8 @@ async def test_what_happened_stands_in_the_audit_log(tmp_path: Path, database: s
             "second_factor.enabled",
             "second_factor.disabled",
             "session.started",
-            "password.changed",
             "sessions.ended",
+            "password.changed",
             "session.ended",
         ]
         assert {row.user_id for row in rows} == {user_id}

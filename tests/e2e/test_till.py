@@ -1,8 +1,8 @@
 """The till's writer: what is handed to it is written, whoever still waits for it, and nothing stays held back."""
 
 import threading
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from gateway_rig import eventually, read_until, serving
 
 from config.accountbook import PaidChannel, Spent
 from config.errors import LocalError
-from gateway import books
+from gateway import books, idempotency
 from gateway.accounts import Accounts
 from gateway.billing.costs import CostBook
 from gateway.books import new_id
@@ -66,6 +66,21 @@ async def held_up(database: Database, account: str) -> AsyncIterator[None]:
         await trio.to_thread.run_sync(held.wait)
         yield
         release.set()
+
+
+@contextmanager
+def settlements_refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The database is away whenever something is to be settled, and back at the end."""
+    write = books.write_batch
+
+    def refuse(database: Database, batch: books.Batch) -> dict:
+        if batch.settle or batch.close:
+            raise LocalError("unavailable", "the database is away")
+        return write(database, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(books, "write_batch", refuse)
+        yield
 
 
 def reservation(database: Database, tokens: int = 9) -> Reservation:
@@ -150,6 +165,99 @@ async def test_a_settlement_that_was_refused_is_tried_again_before_the_end(
         monkeypatch.setattr(books, "write_batch", write)
     balance = Accounts(opened).balance("ada")
     assert (balance.balance, balance.reserved) == (995, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "tiny", "prompt": "hi there"}),
+        ("/v1/completions", {"model": "tiny", "prompt": "hi there", "n": 3}),
+        ("/v1/embeddings", {"model": "tiny", "input": "hi there"}),
+    ],
+)
+async def test_an_answer_that_the_client_did_not_get_for_want_of_a_database_is_not_charged(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, path: str, body: dict
+) -> None:
+    async with serving(tmp_path, database=database) as rig, rig.http() as http:
+        with settlements_refused(monkeypatch):
+            assert (await http.post(path, json=body)).status_code == 503
+        await eventually(lambda: rig.accounts.balance("ada").reserved == 0)
+        assert rig.accounts.balance("ada").balance == 1_000_000
+        assert {row.outcome for row in rig.accounts.usage("ada")} == {"failed"}
+
+
+async def test_a_stream_that_was_told_is_charged_once_the_database_is_back(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "tiny", "prompt": "hi there", "stream": True}
+    async with serving(tmp_path, database=database) as rig, rig.http() as http:
+        with settlements_refused(monkeypatch):
+            assert "France" in (await http.post("/v1/completions", json=body)).text
+        await eventually(lambda: rig.accounts.balance("ada").reserved == 0)
+        assert rig.accounts.balance("ada").balance == 1_000_000 - 2 - 2 * len(ANSWER)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "after the late booking"])
+@pytest.mark.parametrize("lets_go", [True, False], ids=["let go", "still held"])
+async def test_a_retry_under_a_key_pays_once_for_what_the_database_refused(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, lets_go: bool, waits: bool
+) -> None:
+    body, key = {"model": "tiny", "prompt": "hi there"}, {"idempotency-key": "order-66"}
+
+    def refuse(*given: object) -> None:
+        raise LocalError("unavailable", "the database is away")
+
+    async with serving(tmp_path, database=database) as rig, rig.http() as http:
+        with settlements_refused(monkeypatch), monkeypatch.context() as patch:
+            if not lets_go:
+                patch.setattr(idempotency, "release", refuse)
+            assert (await http.post("/v1/completions", json=body, headers=key)).status_code == 503
+        if waits:
+            await eventually(lambda: rig.accounts.balance("ada").reserved == 0)
+        assert (await http.post("/v1/completions", json=body, headers=key)).status_code == 200
+        await eventually(lambda: rig.accounts.balance("ada").reserved == 0)
+        await trio.sleep(1.2)  # another tick: nothing comes late
+        assert rig.accounts.balance("ada").balance == 1_000_000 - 2 - 2 * len(ANSWER)
+
+
+@pytest.mark.parametrize("synced", [True, False])
+async def test_a_charge_that_went_through_unnoticed_is_not_booked_again(
+    opened: Database, monkeypatch: pytest.MonkeyPatch, synced: bool
+) -> None:
+    wanted, write = replace(reservation(opened), synced=synced), books.write_batch
+
+    def lose(database: Database, batch: books.Batch) -> dict:
+        write(database, batch)
+        raise LocalError("unavailable", "the connection was lost")
+
+    async with running(opened) as till:
+        await till.reserve(wanted)
+        monkeypatch.setattr(books, "write_batch", lose)
+        with pytest.raises(LocalError, match="lost"):
+            await till.settle(paid(wanted))
+        monkeypatch.setattr(books, "write_batch", write)
+    balance = Accounts(opened).balance("ada")
+    assert (balance.balance, balance.reserved) == (995, 0)
+    assert [row.outcome for row in Accounts(opened).usage("ada")] == ["stop"]
+
+
+async def test_the_answers_of_a_request_are_charged_together_or_not_at_all(
+    opened: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, write = [reservation(opened) for _ in range(3)], books.write_batch
+    written: list[int] = []
+
+    def count(database: Database, batch: books.Batch) -> dict:
+        written.append(len(batch.settle))
+        return write(database, batch)
+
+    async with running(opened) as till:
+        for one in wanted:
+            await till.reserve(one)
+        monkeypatch.setattr(books, "write_batch", count)
+        monkeypatch.setattr("gateway.till._BATCH_MAX", 1)
+        await till.settle(*map(paid, wanted))
+    assert written == [3]
 
 
 async def test_an_overloaded_till_reserves_nothing_but_settles(

@@ -166,6 +166,27 @@ async def test_unused_tokens_come_back_but_never_more_than_a_minutes_worth(limit
     assert (await limits.request([key()])).tokens == 100
 
 
+async def test_a_worst_case_beyond_the_bucket_gives_back_only_what_was_taken(limits: Asked) -> None:
+    """Of 5000 that it may use, 90 are used and 4910 are not; 100 were taken. The user's bucket is wider."""
+    user = Subject("user", "u:ada", Rates(tokens_per_minute=1000))
+    place, levels = await limits.enter([key(), user], 5000)
+    assert levels.tokens == 0
+    assert place.give_back(4910) == 10
+    place.leave()
+    assert 10 <= (await limits.request([key()])).tokens <= 11
+    assert 910 <= (await limits.request([user])).tokens <= 915
+    with pytest.raises(ApiError) as caught:
+        await limits.enter([key()], 5000)
+    assert 50_000 < caught.value.retry_after_ms <= 54_000
+
+
+async def test_one_that_used_more_than_was_taken_gets_nothing_back(limits: Asked) -> None:
+    place, _ = await limits.enter([key()], 5000)
+    assert place.give_back(4000) == 0
+    place.leave()
+    assert (await limits.request([key()])).tokens <= 1
+
+
 async def test_concurrency(limits: Asked) -> None:
     places = [(await limits.enter([key()], 1))[0] for _ in range(2)]
     await limits.enter([key("b")], 1)
@@ -350,6 +371,15 @@ async def test_headers() -> None:
     }
     await meter.request()
     assert meter.headers()["x-ratelimit-reset-requests"] == "1m0s"
+
+
+async def test_headers_of_a_worst_case_beyond_the_bucket() -> None:
+    meter = Metering(MemoryLimits(Clock()), GatewaySettings(tokens_per_minute=600)).meter(LOCAL)
+    await meter.request()
+    meter.give_back(await meter.enter(6000), 5700)
+    headers = meter.headers()
+    assert headers["x-ratelimit-remaining-tokens"] == "300"
+    assert headers["x-ratelimit-reset-tokens"] == "30s"
 
 
 def test_who_is_counted() -> None:
