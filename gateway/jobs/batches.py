@@ -187,7 +187,7 @@ def cancel(database: Database, batch_id: str, owner: str | None) -> Batch:
 def claim(database: Database, instance: str) -> Batch | None:
     """Take a batch that nobody works on, the oldest first. Each claim holds under a name of its own: another of the
     same gateway, after a suspend or a step of the clock, is another holder."""
-    holder, now = f"{_held_by(instance)}{secrets.token_hex(_TOKEN_BYTES)}", now_ms()
+    holder, now = f"{_held_by(instance)}{secrets.token_hex(_TOKEN_BYTES)}", database.now_ms()
     free = sa.and_(batches.c.status.in_(LIVE), batches.c.held_until_ms < now)
     query = sa.select(batches.c.id).where(free).order_by(batches.c.created_at_ms).limit(1)
     with database.write() as connection:
@@ -203,7 +203,7 @@ def hold(database: Database, batch: Batch) -> Batch | None:
     """Go on holding a batch, and see how it stands; None if it was lost."""
     mine = batches.c.id == batch.id, batches.c.holder == batch.holder
     with database.write() as connection:
-        changed = connection.execute(sa.update(batches).where(*mine).values(held_until_ms=now_ms() + HOLD_MS))
+        changed = connection.execute(sa.update(batches).where(*mine).values(held_until_ms=database.now_ms() + HOLD_MS))
         return _batch(connection, batch.id, None) if changed.rowcount else None
 
 

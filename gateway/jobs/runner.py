@@ -49,8 +49,6 @@ _SWEEP_SECONDS = 600.0
 _FETCH_LINES = 64
 _PAUSE_SECONDS, _PAUSE_SECONDS_MAX = 1.0, 30.0
 _ABANDONED_SECONDS = 0.5
-_CLOCKS_APART_MS = 3600 * 1000
-"""A usage row may have the date of another clock than its batch."""
 _LATER = frozenset((408, 409, 429, 503, 507))
 """Statuses of what may be answered later; also a full disk, which leaves a charge to be booked when there is room."""
 
@@ -271,7 +269,7 @@ class _Work:
         """Whether vectors of an earlier try were charged. Raises BusyError while that is not known yet."""
         if any(ticket.reservation.request_id == name for ticket in self._till.running()):
             raise BusyError(f"request {name} is still being settled", "try again later")
-        since_ms = self._batch.created_at_ms - _CLOCKS_APART_MS
+        since_ms = self._batch.created_at_ms
         return await self._till.in_thread(self._accounts.has_usage, principal.user_id, name, since_ms)
 
     async def _principal(self) -> Principal:
