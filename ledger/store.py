@@ -170,15 +170,17 @@ class Store:
             self._load_ids()
             raise
 
-    def prune(self, keep: Sequence[Item], frontier: Iterable[tuple[bytes, int]], open_channels: Iterable[bytes]) -> int:
-        """Delete what lies below a checkpoint (``pruning``); the bytes that became free."""
+    def prune(
+        self, base: Rows, keep: Sequence[Item], frontier: Iterable[tuple[bytes, int]], open_channels: Iterable[bytes]
+    ) -> int:
+        """Start from a checkpoint (``base``) and delete what lies below (``pruning``); the bytes that became free."""
         assert self._writer is not None, "the store was opened read-only"
         writer, accounts = self._writer, self._accounts
         before = pruning.size_bytes(writer)
         with _mapped(self.path):
             spared = {(accounts[item.object.account], item.object.seq) for item in keep}
             cut = {accounts[key]: seq for key, seq in frontier if seq and key in accounts}
-            pruning.prune(writer, cut, spared, {*open_channels}, accounts)
+            pruning.prune(writer, base, cut, spared, {*open_channels}, accounts)
             self._headers.clear()
             self._read_headers.clear()
             writer.execute("VACUUM")
