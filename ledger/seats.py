@@ -220,8 +220,9 @@ class Seats:
         standing = Standing(effect.epoch, effect.witness, HANDED_OVER, False)
         handed = Handed(effect.epoch, effect.witness, effect.signed)
         # a promise like a vote: an older copy that does not know of it would vote on, where the key cannot be erased
-        await self._book.writer.commit([standing, handed, self._lineage.promise()])
-        self._lineage.promised()
+        promise = self._lineage.promise()
+        await self._book.writer.commit([standing, handed, promise])
+        self._lineage.promised(promise)
         witness.confirm_handover()
         del self._seats[effect.epoch]
         self._keys.erase(effect.witness)
