@@ -102,7 +102,7 @@ class Voting:
         """What a refusal teaches: a second entry in a slot, a voucher that a later freeze must honour."""
         body = item.object
         if error.rule in ("equivocation", "locked") and isinstance(body, Entry):
-            proof = witness.proofs.get((body.account, body.seq))
+            proof = witness.proofs.pop((body.account, body.seq), None)  # if it cannot be kept, the next refusal has it
             if proof is not None:
                 await self._notes.add_proof(Equivocation(*proof), announce=True)
         await self._commit(witness)

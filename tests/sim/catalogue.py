@@ -215,7 +215,7 @@ ENTRY_MUTANTS = (
         "slots-forgotten",
         "a witness does not remember its votes",
         f"{WITNESS}:Witness.consider_entry",
-        "    self._voted[slot] = item\n",
+        "    self._voted.keep(slot, item)\n",
         "",
     ),
 )
