@@ -454,6 +454,16 @@ class Store:
         )
         return [(row, Signed(body, signature)) for row, body, signature in rows]
 
+    def handover_piece(self, epoch: int, witness: bytes, offset: int, size: int) -> tuple[int, bytes, bytes] | None:
+        """A part of a handover's body, which may be large: the size of all of it, the part, the signature."""
+        sql = "SELECT rowid, signature FROM handovers WHERE epoch = ? AND witness = ?"
+        rows = self._query(sql, (epoch, witness))
+        if not rows:
+            return None
+        with _mapped(self.path), self._reader.blobopen("handovers", "body", rows[0][0], readonly=True) as body:
+            body.seek(min(offset, len(body)))
+            return len(body), body.read(size), rows[0][1]
+
     def voted(self, epoch: int = 0) -> list[Item]:
         """Every vote for an entry this node gave as a witness of an epoch, and for a claim in any."""
         return [self._parse(signed.body, signed.signature) for signed in self.promises.votes(epoch)]

@@ -1,16 +1,21 @@
 """What a witness keeps of votes that are not final: as little as it must, and never more than it can hand over."""
 
 import pytest
+import trio
 
 from ledger.core import unfinished
 from ledger.core.errors import RuleError
-from ledger.core.objects import Committee, Entry, Grant, Transfer, parse, sign
+from ledger.core.objects import Committee, Entry, Grant, Signed, Transfer, parse, sign
 from ledger.core.unfinished import FRAME_BYTES, LOCKS_BYTES_MAX
 from ledger.core.witness import HANDED_OVER, VOTING
+from ledger.promises import Handed
+from ledger.seats import PIECE_BYTES, TOO_LARGE_PAUSE_S
+from ledger.store import Store
 from p2p.core import codec
 from p2p.core.identity import Identity
 from tests.unit.ledger.committee_kit import ISSUER, OTHER, PAYER, ROOT, Net
-from tests.unit.ledger.test_network import swarm
+from tests.unit.ledger.test_committee_change import OLD, epochs
+from tests.unit.ledger.test_network import swarm, until
 
 PEOPLE = [Identity.from_seed(bytes([200 + n]) * 32) for n in range(8)]
 
@@ -120,3 +125,36 @@ def test_a_witness_whose_handover_nobody_could_read_does_not_stop(net, monkeypat
     assert witness.advance() is not None, "its key is still there"
     witness.confirm_handover()
     assert witness.phase == HANDED_OVER
+
+
+async def test_a_handover_that_is_too_large_erases_nothing_and_holds_up_no_other_seat(
+    tmp_path, autojump_clock, monkeypatch
+):
+    monkeypatch.setattr("ledger.core.witness.HANDOVER_BYTES_MAX", 50)
+    async with epochs(tmp_path, seconds=600) as s:
+        s.made = {n: s.ledgers[n].new_epoch_key() for n in OLD}
+        await s.change(s.committee(1, s.made.values()))
+        await until(lambda: all(s.phase(n) == "collecting" for n in OLD))
+        await trio.sleep(5)
+        for n in OLD:
+            seats, store = s.ledgers[n].seats, s.ledgers[n].book.store
+            assert seats._seats[0].phase == "voting", "it has not stopped"
+            assert not store.promises.handovers(0)
+            assert seats._seats[1].epoch == 1, "the next seat goes on"
+        monkeypatch.undo()
+        await trio.sleep(TOO_LARGE_PAUSE_S)
+        await until(lambda: all(s.phase(n) == "voting" for n in OLD))
+
+
+def test_a_handover_is_read_in_pieces(tmp_path):
+    body, signature = bytes(range(256)) * (PIECE_BYTES // 100), bytes(64)
+    store = Store(tmp_path / "l.db", bytes(16))
+    store.commit([Handed(3, bytes(32), Signed(body, signature))])
+    read = b""
+    while (found := store.handover_piece(3, bytes(32), len(read), PIECE_BYTES)) and found[1]:
+        assert found[::2] == (len(body), signature)
+        read += found[1]
+    assert read == body
+    assert store.handover_piece(3, bytes(32), len(body) + 9, 1) == (len(body), b"", signature)
+    assert store.handover_piece(2, bytes(32), 0, 1) is None
+    store.close()
