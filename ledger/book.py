@@ -15,9 +15,10 @@ from ledger.core.certificate import Verifier
 from ledger.core.checkpoint import Proof, Snapshot
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
-from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Item, Signed, Votes, parse
+from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Claim, Item, Signed, Votes, parse
 from ledger.core.state import State
 from ledger.records import Final
+from ledger.shelf import Rows
 from ledger.store import Store
 from ledger.writer import Writer
 from p2p.core import codec
@@ -52,6 +53,19 @@ def committees_below(store: Store, genesis: Genesis, snapshot: Snapshot) -> list
     return [item for item in store.committee_entries(genesis.root) if item.object.seq <= below]
 
 
+def restore(state: State, item: Item) -> bool:
+    """Add what stands on the own disk, where it was verified before; whether it is still of use there."""
+    try:
+        state.add(item)
+    except RuleError as error:
+        # signature: a claim that came before its channel, with another one; peers have it, and it replaces this one
+        # closed: a claim that came first as well, or stayed; its channel is closed below the base
+        if error.rule not in ("signature", "closed"):
+            raise
+        return error.rule != "closed"
+    return True
+
+
 class Book:
     """State, store and verifier together."""
 
@@ -74,16 +88,8 @@ class Book:
         self._unsaved: list[Final] = []
         """Applied, but not on the disk (it was full): written with whatever comes next."""
         for item in store.items():
-            self._load(item)
+            restore(self.state, item)
         self.state.touched.clear()
-
-    def _load(self, item: Item) -> None:
-        try:
-            self.state.add(item)
-        except RuleError as error:
-            if error.rule != "signature":
-                raise
-            # a claim that came before its channel, with another signature: peers have it, and it replaces this one
 
     async def learn(self, certificates: Sequence[Certificate], *, announce: bool = False) -> list[Certificate]:
         """Take in certificates from anywhere; returns the new ones, durable and applied (or waiting).
@@ -173,9 +179,13 @@ class Book:
         root = proof.summary.state_root
         await self.writer.commit([*finals, *rows, self.store.shelf.start_from(root)])
         self.pruned_below = start_from_base(self.store, self.state)
+        gone: list[tuple[bytes]] = []
         for item in self.store.items():  # the few that gossip was faster with
-            with suppress(RuleError):  # of a channel that is closed by now
-                self.state.add(item)
+            with suppress(RuleError):
+                if not restore(self.state, item) and isinstance(item.object, Claim):
+                    gone.append((item.object.voucher.channel,))
+        if gone:
+            await self.writer.commit([Rows("DELETE FROM claims WHERE channel = ?", gone)])
         for told in self.replaced:
             told()
 

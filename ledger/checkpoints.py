@@ -358,8 +358,8 @@ class Checkpoints:
         snapshot = checkpoint.read(store.shelf.pages(root))
         frontier = {line.key: line.seq for line in snapshot.accounts.values()}
         keep = store.committee_entries(self._book.genesis.root)
-        await self._book.writer.commit([store.shelf.start_from(root)])  # first: what is dropped must not be needed
-        freed = await self._book.writer.run(lambda: store.prune(keep, frontier.items(), snapshot.channels))
+        base = store.shelf.start_from(root)
+        freed = await self._book.writer.run(lambda: store.prune(base, keep, frontier.items(), snapshot.channels))
         self._book.pruned_below = frontier
         return proof, freed
 

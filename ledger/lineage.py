@@ -61,13 +61,14 @@ class Lineage:
         self._forgotten.discard(key)
 
     def promise(self) -> Meta:
-        """What to commit with every batch, every freeze and every handover."""
+        """What to commit with every batch, every freeze and every handover; then :meth:`promised`."""
         self._promises += 1
         return Meta(_PROMISES, self._promises.to_bytes(8, "big"))
 
-    def promised(self) -> None:
-        """What :meth:`promise` gave is durable."""
-        self._mark.promised(self._promises)
+    def promised(self, kept: Meta) -> None:
+        """``kept``, which :meth:`promise` gave, is durable. Others may have been given since that are not yet: a mark
+        that counts them makes an honest witness look restored after a crash."""
+        self._mark.promised(int.from_bytes(kept.value, "big"))
 
     # the wallet
 

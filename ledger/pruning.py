@@ -1,4 +1,4 @@
-"""Deletes from the database what lies below a checkpoint, in one transaction.
+"""Lets the database start from a checkpoint and deletes what lies below it, in one transaction.
 
 Stays: entries that change committee or issuer, claims on channels that are open or came later, batch headers that some
 certificate stands on, and the newest ones: they tell a witness from a backup what it has forgotten.
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import msgspec
 
 from ledger.core.objects import Claim, Signed, parse
+from ledger.shelf import Rows
 
 HEADERS_STAY = 4096
 
@@ -18,14 +19,17 @@ _unpack_proof = msgspec.msgpack.Decoder(list[tuple[int, int, bytes]]).decode
 
 def prune(
     writer: sqlite3.Connection,
+    base: Rows,
     cut: Mapping[int, int],
     spared: set[tuple[int, int]],
     open_channels: set[bytes],
     accounts: Mapping[bytes, int],
 ) -> None:
-    """``cut``: account row -> seq at the checkpoint; ``spared``: (account row, seq); ``accounts``: key -> row."""
+    """``base``: says which checkpoint it is; ``cut``: account row -> seq at it; ``spared``: (account row, seq);
+    ``accounts``: key -> row."""
     writer.execute("BEGIN IMMEDIATE")
     try:
+        writer.executemany(base.sql, base.params)
         _entries(writer, cut, spared)
         _claims(writer, cut, open_channels, accounts)
         _headers(writer)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from config.errors import ConfigError, IntegrityError, RequestError
-from ledger.book import snapshot_of, start_from_base
+from ledger.book import restore, snapshot_of, start_from_base
 from ledger.core.certificate import Verifier
 from ledger.core.checkpoint import Snapshot
 from ledger.core.checkpoint import channels as checkpoint_channels
@@ -76,7 +76,7 @@ def state_of(store: Store, genesis: Genesis) -> State:
     state = State(genesis)
     start_from_base(store, state)
     for item in store.items():
-        state.add(item)
+        restore(state, item)
     return state
 
 

@@ -11,6 +11,7 @@ certificates that come in later.
 """
 
 import logging
+import math
 import random
 
 import trio
@@ -45,6 +46,7 @@ CHECKS = 64
 DEADLINE_MS = 10_000
 PAUSE_S = 1.0
 RETRY_S = 5.0
+TOO_LARGE_PAUSE_S = 300.0
 LATE_PAUSE_S = 30.0
 """Between rounds for handovers that are not needed to begin."""
 
@@ -63,6 +65,8 @@ class Seats:
         self._active = active
         self._seats: dict[int, Witness] = {}
         self._vouched: set[int] = set()
+        self._too_large: dict[int, float] = {}
+        """Epochs whose handover has no room, and when it is tried again."""
         self._handing = trio.Lock()
         self._changed = trio.Event()
         self._joined = trio.Event()
@@ -168,7 +172,8 @@ class Seats:
 
     async def _run_steps(self) -> None:
         while True:
-            await self._changed.wait()
+            with trio.move_on_after(TOO_LARGE_PAUSE_S if self._too_large else math.inf):
+                await self._changed.wait()
             self._changed = trio.Event()
             try:
                 await self.advance()
@@ -209,19 +214,32 @@ class Seats:
                 self._sit()
                 self._joined.set()
             for witness in list(self._seats.values()):
-                effect = witness.advance(CHECKS)
-                while witness.is_weighing:
-                    await trio.lowlevel.checkpoint()
-                    effect = witness.advance(CHECKS)
+                if trio.current_time() < self._too_large.get(witness.epoch, 0.0):
+                    continue
+                try:
+                    effect = await self._step(witness)
+                except RuleError as error:  # of this one; the node's next witness may be what the network waits for
+                    log.error("the witness of epoch %d cannot hand over: %s", witness.epoch, error)
+                    self._too_large[witness.epoch] = trio.current_time() + TOO_LARGE_PAUSE_S
+                    continue
                 if effect is not None:
                     await self._hand_over(witness, effect)
+                    self._too_large.pop(witness.epoch, None)
+
+    async def _step(self, witness: Witness) -> HandedOver | None:
+        effect = witness.advance(CHECKS)
+        while witness.is_weighing:
+            await trio.lowlevel.checkpoint()
+            effect = witness.advance(CHECKS)
+        return effect
 
     async def _hand_over(self, witness: Witness, effect: HandedOver) -> None:
         standing = Standing(effect.epoch, effect.witness, HANDED_OVER, False)
         handed = Handed(effect.epoch, effect.witness, effect.signed)
         # a promise like a vote: an older copy that does not know of it would vote on, where the key cannot be erased
-        await self._book.writer.commit([standing, handed, self._lineage.promise()])
-        self._lineage.promised()
+        promise = self._lineage.promise()
+        await self._book.writer.commit([standing, handed, promise])
+        self._lineage.promised(promise)
         witness.confirm_handover()
         del self._seats[effect.epoch]
         self._keys.erase(effect.witness)
@@ -287,11 +305,11 @@ class Seats:
         epoch, key, offset = (call.header.get(name) for name in ("epoch", "witness", "offset"))
         if type(epoch) is not int or not isinstance(key, bytes) or type(offset) is not int or offset < 0:
             raise RiosError("invalid_request", "'epoch', 'witness' and 'offset' are needed")
-        signed = self._book.store.promises.handover(epoch, key)
-        if signed is None:
+        found = self._book.store.handover_piece(epoch, key, offset, PIECE_BYTES)
+        if found is None:
             raise RiosError("not_found", f"no handover of {key.hex()[:16]} of epoch {epoch} is here (yet)")
-        piece = signed.body[offset : offset + PIECE_BYTES]
-        return Reply({"bytes": len(signed.body), "signature": signed.signature}, [piece])
+        size, piece, signature = found
+        return Reply({"bytes": size, "signature": signature}, [piece])
 
     def _check_net(self, call: Call) -> None:
         if call.header.get("net") != self._book.genesis.net:

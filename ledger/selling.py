@@ -96,11 +96,14 @@ class Selling:
         known = self._book.state.channels.get(row.channel)
         if known is None or known.closed_at is not None:
             return
-        channel = SellerChannel(self._book.genesis.net, row.channel, known.payer, known.lock, self._settings.credit)
+        voucher = codec.decode(Voucher, row.voucher, bytes_max=SMALL_BYTES_MAX)
+        # a voucher was taken only under a final lock: where it lies above, the top-up did not reach this disk. Nothing
+        # is lent on top of such a lock, so that no work goes beyond what the voucher can claim
+        lock = max(known.lock, voucher.cumulative)
+        channel = SellerChannel(self._book.genesis.net, row.channel, known.payer, lock, self._settings.credit)
         channel.calls, channel.kflop, channel.kv_units = row.calls, row.kflop, row.kv_units
         channel.nano = row.microcredits * NANO + row.nano
         channel.receipt_n = row.receipt_n
-        voucher = codec.decode(Voucher, row.voucher, bytes_max=SMALL_BYTES_MAX)
         channel.accept(voucher, row.signature)
         channel.due_calls += channel.calls
         channel.stopped = row.stopped or self._expired(known)
@@ -233,7 +236,7 @@ class Selling:
         async with self._taking.setdefault(channel.id, trio.Lock()):
             if channel.voucher is not None and voucher.cumulative < channel.promised:
                 return
-            channel.lock = known.lock
+            channel.lock = max(known.lock, channel.promised)
             channel.check_voucher(voucher)
             await self._book.writer.commit([self._row(channel, voucher, signature)])
             channel.accept(voucher, signature, leaves)

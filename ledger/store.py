@@ -170,15 +170,17 @@ class Store:
             self._load_ids()
             raise
 
-    def prune(self, keep: Sequence[Item], frontier: Iterable[tuple[bytes, int]], open_channels: Iterable[bytes]) -> int:
-        """Delete what lies below a checkpoint (``pruning``); the bytes that became free."""
+    def prune(
+        self, base: Rows, keep: Sequence[Item], frontier: Iterable[tuple[bytes, int]], open_channels: Iterable[bytes]
+    ) -> int:
+        """Start from a checkpoint (``base``) and delete what lies below (``pruning``); the bytes that became free."""
         assert self._writer is not None, "the store was opened read-only"
         writer, accounts = self._writer, self._accounts
         before = pruning.size_bytes(writer)
         with _mapped(self.path):
             spared = {(accounts[item.object.account], item.object.seq) for item in keep}
             cut = {accounts[key]: seq for key, seq in frontier if seq and key in accounts}
-            pruning.prune(writer, cut, spared, {*open_channels}, accounts)
+            pruning.prune(writer, base, cut, spared, {*open_channels}, accounts)
             self._headers.clear()
             self._read_headers.clear()
             writer.execute("VACUUM")
@@ -451,6 +453,16 @@ class Store:
             "SELECT id, body, signature FROM headers WHERE id > ? ORDER BY id DESC LIMIT ?", (after, count)
         )
         return [(row, Signed(body, signature)) for row, body, signature in rows]
+
+    def handover_piece(self, epoch: int, witness: bytes, offset: int, size: int) -> tuple[int, bytes, bytes] | None:
+        """A part of a handover's body, which may be large: the size of all of it, the part, the signature."""
+        sql = "SELECT rowid, signature FROM handovers WHERE epoch = ? AND witness = ?"
+        rows = self._query(sql, (epoch, witness))
+        if not rows:
+            return None
+        with _mapped(self.path), self._reader.blobopen("handovers", "body", rows[0][0], readonly=True) as body:
+            body.seek(min(offset, len(body)))
+            return len(body), body.read(size), rows[0][1]
 
     def voted(self, epoch: int = 0) -> list[Item]:
         """Every vote for an entry this node gave as a witness of an epoch, and for a claim in any."""

@@ -102,7 +102,7 @@ class Voting:
         """What a refusal teaches: a second entry in a slot, a voucher that a later freeze must honour."""
         body = item.object
         if error.rule in ("equivocation", "locked") and isinstance(body, Entry):
-            proof = witness.proofs.get((body.account, body.seq))
+            proof = witness.proofs.pop((body.account, body.seq), None)  # if it cannot be kept, the next refusal has it
             if proof is not None:
                 await self._notes.add_proof(Equivocation(*proof), announce=True)
         await self._commit(witness)
@@ -125,11 +125,12 @@ class Voting:
             return
         records: list[Record] = [Voted(item, witness.epoch) for item in batch.items]
         records.append(Meta(chain_key(witness.epoch), batch.batch_no.to_bytes(8, "big") + batch.head))
-        records.append(self._lineage.promise())
+        promise = self._lineage.promise()
+        records.append(promise)
         error: RiosError | None = None
         try:
             await self._book.writer.commit(records)
-            self._lineage.promised()
+            self._lineage.promised(promise)
             self.votes += len(batch.items)
         except RiosError as failure:
             error = failure
@@ -156,8 +157,9 @@ class Voting:
                 raise RuleError("voucher", "the voucher shown does not fit the channel")
             witness.record_voucher(voucher, signed.signature)
         frozen = witness.freeze(channel, self._book.now_ms())
-        await self._commit(witness, Frozen(channel, frozen.signed, witness.epoch), self._lineage.promise())
-        self._lineage.promised()
+        promise = self._lineage.promise()
+        await self._commit(witness, Frozen(channel, frozen.signed, witness.epoch), promise)
+        self._lineage.promised(promise)
         return Reply({"freeze": codec.encode(frozen.signed)})
 
     async def _next(self, call: Call) -> Reply:

@@ -92,8 +92,8 @@ class Wallet:
             signed = sign(self._identity, entry)
             _check_form(signed)
             await self._book.writer.commit([Own(entry.seq, signed)])
+            self._pending = signed  # first: a mark that cannot be written must not free the slot for another entry
             self._lineage.signed(entry.seq)
-            self._pending = signed
             await self._finish(timeout_s)
             return parse(signed)
 

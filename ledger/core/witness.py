@@ -20,10 +20,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ledger.core import merkle
-from ledger.core.checkpoint import Summary, sign_checkpoint
+from ledger.core.checkpoint import Summary, is_of_committees, sign_checkpoint
 from ledger.core.errors import RuleError
 from ledger.core.handover import Inheritance, Slot, frontier_of
 from ledger.core.objects import (
+    HANDOVER_BYTES_MAX,
     VOTES_PER_BATCH_MAX,
     Claim,
     Committee,
@@ -50,6 +51,7 @@ from ledger.core.rules import (
     check_grants_now,
 )
 from ledger.core.state import State
+from ledger.core.unfinished import Unfinished
 from p2p.core import codec
 from p2p.core.identity import Identity
 
@@ -101,7 +103,7 @@ class Witness:
         """Ids of changes of the committee or the issuer that the operator agreed to (rule 6)."""
         self.handover: Signed | None = None
         self.inheritance = Inheritance(state, epoch) if epoch else None
-        self._voted: dict[Slot, Item] = {}
+        self._voted = Unfinished(state)
         self._frozen: dict[bytes, FrozenChannel] = {}
         self._held: dict[bytes, Held] = {}
         self._best: dict[bytes, tuple[Voucher, bytes]] = {}
@@ -110,7 +112,7 @@ class Witness:
         self._batch_no = 0
         self._head = FIRST_PREV
         self.proofs: dict[Slot, tuple[Signed, Signed]] = {}
-        """Equivocations seen: slot -> the two signed bodies."""
+        """Equivocations seen: slot -> the two signed bodies, until the caller takes them."""
 
     # predicates: what a rule forbids
 
@@ -175,7 +177,9 @@ class Witness:
         self._check_change(item, entry)
         check_freezes(self._state.committees, entry)
         self._room()
-        self._voted[slot] = item
+        if not is_of_committees(entry):  # those are listed, so they are few, and what waits may need them
+            self._voted.check_room()
+        self._voted.keep(slot, item)
         self._queue(item)
 
     def _check_phase(self, allowed: bool) -> None:
@@ -378,6 +382,8 @@ class Witness:
     def advance(self, checks: int | None = None) -> HandedOver | None:
         """Make the steps that are due; a handover to persist (again until :meth:`confirm_handover`).
 
+        Raises :class:`RuleError` ``handover`` where it would be larger than anybody may read: the witness then does not
+        stop and keeps its key; what becomes final, or one more handover that counts, may make room.
         ``checks`` limits the signatures checked in one go; call it again while :attr:`is_weighing`.
         """
         if self.inheritance is not None and self._is_collecting() and self.inheritance.settle(checks):
@@ -386,6 +392,7 @@ class Witness:
             if self.inheritance.ready:
                 self.phase = VOTING
         if self.may_hand_over() and self.must_stop():
+            self.handover = self._hand_over()
             self.phase = STOPPED
             self._pending.clear()
         if self.phase != STOPPED:
@@ -415,7 +422,11 @@ class Witness:
             tuple(shown),
             tuple(freezes[key] for key in sorted(freezes) if self._is_open(key, -1)),
         )
-        return sign(self._identity, body)
+        signed = sign(self._identity, body)
+        if len(signed.body) > HANDOVER_BYTES_MAX:
+            what = f"the handover of epoch {self.epoch} has {len(signed.body)} bytes, {HANDOVER_BYTES_MAX} may be read"
+            raise RuleError("handover", what, "this witness keeps its key; a rios that reads more can go on", wait=True)
+        return signed
 
     def own_locks(self) -> Iterator[Item]:
         """Entries this witness voted for that are not final."""
@@ -455,7 +466,7 @@ class Witness:
     def restore_entry_vote(self, item: Item) -> None:
         """A vote persisted before the restart."""
         assert isinstance(item.object, Entry)
-        self._voted[item.object.account, item.object.seq] = item
+        self._voted.keep((item.object.account, item.object.seq), item)
 
     def restore_freeze(self, signed: Signed) -> None:
         """A freeze persisted before the restart."""
@@ -475,18 +486,11 @@ class Witness:
     def forget_slot(self, item: Item) -> None:
         """An object became final: its slot needs no vote in memory any more."""
         if isinstance(item.object, Entry):
-            slot = (item.object.account, item.object.seq)
-            known = self._state.accounts.get(slot[0])
-            if known is not None and slot[1] <= known.seq and slot not in self.proofs:
-                self._voted.pop(slot, None)
+            self._voted.forget(item.object)
 
     def forget_final(self) -> None:
         """Drop from memory the votes in slots that are final (the state itself refuses those slots now)."""
-        accounts = self._state.accounts
-        final = [s for s in self._voted if (known := accounts.get(s[0])) is not None and s[1] <= known.seq]
-        for slot in final:
-            if slot not in self.proofs:
-                del self._voted[slot]
+        self._voted.sweep()
 
 
 def _granted(item: Item) -> int:

@@ -15,8 +15,8 @@ from ledger.core.committee import CommitteeChain
 from ledger.core.objects import Item, Signed, parse
 
 _SKIPPED = {
-    "_batch_no", "_frozen", "_head", "_identity", "_left", "_next", "_state", "_unsaved", "applied", "genesis",
-    "handover", "key", "listed", "old", "proofs", "signature", "touched",
+    "_batch_no", "_bytes", "_frozen", "_head", "_identity", "_left", "_next", "_state", "_swept", "_unsaved",
+    "applied", "genesis", "handover", "key", "listed", "old", "proofs", "signature", "touched",
 }  # fmt: skip
 Canon = Any
 

@@ -215,7 +215,7 @@ ENTRY_MUTANTS = (
         "slots-forgotten",
         "a witness does not remember its votes",
         f"{WITNESS}:Witness.consider_entry",
-        "    self._voted[slot] = item\n",
+        "    self._voted.keep(slot, item)\n",
         "",
     ),
 )
@@ -380,12 +380,17 @@ CRASH_MUTANTS = (
         "[Voted(item, witness.epoch) for item in batch.items]",
         "[]",
     ),
-    _one(
+    Mutant(
         "freeze-sent-before-persisted",
         "a freeze leaves before it is on the disk",
-        f"{VOTING}:Voting._freeze",
-        "await self._commit(witness, Frozen(channel, frozen.signed, witness.epoch), self._lineage.promise())",
-        "pass",
+        (
+            Edit(
+                f"{VOTING}:Voting._freeze",
+                "await self._commit(witness, Frozen(channel, frozen.signed, witness.epoch), promise)",
+                "pass",
+            ),
+            Edit(f"{VOTING}:Voting._freeze", "self._lineage.promised(promise)", "pass"),
+        ),
     ),
     _one(
         "entry-sent-before-persisted",
@@ -652,12 +657,17 @@ EPOCH_MUTANTS = (
         "False",
         _here("freezes_of_two_epochs_do_not_add_up"),
     ),
-    _one(
+    Mutant(
         "handover-not-kept",
         "a handover leaves before it is on the disk",
-        f"{SEATS}:Seats._hand_over",
-        "await self._book.writer.commit([standing, handed, self._lineage.promise()])",
-        "self._book.store.promises._early = effect",
+        (
+            Edit(
+                f"{SEATS}:Seats._hand_over",
+                "await self._book.writer.commit([standing, handed, promise])",
+                "self._book.store.promises._early = effect",
+            ),
+            Edit(f"{SEATS}:Seats._hand_over", "self._lineage.promised(promise)", "pass"),
+        ),
     ),
     _one(
         "handover-lost-on-a-full-disk",
@@ -667,12 +677,13 @@ EPOCH_MUTANTS = (
         "author = witness.inheritance.receive(signed)",
         "tests/unit/ledger/test_seats_restart.py",
     ),
-    _one(
+    Mutant(
         "handover-no-promise",
         "an older copy of a database does not know that its witness handed over",
-        f"{SEATS}:Seats._hand_over",
-        "[standing, handed, self._lineage.promise()]",
-        "[standing, handed]",
+        (
+            Edit(f"{SEATS}:Seats._hand_over", "[standing, handed, promise]", "[standing, handed]"),
+            Edit(f"{SEATS}:Seats._hand_over", "self._lineage.promised(promise)", "pass"),
+        ),
         "tests/unit/ledger/test_committee_change.py::test_a_witness_that_forgot_its_handover_is_silent",
     ),
     _one(

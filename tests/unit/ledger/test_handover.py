@@ -4,8 +4,9 @@ import msgspec
 import pytest
 
 from config.errors import IntegrityError
+from ledger.core import checkpoint
 from ledger.core.errors import RuleError
-from ledger.core.handover import Inheritance
+from ledger.core.handover import Inheritance, frontier_of
 from ledger.core.objects import (
     Committee,
     Frontier,
@@ -17,7 +18,8 @@ from ledger.core.objects import (
     parse,
     sign,
 )
-from ledger.core.witness import COLLECTING, HANDED_OVER, VOTING
+from ledger.core.state import State
+from ledger.core.witness import COLLECTING, HANDED_OVER, VOTING, Witness
 from p2p.core import codec
 from tests.unit.ledger.committee_kit import LATE_MS, OTHER, PAYER, Net, member
 
@@ -74,6 +76,44 @@ def test_a_frontier_that_nobody_reaches_holds_nobody_up(net):
     assert inheritance.ready
     assert inheritance.counted == 3
     assert len(inheritance.received) == 4
+
+
+def pruned(net: Net) -> State:
+    """What a node knows that starts from a checkpoint of now."""
+    known, state = net.observer.state, State(net.genesis)
+    pages = list(checkpoint.pages(known))
+    summary = checkpoint.summarise(pages, known.committees, known.supply, known.applied)
+    items = [parse(certificate.object) for certificate in net.final]
+    adopted = [item for item in items if getattr(item.object, "account", None) == net.genesis.root]
+    checkpoint.adopt_committees(state.committees, adopted)
+    checkpoint.load(state, checkpoint.read(pages), summary)
+    assert state.digest() == known.digest()
+    return state
+
+
+def test_a_witness_begins_again_though_a_channel_of_the_handovers_was_closed_and_pruned(net):
+    net.settle(net.claim(net.channel, 20))
+    net.change(1)
+    handovers = net.handovers(0, range(4))
+    net.begin(1, handovers)
+    freezes = [net.nodes[1][n].witness.freeze(net.channel, LATE_MS).signed for n in range(3)]
+    net.settle(net.reclaim(net.channel, freezes, 20))
+    witness = Witness(net.keys[1][0], pruned(net), 1)
+    for signed in handovers:
+        witness.receive(signed)
+    witness.advance()
+    assert (witness.phase, witness.inheritance.counted) == (VOTING, 4)
+
+
+def test_a_made_up_channel_makes_no_made_up_account_reached(net):
+    frontier = frontier_of(net.observer.state)
+    inheritance = new(net)
+    unknown = Frontier(frontier.accounts, ((bytes(32), 7),))
+    inheritance.receive(net.handover_by(member(0, 0), 0, frontier=unknown))
+    unreached = Frontier(((PAYER.public_key, 99),), unknown.channels)
+    inheritance.receive(net.handover_by(member(0, 1), 0, frontier=unreached))
+    inheritance.settle()
+    assert inheritance.counted == 1
 
 
 def test_a_bad_signature_under_a_known_entry_hides_nothing(net):

@@ -53,14 +53,25 @@ def test_a_restoration_is_noticed_though_the_start_that_noticed_it_dies(tmp_path
     store = Store(tmp_path / "l.db", NET)
     mark = Mark(tmp_path / "l.db")
     lineage = Lineage(store, mark, [])
-    lineage.promise()
-    lineage.promised()  # of which the database, an older copy, knows nothing
+    lineage.promised(lineage.promise())  # of which the database, an older copy, knows nothing
     mark.close()
     store.close()
     with pytest.raises(Died):
         start(tmp_path, dies_at=place)
     again = start(tmp_path)
     assert again.verdict == RESTORED or again.wallet_unsure == FOUND
+
+
+def test_a_promise_that_was_not_durable_when_the_node_died_is_no_restoration(tmp_path):
+    """A freeze and a batch at once: the first is on the disk, the second was still on its way."""
+    store, mark = Store(tmp_path / "l.db", NET), Mark(tmp_path / "l.db")
+    lineage = Lineage(store, mark, [])
+    first, _ = lineage.promise(), lineage.promise()
+    store.commit([first])
+    lineage.promised(first)
+    mark.close()
+    store.close()
+    assert start(tmp_path).verdict == INTACT
 
 
 def test_the_mark_is_on_the_disk_before_the_database_says_that_there_is_one(tmp_path, monkeypatch):

@@ -29,8 +29,9 @@ def live(tmp_path):
     store, mark = Store(folder / "l.db", maker.genesis.net), Mark(folder / "l.db")
     lineage = Lineage(store, mark, [WITNESS])
     for first in range(0, len(maker.finals), GROUP):
-        store.commit([*maker.finals[first : first + GROUP], lineage.promise()])
-        lineage.promised()
+        promise = lineage.promise()
+        store.commit([*maker.finals[first : first + GROUP], promise])
+        lineage.promised(promise)
     own = maker.finals[-1].item
     store.commit([Own(own.object.seq, own.signed)])
     lineage.signed(own.object.seq)

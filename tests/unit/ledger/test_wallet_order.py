@@ -45,3 +45,26 @@ async def test_a_first_entry_on_a_full_disk_leaves_the_wallet_as_it_was(tmp_path
         assert not ledger.is_restored
         await s.stop(1)
         assert not (await s.start(1)).is_restored
+
+
+async def test_an_entry_whose_mark_could_not_be_written_keeps_its_slot(tmp_path, autojump_clock, monkeypatch):
+    async with swarm(tmp_path) as s:
+        await s.ledgers[0].grant(s.ids[1].public_key, 100)
+        await s.converged()
+        ledger = s.ledgers[1]
+        await ledger.wallet.append((Transfer(s.ids[2].public_key, 1),))
+
+        def full(seq: int) -> None:
+            raise LocalError("local", f"no room to mark entry {seq}")
+
+        monkeypatch.setattr(ledger.wallet._lineage, "signed", full)
+        with pytest.raises(LocalError):
+            await ledger.wallet.append((Transfer(s.ids[2].public_key, 5),))
+        monkeypatch.undo()
+        assert ledger.wallet.pending
+        await ledger.wallet.append((Transfer(s.ids[2].public_key, 20),))
+        await s.converged()
+        assert s.ledgers[2].balance() == 26
+        signed = [parse(each) for each in ledger.book.store.wallet()]
+        final = ledger.book.store.entry_items(s.ids[1].public_key)
+        assert [item.id for item in signed] == [item.id for item in final]
