@@ -31,10 +31,10 @@ Take = Callable[[Signed], Awaitable[bool]]
 class Collecting:
     """The handovers that are being fetched."""
 
-    def __init__(self, network: Network, net: bytes, random: Random) -> None:
+    def __init__(self, network: Network, net: bytes) -> None:
         self._network = network
         self._net = net
-        self._random = random
+        self._random = Random()
         self._room = trio.CapacityLimiter(2)
         self._sending: dict[PeerId, trio.Lock] = {}
         self._under_way: set[tuple[int, bytes]] = set()

@@ -67,7 +67,7 @@ class Seats:
         self._changed = trio.Event()
         self._joined = trio.Event()
         self._random = random.Random()
-        self._collecting = Collecting(network, book.genesis.net, self._random)
+        self._collecting = Collecting(network, book.genesis.net)
         self._seen_epoch = -1
         if active:
             self._sit()

@@ -1,7 +1,5 @@
 """Handovers are fetched each on its own: who dribbles, stalls or sends something else delays nobody."""
 
-from random import Random
-
 import pytest
 import trio
 
@@ -66,7 +64,7 @@ async def absent(call):
 async def fetched(*handlers, keys=(KEY,), seconds=3600.0):
     """What is taken when peers answer like this, and when."""
     hub, taken = MemoryHub(1), {}
-    collecting = Collecting(hub.add(identity(99)), NET, Random(1))
+    collecting = Collecting(hub.add(identity(99)), NET)
     peers = []
     for n, handler in enumerate(handlers):
         network = hub.add(identity(n + 1))
