@@ -23,7 +23,7 @@ from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core import certificate as certificates
 from ledger.core import checkpoint
-from ledger.core.checkpoint import BEHIND_MAX, Page, Proof, Snapshot, Summary
+from ledger.core.checkpoint import Page, Proof, Snapshot, Summary
 from ledger.core.errors import RuleError
 from ledger.core.objects import SMALL_BYTES_MAX, Signed
 from ledger.notes import Notes
@@ -248,7 +248,7 @@ class Checkpoints:
             offer = await self._offers.newest(PROVERS_MIN)
             if offer is None:
                 return None
-            encoded, _ = await self._offers.fetch(offer, _anything)
+            encoded, _ = await self._offers.fetch(offer, _anything, PAGES_MAX)
             await self._book.start_from(offer.committees, offer.proof, encoded)
             self._fresh = False
         log.info("started from a checkpoint of %d entries of %s", offer.proof.summary.entries, offer.peer_id)
@@ -278,12 +278,10 @@ class Checkpoints:
         offer = await self._offers.newest(1, state.applied)
         if offer is None or (mine is not None and mine.summary.entries >= offer.proof.summary.entries):
             return None
-        summary = offer.proof.summary
-        if offer.pages > checkpoint.pages_max(state) or summary.entries < state.applied - BEHIND_MAX:
-            return None
-        encoded, snapshot = await self._offers.fetch(offer, partial(checkpoint.check_page, state))
+        check = partial(checkpoint.check_page, state)
+        encoded, snapshot = await self._offers.fetch(offer, check, checkpoint.pages_max(state))
         async with self._checking:
-            await self._check_state(summary, snapshot)
+            await self._check_state(offer.proof.summary, snapshot)
         await self._book.writer.commit(self._book.store.shelf.keep(offer.proof, encoded))
         return offer.proof
 

@@ -129,12 +129,14 @@ class Offers:
         checkpoint.adopt_committees(chain, [item])
         return entry.seq
 
-    async def fetch(self, offer: Offer, check: Callable[[Page], None]) -> tuple[list[bytes], Snapshot]:
+    async def fetch(self, offer: Offer, check: Callable[[Page], None], pages_max: int) -> tuple[list[bytes], Snapshot]:
         """The pages of a checkpoint, as they travel and as they read; who cannot show them is left out for a while.
 
         Raises RiosError.
         """
         try:
+            if offer.pages > pages_max:
+                raise IntegrityError("integrity", f"{offer.peer_id} shows a checkpoint of too many pages")
             return await self.pages(offer.peer_id, offer.proof.summary, offer.chain, offer.pages, check, FETCH_S)
         except RiosError as error:
             if isinstance(error, RuleError) and error.wait:

@@ -55,7 +55,7 @@ from p2p.core.identity import Identity, verify
 PAGE_LINES = 4096
 PAGE_BYTES_MAX = 2 << 20
 BEHIND_MAX = 200_000
-"""A witness undoes so many entries at most: seconds of work, for whoever asks."""
+"""A witness undoes so many entries at most for whoever asks: seconds of work."""
 STEP_ENTRIES = 256
 
 
@@ -304,7 +304,6 @@ def check_proposal(state: State, summary: Summary, proposed: Snapshot, history: 
 
 def proposal_steps(state: State, summary: Summary, proposed: Snapshot, history: History) -> Iterator[None]:
     """:func:`check_proposal` in steps of a few milliseconds. It is about the state at the first: that may go on."""
-    check_distance(state, summary)
     undone = _Undo(state)
     for position, (key, line) in enumerate(proposed.accounts.items()):
         if position % PAGE_LINES == 0:
