@@ -386,26 +386,37 @@ class Buying:
         """Take back what is left in own channels that expired; microcredits returned.
 
         The witnesses freeze each channel at the newest voucher that this node signed, so that the worker is paid. Who
-        comes meanwhile waits, and finds the rest.
+        comes meanwhile waits, and finds the rest. A channel that cannot be reclaimed yet keeps no other waiting; its
+        RiosError is raised when all were tried.
         """
         async with self._reclaiming:
             return await self._reclaim_expired()
 
     async def _reclaim_expired(self) -> int:
-        me, state = self._wallet.account, self._book.state
-        returned = 0
-        for key, known in list(state.channels.items()):
-            if known.payer != me or known.closed_at is not None:
+        returned, failure = 0, None
+        for key, known in list(self._book.state.channels.items()):
+            if not self._is_due(known):
                 continue
-            if self._book.now_ms() < known.expiry_ms + EXPIRY_MARGIN_MS:
-                continue
-            channel = self._by_id.get(key)
-            voucher = sign(self._network.identity, channel.voucher) if channel and channel.voucher else None
-            freezes = await self._quorum.freezes(key, me, voucher)
-            total = max(codec.decode(Freeze, f.body, bytes_max=SMALL_BYTES_MAX).total for f in freezes)
-            await self._wallet.append([Reclaim(key, total, freezes)])
-            returned += known.lock - total
+            try:
+                returned += await self._reclaim(key, known)
+            except RiosError as error:
+                failure = error
+        if failure is not None:
+            raise failure
         return returned
+
+    def _is_due(self, known: ChannelState) -> bool:
+        if known.payer != self._wallet.account or known.closed_at is not None:
+            return False
+        return self._book.now_ms() >= known.expiry_ms + EXPIRY_MARGIN_MS
+
+    async def _reclaim(self, key: bytes, known: ChannelState) -> int:
+        channel = self._by_id.get(key)
+        voucher = sign(self._network.identity, channel.voucher) if channel and channel.voucher else None
+        freezes = await self._quorum.freezes(key, self._wallet.account, voucher)
+        total = max(codec.decode(Freeze, f.body, bytes_max=SMALL_BYTES_MAX).total for f in freezes)
+        await self._wallet.append([Reclaim(key, total, freezes)])
+        return known.lock - total
 
     # looking in
 

@@ -1,45 +1,44 @@
 """Checkpoints between nodes: proposing, signing, fetching one, starting from one, dropping what lies below one.
 
 Owns the methods ``ledger.checkpoint`` (the newest proof and the committees up to it), ``ledger.page`` and
-``ledger.attest`` (a witness's signature). What a checkpoint *is* stands in ``core/checkpoint``.
+``ledger.attest`` (a witness's signature). What a checkpoint *is* stands in ``core/checkpoint``, how peers are asked for
+theirs in ``offers``.
 
 Invariants: a witness signs only what its own state proves; a new node starts only from a checkpoint of the newest epoch
 that :data:`PROVERS_MIN` peers prove, and follows the committees from the genesis itself; nothing is dropped before the
-checkpoint it stands below is on this disk. One proposal is looked at at a time.
+checkpoint it stands below is on this disk. One proposal of a witness's node and one of somebody else are looked at at a
+time, and none whose pages speak of more than the own state.
 """
 
 import logging
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import trio
 
-from config.errors import IntegrityError, RemoteError, RequestError, RiosError
+from config.errors import RemoteError, RequestError, RiosError
 from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core import certificate as certificates
 from ledger.core import checkpoint
-from ledger.core.certificate import Verifier
-from ledger.core.checkpoint import PAGE_BYTES_MAX, Page, Proof, Summary
-from ledger.core.committee import CommitteeChain
+from ledger.core.checkpoint import Page, Proof, Snapshot, Summary
 from ledger.core.errors import RuleError
-from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Signed
+from ledger.core.objects import SMALL_BYTES_MAX, Signed
 from ledger.notes import Notes
+from ledger.offers import COMMITTEES_PER_ANSWER, PAGES_MAX, Offers, field
 from ledger.quorum import Heal
 from ledger.seats import Seats
-from ledger.shelf import PROOF_BYTES_MAX
 from p2p.core import codec
 from p2p.face import Call, Network, Reply
 
 log = logging.getLogger("rios.ledger")
 
 PROVERS_MIN = 2
-ASKED_MAX = 8
-PAGES_MAX = 1 << 16
-COMMITTEES_PER_ANSWER = 64
-DEADLINE_MS = 20_000
 ATTEST_DEADLINE_MS = 120_000
+LOOK_S = ATTEST_DEADLINE_MS / 1000
+STRANGERS_REST = 9
 PROPOSE_S = 180.0
 DUE_TICK_S = 10.0
 """How often a witness looks whether a checkpoint is due; so long a witness leaves to the one whose turn is before."""
@@ -47,17 +46,6 @@ RETRY_S = 0.5
 FRESH_ENTRIES_MAX = 1000
 HELD_MAX = 6
 """Rounds that a fresh node waits for a second peer to prove a checkpoint; then it begins with the genesis."""
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a peer shows: its newest checkpoint, and the committees since the genesis."""
-
-    peer_id: PeerId
-    proof: Proof
-    pages: int
-    committees: tuple[Certificate, ...]
-    chain: CommitteeChain
 
 
 class Checkpoints:
@@ -77,10 +65,12 @@ class Checkpoints:
     ) -> None:
         self._network, self._book, self._notes, self._seats, self._heal = network, book, notes, seats, heal
         self._archive, self._every, self._in_thread = archive, every, in_thread
-        self._looking, self._starting = trio.Lock(), trio.Lock()
+        self._proposing, self._starting, self._checking = trio.Lock(), trio.Lock(), trio.Lock()
+        self._offers = Offers(network, book.genesis, self._aside)
+        self._looking: set[bool] = set()
+        self._rests: dict[PeerId, float] = {}
         self._offered: dict[bytes, list[bytes]] = {}
         self._fresh = not book.state.applied
-        self._provers = 0
         self._held = 0
         network.serve("ledger.checkpoint", self._serve_newest)
         network.serve("ledger.page", self._serve_page)
@@ -97,6 +87,10 @@ class Checkpoints:
 
         Raises RemoteError ``unavailable`` if too few of them agree in time, or with what they object to.
         """
+        async with self._proposing:  # two of one state would take each other's pages away
+            return await self._propose()
+
+    async def _propose(self) -> Proof:
         state = self._book.state
         await self._book.writer.flush()
         pages = list(checkpoint.pages(state))
@@ -144,7 +138,7 @@ class Checkpoints:
         while True:
             try:
                 reply = await self._network.call(peer_id, "ledger.attest", header, deadline_ms=ATTEST_DEADLINE_MS)
-                signed = codec.decode(Signed, _bytes(reply, "signature"), bytes_max=2 * SMALL_BYTES_MAX)
+                signed = codec.decode(Signed, field(reply, "signature"), bytes_max=2 * SMALL_BYTES_MAX)
                 checkpoint.check_signature(self._book.state.committees, summary, signed)
                 return signed
             except RiosError as error:
@@ -187,7 +181,11 @@ class Checkpoints:
 
     async def _make(self) -> None:
         try:
-            if await self.obtain() is None or self._is_due():
+            await self.obtain()
+        except RiosError as error:  # whoever shows one that is none keeps nobody from making one
+            log.info("checkpoint of a peer: %s", error.message)
+        try:
+            if self._is_due():
                 proof = await self.propose()
                 log.info("made a checkpoint of %d entries", proof.summary.entries)
         except RiosError as error:
@@ -197,114 +195,60 @@ class Checkpoints:
 
     async def _serve_attest(self, call: Call) -> Reply:
         self._check_net(call)
-        summary = codec.decode(Summary, _bytes(call, "summary"), bytes_max=SMALL_BYTES_MAX)
-        witness = self._seats.present()
+        summary = codec.decode(Summary, field(call, "summary"), bytes_max=SMALL_BYTES_MAX)
+        witness, state = self._seats.present(), self._book.state
         count = call.header.get("pages")
         if type(count) is not int or not 0 <= count <= PAGES_MAX:
             raise RiosError("invalid_request", f"'pages' must be a number up to {PAGES_MAX}")
-        if self._looking.locked():
-            raise RemoteError("busy", "another checkpoint is being looked at", "try again")
-        async with self._looking:
-            if summary.entries > self._book.state.applied:
-                raise RuleError("frontier", "an entry of the proposed checkpoint is not applied here", wait=True)
-            pages = [page async for page in self._pages(call.peer_id, summary.state_root, count)]
-            decoded = [codec.decode(Page, page, bytes_max=PAGE_BYTES_MAX) for page in pages]
-            await self._check_root(summary, decoded, self._book.state.committees)
-            await self._check_state(summary, decoded)
+        if summary.epoch != witness.epoch:
+            raise RuleError("epoch", f"a checkpoint of epoch {summary.epoch}; this witness votes in {witness.epoch}")
+        with self._turn(call.peer_id, witness.epoch):
+            checkpoint.check_distance(state, summary)
+            if count > checkpoint.pages_max(state):
+                raise RuleError("frontier", "the proposed checkpoint has more pages than is known here", wait=True)
+            check = partial(checkpoint.check_page, state)
+            _, snapshot = await self._offers.pages(call.peer_id, summary, state.committees, count, check, LOOK_S)
+            async with self._checking:
+                await self._check_state(summary, snapshot)
         return Reply({"signature": codec.encode(witness.attest(summary))})
 
-    async def _check_root(self, summary: Summary, pages: Sequence[Page], committees: CommitteeChain) -> None:
-        found = await self._aside(checkpoint.summarise, pages, committees, summary.supply, summary.entries)
-        if found != summary:
-            raise RuleError("checkpoint", "the pages of a checkpoint do not lead to its root")
+    @contextmanager
+    def _turn(self, peer_id: PeerId, epoch: int) -> Iterator[None]:
+        """Strangers have one turn together, so that they do not stand in the way of the witnesses, which make the
+        checkpoints of themselves; after it they rest nine times as long. A witness that had one for nothing rests for
+        as long as it took."""
+        known = peer_id in self._notes.witnesses(epoch)
+        who = peer_id if known else PeerId("")
+        start = trio.current_time()
+        if known in self._looking or start < self._rests.get(who, 0.0):
+            raise RemoteError("busy", "another checkpoint is being looked at", "try again")
+        self._looking.add(known)
+        signed = False
+        try:
+            yield
+            signed = known
+        finally:
+            self._looking.discard(known)
+            now = trio.current_time()
+            self._rests[who] = now if signed else now + (now - start) * (1 if known else STRANGERS_REST)
 
-    async def _check_state(self, summary: Summary, pages: Sequence[Page]) -> None:
+    async def _check_state(self, summary: Summary, snapshot: Snapshot) -> None:
         """The own state says the same (rule 10)."""
-        snapshot = checkpoint.read(pages)
         await self._book.writer.flush()
-        checkpoint.check_proposal(self._book.state, summary, snapshot, self._book.store.entry_items)
+        for _ in checkpoint.proposal_steps(self._book.state, summary, snapshot, self._book.store.entry_items):
+            await trio.lowlevel.checkpoint()
 
     # fetching
-
-    async def newest_offer(self, provers_min: int) -> Offer | None:
-        """The checkpoint with the most entries that peers show; None if there is none.
-
-        It is of the newest epoch that any of them proves, and ``provers_min`` of them prove a checkpoint of it.
-        """
-        peers = list(self._network.peers())[:ASKED_MAX]
-        offers: list[Offer] = []
-        chains: list[CommitteeChain] = []
-
-        async def ask(peer_id: PeerId) -> None:
-            try:
-                chain, offer = await self._offer_of(peer_id)
-            except RiosError as error:
-                log.info("checkpoint of %s: %s", peer_id, error.message)
-                return
-            chains.append(chain)
-            if offer is not None:
-                offers.append(offer)
-
-        async with trio.open_nursery() as nursery:
-            for peer_id in peers:
-                nursery.start_soon(ask, peer_id)
-        newest = max((chain.epoch for chain in chains), default=0)
-        provers = [offer for offer in offers if offer.chain.epoch == newest]
-        self._provers = len(provers)
-        if len(provers) < provers_min:
-            return None
-        return max(provers, key=lambda offer: offer.proof.summary.entries)
-
-    async def _offer_of(self, peer_id: PeerId) -> tuple[CommitteeChain, Offer | None]:
-        """A peer's committees, followed from the genesis, and the checkpoint that it proves."""
-        chain = CommitteeChain(self._book.genesis)
-        verifier = Verifier(self._book.genesis, chain)
-        followed: list[Certificate] = []
-        while True:
-            header = {"net": self._book.genesis.net, "since": len(followed)}
-            reply = await self._network.call(peer_id, "ledger.checkpoint", header, deadline_ms=DEADLINE_MS)
-            for data in reply.buffers[:COMMITTEES_PER_ANSWER]:
-                certificate = certificates.decode(bytes(data))
-                item = verifier.open(certificate)
-                if getattr(item.object, "account", None) != self._book.genesis.root:
-                    raise RuleError("root", "a committee is not named by the network's root")
-                checkpoint.adopt_committees(chain, [item])
-                followed.append(certificate)
-            if len(reply.buffers) < COMMITTEES_PER_ANSWER:
-                break
-        if reply.header.get("proof") is None:
-            return chain, None
-        proof = codec.decode(Proof, _bytes(reply, "proof"), bytes_max=PROOF_BYTES_MAX)
-        checkpoint.check_proof(chain, proof)
-        pages = reply.header.get("pages")
-        if type(pages) is not int or not 0 <= pages <= PAGES_MAX:
-            raise IntegrityError("integrity", f"{peer_id} sent a malformed checkpoint")
-        return chain, Offer(peer_id, proof, pages, tuple(followed), chain)
-
-    async def _pages(self, peer_id: PeerId, root: bytes, count: int) -> AsyncIterator[bytes]:
-        for number in range(count):
-            header = {"net": self._book.genesis.net, "root": root, "number": number}
-            reply = await self._network.call(peer_id, "ledger.page", header, deadline_ms=DEADLINE_MS, bulk=True)
-            if len(reply.buffers) != 1 or len(reply.buffers[0]) > PAGE_BYTES_MAX:
-                raise IntegrityError("integrity", f"{peer_id} sent no page of a checkpoint")
-            yield bytes(reply.buffers[0])
-
-    async def _fetch(self, offer: Offer) -> tuple[list[bytes], list[Page]]:
-        root = offer.proof.summary.state_root
-        encoded = [page async for page in self._pages(offer.peer_id, root, offer.pages)]
-        pages = [codec.decode(Page, page, bytes_max=PAGE_BYTES_MAX) for page in encoded]
-        await self._check_root(offer.proof.summary, pages, offer.chain)
-        return encoded, pages
 
     async def start(self) -> Proof | None:
         """Start this fresh node from the newest checkpoint of its peers; None if they prove none, or all is wanted."""
         async with self._starting:
             if not self._is_fresh():
                 return None
-            offer = await self.newest_offer(PROVERS_MIN)
+            offer = await self._offers.newest(PROVERS_MIN)
             if offer is None:
                 return None
-            encoded, _ = await self._fetch(offer)
+            encoded, _ = await self._offers.fetch(offer, _anything, PAGES_MAX)
             await self._book.start_from(offer.committees, offer.proof, encoded)
             self._fresh = False
         log.info("started from a checkpoint of %d entries of %s", offer.proof.summary.entries, offer.peer_id)
@@ -325,16 +269,19 @@ class Checkpoints:
             log.warning("could not start from a checkpoint: %s", error.message)
             started = None
         self._held += 1
-        self._fresh = started is None and self._provers > 0 and self._held <= HELD_MAX
+        self._fresh = started is None and self._offers.provers > 0 and self._held <= HELD_MAX
         return not self._fresh
 
     async def obtain(self) -> Proof | None:
         """Keep the newest checkpoint of the peers, checked against the own state; None if none is newer."""
-        offer, mine = await self.newest_offer(1), self._book.store.shelf.newest()
+        state, mine = self._book.state, self._book.store.shelf.newest()
+        offer = await self._offers.newest(1, state.applied)
         if offer is None or (mine is not None and mine.summary.entries >= offer.proof.summary.entries):
             return None
-        encoded, pages = await self._fetch(offer)
-        await self._check_state(offer.proof.summary, pages)
+        check = partial(checkpoint.check_page, state)
+        encoded, snapshot = await self._offers.fetch(offer, check, checkpoint.pages_max(state))
+        async with self._checking:
+            await self._check_state(offer.proof.summary, snapshot)
         await self._book.writer.commit(self._book.store.shelf.keep(offer.proof, encoded))
         return offer.proof
 
@@ -401,8 +348,5 @@ class Checkpoints:
         return Reply({}, [page])
 
 
-def _bytes(message: Call | Reply, name: str) -> bytes:
-    value = message.header.get(name)
-    if not isinstance(value, bytes):
-        raise IntegrityError("integrity", f"the message lacks {name!r}")
-    return value
+def _anything(_page: Page) -> None:
+    """A fresh node has nothing to compare a page with."""

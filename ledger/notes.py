@@ -1,34 +1,36 @@
 """News beside the ledger that prove themselves: where witnesses sit, who signed two entries for one slot.
 
-Owns the tables of seats and proofs in memory and on disk, their gossip (topic ``ledger.<net>.notes``) and their
+Owns the table of seats in memory, seats and proofs on disk, their gossip (topic ``ledger.<net>.notes``) and their
 anti-entropy (``ledger.notes``). Nothing here decides about money: a seat only says whom to ask, a proof only that its
-account gets no new service.
+account gets no new service. Which proofs are kept is said by ``offenders``.
 
-Invariants: everything is verified before it is kept or passed on; tables are bounded (a seat for every witness known,
-:data:`PROOFS_MAX` proofs, one per account).
+Invariants: everything is verified before it is kept or passed on; tables are bounded (a seat for every witness known).
 """
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 
 import msgspec
 import trio
 
-from config.errors import IntegrityError, RiosError
+from config.errors import IntegrityError, LocalError, RiosError
 from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core import equivocation
 from ledger.core.errors import RuleError
 from ledger.core.objects import SMALL_BYTES_MAX, Equivocation, Seat, Signed, open_signed
+from ledger.offenders import PROOFS_MAX, Offenders
 from ledger.promises import Seated
 from ledger.records import Proof
+from ledger.shelf import Rows
 from p2p.core import codec
 from p2p.core.identity import peer_id_of
 from p2p.face import Call, Network, Reply
 
-PROOFS_MAX = 10_000
 ANSWER_NOTES_MAX = 256
+ANSWER_BYTES_MAX = 1 << 20
 NOTE_BYTES_MAX = equivocation.PROOF_BYTES_MAX
 GOSSIP_BYTES_MAX = 60 << 10
 DEADLINE_MS = 10_000
@@ -46,7 +48,7 @@ class Notes:
         self._book = book
         self._sync_seconds = sync_seconds
         self._seats: dict[tuple[int, bytes], tuple[Signed, PeerId]] = {}
-        self._proofs: dict[bytes, Equivocation] = {}
+        self._offenders = Offenders(book)
         self._random = random.Random()
         self._send, self._outbox = trio.open_memory_channel[bytes](256)
         self.topic = f"ledger.{book.genesis.net.hex()}.notes"
@@ -55,8 +57,6 @@ class Notes:
         for signed in book.store.promises.seats():
             seat = codec.decode(Seat, signed.body, bytes_max=SMALL_BYTES_MAX)
             self._seats[seat.epoch, seat.witness] = signed, peer_id_of(seat.node)
-        for account, _, proof in book.store.promises.proofs():
-            self._proofs[account] = proof
         network.subscribe(self.topic, self._gossip)
         network.serve("ledger.notes", self._serve)
 
@@ -74,15 +74,15 @@ class Notes:
     @property
     def offenders(self) -> frozenset[bytes]:
         """Accounts that signed two entries for one slot."""
-        return frozenset(self._proofs)
+        return self._offenders.accounts()
 
     def proof_of(self, account: bytes) -> Equivocation | None:
         """The evidence against an account."""
-        return self._proofs.get(account)
+        return self._offenders.proof_of(account)
 
     def is_offender(self, account: bytes) -> bool:
         """Whether an account gets no new service."""
-        return account in self._proofs
+        return account in self._offenders
 
     # taking in
 
@@ -105,13 +105,15 @@ class Notes:
         return True
 
     async def add_proof(self, proof: Equivocation, *, announce: bool = False) -> bool:
-        """Keep a proof; whether its account was not known to be an offender. Raises IntegrityError if it proves
-        nothing."""
+        """Keep a proof; False if its account is known to be an offender, or has nothing to pay with. Raises
+        IntegrityError if it proves nothing."""
+        if not self._offenders.matters(equivocation.account_of(proof)):
+            return False  # before any signature: whoever has a key makes such proofs for nothing
         account, seq = equivocation.check_proof(self._book.genesis.net, proof)
-        if account in self._proofs or len(self._proofs) >= PROOFS_MAX:
+        gone = self._offenders.keep(account, proof)
+        if gone is None:
             return False
-        self._proofs[account] = proof
-        await self._book.writer.commit([Proof(account, seq, proof.a, proof.b)])
+        await self._book.writer.commit([Proof(account, seq, proof.a, proof.b), _without(gone)])
         for listener in self.listeners:
             listener(account)
         if announce:
@@ -144,17 +146,12 @@ class Notes:
         except IntegrityError:
             self._book.refused += 1
 
-    def _notes(self) -> list[bytes]:
-        seats = [_pack((SEAT, codec.encode(signed))) for signed, _ in self._seats.values()]
-        proofs = [_pack((PROOF, equivocation.encode(proof))) for proof in self._proofs.values()]
-        return sorted(seats) + sorted(proofs)
-
     def digest(self) -> bytes:
         """One hash over all notes."""
         total = sha256()
         for key in sorted(self._seats):
             total.update(self._seats[key][0].body)
-        for account in sorted(self._proofs):
+        for account in self._offenders.that_matter():
             total.update(account)
         return total.digest()
 
@@ -166,15 +163,23 @@ class Notes:
         first = call.header.get("first", 0)
         if type(first) is not int or first < 0:
             raise RiosError("invalid_request", "'first' must be a number")
-        notes = self._notes()
+        keys: list[tuple[int, bytes] | bytes] = [*sorted(self._seats), *self._offenders.that_matter()]
         part: list[bytes] = []
         size = 0
-        for note in notes[first : first + ANSWER_NOTES_MAX]:
+        for key in keys[first : first + ANSWER_NOTES_MAX]:
+            note = self._note(key)
             size += len(note)
-            if part and size > 1 << 20:
+            if part and size > ANSWER_BYTES_MAX:
                 break
             part.append(note)
-        return Reply({"more": first + len(part) < len(notes)}, part)
+        return Reply({"more": first + len(part) < len(keys)}, part)
+
+    def _note(self, key: tuple[int, bytes] | bytes) -> bytes:
+        if isinstance(key, tuple):
+            return _pack((SEAT, codec.encode(self._seats[key][0])))
+        proof = self._offenders.proof_of(key)
+        assert proof is not None
+        return _pack((PROOF, equivocation.encode(proof)))
 
     async def sync_with(self, peer_id: PeerId) -> None:
         """Learn what a peer has. Raises RiosError when it fails."""
@@ -196,6 +201,9 @@ class Notes:
 
     async def run(self) -> None:
         """Gossip and anti-entropy until cancelled."""
+        if self._offenders.left_over:
+            with suppress(LocalError):  # a full disk: at the next start
+                await self._book.writer.commit([_without(self._offenders.left_over)])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run_gossip)
             nursery.start_soon(self._run_sync)
@@ -214,3 +222,7 @@ class Notes:
                         await self.sync_with(self._random.choice(peers))
                 except RiosError:
                     continue  # another peer, next time
+
+
+def _without(accounts: Sequence[bytes]) -> Rows:
+    return Rows("DELETE FROM proofs WHERE account = ?", [(account,) for account in accounts])

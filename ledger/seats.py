@@ -1,8 +1,8 @@
 """This node's seats in the committees: from taking one to erasing its key.
 
 Owns the :class:`~ledger.core.witness.Witness` of every epoch in which this node holds a key, brings it back after a
-restart, fetches and serves handovers, stops and hands over when the next committee is final, erases the epoch's key.
-``voting`` serves the votes of whichever seat is the present one.
+restart, has handovers fetched (``collecting``) and serves them, stops and hands over when the next committee is final,
+erases the epoch's key. ``voting`` serves the votes of whichever seat is the present one.
 
 Invariants: a handover leaves only when it and the stop are durable, and its key is erased after that. A seat that may
 have forgotten promises (a database from a backup) stays silent for its epoch: noticed by the mark outside the database
@@ -13,15 +13,17 @@ certificates that come in later.
 import logging
 import math
 import random
+from contextlib import suppress
+from functools import partial
 
 import trio
 
-from config.errors import IntegrityError, RemoteError, RiosError
+from config.errors import RemoteError, RiosError
 from config.vocabulary import PeerId
 from ledger.book import Book
+from ledger.collecting import DEADLINE_MS, PIECE_BYTES, Collecting
 from ledger.core.errors import RuleError
 from ledger.core.objects import (
-    HANDOVER_BYTES_MAX,
     Certificate,
     Claim,
     Item,
@@ -40,10 +42,8 @@ from p2p.face import Call, Network, Reply
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 1 << 20
 CHECKS = 64
 """Signatures of a handover checked before other tasks get a turn (about 5 ms)."""
-DEADLINE_MS = 10_000
 PAUSE_S = 1.0
 RETRY_S = 5.0
 TOO_LARGE_PAUSE_S = 300.0
@@ -71,6 +71,7 @@ class Seats:
         self._changed = trio.Event()
         self._joined = trio.Event()
         self._random = random.Random()
+        self._collecting = Collecting(network, book.genesis.net)
         self._seen_epoch = -1
         if active:
             self._sit()
@@ -183,27 +184,28 @@ class Seats:
                 self._changed.set()
 
     async def _run_rounds(self) -> None:
-        while True:
-            for witness in list(self._seats.values()):
-                try:
-                    await self._tend(witness)
-                except RiosError as error:
-                    log.error("the witness of epoch %d: %s", witness.epoch, error)
-            with trio.move_on_after(self._pause_s()):
-                await self._joined.wait()
-            self._joined = trio.Event()
+        async with trio.open_nursery() as nursery:
+            while True:
+                for witness in list(self._seats.values()):
+                    try:
+                        await self._tend(witness, nursery)
+                    except RiosError as error:
+                        log.error("the witness of epoch %d: %s", witness.epoch, error)
+                with trio.move_on_after(self._pause_s()):
+                    await self._joined.wait()
+                self._joined = trio.Event()
 
     def _pause_s(self) -> float:
         busy = any(w.epoch not in self._vouched or w.phase == COLLECTING for w in self._seats.values())
         return (PAUSE_S if busy else LATE_PAUSE_S) * self._random.uniform(0.5, 1.5)
 
-    async def _tend(self, witness: Witness) -> None:
+    async def _tend(self, witness: Witness, nursery: trio.Nursery) -> None:
         if witness.epoch not in self._vouched and await self._ask_about(witness):
             self._vouched.add(witness.epoch)
         if witness.key != self._network.identity.public_key:
             await self._announce(witness)
         if witness.inheritance is not None:
-            await self._collect(witness)
+            await self._collect(witness, nursery)
 
     # handing over
 
@@ -255,14 +257,24 @@ class Seats:
 
     # collecting
 
-    async def _collect(self, witness: Witness) -> None:
+    async def _collect(self, witness: Witness, nursery: trio.Nursery) -> None:
+        """Begin to fetch what is missing; whatever comes is taken as it comes."""
         inheritance = witness.inheritance
         assert inheritance is not None
-        for key in [key for key in inheritance.old.keys if key not in inheritance.received]:
-            try:
-                await self.receive(witness, await self._fetch(inheritance.old.epoch, key))
-            except RiosError:
-                continue  # the others may be enough; the next round asks again
+        old, committees = inheritance.old, self._book.state.committees
+        others = self._notes.witnesses(witness.epoch)
+        for key in [key for key in old.keys if key not in inheritance.received]:
+            own = self._book.store.promises.handover(old.epoch, key)
+            if own is not None:
+                with suppress(RiosError):  # a full disk: the next round tries again
+                    await self.receive(witness, own)
+                continue
+            first, f = self._notes.peer_of(old.epoch, key), max(old.f, committees.of(witness.epoch).f)
+            self._collecting.begin(nursery, old.epoch, key, first, others, f, partial(self._take, witness, key))
+
+    async def _take(self, witness: Witness, key: bytes, signed: Signed) -> bool:
+        await self.receive(witness, signed)
+        return witness.inheritance is not None and key in witness.inheritance.received
 
     async def receive(self, witness: Witness, signed: Signed) -> None:
         """Take a handover for ``witness``. Raises IntegrityError for a wrong one."""
@@ -272,33 +284,6 @@ class Seats:
             await self._book.writer.commit([Handed(witness.epoch - 1, author, signed)])
             witness.receive(signed)
             self._changed.set()
-
-    async def _fetch(self, epoch: int, key: bytes) -> Signed:
-        """A handover, from its witness or from whoever has it. Raises RemoteError if nobody has."""
-        own = self._book.store.promises.handover(epoch, key)
-        if own is not None:
-            return own
-        others = [peer for peer in self._notes.witnesses(epoch + 1) if peer != self._network.identity.peer_id]
-        self._random.shuffle(others)
-        for peer_id in (self._notes.peer_of(epoch, key), *others):
-            try:
-                return await self._fetch_from(peer_id, epoch, key)
-            except RiosError:
-                continue  # the others may have it
-        raise RemoteError("unavailable", f"nobody has the handover of {key.hex()[:16]} yet")
-
-    async def _fetch_from(self, peer_id: PeerId, epoch: int, key: bytes) -> Signed:
-        body = bytearray()
-        while True:
-            ask = {"net": self._book.genesis.net, "epoch": epoch, "witness": key, "offset": len(body)}
-            reply = await self._network.call(peer_id, "ledger.handover", ask, deadline_ms=DEADLINE_MS)
-            size, signature = reply.header.get("bytes"), reply.header.get("signature")
-            piece = bytes(reply.buffers[0]) if len(reply.buffers) == 1 else b""
-            if type(size) is not int or size > HANDOVER_BYTES_MAX or not piece or not isinstance(signature, bytes):
-                raise IntegrityError("integrity", f"{peer_id} sent a malformed handover")
-            body += piece
-            if len(body) >= size:
-                return Signed(bytes(body), signature)
 
     async def _serve_handover(self, call: Call) -> Reply:
         self._check_net(call)
@@ -323,17 +308,22 @@ class Seats:
         Who knows a newer epoch does not count: this copy of the ledger has to catch up first.
         """
         committee = self._book.state.committees.of(witness.epoch)
-        answered = 0
-        for key in committee.keys:
-            if key != witness.key:
-                try:
-                    await self._ask_batches(witness, self._notes.peer_of(witness.epoch, key))
-                    answered += 1
-                except RiosError:
-                    continue  # who is not up cannot warn; enough others must
+        answered: list[PeerId] = []
+
+        async def ask(peer_id: PeerId) -> None:
+            try:
+                await self._ask_batches(witness, peer_id)
+                answered.append(peer_id)
+            except RiosError:
+                return  # who is not up cannot warn; enough others must
+
+        async with trio.open_nursery() as nursery:
+            for key in committee.keys:
+                if key != witness.key:
+                    nursery.start_soon(ask, self._notes.peer_of(witness.epoch, key))
         if witness.restored:
             await self._book.writer.commit([Standing(witness.epoch, witness.key, witness.phase, True)])
-        return answered > committee.f or not committee.f
+        return len(answered) > committee.f or not committee.f
 
     async def _ask_batches(self, witness: Witness, peer_id: PeerId) -> None:
         ask = {"net": self._book.genesis.net, "epoch": witness.epoch, "witness": witness.key}

@@ -78,6 +78,7 @@ class Selling:
         self._pausing: dict[bytes, trio.Event] = {}
         """Between two receipts of a channel; set when the money that is lent runs out."""
         self._taking: dict[bytes, trio.Lock] = {}
+        self._greeting: dict[bytes, trio.Lock] = {}
         self._credited = trio.Event()
         """Set, and replaced, with every voucher."""
         self._wake = trio.Event()
@@ -195,14 +196,16 @@ class Selling:
             known = self._book.state.channels.get(key)
         self._check_hello(call.peer_id, key, known)
         assert known is not None
-        channel = self._channels.get(key)
         self._failures.pop(key, None)
-        if channel is None:
-            if len(self._channels) >= CHANNELS_MAX:
-                raise RiosError("busy", "too many channels", "try another worker")
-            channel = SellerChannel(self._book.genesis.net, key, known.payer, known.lock, self._settings.credit)
-        await self._take(channel, voucher, signature)
-        self._channels[key] = channel
+        # two first hellos at once are about one channel: the later one finds what the earlier made
+        async with self._greeting.setdefault(key, trio.Lock()):
+            channel = self._channels.get(key)
+            if channel is None:
+                if len(self._channels) >= CHANNELS_MAX:
+                    raise RiosError("busy", "too many channels", "try another worker")
+                channel = SellerChannel(self._book.genesis.net, key, known.payer, known.lock, self._settings.credit)
+            await self._take(channel, voucher, signature)
+            self._channels[key] = channel
         assert channel.voucher is not None
         held = Signed(codec.encode(channel.voucher), channel.voucher_signature)
         return Reply({"voucher": codec.encode(held), "stopped": channel.stopped, "lends": channel.lends})

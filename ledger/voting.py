@@ -29,6 +29,7 @@ from ledger.promises import Kept, chain_key
 from ledger.records import Frozen, Meta, Record, Voted
 from ledger.seats import Seats
 from p2p.core import codec
+from p2p.core.identity import peer_id_of
 from p2p.face import Call, Network, Reply
 
 BEFORE_MAX = 64
@@ -148,6 +149,9 @@ class Voting:
             raise RiosError("invalid_request", "'channel' must be 32 bytes")
         witness = self._seats.present()
         known = self._book.state.channels.get(channel)
+        if known is not None and peer_id_of(known.payer) != call.peer_id:
+            # a freeze never changes: who asks before the payer has shown its newest voucher takes it from the payee
+            raise RiosError("forbidden", "only its payer has a channel frozen")
         shown = call.header.get("voucher")
         if shown is not None and known is not None:
             signed = read_signed(shown)

@@ -54,6 +54,9 @@ from p2p.core.identity import Identity, verify
 
 PAGE_LINES = 4096
 PAGE_BYTES_MAX = 2 << 20
+BEHIND_MAX = 200_000
+"""A witness undoes so many entries at most for whoever asks: seconds of work."""
+STEP_ENTRIES = 256
 
 
 class AccountLine(_Array, frozen=True):
@@ -157,20 +160,39 @@ def committee_digest(committees: CommitteeChain) -> bytes:
     return sha256(b"".join(committees.lines())).digest()
 
 
-def summarise(all_pages: Iterable[Page], committees: CommitteeChain, supply: int, entries: int) -> Summary:
-    """The summary of a state in pages. Raises IntegrityError if lines are out of order."""
-    head = codec.encode(_Head(committees.net, supply, entries, committee_digest(committees)))
-    lines, frontier = [head], sha256(b"rios/frontier/1\0")
-    last = [b"", b""]
-    for page in all_pages:
+class Summing:
+    """The summary of a state, page by page."""
+
+    def __init__(self, committees: CommitteeChain, supply: int, entries: int) -> None:
+        head = codec.encode(_Head(committees.net, supply, entries, committee_digest(committees)))
+        self._epoch, self._supply, self._entries = committees.epoch, supply, entries
+        self._lines = [head]
+        self._frontier = sha256(b"rios/frontier/1\0")
+        self._last = [b"", b""]
+
+    def add(self, page: Page) -> None:
+        """The next page. Raises IntegrityError if its lines are out of order."""
+        last = self._last
         for kind, part in enumerate(_parts(page)):
             for line in part:
                 if line.key <= last[kind] or (kind == 0 and last[1]):
                     raise IntegrityError("integrity", "the lines of a checkpoint are not in order")
                 last[kind] = line.key
-                lines.append(codec.encode(line))
-                frontier.update(_frontier_line(line))
-    return Summary(committees.epoch, frontier.digest(), merkle.root_of(lines), supply, entries)
+                self._lines.append(codec.encode(line))
+                self._frontier.update(_frontier_line(line))
+
+    def summary(self) -> Summary:
+        """What the pages come to."""
+        root = merkle.root_of(self._lines)
+        return Summary(self._epoch, self._frontier.digest(), root, self._supply, self._entries)
+
+
+def summarise(all_pages: Iterable[Page], committees: CommitteeChain, supply: int, entries: int) -> Summary:
+    """The summary of a state in pages. Raises IntegrityError if lines are out of order."""
+    summing = Summing(committees, supply, entries)
+    for page in all_pages:
+        summing.add(page)
+    return summing.summary()
 
 
 def _parts(page: Page) -> tuple[tuple[AccountLine | ChannelLine, ...], ...]:
@@ -187,9 +209,14 @@ def read(all_pages: Iterable[Page]) -> Snapshot:
     """The lines by key."""
     found = Snapshot({}, {})
     for page in all_pages:
-        found.accounts.update((line.key, line) for line in page.accounts)
-        found.channels.update((line.key, line) for line in page.channels)
+        add_lines(found, page)
     return found
+
+
+def add_lines(snapshot: Snapshot, page: Page) -> None:
+    """Read one more page."""
+    snapshot.accounts.update((line.key, line) for line in page.accounts)
+    snapshot.channels.update((line.key, line) for line in page.channels)
 
 
 # --- signing and proving
@@ -242,18 +269,49 @@ History = Callable[[bytes, int, int], Iterable[Item]]
 """An account's final entries from one seq to another, in order."""
 
 
+def pages_max(state: State) -> int:
+    """How many pages a proposal may have that this state can prove."""
+    return (len(state.accounts) + len(state.channels)) // PAGE_LINES + 2
+
+
+def check_page(state: State, page: Page) -> None:
+    """Whether a page of a proposal speaks of what is known here only. Raises :class:`RuleError` ``frontier``, which
+    waits."""
+    accounts, channels = state.accounts, state.channels
+    unknown = any(line.key not in accounts or accounts[line.key].seq < line.seq for line in page.accounts)
+    if unknown or any(line.key not in channels for line in page.channels):
+        raise RuleError("frontier", "an entry of the proposed checkpoint is not applied here", wait=True)
+
+
+def check_distance(state: State, summary: Summary) -> None:
+    """Whether a proposal lies neither above this state nor so far below it that undoing what came since is too much
+    work. Raises :class:`RuleError` ``frontier``."""
+    if summary.entries > state.applied:
+        raise RuleError("frontier", "an entry of the proposed checkpoint is not applied here", wait=True)
+    if summary.entries < state.applied - BEHIND_MAX:
+        raise RuleError("frontier", f"the proposed checkpoint lies more than {BEHIND_MAX} entries back")
+
+
 def check_proposal(state: State, summary: Summary, proposed: Snapshot, history: History) -> None:
     """Whether ``proposed``, whose root was checked, is this state with what came after it undone.
 
     Work and memory go with the number of accounts and with what came after. Raises :class:`RuleError` ``frontier``,
     which waits where this state lacks something that the proposal has.
     """
+    for _ in proposal_steps(state, summary, proposed, history):
+        pass
+
+
+def proposal_steps(state: State, summary: Summary, proposed: Snapshot, history: History) -> Iterator[None]:
+    """:func:`check_proposal` in steps of a few milliseconds. It is about the state at the first: that may go on."""
     undone = _Undo(state)
-    for key, line in proposed.accounts.items():
-        undone.account(key, line.seq, line.head, history)
-    for key, account in state.accounts.items():
-        if key not in proposed.accounts and account.seq:
-            undone.account(key, 0, b"", history)
+    for position, (key, line) in enumerate(proposed.accounts.items()):
+        if position % PAGE_LINES == 0:
+            yield
+        yield from undone.account(key, line.seq, line.head, history)
+    for key, seq in undone.seqs.items():
+        if seq and key not in proposed.accounts:
+            yield from undone.account(key, 0, b"", history)
     undone.claims(proposed.channels)
     undone.compare(proposed, summary)
 
@@ -262,34 +320,41 @@ class _Undo:
     """Takes entries off a copy of a state's amounts."""
 
     def __init__(self, state: State) -> None:
-        self._state = state
+        self.seqs = {key: account.seq for key, account in state.accounts.items()}
+        self._heads = {key: account.head for key, account in state.accounts.items()}
         self._balances = {key: account.balance for key, account in state.accounts.items()}
+        self._channels = state.channels
+        """Of those that were there at first only what does not change any more is read."""
         self._locks = {key: channel.lock for key, channel in state.channels.items()}
-        self._paid: dict[bytes, int] = {}
+        self._paid = {key: channel.paid for key, channel in state.channels.items()}
+        self._closed = {key for key, channel in state.channels.items() if channel.closed_at is not None}
         self._opened: set[bytes] = set()
-        self._reopened: set[bytes] = set()
         self._supply = state.supply
         self._entries = state.applied
 
-    def account(self, key: bytes, seq: int, head: bytes, history: History) -> None:
-        """Undo what an account did after ``seq``, where its head was ``head``."""
-        known = self._state.accounts.get(key)
-        if known is None or known.seq < seq:
+    def account(self, key: bytes, seq: int, head: bytes, history: History) -> Iterator[None]:
+        """Undo what an account did after ``seq``, where its head was ``head``; stops after every few entries."""
+        known = self.seqs.get(key, -1)
+        if known < seq:
             raise RuleError("frontier", "an entry of the proposed checkpoint is not applied here", wait=True)
-        if known.seq == seq:
-            if seq and known.head != head:
+        if known == seq:
+            if seq and self._heads[key] != head:
                 raise RuleError("frontier", "the proposed checkpoint names another head of a chain")
             return
-        first = max(1, seq)
-        items = list(history(key, first, known.seq))
-        if len(items) != known.seq - first + 1:
-            raise RuleError("frontier", "what came after the proposed checkpoint is not all on this disk", wait=True)
-        for item in items:
-            assert isinstance(item.object, Entry)
-            if item.object.seq > seq:
-                self._entry(item, item.object)
-            elif item.id != head:
-                raise RuleError("frontier", "the proposed checkpoint names another head of a chain")
+        for first in range(max(1, seq), known + 1, STEP_ENTRIES):
+            last = min(known, first + STEP_ENTRIES - 1)
+            items = list(history(key, first, last))
+            if len(items) != last - first + 1:
+                raise RuleError(
+                    "frontier", "what came after the proposed checkpoint is not all on this disk", wait=True
+                )
+            for item in items:
+                assert isinstance(item.object, Entry)
+                if item.object.seq > seq:
+                    self._entry(item, item.object)
+                elif item.id != head:
+                    raise RuleError("frontier", "the proposed checkpoint names another head of a chain")
+            yield
         if head and not seq and head != bytes(32):
             raise RuleError("frontier", "the proposed checkpoint names a head of an empty chain")
 
@@ -313,23 +378,23 @@ class _Undo:
             balances[owner] += op.amount
             self._locks[op.channel] -= op.amount
         elif isinstance(op, Reclaim):
-            balances[owner] -= self._state.channels[op.channel].lock - op.total
-            self._reopened.add(op.channel)
+            balances[owner] -= self._channels[op.channel].lock - op.total
+            self._closed.discard(op.channel)
         elif isinstance(op, Committee | Issuer):
             raise RuleError("frontier", "the proposed checkpoint is older than a change of committee or issuer")
 
     def claims(self, proposed: Mapping[bytes, ChannelLine]) -> None:
         """Set every channel back to what the proposal says was paid: final claims stand for all lower amounts."""
-        for key, channel in self._state.channels.items():
-            if channel.closed_at is not None and key not in self._reopened:
+        for key in self._locks:
+            if key in self._closed:
                 continue
             line = proposed.get(key)
             if (line is None) != (key in self._opened):
                 raise RuleError("frontier", "the proposed checkpoint has other open channels")
             paid = line.paid if line is not None else 0
-            if paid > channel.paid:
+            if paid > self._paid[key]:
                 raise RuleError("frontier", "a claim of the proposed checkpoint is not applied here", wait=True)
-            self._balances[channel.payout] -= channel.paid - paid
+            self._balances[self._channels[key].payout] -= self._paid[key] - paid
 
     def compare(self, proposed: Snapshot, summary: Summary) -> None:
         """Everything that is left must be the proposal, line by line."""
@@ -342,15 +407,14 @@ class _Undo:
         if any(key not in self._balances for key in proposed.accounts):
             raise RuleError("frontier", "the proposed checkpoint has an account that is not known here", wait=True)
         for key, open_line in proposed.channels.items():
-            known = self._state.channels.get(key)
-            if known is None:
+            if key not in self._locks:
                 raise RuleError("frontier", "the proposed checkpoint has other open channels", wait=True)
+            known = self._channels[key]
             mine = ChannelLine(
                 *(key, known.payer, known.signer, known.payout, self._locks[key]),
                 *(known.expiry_ms, known.seq, known.op_index, open_line.paid),
             )
-            closed = known.closed_at is not None and key not in self._reopened
-            if closed or mine != open_line:
+            if key in self._closed or mine != open_line:
                 raise RuleError("frontier", "the proposed checkpoint has another state of a channel")
 
 

@@ -25,6 +25,14 @@ def check_proof(net: bytes, proof: Equivocation) -> tuple[bytes, int]:
     return a.account, a.seq
 
 
+def account_of(proof: Equivocation) -> bytes:
+    """Whom a proof is about, before any check. Raises :class:`config.errors.IntegrityError` if about nobody."""
+    body = parse(proof.a).object
+    if not isinstance(body, Entry):
+        raise RuleError("equivocation", "a proof is made of two entries of this network")
+    return body.account
+
+
 def _signed_entry(net: bytes, signed: Signed) -> Entry:
     item = parse(signed)
     if not isinstance(item.object, Entry) or item.object.net != net:

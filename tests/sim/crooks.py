@@ -277,7 +277,8 @@ class Crook:
     async def _ask_freeze(self, node: "Node", witness: "Node", key: bytes) -> None:
         header: dict[str, Any] = {"channel": key}
         try:
-            reply = await node.network.call(witness.peer_id, "ledger.freeze", header, deadline_ms=1000)
+            me = self.payer.peer_id
+            reply = await node.network.call(witness.peer_id, "ledger.freeze", header, deadline_ms=1000, sender=me)
             signed = codec.decode(Signed, reply.header["freeze"], bytes_max=8192)
         except (RiosError, KeyError):
             return

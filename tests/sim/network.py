@@ -97,9 +97,10 @@ class SimNetwork:
         buffers: Sequence[Buffer] = (),
         *,
         deadline_ms: int,
+        sender: PeerId | None = None,
         **_: Any,
     ) -> Reply:
-        """Ask a peer."""
+        """Ask a peer; as ``sender`` where a crook does not speak with its node's key."""
         world, target = self._world, self._world.by_peer.get(peer_id)
         if target is None:
             raise RemoteError("unavailable", f"no way to {peer_id} is known", peer_id=peer_id)
@@ -116,7 +117,7 @@ class SimNetwork:
         await trio.sleep(out)
         if not target.up:
             raise RemoteError("unavailable", f"{target.name} is down", peer_id=peer_id)
-        call = Call(self.peer_id, method, dict(header), tuple(memoryview(bytes(b)) for b in buffers), 0.0)
+        call = Call(sender or self.peer_id, method, dict(header), tuple(memoryview(bytes(b)) for b in buffers), 0.0)
         box = target.serve(call)
         if world.faults.twice():
             world.nursery.start_soon(self._again, target, call)

@@ -99,7 +99,8 @@ class Node:
             now_ms=self.now_ms,
             epoch_keys=self.keys,
         )
-        for part in (self.ledger.replicator, self.ledger.notes, self.ledger.seats):
+        seats = self.ledger.seats
+        for part in (self.ledger.replicator, self.ledger.notes, seats, seats._collecting):
             part._random = Random(f"{self.world.seed}/{self.name}/{self.starts}")
         for change in self.on_start:
             change(self)

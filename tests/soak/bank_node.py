@@ -14,10 +14,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import trio
@@ -29,7 +31,7 @@ from ledger.core import genesis as genesis_file
 from ledger.core.objects import Entry, Grant, Item, Op, Open, TopUp, Transfer, channel_id
 from ledger.ledger import Ledger, open_ledger
 from p2p import keyfile
-from p2p.core.identity import peer_id_of, public_key_of
+from p2p.core.identity import Identity, peer_id_of, public_key_of
 from p2p.face import Call, Reply
 from p2p.network import PeerNetwork, open_network
 
@@ -88,8 +90,9 @@ class Served:
 class Node:
     """Does what it is told."""
 
-    def __init__(self, network: PeerNetwork, ledger: Ledger, clock: Clock) -> None:
+    def __init__(self, network: PeerNetwork, p2p: P2pSettings, ledger: Ledger, clock: Clock) -> None:
         self.network = network
+        self.p2p = p2p
         self.ledger = ledger
         self.clock = clock
         Served(network, ledger)
@@ -176,8 +179,21 @@ class Node:
         header = {name: bytes.fromhex(value) for name, value in command["header"].items()}
         buffers = [bytes.fromhex(value) for value in command.get("buffers", ())]
         peer = peer_id_of(bytes.fromhex(command["peer"]))
-        reply = await self.network.call(peer, command["method"], header, buffers, deadline_ms=CALL_DEADLINE_MS)
+        async with self._network_of(command.get("seed", "")) as network:
+            reply = await network.call(peer, command["method"], header, buffers, deadline_ms=CALL_DEADLINE_MS)
         return {name: value.hex() for name, value in reply.header.items() if isinstance(value, bytes)}
+
+    @asynccontextmanager
+    async def _network_of(self, seed: str) -> AsyncIterator[PeerNetwork]:
+        """The own one, or for a moment that of somebody else on this host."""
+        if not seed:
+            yield self.network
+            return
+        elsewhere = replace(self.p2p, listen=(f"{self.p2p.listen[0].rsplit('/', 1)[0]}/0",))
+        identity = Identity.from_seed(bytes.fromhex(seed))
+        with TemporaryDirectory() as folder:
+            async with open_network(identity, elsewhere, data_dir=Path(folder), version="bank") as network:
+                yield network
 
     async def do_now(self, command: dict[str, Any]) -> dict[str, Any]:
         """The ledger's clock."""
@@ -235,7 +251,7 @@ async def main() -> None:
         )
         assert public_key_of(network.peer_id) == ledger.account
         print(json.dumps({"up": network.peer_id}), flush=True)
-        await serve(Node(network, ledger, clock), nursery)
+        await serve(Node(network, p2p, ledger, clock), nursery)
         await ledger.aclose()
         nursery.cancel_scope.cancel()
 

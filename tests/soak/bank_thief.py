@@ -158,8 +158,11 @@ class Thief(threading.Thread):
                 return
         self.judge.wrong("nobody takes a certificate that the thief shows")
 
-    def send(self, member: Member, method: str, buffers: list[str] | None = None, **header: bytes) -> dict[str, Any]:
-        """Over one of the clients' networks; what came back, :data:`_NOTHING` if nothing useful did."""
+    def send(
+        self, member: Member, method: str, buffers: list[str] | None = None, me: Identity | None = None, **header: bytes
+    ) -> dict[str, Any]:
+        """Over one of the clients' networks, or beside one as somebody else; what came back, :data:`_NOTHING` if
+        nothing useful did."""
         running = [one for one in self.bank.clients if one is not member and one.running]
         told = None
         if running:
@@ -170,6 +173,7 @@ class Thief(threading.Thread):
                 method=method,
                 header={name: value.hex() for name, value in header.items()},
                 buffers=buffers or [],
+                seed=me.seed.hex() if me is not None else "",
             )
         if told is None or "error" in told:
             rule = told["error"][1].partition(":")[0] if told else ""
@@ -255,7 +259,7 @@ class _ClaimAboveFreeze:
     def _freeze(self) -> None:
         for witness in self._thief.bank.witnesses:
             if witness.name not in self._freezes:
-                told = self._thief.send(witness, "ledger.freeze", channel=self._channel)
+                told = self._thief.send(witness, "ledger.freeze", me=self._me, channel=self._channel)
                 if "freeze" in told:
                     signed = codec.decode(Signed, bytes.fromhex(told["freeze"]), bytes_max=SMALL_BYTES_MAX * 2)
                     freeze = codec.decode(Freeze, signed.body, bytes_max=SMALL_BYTES_MAX)
