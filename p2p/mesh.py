@@ -34,6 +34,7 @@ ALONE_RETRY_S = 8.0
 """At most, while no peer at all is linked: then it may be this node's own line."""
 PEER_RETRY_S = (2.0, 120.0)
 DIALS_MAX = 8
+TRY_S = 20.0
 SECOND_DIAL_S = 0.7
 SAVE_SECONDS = 30.0
 NAME_REFRESH_S = 600.0
@@ -250,7 +251,9 @@ class Mesh:
     async def _try(self, peer_id: PeerId) -> None:
         async with self._dialling:
             try:
-                await self._links.get(peer_id)
+                if not self._is_enough():
+                    with trio.move_on_after(TRY_S):  # the dial goes on, but keeps no other one waiting
+                        await self._links.get(peer_id)
             except RiosError as error:
                 log.debug("dialling %s: %s", peer_id, error)
 
