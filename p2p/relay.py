@@ -17,6 +17,7 @@ Invariants:
 """
 
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -29,6 +30,7 @@ from config.errors import BusyError, IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from p2p.core import addresses, reach
 from p2p.core.advert import TEXT_CHARS_MAX, Advert
+from p2p.core.backoff import Backoff
 from p2p.core.buckets import Bucket
 from p2p.core.relay import RESERVATION_S, TOKEN_BYTES, Books
 from p2p.face import Buffer, Call, Header, Reply
@@ -40,6 +42,10 @@ log = logging.getLogger(__name__)
 RELAYS_WANTED = 2
 ADDRESSES_PER_RELAY = 2
 WAYS_MAX = 3
+ASKED_AT_ONCE = 4
+REFUSED_RETRY_S = (15.0, 600.0)
+"""Between two tries at a relay that gave no place."""
+FAILED_KEPT_MAX = 1024
 LOOK_S = 5.0
 ASK_MS = 5000
 CONNECT_MS = 9000
@@ -114,6 +120,7 @@ class Relay:
         self._needed = needed
         self._changed = changed
         self._reserved: dict[PeerId, _Reservation] = {}
+        self._failed = Backoff(*REFUSED_RETRY_S, growth=2, kept_max=FAILED_KEPT_MAX)
         self._incoming = Bucket(INCOMING_PER_S, INCOMING_BURST)
         self._wake = trio.Event()
         self.reversed = self.spliced = 0
@@ -163,37 +170,64 @@ class Relay:
 
     async def _reserve(self) -> None:
         now = trio.current_time()
-        for relay, kept in list(self._reserved.items()):
-            if kept.expires <= now or not self._ends.host_of(relay):
-                del self._reserved[relay]
-            elif kept.renew_at <= now:
-                await self._ask_for_place(relay)
-        for relay in self._candidates():
-            if len(self._reserved) >= RELAYS_WANTED:
-                return
-            await self._ask_for_place(relay)
+        async with trio.open_nursery() as nursery:
+            for relay, kept in list(self._reserved.items()):
+                if kept.expires <= now or not self._ends.host_of(relay):
+                    del self._reserved[relay]
+                elif kept.renew_at <= now:
+                    nursery.start_soon(self._ask_for_place, relay)
+            nursery.start_soon(self._find_places)
+
+    async def _find_places(self) -> None:
+        """Ask a few peers at a time until there are relays enough."""
+        candidates = iter(self._candidates())
+
+        async def ask_on() -> None:
+            for relay in candidates:
+                if len(self._reserved) < RELAYS_WANTED:
+                    await self._ask_for_place(relay)
+                if len(self._reserved) >= RELAYS_WANTED:
+                    nursery.cancel_scope.cancel()
+                    return
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(ASKED_AT_ONCE):
+                nursery.start_soon(ask_on)
 
     def _candidates(self) -> list[PeerId]:
-        """Linked peers that pass on, the nearest first."""
-        adverts = self._adverts()
+        """Linked peers that pass on and did not fail just now, the nearest first, those not measured yet last."""
+        adverts, now = self._adverts(), trio.current_time()
         found = [
             peer
             for peer in self._ends.peers()
-            if peer not in self._reserved and peer in adverts and adverts[peer].relay and self._ends.host_of(peer)
+            if peer not in self._reserved
+            and peer in adverts
+            and adverts[peer].relay
+            and self._ends.host_of(peer)
+            and self._failed.is_due(peer, now)
         ]
-        return sorted(found, key=self._ends.round_trip_s)
+        return sorted(found, key=self._distance_s)
+
+    def _distance_s(self, peer_id: PeerId) -> float:
+        return self._ends.round_trip_s(peer_id) or inf
 
     async def _ask_for_place(self, relay: PeerId) -> None:
         try:
             answer = await self._ends.call(relay, "relay.reserve", {}, deadline_ms=ASK_MS)
         except RiosError as error:
             log.debug("relay %s gives no place: %s", relay, error)
+            self._failed.put_off(relay, trio.current_time(), random.uniform(0.7, 1.3))
             return
         seconds = answer.header.get("seconds")
         lasts = min(seconds, RESERVATION_S) if isinstance(seconds, int) and seconds > 0 else 0
         now = trio.current_time()
         if lasts:
+            self._failed.forget(relay)
+            if relay not in self._reserved and len(self._reserved) >= RELAYS_WANTED:
+                return  # others that were asked at the same time were faster
             self._reserved[relay] = _Reservation(now + lasts / 2, now + lasts)
+        else:
+            self._failed.put_off(relay, now, random.uniform(0.7, 1.3))
 
     # -- as relay
 
@@ -312,7 +346,7 @@ class Relay:
                 # the called peer knows which of its relay's addresses works for others; it cannot add to them
                 found[relay] = tuple(sorted(own, key=lambda text: text.partition("/p2p/")[0] != address))
         ways = ((relay, own) for relay, own in found.items() if own)
-        return sorted(ways, key=lambda way: (way[0] not in linked, self._ends.round_trip_s(way[0]) or inf))[:WAYS_MAX]
+        return sorted(ways, key=lambda way: (way[0] not in linked, self._distance_s(way[0])))[:WAYS_MAX]
 
     async def _connect(self, peer_id: PeerId, relay: PeerId, own: Sequence[str]) -> None:
         if not self._ends.host_of(relay):

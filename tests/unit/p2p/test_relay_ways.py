@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import trio
-import trio.testing
 
 from config.errors import RemoteError
 from p2p import links as links_module
@@ -14,7 +13,7 @@ from p2p.core.doors import Limits as DoorLimits
 from p2p.core.identity import Identity
 from p2p.core.relay import Books, Limits
 from p2p.doors import Doors
-from p2p.relay import WAYS_MAX, Relay
+from p2p.relay import ASKED_AT_ONCE, RELAYS_WANTED, WAYS_MAX, Relay
 from tests.unit.p2p.test_lane import echo, start
 
 __all__ = ["echo", "start"]  # fixtures
@@ -114,6 +113,32 @@ async def test_linked_and_measured_relays_come_first():
     ends = FakeEnds(RELAYS[3:6], round_trips={RELAYS[4]: 0.3, RELAYS[5]: 0.1})
     await asked_for(ends, RELAYS, ways(RELAYS[:16]))
     assert ends.asked == [RELAYS[5], RELAYS[4], RELAYS[3]], "one whose round trip nobody knows is not the nearest"
+
+
+async def test_relays_that_stall_hold_up_no_reservation_for_long(autojump_clock):
+    near, unmeasured, good = RELAYS[:8], RELAYS[8:20], RELAYS[20:22]
+    trips = {**dict.fromkeys(near, 0.001), **dict.fromkeys(good, 0.1)}
+    ends = FakeEnds([*near, *unmeasured, *good], deaf=[*near, *unmeasured], round_trips=trips)
+    relay = relay_of(ends)
+    before = trio.current_time()
+    await relay._reserve()
+    assert set(relay.relays) == set(good)
+    assert trio.current_time() - before <= 10, "two rounds of the near ones; who is not measured comes last"
+    ends.asked.clear()
+    for peer in good:
+        relay.link_down(peer)
+    await relay._reserve()
+    assert ends.asked[:2] == good, "who failed just now is not asked first again"
+    assert set(relay.relays) == set(good)
+
+
+async def test_no_more_relays_than_wanted_are_kept_and_few_are_asked(autojump_clock):
+    ends = FakeEnds(RELAYS[:20])
+    relay = relay_of(ends)
+    await relay._reserve()
+    await relay._reserve()
+    assert len(relay.relays) == RELAYS_WANTED
+    assert len(ends.asked) < ASKED_AT_ONCE + RELAYS_WANTED
 
 
 # -- links and the mesh
