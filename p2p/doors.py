@@ -287,8 +287,11 @@ class Doors:
         self.standing.linked(visit.peer_id, int(span_s * 1000), _now_ms())
 
     def pin(self, peer_id: str) -> None:
-        """This peer (a seed) keeps its place."""
+        """This peer (a seed, or one of p2p.allow) keeps its place, and only the operator bans it."""
         self._pinned.add(peer_id)
+        ban = self.standing.banned(peer_id, _now_ms())
+        if ban is not None and not ban.by_operator:
+            self.standing.revoke(peer_id)
 
     def spare(self, peer_id: PeerId) -> None:
         """What was dialled of this peer until now leads to others: it gives up its place if need be."""
@@ -316,6 +319,11 @@ class Doors:
         entries = [visit.entry for visit in self._visits.get(PeerId(peer_id), ()) if visit.entry.sources]
         ban = self.standing.blame(peer_id, fault, now_ms)
         log.debug("%s: %s %s", peer_id, fault, detail)
+        if peer_id in self._pinned:
+            if ban is not None:
+                self.standing.revoke(peer_id)
+                log.warning("%s, which is trusted here, would be banned: %s %s", peer_id, fault, detail)
+            return
         if FAULTS[fault].hard and entries:
             self._blame_places(entries[0], fault, now_ms, peers=True)
         if ban is not None:
@@ -461,8 +469,12 @@ class Doors:
     async def save(self) -> None:
         """Write bans and acquaintance down."""
         if self._file is not None:
+            self._dirty, saved = False, False  # what happens while it is written is for the next time
             bans, tenures = dict(self.standing.bans), self.standing.tenures(TENURES_KEPT)
-            self._dirty = not await trio.to_thread.run_sync(banfile.save, self._file, bans, tenures)
+            try:
+                saved = await trio.to_thread.run_sync(banfile.save, self._file, bans, tenures)
+            finally:
+                self._dirty = self._dirty or not saved
 
 
 def _is_peer(text: str) -> bool:
