@@ -66,6 +66,19 @@ def by_peer(seeds: Sequence[str]) -> dict[PeerId, list[str]]:
     return found
 
 
+def usable(named: Sequence[str]) -> tuple[dict[PeerId, list[str]], list[ConfigError]]:
+    """What DNS names, by peer, and what is wrong with the rest: one odd record costs only itself."""
+    found: dict[PeerId, list[str]] = {}
+    problems = []
+    for text in named:
+        try:
+            peer_id, address = parse_seed(text)
+            found.setdefault(peer_id, []).append(address)
+        except ConfigError as error:
+            problems.append(error)
+    return found, problems
+
+
 class Mesh:
     """Keeps this node connected."""
 
@@ -170,12 +183,15 @@ class Mesh:
 
     async def _keep_name(self, seed: str) -> None:
         """Follow a dnsaddr: the seeds it names are kept, those it names no more are let go."""
-        wait_s, warned = SEED_RETRY_S[0], False
+        wait_s, warned, odd = SEED_RETRY_S[0], False, 0
         mine: set[PeerId] = set()
         while True:
             try:
-                self._follow(by_peer(await self._names.expand(seed)), mine)
-                warned = False
+                found, problems = usable(await self._names.expand(seed))
+                self._follow(found, mine)
+                if len(problems) > odd:
+                    log.warning("%s names %d unusable seeds, the first: %s", seed, len(problems), problems[0].message)
+                warned, odd = False, len(problems)
             except RiosError as error:
                 if not warned:
                     log.warning("seed %s; going on without it", error.message)
