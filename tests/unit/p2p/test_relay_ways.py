@@ -141,6 +141,25 @@ async def test_no_more_relays_than_wanted_are_kept_and_few_are_asked(autojump_cl
     assert len(ends.asked) < ASKED_AT_ONCE + RELAYS_WANTED
 
 
+@pytest.mark.parametrize(("word", "read_up"), [("public", []), ("", []), ("relayed", [RELAYS[0]])])
+async def test_only_who_says_that_it_needs_relays_is_looked_for_behind_them(start, monkeypatch, word, read_up):
+    node = await start("node")
+    advert = Advert(peer_id=CALLED, seq=1, expires_ms=1, addresses=ways(RELAYS[:16]), reach=word)
+    adverts, read = {CALLED: advert}, []
+
+    async def read_up_relay(peer_id: str) -> None:
+        await trio.lowlevel.checkpoint()
+        read.append(peer_id)
+
+    known = SimpleNamespace(
+        adverts=lambda: adverts, finder=SimpleNamespace(read_up=read_up_relay), own=node.directory.own
+    )
+    monkeypatch.setattr(node.reachability, "_directory", known)
+    with pytest.raises(RemoteError, match="no relay leads"):
+        await node.reachability.connect(CALLED)
+    assert read == read_up, "where no relay is known, the first one's advert is looked up in the DHT"
+
+
 # -- links and the mesh
 
 
@@ -177,6 +196,10 @@ async def test_a_dial_that_never_ends_keeps_no_other_one_waiting(start, monkeypa
     with trio.fail_after(5):
         await node._mesh._try(RELAYS[0])
     assert node._mesh._dialling.available_tokens == mesh_module.DIALS_MAX
+    monkeypatch.setattr(mesh_module, "TRY_S", 60)
+    monkeypatch.setattr(node._mesh, "_is_enough", lambda: True)
+    with trio.fail_after(5):
+        await node._mesh._try(RELAYS[0])  # it waited for its turn while others were linked
 
 
 async def test_who_is_unwanted_is_not_dialled_for_others_and_nobody_is_once_it_is_full(start, monkeypatch):
