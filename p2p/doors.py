@@ -30,6 +30,7 @@ from p2p.core.identity import public_key_of
 from p2p.core.places import place_of, subject_of
 from p2p.core.slots import Seat, choose_victim
 from p2p.core.standing import ADDRESS_SHARE, BAN_AT, FAULTS, SUBNET_SHARE, TENURE_MAX_MS, Ban, Standing
+from p2p.counting import PeerMeter
 from p2p.pace import NO_LIMITS, Paces
 from p2p.refusals import Refusals
 from p2p.sieve import Sieve
@@ -66,7 +67,7 @@ class BanRow:
 class Visit:
     """One connection, from accept (or dial) to its end."""
 
-    __slots__ = ("_close", "_doors", "_ended", "entry", "hung_up", "peer_id", "proven", "since")
+    __slots__ = ("_close", "_doors", "_ended", "entry", "hung_up", "peer_id", "proven", "since", "spare")
 
     def __init__(self, doors: "Doors", entry: Entry) -> None:
         self._doors = doors
@@ -78,6 +79,8 @@ class Visit:
         self.proven = False
         """Whether the handshake succeeded, also if the peer was refused then."""
         self.since = trio.current_time()
+        self.spare = False
+        """Dialled from here for another peer's sake: it makes room like one that came."""
 
     def on_hang_up(self, close: Callable[[], None]) -> None:
         """How this connection is ended when the doors want it; called at most once, at once if they do already."""
@@ -121,51 +124,6 @@ class Visit:
         if not self.hung_up:
             self.hung_up = True
             self._close()
-
-
-class Meter:
-    """What one peer does over its connections, counted for it and for where it comes from."""
-
-    __slots__ = ("_doors", "_entry", "_peer_id")
-
-    def __init__(self, doors: "Doors", peer_id: PeerId, entry: Entry) -> None:
-        self._doors = doors
-        self._peer_id = peer_id
-        self._entry = entry
-
-    def start_call(self) -> str:
-        """One more call in flight; what is wrong with that, empty if nothing. :meth:`end_call` once it is done."""
-        refusal = self._doors.limiter.start_call(self._entry)
-        return "" if refusal is None else self._refused(refusal)
-
-    def end_call(self) -> None:
-        """A call is done."""
-        self._doors.limiter.end_call(self._entry)
-
-    def over(self, limit: str, times: int = 1) -> bool:
-        """A call was refused elsewhere, for a limit of this name; whether that makes a flood: hang up. ``times``: as
-        how many refusals it counts."""
-        return self._doors.refused(Refusal(limit, "calls were refused"), self._peer_id, times)
-
-    def open_stream(self) -> str:
-        """One more stream; what is wrong with that, empty if nothing. :meth:`close_stream` once it is done."""
-        refusal = self._doors.limiter.open_stream(self._entry, trio.current_time())
-        return "" if refusal is None else self._refused(refusal)
-
-    def close_stream(self) -> None:
-        """A stream is done."""
-        self._doors.limiter.close_stream(self._entry)
-
-    def spend(self, calls: int, size: int, now: float) -> float:
-        """Calls and bytes came in: for how many seconds nothing more may be read from this peer."""
-        wait_s, limit = self._doors.limiter.spend(self._entry, calls, size, now)
-        if wait_s:
-            self._doors.refused(Refusal(limit, f"{self._peer_id} is read more slowly"), self._peer_id)
-        return wait_s
-
-    def _refused(self, refusal: Refusal) -> str:
-        self._doors.refused(refusal, self._peer_id)
-        return f"{refusal.limit}: {refusal.text}"
 
 
 class Doors:
@@ -300,7 +258,7 @@ class Doors:
                 next((v.entry.subnet for v in visits if v.entry.subnet), ""),
                 self._worth(peer_id, now_ms),
                 min(v.since for v in visits),
-                any(v.entry.outbound for v in visits) or peer_id in self._pinned,
+                any(v.entry.outbound and not v.spare for v in visits) or peer_id in self._pinned,
             )
             for peer_id, visits in self._visits.items()
         ]
@@ -329,14 +287,22 @@ class Doors:
         self.standing.linked(visit.peer_id, int(span_s * 1000), _now_ms())
 
     def pin(self, peer_id: str) -> None:
-        """This peer (a seed) keeps its place."""
+        """This peer (a seed, or one of p2p.allow) keeps its place, and only the operator bans it."""
         self._pinned.add(peer_id)
+        ban = self.standing.banned(peer_id, _now_ms())
+        if ban is not None and not ban.by_operator:
+            self.standing.revoke(peer_id)
 
-    def meter(self, peer_id: PeerId) -> Meter:
+    def spare(self, peer_id: PeerId) -> None:
+        """What was dialled of this peer until now leads to others: it gives up its place if need be."""
+        for visit in self._visits.get(peer_id, ()):
+            visit.spare = True
+
+    def meter(self, peer_id: PeerId) -> PeerMeter:
         """What a peer's calls and streams are counted by."""
         visits = self._visits.get(peer_id)
         entry = next(iter(visits)).entry if visits else self.limiter.loose(peer_id, trio.current_time())
-        return Meter(self, peer_id, entry)
+        return PeerMeter(self, peer_id, entry)
 
     def hang_up(self, peer_id: PeerId) -> None:
         """End every connection of a peer."""
@@ -353,6 +319,11 @@ class Doors:
         entries = [visit.entry for visit in self._visits.get(PeerId(peer_id), ()) if visit.entry.sources]
         ban = self.standing.blame(peer_id, fault, now_ms)
         log.debug("%s: %s %s", peer_id, fault, detail)
+        if peer_id in self._pinned:
+            if ban is not None:
+                self.standing.revoke(peer_id)
+                log.warning("%s, which is trusted here, would be banned: %s %s", peer_id, fault, detail)
+            return
         if FAULTS[fault].hard and entries:
             self._blame_places(entries[0], fault, now_ms, peers=True)
         if ban is not None:
@@ -498,8 +469,12 @@ class Doors:
     async def save(self) -> None:
         """Write bans and acquaintance down."""
         if self._file is not None:
+            self._dirty, saved = False, False  # what happens while it is written is for the next time
             bans, tenures = dict(self.standing.bans), self.standing.tenures(TENURES_KEPT)
-            self._dirty = not await trio.to_thread.run_sync(banfile.save, self._file, bans, tenures)
+            try:
+                saved = await trio.to_thread.run_sync(banfile.save, self._file, bans, tenures)
+            finally:
+                self._dirty = self._dirty or not saved
 
 
 def _is_peer(text: str) -> bool:

@@ -145,6 +145,12 @@ class Front:
 
     # -- libp2p's own handshake and its end happen in ``p2p/secure``
 
+    def proven(self, socket: trio.socket.SocketType) -> None:
+        """libp2p's handshake on an accepted socket succeeded: nobody is to blame for it, whoever it is."""
+        visit = self._visits.get(socket)
+        if visit is not None:
+            visit[0].proven = True
+
     def known(self, socket: trio.socket.SocketType, peer_id: PeerId) -> bool:
         """libp2p's handshake on an accepted socket proved who it is: whether that peer may stay."""
         visit = self._visits.get(socket)

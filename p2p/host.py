@@ -7,7 +7,7 @@ Invariants:
 1. Only Noise is offered; nothing travels in plain text. Only TCP, only yamux.
 2. A handler's exception ends its stream, never the host.
 3. DHT values are accepted only under ``/rios/<namespace>/`` with a registered rule, at most
-   :data:`RECORD_BYTES_MAX` long and :data:`RECORDS_MAX` of them. The oldest make room.
+   :data:`~p2p.rules.RECORD_BYTES_MAX` long and :data:`RECORDS_MAX` of them. The oldest make room.
 4. Third-party exceptions leave this file as RiosErrors.
 """
 
@@ -33,17 +33,16 @@ from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
-from libp2p.peer.peerstore import PeerStoreError
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.records.utils import InvalidRecordType
-from libp2p.records.validator import NamespacedValidator, Validator
+from libp2p.records.validator import NamespacedValidator
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.tools.anyio_service import background_trio_service
 from libp2p.transport.tcp.tcp import TCP, TCPListener
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
+from config.errors import ConfigError, LocalError, RemoteError, RequestError
 from config.vocabulary import PeerId
 from p2p import kademlia
 from p2p.addressbook import AddressBook
@@ -55,6 +54,7 @@ from p2p.face import RecordRule
 from p2p.front import Front
 from p2p.guards import Guards
 from p2p.noise import Noise
+from p2p.rules import Rules
 from p2p.secure import Connection, Muxer
 from p2p.streams import Channel
 
@@ -64,7 +64,6 @@ RPC_PROTOCOL = TProtocol("/rios/rpc/1.0.0")
 BULK_PROTOCOL = TProtocol("/rios/rpc-bulk/1.0.0")
 """The same frames on a stream of their own, for the calls that nobody waits for impatiently."""
 GOSSIP_PROTOCOL = TProtocol("/meshsub/1.1.0")
-RECORD_BYTES_MAX = 64 << 10
 RECORDS_MAX = 1024
 RECORD_SECONDS = 15.0
 GOSSIP_HEARTBEAT_SECONDS = 3
@@ -79,36 +78,6 @@ Accept = Callable[[Channel, bool], Awaitable[None]]
 """Takes an inbound RPC stream; whether it is a bulk one."""
 Received = Callable[[PeerId, bytes], Awaitable[None]]
 Found = Callable[[PeerId], bool]
-
-
-class _Rules(Validator):
-    """Our part of the DHT's key space."""
-
-    def __init__(self) -> None:
-        self.rules: dict[str, RecordRule] = {}
-
-    def _rule(self, key: str) -> tuple[RecordRule, str]:
-        _, _, rest = key.removeprefix("/").partition("/")
-        namespace, _, name = rest.partition("/")
-        rule = self.rules.get(namespace)
-        if rule is None or not name:
-            raise InvalidRecordType(f"no rule for the record {key[:100]!r}")
-        return rule, name
-
-    def validate(self, key: str, value: bytes) -> None:
-        """Raise InvalidRecordType unless the record's rule accepts it."""
-        rule, name = self._rule(key)
-        if len(value) > RECORD_BYTES_MAX:
-            raise InvalidRecordType(f"a record of {len(value)} bytes exceeds {RECORD_BYTES_MAX}")
-        try:
-            rule.check(name, value)
-        except RiosError as error:
-            raise InvalidRecordType(str(error)) from error
-
-    def select(self, key: str, values: list[bytes]) -> int:
-        """The index of the value that wins."""
-        rule, name = self._rule(key)
-        return rule.select(name, values)
 
 
 class _Tcp(TCP):
@@ -172,12 +141,13 @@ class Host:
     """A running libp2p host."""
 
     def __init__(
-        self, identity: Identity, host: IHost, noise: Noise, dht: KadDHT, pubsub: Pubsub, rules: _Rules, guards: Guards
+        self, identity: Identity, host: IHost, noise: Noise, dht: KadDHT, pubsub: Pubsub, rules: Rules, guards: Guards
     ) -> None:
         self.identity = identity
         self._host = host
-        self._book = AddressBook(host.get_peerstore())
         self._swarm: Any = host.get_network()
+        store: Any = host.get_peerstore()
+        self._book = AddressBook(store, connected=lambda peer: peer in self._swarm.connections)
         self._noise = noise
         self._dht = dht
         self._pubsub = pubsub
@@ -208,10 +178,7 @@ class Host:
 
     def known_addresses(self, peer_id: PeerId) -> tuple[str, ...]:
         """Where a peer can be dialled, as far as is known."""
-        try:
-            return tuple(str(address) for address in self._host.get_peerstore().addrs(_id(peer_id)))
-        except PeerStoreError:
-            return ()
+        return tuple(str(address) for address in self._book.addresses(_id(peer_id)))
 
     async def connect(self, peer_id: PeerId) -> None:
         """Have a connection to a peer. Raises RemoteError ``unavailable``."""
@@ -378,7 +345,7 @@ async def open_host(
     swarm.upgrader.muxer_multistream = Muxer({TProtocol(YAMUX_ID): Connection})
     swarm.retry_config = RetryConfig(max_retries=0)
     swarm.auto_connector.maybe_connect = _dial_nobody
-    rules = _Rules()
+    rules = Rules()
     dht = KadDHT(
         host,
         DHTMode.SERVER,

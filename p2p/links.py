@@ -24,8 +24,10 @@ import trio
 from config.errors import RemoteError, RiosError
 from config.vocabulary import PeerId
 from p2p.carrier import Carrier
+from p2p.core.backoff import Backoff
 from p2p.core.doors import Refusal
 from p2p.deadlines import Deadlines
+from p2p.dial import Dial
 from p2p.doors import Doors
 from p2p.guarded import Nursery
 from p2p.host import Host
@@ -40,7 +42,10 @@ from p2p.streams import Channel
 log = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 10.0
+DIRECT_S = 2 * DIAL_TIMEOUT_S
+"""For the connection and a stream on it."""
 LANE_DIAL_S = 5.0
+DETOUR_S = 20.0
 LANE_RETRY_S = (15.0, 600.0)
 LANE_YOUNG_S = 2.0
 TICK_S = 2.0
@@ -58,16 +63,6 @@ Way = Callable[[PeerId], Awaitable[None]]
 
 async def _no_way(peer_id: PeerId) -> None:
     raise RemoteError("unavailable", f"no relay leads to {peer_id}", peer_id=peer_id)
-
-
-class _Dial:
-    """A dial under way."""
-
-    __slots__ = ("done", "error")
-
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.error: RiosError | None = None
 
 
 class Links:
@@ -110,11 +105,11 @@ class Links:
         self._takes_lanes = takes_lanes
         self._links: dict[PeerId, list[Connection]] = {}
         self._best: dict[PeerId, Connection] = {}
-        self._dials: dict[PeerId, _Dial] = {}
+        self._dials: dict[PeerId, Dial] = {}
         self._bulk_dials: dict[PeerId, trio.Event] = {}
         self._reviving: set[PeerId] = set()
-        self._no_lane: dict[PeerId, tuple[float, float]] = {}  # try again when, then wait how long
-        self._direct_due: dict[PeerId, tuple[float, float]] = {}
+        self._no_lane = Backoff(*LANE_RETRY_S, growth=2, kept_max=4 * peers_max)
+        self._relayed = Backoff(*DIRECT_RETRY_S, growth=4, kept_max=4 * peers_max)
         self._added = trio.Event()
         self.detour: Way = _no_way
         """Reaches a peer that cannot be dialled."""
@@ -150,7 +145,7 @@ class Links:
             raise RemoteError("forbidden", f"this node shut {peer_id} out", hint, peer_id=peer_id)
         dial = self._dials.get(peer_id)
         if dial is None:
-            dial = self._dials[peer_id] = _Dial()
+            dial = self._dials[peer_id] = Dial(peer_id)
             self._nursery.start_soon(self._dial, peer_id, dial)
         await dial.done.wait()
         link = self._best.get(peer_id)
@@ -181,25 +176,20 @@ class Links:
 
     # -- dialling
 
-    async def _dial(self, peer_id: PeerId, dial: _Dial) -> None:
+    async def _dial(self, peer_id: PeerId, dial: Dial) -> None:
         try:
-            await self._dial_directly(peer_id)
-        except RiosError as error:
-            dial.error = error
-        except trio.TooSlowError:
-            dial.error = RemoteError("unavailable", f"no stream within {DIAL_TIMEOUT_S:.0f} s", peer_id=peer_id)
-        try:
+            await dial.attempt("link", DIRECT_S, partial(self._dial_directly, peer_id))
             if peer_id not in self._best:
-                await self.detour(peer_id)
-        except RiosError as error:
-            if dial.error is None or self._host.known_addresses(peer_id) == ():
-                dial.error = error
+                detour = Dial(peer_id)
+                await detour.attempt("way through a relay", DETOUR_S, partial(self.detour, peer_id))
+                if dial.error is None or self._host.known_addresses(peer_id) == ():
+                    dial.error = detour.error
         finally:
             del self._dials[peer_id]
             dial.done.set()
 
     async def _dial_directly(self, peer_id: PeerId) -> None:
-        connecting = _Dial()
+        connecting = Dial(peer_id)
         self._nursery.start_soon(self._connect, peer_id, connecting)
         if await self._dial_lane(peer_id):
             return
@@ -207,18 +197,12 @@ class Links:
         if connecting.error is not None:
             raise connecting.error
         if peer_id not in self._best:
-            with trio.fail_after(DIAL_TIMEOUT_S):
-                self._add(await self._host.open_channel(peer_id))
+            self._add(await self._host.open_channel(peer_id))
 
-    async def _connect(self, peer_id: PeerId, dial: _Dial) -> None:
+    async def _connect(self, peer_id: PeerId, dial: Dial) -> None:
         """libp2p's connection."""
         try:
-            with trio.fail_after(DIAL_TIMEOUT_S):
-                await self._host.connect(peer_id)
-        except RiosError as error:
-            dial.error = error
-        except trio.TooSlowError:
-            dial.error = RemoteError("unavailable", f"no connection within {DIAL_TIMEOUT_S:.0f} s", peer_id=peer_id)
+            await dial.attempt("connection", DIAL_TIMEOUT_S, partial(self._host.connect, peer_id))
         finally:
             dial.done.set()
 
@@ -233,7 +217,7 @@ class Links:
             log.debug("no lane to %s: %s", peer_id, error)
             self._avoid_lane(peer_id)
             return False
-        self._no_lane.pop(peer_id, None)
+        self._no_lane.forget(peer_id)
         self._add_lane(lane)
         self._nursery.start_soon(self._read_lane, lane)
         return True
@@ -259,11 +243,24 @@ class Links:
         while peer_id not in self._best:
             await self._added.wait()
 
-    async def dial_at(self, peer_id: PeerId, texts: Sequence[str]) -> None:
-        """Have a direct lane to a peer at one of these addresses. Raises RemoteError ``unavailable``."""
+    def may_dial(self, peer_id: PeerId) -> bool:
+        """Whether one peer more may be dialled only because it leads to another."""
+        return not self.full and not self._doors.unwanted(peer_id)
+
+    async def dial_at(self, peer_id: PeerId, texts: Sequence[str], *, spare: bool = False) -> None:
+        """Have a direct lane to a peer at one of these addresses; a ``spare`` one makes room for others like those who
+        come by themselves. Raises RemoteError ``unavailable``."""
         if self._lanes is None or self.closing:
             raise RemoteError("unavailable", "this node makes no lanes (p2p.lane is off)", peer_id=peer_id)
-        lane = await self._lanes.dial(peer_id, texts)
+        if self._doors.unwanted(peer_id):
+            raise RemoteError("unavailable", f"{peer_id} is banned here, or just gave up its place", peer_id=peer_id)
+        try:
+            with trio.fail_after(LANE_DIAL_S):
+                lane = await self._lanes.dial(peer_id, texts)
+        except trio.TooSlowError:
+            raise RemoteError("unavailable", f"no lane within {LANE_DIAL_S:.0f} s", peer_id=peer_id) from None
+        if spare:
+            self._doors.spare(peer_id)
         self._add_lane(lane)
         self._nursery.start_soon(self._read_lane, lane)
 
@@ -290,14 +287,10 @@ class Links:
         self._nursery.start_soon(self._read_lane, lane, bool(relay))
 
     def _lane_due(self, peer_id: PeerId) -> bool:
-        return self._takes_lanes(peer_id) is not False and self._no_lane.get(peer_id, (0, 0))[0] <= trio.current_time()
+        return self._takes_lanes(peer_id) is not False and self._no_lane.is_due(peer_id, trio.current_time())
 
     def _avoid_lane(self, peer_id: PeerId) -> None:
-        wait_s = self._no_lane.get(peer_id, (0.0, LANE_RETRY_S[0]))[1]
-        again = trio.current_time() + wait_s * random.uniform(0.7, 1.3)
-        self._no_lane[peer_id] = again, min(2 * wait_s, LANE_RETRY_S[1])
-        while len(self._no_lane) > 4 * self._peers_max:
-            del self._no_lane[next(iter(self._no_lane))]
+        self._no_lane.put_off(peer_id, trio.current_time(), random.uniform(0.7, 1.3))
 
     # -- what comes in
 
@@ -434,12 +427,9 @@ class Links:
 
     def _straighten(self, peer_id: PeerId) -> None:
         """Try to replace a relayed link by a direct one, less and less often."""
-        due, wait_s = self._direct_due.get(peer_id, (0.0, DIRECT_RETRY_S[0]))
         now = trio.current_time()
-        if due <= now:
-            self._direct_due[peer_id] = now + wait_s * random.uniform(0.7, 1.3), min(4 * wait_s, DIRECT_RETRY_S[1])
-            while len(self._direct_due) > 4 * self._peers_max:
-                del self._direct_due[next(iter(self._direct_due))]
+        if self._relayed.is_due(peer_id, now):
+            self._relayed.put_off(peer_id, now, random.uniform(0.7, 1.3))
             self.pool.submit(partial(self._go_straight, peer_id))
 
     async def _go_straight(self, peer_id: PeerId) -> None:

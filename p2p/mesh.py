@@ -34,6 +34,7 @@ ALONE_RETRY_S = 8.0
 """At most, while no peer at all is linked: then it may be this node's own line."""
 PEER_RETRY_S = (2.0, 120.0)
 DIALS_MAX = 8
+TRY_S = 20.0
 SECOND_DIAL_S = 0.7
 SAVE_SECONDS = 30.0
 NAME_REFRESH_S = 600.0
@@ -63,6 +64,19 @@ def by_peer(seeds: Sequence[str]) -> dict[PeerId, list[str]]:
             peer_id, address = parse_seed(seed)
             found.setdefault(peer_id, []).append(address)
     return found
+
+
+def usable(named: Sequence[str]) -> tuple[dict[PeerId, list[str]], list[ConfigError]]:
+    """What DNS names, by peer, and what is wrong with the rest: one odd record costs only itself."""
+    found: dict[PeerId, list[str]] = {}
+    problems = []
+    for text in named:
+        try:
+            peer_id, address = parse_seed(text)
+            found.setdefault(peer_id, []).append(address)
+        except ConfigError as error:
+            problems.append(error)
+    return found, problems
 
 
 class Mesh:
@@ -169,12 +183,15 @@ class Mesh:
 
     async def _keep_name(self, seed: str) -> None:
         """Follow a dnsaddr: the seeds it names are kept, those it names no more are let go."""
-        wait_s, warned = SEED_RETRY_S[0], False
+        wait_s, warned, odd = SEED_RETRY_S[0], False, 0
         mine: set[PeerId] = set()
         while True:
             try:
-                self._follow(by_peer(await self._names.expand(seed)), mine)
-                warned = False
+                found, problems = usable(await self._names.expand(seed))
+                self._follow(found, mine)
+                if len(problems) > odd:
+                    log.warning("%s names %d unusable seeds, the first: %s", seed, len(problems), problems[0].message)
+                warned, odd = False, len(problems)
             except RiosError as error:
                 if not warned:
                     log.warning("seed %s; going on without it", error.message)
@@ -250,7 +267,9 @@ class Mesh:
     async def _try(self, peer_id: PeerId) -> None:
         async with self._dialling:
             try:
-                await self._links.get(peer_id)
+                if not self._is_enough():
+                    with trio.move_on_after(TRY_S):  # the dial goes on, but keeps no other one waiting
+                        await self._links.get(peer_id)
             except RiosError as error:
                 log.debug("dialling %s: %s", peer_id, error)
 

@@ -6,7 +6,7 @@ from config.vocabulary import PeerId
 
 
 class Meter(Protocol):
-    """Counts what a peer does (``p2p/doors.Meter``)."""
+    """Counts what a peer does (``p2p/counting.PeerMeter``)."""
 
     def start_call(self) -> str:
         """One more call in flight; the limit that is in its way, if any."""

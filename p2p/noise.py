@@ -65,11 +65,15 @@ class Noise(NoiseTransport):
 
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
         """Answer a handshake."""
-        session = _plain(await super().secure_inbound(conn))
+        plain = _plain(await super().secure_inbound(conn))
         stream: Any = conn
-        if not self.door.known(stream.stream.stream.socket, PeerId(str(session.remote_peer))):
+        socket = stream.stream.stream.socket
+        self.door.proven(socket)
+        session = await self._admitted(plain, conn)
+        # last, as it may cost another peer its place
+        if not self.door.known(socket, PeerId(str(session.remote_peer))):
             raise HandshakeFailure(KEPT_OUT)
-        return await self._admitted(session, conn)
+        return session
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
         """Begin a handshake with this very peer."""

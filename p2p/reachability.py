@@ -13,7 +13,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+import trio
 
+from config.errors import RemoteError
 from config.settings import P2pSettings
 from config.vocabulary import PeerId
 from p2p.core import reach
@@ -27,8 +29,10 @@ from p2p.links import Links
 from p2p.networks import own_networks
 from p2p.punch import Punch
 from p2p.reach import Place, Reach
-from p2p.relay import Relay
+from p2p.relay import Relay, named
 from p2p.splice import Splicer
+
+READ_UP_S = 5.0
 
 CallPeer = Callable[..., Awaitable[Reply]]
 
@@ -40,6 +44,7 @@ class _Ends:
         self.peers = links.peers
         self.host_of = links.host_of
         self.round_trip_s = links.round_trip_s
+        self.may_dial = links.may_dial
         self.dial_at = links.dial_at
         self.adopt = links.adopt
         self.wait_linked = links.wait_linked
@@ -148,8 +153,15 @@ class Reachability:
 
     async def connect(self, peer_id: PeerId) -> None:
         """Have a link to a peer through its relays. Raises RemoteError ``unavailable``."""
-        advert = self._directory.adverts().get(peer_id)
-        await self.relay.connect(peer_id, [a for a in (advert.addresses if advert else ()) if reach.CIRCUIT in a])
+        known = self._directory.adverts()
+        advert = known.get(peer_id)
+        if advert is None or advert.reach != reach.RELAYED:
+            raise RemoteError("unavailable", f"no relay leads to {peer_id}", peer_id=peer_id)
+        relays = [relay for relay, _ in named(advert.addresses)]
+        if relays and not any(relay in known for relay in relays):
+            with trio.move_on_after(READ_UP_S):  # in a swarm that is larger than the view
+                await self._directory.finder.read_up(relays[0])
+        await self.relay.connect(peer_id, advert.addresses)
 
     async def straighten(self, peer_id: PeerId) -> None:
         """Try to have a direct link beside a relayed one: both ends dial what the advert says; who opened the relayed

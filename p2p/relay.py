@@ -12,11 +12,15 @@ Invariants:
    from. A peer follows only relays that it reserved at, :data:`INCOMING_PER_S` times a second.
 2. Relays are used over direct links only: there is no relaying of relayed connections.
 3. A relay that is lost or runs full is replaced by another; the advert names only those with a reservation.
+4. A caller follows :data:`WAYS_MAX` ways of a peer's advert at most, and only through relays whose own advert it has,
+   at the addresses that these give: nobody makes it dial whom it would not dial anyhow.
 """
 
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from os import urandom
 from typing import Any, Protocol
 
@@ -26,6 +30,7 @@ from config.errors import BusyError, IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
 from p2p.core import addresses, reach
 from p2p.core.advert import TEXT_CHARS_MAX, Advert
+from p2p.core.backoff import Backoff
 from p2p.core.buckets import Bucket
 from p2p.core.relay import RESERVATION_S, TOKEN_BYTES, Books
 from p2p.face import Buffer, Call, Header, Reply
@@ -36,6 +41,11 @@ log = logging.getLogger(__name__)
 
 RELAYS_WANTED = 2
 ADDRESSES_PER_RELAY = 2
+WAYS_MAX = 3
+ASKED_AT_ONCE = 4
+REFUSED_RETRY_S = (15.0, 600.0)
+"""Between two tries at a relay that gave no place."""
+FAILED_KEPT_MAX = 1024
 LOOK_S = 5.0
 ASK_MS = 5000
 CONNECT_MS = 9000
@@ -56,8 +66,12 @@ class Ends(Protocol):
     def round_trip_s(self, peer_id: PeerId) -> float:
         """The last round trip to a linked peer."""
 
-    async def dial_at(self, peer_id: PeerId, texts: Sequence[str]) -> None:
-        """Have a direct link to a peer, dialled at these addresses. Raises RemoteError ``unavailable``."""
+    def may_dial(self, peer_id: PeerId) -> bool:
+        """Whether one peer more may be dialled only because it leads to another."""
+
+    async def dial_at(self, peer_id: PeerId, texts: Sequence[str], *, spare: bool = False) -> None:
+        """Have a direct link to a peer, dialled at these addresses; a ``spare`` one makes room for others. Raises
+        RemoteError ``unavailable``."""
 
     async def adopt(
         self, socket: trio.socket.SocketType, peer_id: PeerId, relay: PeerId, far: str, *, initiator: bool
@@ -106,6 +120,7 @@ class Relay:
         self._needed = needed
         self._changed = changed
         self._reserved: dict[PeerId, _Reservation] = {}
+        self._failed = Backoff(*REFUSED_RETRY_S, growth=2, kept_max=FAILED_KEPT_MAX)
         self._incoming = Bucket(INCOMING_PER_S, INCOMING_BURST)
         self._wake = trio.Event()
         self.reversed = self.spliced = 0
@@ -122,9 +137,7 @@ class Relay:
         found = []
         for relay in self._reserved:
             advert = self._adverts().get(relay)
-            known = advert.addresses if advert else ()
-            direct = [text for text in known if (parsed := addresses.parse(text)) is not None and not parsed.relay]
-            for address in direct[:ADDRESSES_PER_RELAY]:
+            for address in _direct(advert)[:ADDRESSES_PER_RELAY] if advert else ():
                 found.append(f"{address.partition('/p2p/')[0]}/p2p/{relay}/p2p-circuit/p2p/{self._own}")
         # a relay with an overlong name must not spoil this node's advert
         return tuple(text for text in found if len(text) <= TEXT_CHARS_MAX)
@@ -157,37 +170,64 @@ class Relay:
 
     async def _reserve(self) -> None:
         now = trio.current_time()
-        for relay, kept in list(self._reserved.items()):
-            if kept.expires <= now or not self._ends.host_of(relay):
-                del self._reserved[relay]
-            elif kept.renew_at <= now:
-                await self._ask_for_place(relay)
-        for relay in self._candidates():
-            if len(self._reserved) >= RELAYS_WANTED:
-                return
-            await self._ask_for_place(relay)
+        async with trio.open_nursery() as nursery:
+            for relay, kept in list(self._reserved.items()):
+                if kept.expires <= now or not self._ends.host_of(relay):
+                    del self._reserved[relay]
+                elif kept.renew_at <= now:
+                    nursery.start_soon(self._ask_for_place, relay)
+            nursery.start_soon(self._find_places)
+
+    async def _find_places(self) -> None:
+        """Ask a few peers at a time until there are relays enough."""
+        candidates = iter(self._candidates())
+
+        async def ask_on() -> None:
+            for relay in candidates:
+                if len(self._reserved) < RELAYS_WANTED:
+                    await self._ask_for_place(relay)
+                if len(self._reserved) >= RELAYS_WANTED:
+                    nursery.cancel_scope.cancel()
+                    return
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(ASKED_AT_ONCE):
+                nursery.start_soon(ask_on)
 
     def _candidates(self) -> list[PeerId]:
-        """Linked peers that pass on, the nearest first."""
-        adverts = self._adverts()
+        """Linked peers that pass on and did not fail just now, the nearest first, those not measured yet last."""
+        adverts, now = self._adverts(), trio.current_time()
         found = [
             peer
             for peer in self._ends.peers()
-            if peer not in self._reserved and peer in adverts and adverts[peer].relay and self._ends.host_of(peer)
+            if peer not in self._reserved
+            and peer in adverts
+            and adverts[peer].relay
+            and self._ends.host_of(peer)
+            and self._failed.is_due(peer, now)
         ]
-        return sorted(found, key=self._ends.round_trip_s)
+        return sorted(found, key=self._distance_s)
+
+    def _distance_s(self, peer_id: PeerId) -> float:
+        return self._ends.round_trip_s(peer_id) or inf
 
     async def _ask_for_place(self, relay: PeerId) -> None:
         try:
             answer = await self._ends.call(relay, "relay.reserve", {}, deadline_ms=ASK_MS)
         except RiosError as error:
             log.debug("relay %s gives no place: %s", relay, error)
+            self._failed.put_off(relay, trio.current_time(), random.uniform(0.7, 1.3))
             return
         seconds = answer.header.get("seconds")
         lasts = min(seconds, RESERVATION_S) if isinstance(seconds, int) and seconds > 0 else 0
         now = trio.current_time()
         if lasts:
+            self._failed.forget(relay)
+            if relay not in self._reserved and len(self._reserved) >= RELAYS_WANTED:
+                return  # others that were asked at the same time were faster
             self._reserved[relay] = _Reservation(now + lasts / 2, now + lasts)
+        else:
+            self._failed.put_off(relay, now, random.uniform(0.7, 1.3))
 
     # -- as relay
 
@@ -285,36 +325,42 @@ class Relay:
     async def connect(self, peer_id: PeerId, texts: Sequence[str]) -> None:
         """Have a link to a peer that is reached through relays. Raises RemoteError ``unavailable``."""
         problem = RemoteError("unavailable", f"no relay leads to {peer_id}", peer_id=peer_id)
-        for relay, address in self._ways(texts):
+        for relay, own in self._ways(texts):
             try:
-                await self._connect(peer_id, relay, address)
+                await self._connect(peer_id, relay, own)
                 return
             except RiosError as error:
                 problem = RemoteError("unavailable", f"through {relay}: {error.message}", peer_id=peer_id)
         raise problem
 
-    def _ways(self, texts: Sequence[str]) -> list[tuple[PeerId, str]]:
-        """Relays in the addresses, once each, those with the shortest round trip first."""
-        found: dict[PeerId, str] = {}
-        for text in texts:
-            parsed = addresses.parse(text)
-            if parsed is not None and parsed.relay and parsed.relay != self._own:
-                found.setdefault(PeerId(parsed.relay), text.partition("/p2p/")[0])
-        linked = set(self._ends.peers())
-        return sorted(
-            found.items(), key=lambda way: self._ends.round_trip_s(way[0]) if way[0] in linked else float("inf")
-        )
+    def _ways(self, texts: Sequence[str]) -> list[tuple[PeerId, tuple[str, ...]]]:
+        """Relays in the addresses and where they are, linked ones first, then those with the shortest round trip."""
+        adverts, linked = self._adverts(), set(self._ends.peers())
+        found: dict[PeerId, tuple[str, ...]] = {}
+        for relay, address in named(texts):
+            advert = adverts.get(relay)
+            if relay in found or relay == self._own or advert is None:
+                continue
+            if relay in linked or (advert.relay and self._ends.may_dial(relay)):
+                own = _direct(advert)
+                # the called peer knows which of its relay's addresses works for others; it cannot add to them
+                found[relay] = tuple(sorted(own, key=lambda text: text.partition("/p2p/")[0] != address))
+        ways = ((relay, own) for relay, own in found.items() if own)
+        return sorted(ways, key=lambda way: (way[0] not in linked, self._distance_s(way[0])))[:WAYS_MAX]
 
-    async def _connect(self, peer_id: PeerId, relay: PeerId, address: str) -> None:
+    async def _connect(self, peer_id: PeerId, relay: PeerId, own: Sequence[str]) -> None:
         if not self._ends.host_of(relay):
-            await self._ends.dial_at(relay, [address])
+            if not self._ends.may_dial(relay):
+                raise RemoteError("unavailable", "this node has peers enough", peer_id=relay)
+            await self._ends.dial_at(relay, own[:ADDRESSES_PER_RELAY], spare=True)
         asked = {"peer": peer_id, "addresses": [a.partition("/p2p/")[0] for a in self._dialable()]}
         answer = await self._ends.call(relay, "relay.connect", asked, deadline_ms=CONNECT_MS)
         token = answer.header.get("token")
         if isinstance(token, bytes) and len(token) == TOKEN_BYTES:
-            parsed = addresses.parse(address)
-            assert parsed is not None
-            socket = await enter(parsed.host, parsed.port, token, relay)
+            doors = [parsed for text in own if (parsed := addresses.parse(text)) is not None]
+            host = self._ends.host_of(relay)
+            door = next((parsed for parsed in doors if parsed.host == host), doors[0])
+            socket = await enter(door.host, door.port, token, relay)
             far = self._believed(relay, answer.header.get("host"))
             await self._ends.adopt(socket, peer_id, relay, far, initiator=True)
             self.spliced += 1
@@ -332,3 +378,17 @@ class Relay:
             "reversed": self.reversed,
             **self.books.statistics(),
         }
+
+
+def named(texts: Sequence[str]) -> list[tuple[PeerId, str]]:
+    """The relays that these addresses lead through, and where they are said to be (without ``/p2p/...``)."""
+    ways = []
+    for text in texts:
+        parsed = addresses.parse(text)
+        if parsed is not None and parsed.relay:
+            ways.append((PeerId(parsed.relay), text.partition("/p2p/")[0]))
+    return ways
+
+
+def _direct(advert: Advert) -> tuple[str, ...]:
+    return tuple(a for a in advert.addresses if (parsed := addresses.parse(a)) is not None and not parsed.relay)

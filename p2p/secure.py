@@ -85,6 +85,9 @@ class Door(Protocol):
     def doors(self) -> Doors:
         """Whom to blame."""
 
+    def proven(self, socket: trio.socket.SocketType) -> None:
+        """The handshake on an accepted socket succeeded, whether the peer may stay or not."""
+
     def known(self, socket: trio.socket.SocketType, peer_id: PeerId) -> bool:
         """The handshake on an accepted socket proved who it is: whether that peer may stay."""
 

@@ -12,7 +12,7 @@ Invariants:
    still come in, sooner or later. Who is in stays in.
 3. Only the operator shuts a place out entirely, and only the operator's word ends an operator's ban early.
 4. Tables are bounded; forgotten first are those of whom least is known, and the bans nearest to their end.
-5. What the operator trusts is never banned by itself.
+5. What the operator trusts is never banned by itself: the doors revoke such a ban.
 """
 
 from collections.abc import Iterator, Mapping
@@ -159,6 +159,10 @@ class Standing:
         if record is not None:
             record.demerits, record.worst = 0.0, ""
         return self.bans.pop(subject, None) is not None
+
+    def revoke(self, subject: str) -> None:
+        """A ban is not to be; the score stays."""
+        self.bans.pop(subject, None)
 
     def in_force(self, now_ms: int) -> Iterator[tuple[str, Ban]]:
         """Every ban that has not ended."""

@@ -287,3 +287,49 @@ async def test_calls_of_unknown_methods_make_a_flood_sooner(doors):
         calls += 1
     assert calls * UNKNOWN_TIMES <= 1.2 * FLOOD_BURST
     assert doors.faults["flood"] == 1
+
+
+async def test_only_the_operator_bans_what_it_trusts(tmp_path, caplog):
+    doors = Doors(Limits(), peers_max=8, file=tmp_path / "bans.json")
+    ban(doors, 2)
+    await doors.save()
+    doors = Doors(Limits(), peers_max=8, file=tmp_path / "bans.json")
+    for n in (1, 2):
+        doors.pin(peer(n))
+    assert not doors.banned(peer(2)), "an earlier run did not trust it yet"
+    visit = come(doors, 1)
+    for _ in range(30):
+        doors.blame(peer(1), "bad_chunk", "a bad disk")
+    assert not doors.banned(peer(1))
+    assert not visit.hung_up
+    assert doors.bans() == [], "nor is its address in disgrace"
+    assert "would be banned: bad_chunk a bad disk" in caplog.text
+    assert doors.peer(peer(1))["score"] < 100
+    doors.ban(peer(1), 10)
+    assert doors.banned(peer(1))
+    doors.pin(peer(1))
+    assert doors.banned(peer(1))
+
+
+async def test_a_ban_made_while_the_file_is_written_is_written_next(tmp_path, monkeypatch):
+    doors = Doors(Limits(), peers_max=8, file=tmp_path / "bans.json")
+    save = doors_module.banfile.save
+
+    def save_slowly(*arguments) -> bool:
+        trio.from_thread.run_sync(doors.ban, "198.51.100.2", 5)
+        return save(*arguments)
+
+    monkeypatch.setattr(doors_module.banfile, "save", save_slowly)
+    doors.ban("198.51.100.1", 5)
+    await doors.save()
+    assert doors._dirty
+    monkeypatch.setattr(doors_module.banfile, "save", lambda *arguments: False)
+    await doors.save()
+    assert doors._dirty, "it could not be written"
+    monkeypatch.setattr(doors_module.banfile, "save", save)
+    await doors.save()
+    assert not doors._dirty
+    assert {row.subject for row in Doors(Limits(), peers_max=8, file=tmp_path / "bans.json").bans()} == {
+        "198.51.100.1",
+        "198.51.100.2",
+    }

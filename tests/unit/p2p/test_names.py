@@ -79,6 +79,27 @@ async def test_what_cannot_be_resolved_says_why(dns, monkeypatch):
     Names(["::1", "[::1]:53", "9.9.9.9"])
 
 
+async def test_an_odd_record_costs_only_itself(dns, tmp_path, caplog):
+    settings = P2pSettings(listen=("/ip4/127.0.0.1/tcp/0",))
+    async with open_network(Identity.from_seed(b"a" * 32), settings, data_dir=tmp_path / "a", version="1") as a:
+        odd = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"  # another kind of key, which names no node of ours
+        dns.records = {
+            ("_dnsaddr.example.org", "TXT"): txt(f"/ip4/127.0.0.1/tcp/1/p2p/{odd}", f"/ip4/127.0.0.1/tcp/2/p2p/{odd}")
+            + txt(a.addresses[0])
+        }
+        settings = P2pSettings(
+            listen=("/ip4/127.0.0.1/tcp/0",), seeds=("/dnsaddr/example.org",), dns_servers=(dns.address,)
+        )
+        async with open_network(Identity.from_seed(b"b" * 32), settings, data_dir=tmp_path / "b", version="1") as b:
+            with trio.fail_after(10):
+                while a.peer_id not in b.peers():  # noqa: ASYNC110 - a link raises no event here
+                    await trio.sleep(0.02)
+    warnings = [record.message for record in caplog.records if "/dnsaddr/example.org" in record.message]
+    assert len(warnings) == 1
+    assert "2 unusable seeds" in warnings[0]
+    assert odd in warnings[0]
+
+
 @given(st.data())
 def test_hostile_answers_come_to_an_end(data):
     seed = "/dnsaddr/a.b"

@@ -145,6 +145,20 @@ async def test_an_allow_list_admits_whom_it_names(nodes):
     assert "its p2p.allow does not list it" in await refused(d, a)
 
 
+@pytest.mark.parametrize("lane", [True, False])
+async def test_who_is_not_listed_takes_nobody_s_place(nodes, lane):
+    a = await nodes("a", KEY, allow=(identity_of("b").peer_id,), peers_max=1)
+    b = await nodes("b", KEY, a)
+    await until(lambda: b.peer_id in a.peers())
+    a.doors._pinned.clear()  # as if it were an ordinary peer, worth less than the one that comes
+    a.doors.standing.linked(identity_of("c").peer_id, 24 * 3600_000, 0)
+    c = await nodes("c", KEY, lane=lane)
+    assert "its p2p.allow does not list it" in await refused(c, a)
+    assert a.doors.statistics()["refused"] == {}
+    assert a.doors.faults == {}
+    assert b.peer_id in a.peers()
+
+
 async def test_a_wrong_allow_list_is_named(tmp_path):
     settings = P2pSettings(listen=ANY, allow=("nonsense",))
     with pytest.raises(ConfigError, match=r"p2p\.allow.*nonsense"):

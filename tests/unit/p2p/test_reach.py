@@ -388,7 +388,7 @@ async def test_tokens_that_open_nothing_are_hung_up_on(splicer):
 
 def test_what_the_library_hears_does_not_replace_what_adverts_say():
     store = PeerStore()
-    book = AddressBook(store)
+    book = AddressBook(store, connected=lambda peer: False)
     ours, other, nowhere = (Multiaddr(f"/ip4/{host}/tcp/4701") for host in (WIDE, "198.51.100.1", "0.0.0.0"))
     hidden, stranger, known = (create_new_key_pair(bytes([n]) * 32) for n in (1, 2, 3))
 
