@@ -31,6 +31,7 @@ from p2p.core.heartbeat import Heartbeat
 from p2p.core.identity import Identity
 from p2p.core.providing import GAP_MS, Announcements
 from p2p.core.reach import PRIVATE, RELAYED, worth_dialling
+from p2p.core.strangers import NOBODY
 from p2p.core.view import VIEW_MAX, View, is_news
 from p2p.face import Buffer, Call, RecordRule, Reply
 from p2p.finding import NAMESPACE, Caller, Finder, sample
@@ -96,7 +97,7 @@ class PeerDirectory:
         self._banned = banned
         self._heartbeat_s = float(advert_seconds)
         self._life_ms = max(LIVES * advert_seconds, 30) * 1000
-        self.view = View(identity.peer_id)
+        self.view = View(identity.peer_id, random.randrange)
         self.announcements = Announcements()
         self.finder = Finder(self, host, caller)
         self.measure: Callable[[PeerId], float | None] = _unknown
@@ -177,14 +178,14 @@ class PeerDirectory:
         """Take an advert in if it is valid and news; whether it was. Raises BadAdvert."""
         return not self._offer(data)
 
-    def _offer(self, data: bytes) -> str:
+    def _offer(self, data: bytes, introducer: PeerId = NOBODY) -> str:
         signed = open_advert(data, now_ms=now_ms())
         peer_id = peer_of(signed.advert)
         if self._banned(peer_id):
             self.view.refused["banned"] += 1
             return "banned"
         before = self.view.get(peer_id)
-        reason = self.view.offer(signed, now_ms(), self._caller.peers)
+        reason = self.view.offer(signed, now_ms(), self._caller.peers, introducer)
         if reason:
             return reason
         advert = signed.advert
@@ -260,7 +261,8 @@ class PeerDirectory:
 
     def _take(self, sender: PeerId, data: bytes) -> None:
         try:
-            if self._offer(data) == "churn":
+            introducer = sender if self._caller.is_linked(sender) else NOBODY
+            if self._offer(data, introducer) == "churn":
                 log.debug("an advert from %s changes too often", sender)
         except BadAdvert as error:
             self._refuse(sender, error)
@@ -357,7 +359,7 @@ class PeerDirectory:
         async with trio.open_nursery() as nursery:
             while True:
                 await trio.sleep(1.0 * random.uniform(0.9, 1.1))
-                if self.view.expire(now_ms()):
+                if self.view.expire(now_ms(), self._caller.peers()):
                     self._wake()
                 if trio.current_time() >= pull_at:
                     pull_at = trio.current_time() + PULL_SECONDS
