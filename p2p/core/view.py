@@ -16,6 +16,7 @@ Invariants:
    introduced take at most one part in :data:`SHARE` of the bytes.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
@@ -36,6 +37,7 @@ STRANGER_MS = 75 * 60_000
 CHANGES_BURST = 20
 CHANGE_MS = 400
 ASKED_MAX = 1 << 16
+OFFERED_SLOTS = 1 << 16
 
 _Shard = tuple[str, int]
 
@@ -86,6 +88,8 @@ class View:
         self._models: dict[str, dict[PeerId, int]] = {}
         self._asked: dict[str, int] = {}
         self._holders: dict[_Shard, dict[PeerId, None]] = {}
+        self._offered = array("I", bytes(OFFERED_SLOTS * array("I").itemsize))
+        """How many offers there are of models whose ids hash alike: says at once that there is none."""
         self._gone: dict[PeerId, int] = {}
         self.refused: Counter[str] = Counter()
         """By reason: what :class:`p2p.core.advert.BadAdvert` names, and ``stale``, ``gone``, ``old``, ``full``,
@@ -133,8 +137,15 @@ class View:
 
     def some_providers(self, model_id: str, index: int, count: int) -> Sequence[PeerId]:
         """The same for a stranger who asks: at most ``count``, and nothing is remembered for it."""
+        if not self.looks(model_id, index):
+            return tuple(islice(self._holders.get((model_id, index), ()), count))
         held = ((peer, entry.advert.offer(model_id)) for peer, entry in self._entries.items())
         return tuple(islice((peer for peer, offer in held if offer is not None and offer.holds(index)), count))
+
+    def looks(self, model_id: str, index: int) -> int:
+        """How many adverts :meth:`some_providers` looks at: none if nobody offers the model."""
+        followed = (model_id, index) in self._holders
+        return len(self._entries) if not followed and self._offered[_slot(model_id)] else 0
 
     def _ask(self, model_id: str, index: int) -> dict[PeerId, None]:
         """Start to follow a shard; the one followed longest makes room."""
@@ -207,11 +218,10 @@ class View:
 
     def beat(self, beat: Heartbeat, now_ms: int) -> str:
         """Bring a known peer's advert up to date with a verified heartbeat. Returns why not (also counted)."""
+        reason = self.beat_is_no_news(beat)
         entry = self._entries.get(PeerId(beat.peer_id))
-        if entry is None:
-            reason = "unknown"
-        elif beat.peer_id == self._own or beat.seq <= entry.beat_seq:
-            reason = "stale"
+        if reason or entry is None:
+            pass
         elif not entry.may_change(now_ms):
             reason = "churn"
         else:
@@ -221,6 +231,13 @@ class View:
             return ""
         self.refused[f"beat_{reason}"] += 1
         return reason
+
+    def beat_is_no_news(self, beat: Heartbeat) -> str:
+        """Why a heartbeat changes nothing, if it does not: ``unknown`` or ``stale``."""
+        entry = self._entries.get(PeerId(beat.peer_id))
+        if entry is None:
+            return "unknown"
+        return "stale" if beat.peer_id == self._own or beat.seq <= entry.beat_seq else ""
 
     def remove(self, peer_id: PeerId) -> bool:
         """Take a peer's advert out; whether there was one."""
@@ -305,6 +322,10 @@ class View:
         """Follow one peer's change; looks only at shards that changed and that were asked for."""
         before = {offer.model_id: offer.shards for offer in old.models} if old else {}
         after = {offer.model_id: offer.shards for offer in new.models} if new else {}
+        for model_id in before.keys() - after.keys():
+            self._offered[_slot(model_id)] -= 1
+        for model_id in after.keys() - before.keys():
+            self._offered[_slot(model_id)] += 1
         for model_id in before.keys() | after.keys():
             had, has = before.get(model_id, b""), after.get(model_id, b"")
             peers = self._models.get(model_id)
@@ -327,6 +348,10 @@ class View:
                 holders[peer_id] = None
             else:
                 holders.pop(peer_id, None)
+
+
+def _slot(model_id: str) -> int:
+    return hash(model_id) % OFFERED_SLOTS
 
 
 def is_news(old: Advert | None, new: Advert) -> bool:

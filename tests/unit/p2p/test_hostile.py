@@ -144,7 +144,7 @@ def _advert(n: int, **fields: object) -> tuple[str, bytes]:
 def test_a_flood_of_adverts_is_bounded_and_linked_peers_come_in_all_the_same(monkeypatch, bound):
     linked: list[str] = []
     fake_host = SimpleNamespace(accept_records=lambda *_: None, learn=lambda *_: None)
-    caller = SimpleNamespace(peers=lambda: tuple(linked))
+    caller = SimpleNamespace(peers=lambda: tuple(linked), is_linked=lambda peer: peer in linked)
     me = Identity.from_seed(b"m" * 32)
     bounds = {"adverts_max": 20} if bound == "number" else {"bytes_max": 20 * 300}
     monkeypatch.setattr(directory_module, "View", partial(View, **bounds))
