@@ -26,7 +26,7 @@ from config.vocabulary import PeerId
 from p2p import holding, trace
 from p2p.carrier import Carrier
 from p2p.core import failures, frames
-from p2p.deadlines import Deadlines
+from p2p.deadlines import Alarm, Deadlines
 from p2p.face import Buffer, Call, Handler, Header, Reply, StreamHandler
 from p2p.holding import Held, Part
 from p2p.meter import Meter, free
@@ -63,21 +63,6 @@ class Context:
 
 class _Flood(Exception):
     """A peer goes on calling although it is refused."""
-
-
-class _Pause:
-    """A peer was too fast: its window stays shut for a while."""
-
-    __slots__ = ("_connection", "over")
-
-    def __init__(self, connection: "Connection") -> None:
-        self._connection = connection
-        self.over = False
-
-    def expire(self) -> None:
-        """The while is over."""
-        self.over = True
-        self._connection.go_on()
 
 
 class Connection:
@@ -253,10 +238,10 @@ class Connection:
         self._uncounted = self._uncounted_calls = 0
         if wait_s and not self._paused:
             self._paused = True
-            self._context.deadlines.add(self.heard_at + wait_s, _Pause(self))
+            self._context.deadlines.add(self.heard_at + wait_s, Alarm(self.go_on))
 
     def go_on(self) -> None:
-        """The pause is over."""
+        """The peer was too fast, its window stayed shut for a while: that is over."""
         self._paused = False
         self.release(0)
 
