@@ -7,6 +7,7 @@ Invariants:
 
 import heapq
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import trio
@@ -21,6 +22,21 @@ class Waiter(Protocol):
 
     def expire(self) -> None:
         """The deadline has come."""
+
+
+class Alarm:
+    """Calls somebody at its deadline, once."""
+
+    __slots__ = ("_call", "over")
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self.over = False
+
+    def expire(self) -> None:
+        """The deadline has come."""
+        self.over = True
+        self._call()
 
 
 class Deadlines:

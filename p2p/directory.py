@@ -11,7 +11,9 @@ Invariants:
 1. Only verified, unexpired adverts stand in the view; a higher ``seq`` wins.
 2. A peer reported down leaves the view, and comes back only with a newer advert or a live link.
 3. The view never depends on the DHT answering.
-4. A bad advert is dropped, counted by kind, and blamed on whoever sent it; an old or expired one is only counted.
+4. A bad advert is dropped, counted by kind, and blamed on whoever sent it; an old or expired one is only counted, and
+   its signature is not looked at.
+5. What a peer's adverts and questions may cost is limited by :mod:`p2p.checks`; what is above is dropped and counted.
 """
 
 import logging
@@ -23,14 +25,16 @@ from typing import Any
 import msgspec
 import trio
 
-from config.errors import IntegrityError, RiosError
+from config.errors import BusyError, IntegrityError, RiosError
 from config.vocabulary import PeerId
+from p2p.checks import READING, Checks
 from p2p.core import addresses, heartbeat
-from p2p.core.advert import Advert, BadAdvert, open_advert, peer_of, sign
+from p2p.core.advert import Advert, BadAdvert, check_advert, open_advert, peer_of, read_advert, sign
 from p2p.core.heartbeat import Heartbeat
 from p2p.core.identity import Identity
 from p2p.core.providing import GAP_MS, Announcements
 from p2p.core.reach import PRIVATE, RELAYED, worth_dialling
+from p2p.core.strangers import NOBODY
 from p2p.core.view import VIEW_MAX, View, is_news
 from p2p.face import Buffer, Call, RecordRule, Reply
 from p2p.finding import NAMESPACE, Caller, Finder, sample
@@ -54,6 +58,9 @@ SMALL_SWARM = 8
 SETTLE_SECONDS = (3.0, 12.0)
 EXCHANGE_BYTES_MAX = 1 << 20
 BUFFERS_MAX = 200
+CHECKS_AT_ONCE = 16
+"""Then others run: they take about a millisecond."""
+TOO_MANY = "too_many"
 FAULTS = frozenset(("malformed", "too_large", "signature", "absurd"))
 """What only a peer that does not check, or lies, passes on."""
 
@@ -96,10 +103,11 @@ class PeerDirectory:
         self._banned = banned
         self._heartbeat_s = float(advert_seconds)
         self._life_ms = max(LIVES * advert_seconds, 30) * 1000
-        self.view = View(identity.peer_id)
+        self.view = View(identity.peer_id, random.randrange)
         self.announcements = Announcements()
         self.finder = Finder(self, host, caller)
         self.measure: Callable[[PeerId], float | None] = _unknown
+        self.checks = Checks(caller.is_linked)
         self._changed = trio.Event()
         self._dirty = trio.Event()
         self._beat_due = trio.Event()
@@ -177,14 +185,23 @@ class PeerDirectory:
         """Take an advert in if it is valid and news; whether it was. Raises BadAdvert."""
         return not self._offer(data)
 
-    def _offer(self, data: bytes) -> str:
-        signed = open_advert(data, now_ms=now_ms())
-        peer_id = peer_of(signed.advert)
+    def _offer(self, data: bytes, sender: PeerId = NOBODY) -> str:
+        claim = read_advert(data)
+        peer_id = peer_of(claim.advert)
+        reason = self.view.knows_better(peer_id, claim.advert.seq)
         if self._banned(peer_id):
-            self.view.refused["banned"] += 1
-            return "banned"
+            reason = "banned"
+        elif not reason and claim.advert.expires_ms <= now_ms():
+            reason = "expired"
+        elif not reason and not self.checks.may_check(sender, len(data)):
+            reason = TOO_MANY
+        if reason:
+            self.view.refused[reason] += 1
+            return reason
+        signed = check_advert(claim, now_ms=now_ms())
+        introducer = sender if sender and self._caller.is_linked(sender) else NOBODY
         before = self.view.get(peer_id)
-        reason = self.view.offer(signed, now_ms(), self._caller.peers)
+        reason = self.view.offer(signed, now_ms(), self._caller.peers, introducer)
         if reason:
             return reason
         advert = signed.advert
@@ -222,10 +239,12 @@ class PeerDirectory:
 
     async def serve_exchange(self, call: Call) -> Reply:
         """``advert.exchange``: takes the caller's adverts; gives those it lacks and names those it has newer."""
-        self.take(call.peer_id, call.buffers)
+        await self.take(call.peer_id, call.buffers)
         known = call.header.get("known")
         if not isinstance(known, dict) or len(known) > VIEW_MAX:
             raise IntegrityError("protocol", "advert.exchange: 'known' must map peer ids to numbers")
+        if not self.checks.may_look(call.peer_id, len(self.view) + len(known)):
+            raise BusyError("advert.exchange: too many", retry_after_ms=1000)
         give: list[bytes] = []
         size = 0
         for peer_id, signed in self.view.all_signed():
@@ -240,45 +259,70 @@ class PeerDirectory:
 
     async def serve_push(self, call: Call) -> Reply:
         """``advert.push``: takes adverts."""
-        self.take(call.peer_id, call.buffers)
+        await self.take(call.peer_id, call.buffers)
         return Reply({})
 
     async def serve_beat(self, call: Call) -> Reply:
         """``advert.beat``: takes heartbeats."""
-        for data in call.buffers[:BUFFERS_MAX]:
-            self._take_beat(call.peer_id, bytes(data))
+        await self._take_all(call.peer_id, call.buffers, self._take_beat)
         return Reply({})
 
-    def take(self, sender: PeerId, buffers: Sequence[Buffer]) -> None:
+    async def take(self, sender: PeerId, buffers: Sequence[Buffer]) -> None:
         """Take adverts that a peer sent."""
-        for data in buffers[:BUFFERS_MAX]:
-            self._take(sender, bytes(data))
+        await self._take_all(sender, buffers, self._take)
+
+    async def _take_all(self, sender: PeerId, buffers: Sequence[Buffer], take: Callable[[PeerId, bytes], bool]) -> None:
+        for number, data in enumerate(buffers[:BUFFERS_MAX]):
+            if number % CHECKS_AT_ONCE == CHECKS_AT_ONCE - 1:
+                await trio.lowlevel.checkpoint()
+            if not take(sender, bytes(data)):
+                self._blame(sender, "refused")
+                return
 
     def take_found(self, data: bytes) -> None:
         """Take an advert from the DHT, where nobody is to blame for it."""
-        self._take(self._identity.peer_id, data)
+        self._take(NOBODY, data)
 
-    def _take(self, sender: PeerId, data: bytes) -> None:
+    def _take(self, sender: PeerId, data: bytes) -> bool:
+        """Whether the sender may go on."""
+        if not self.checks.may_check(sender, len(data), READING):
+            self.view.refused[TOO_MANY] += 1
+            return False
         try:
-            if self._offer(data) == "churn":
-                log.debug("an advert from %s changes too often", sender)
+            reason = self._offer(data, sender)
         except BadAdvert as error:
             self._refuse(sender, error)
+            return True
+        if reason == "churn":
+            log.debug("an advert from %s changes too often", sender)
+        return reason != TOO_MANY
 
-    def _take_beat(self, sender: PeerId, data: bytes) -> None:
+    def _take_beat(self, sender: PeerId, data: bytes) -> bool:
+        """Whether the sender may go on."""
+        if not self.checks.may_check(sender, len(data), READING):
+            self.view.refused[TOO_MANY] += 1
+            return False
         try:
-            beat = heartbeat.open_heartbeat(data, now_ms=now_ms())
+            claim = heartbeat.read_heartbeat(data)
+            if reason := self.view.beat_is_no_news(claim.beat):
+                self.view.refused[f"beat_{reason}"] += 1
+                return True
+            if not self.checks.may_check(sender, len(data)):
+                self.view.refused[TOO_MANY] += 1
+                return False
+            beat = heartbeat.check_heartbeat(claim, now_ms=now_ms())
         except BadAdvert as error:
             self._refuse(sender, error)
-            return
+            return True
         before = self.view.get(PeerId(beat.peer_id))
         if not self.view.beat(beat, now_ms()) and before is not None and beat.applied(before).models != before.models:
             self._wake()
+        return True
 
     def _refuse(self, sender: PeerId, error: BadAdvert) -> None:
         self.view.refused[error.kind] += 1
         log.debug("%s sent a bad advert: %s", sender, error)
-        if error.kind in FAULTS and sender != self._identity.peer_id:
+        if error.kind in FAULTS and sender != NOBODY:
             self._blame(sender, "bad_advert")
 
     async def exchange(self, peer_id: PeerId, *, deadline_ms: int = 5000) -> None:
@@ -289,7 +333,7 @@ class PeerDirectory:
             reply = await self._caller.call(
                 peer_id, "advert.exchange", {"known": known}, [own], deadline_ms=deadline_ms
             )
-            self.take(peer_id, reply.buffers)
+            await self.take(peer_id, reply.buffers)
             want = reply.header.get("want")
             wanted = want[:BUFFERS_MAX] if isinstance(want, list) else []
             data = [signed.data for p in wanted if isinstance(p, str) and (signed := self.view.signed(PeerId(p)))]
@@ -357,7 +401,7 @@ class PeerDirectory:
         async with trio.open_nursery() as nursery:
             while True:
                 await trio.sleep(1.0 * random.uniform(0.9, 1.1))
-                if self.view.expire(now_ms()):
+                if self.view.expire(now_ms(), self._caller.peers()):
                     self._wake()
                 if trio.current_time() >= pull_at:
                     pull_at = trio.current_time() + PULL_SECONDS

@@ -17,8 +17,9 @@ from typing import Protocol
 
 import trio
 
-from config.errors import RequestError, RiosError
+from config.errors import BusyError, RequestError, RiosError
 from config.vocabulary import PeerId
+from p2p.checks import Checks
 from p2p.core.providing import INDEX_MAX, model_key, shard_key
 from p2p.core.view import View
 from p2p.face import Buffer, Call, Header, Reply
@@ -57,11 +58,12 @@ class Adverts(Protocol):
     """What a search needs of the directory."""
 
     view: View
+    checks: Checks
 
     def providers(self, model_id: str, index: int) -> Sequence[PeerId]:
         """Who serves a shard, as far as the view knows."""
 
-    def take(self, sender: PeerId, buffers: Sequence[Buffer]) -> None:
+    async def take(self, sender: PeerId, buffers: Sequence[Buffer]) -> None:
         """Take adverts in."""
 
     def take_found(self, data: bytes) -> None:
@@ -110,6 +112,8 @@ class Finder:
             raise RequestError("invalid_request", "advert.find: 'model' is a model id and 'shard' a number")
         _check(model_id, index)
         view = self._directory.view
+        if not self._directory.checks.may_look(call.peer_id, view.looks(model_id, index)):
+            raise BusyError("advert.find: too many searches", retry_after_ms=1000)
         found = (view.signed(peer) for peer in view.some_providers(model_id, index, GIVEN_MAX))
         return Reply({}, [signed.data for signed in found if signed is not None])
 
@@ -123,7 +127,7 @@ class Finder:
             except RiosError as error:
                 log.debug("asking %s for providers: %s", peer_id, error)
                 return
-            self._directory.take(peer_id, reply.buffers[:GIVEN_MAX])
+            await self._directory.take(peer_id, reply.buffers[:GIVEN_MAX])
             if self._known(model_id, index):
                 nursery.cancel_scope.cancel()
 

@@ -8,8 +8,8 @@ Invariants:
    not sent says so (:class:`NotSentError`), so that it may go another way.
 2. A handler that raises fails its call only. It runs under the call's deadline and is cancelled with the call.
 3. A peer has at most ``calls_max`` calls in flight here, and its address and subnet what the doors allow (more are told
-   busy); while its calls hold more than :data:`HELD_BYTES_MAX`, or come faster than the doors allow, its window is not
-   opened further.
+   busy); while its calls hold more than :data:`p2p.holding.HELD_BYTES_MAX`, or come faster than the doors allow, its
+   window is not opened further. What its frames in part hold is limited by :mod:`p2p.holding`.
 4. A peer that breaks the protocol loses the carrier, and is blamed; nobody else notices.
 """
 
@@ -23,11 +23,12 @@ import trio
 
 from config.errors import BusyError, IntegrityError, RemoteError, RiosError
 from config.vocabulary import PeerId
-from p2p import trace
+from p2p import holding, trace
 from p2p.carrier import Carrier
 from p2p.core import failures, frames
-from p2p.deadlines import Deadlines
+from p2p.deadlines import Alarm, Deadlines
 from p2p.face import Buffer, Call, Handler, Header, Reply, StreamHandler
+from p2p.holding import Held, Part
 from p2p.meter import Meter, free
 from p2p.pool import Pool
 from p2p.services import Service
@@ -36,14 +37,10 @@ from p2p.waiting import NotSentError, Waiter
 
 log = logging.getLogger(__name__)
 
-HELD_BYTES_MAX = 128 << 20
-HELD_BYTES_TOTAL, HELD_BYTES_CROWDED = 512 << 20, 4 << 20
-"""When the calls of all peers hold the first, each connection may hold the second."""
 COUNTED_CALLS, COUNTED_BYTES = 32, 256 << 10
 """After how many the doors are told: asking them each time would show in small calls."""
 UNKNOWN_TIMES = 5
 """A call of an unknown method counts as so many refused ones: an honest peer makes none, or one of a newer version."""
-STUCK_SECONDS, STUCK_BYTES_PER_SECOND = 30.0, 256
 
 
 def _nobody(_peer_id: PeerId, _fault: str) -> None:
@@ -61,27 +58,11 @@ class Context:
     calls_max: int
     blame: Callable[[PeerId, str], None] = field(default=_nobody)
     meter: Callable[[PeerId], Meter] = field(default=free)
-    held: int = 0
-    """Bytes of calls in progress, of all peers."""
+    held: Held = field(default_factory=Held)
 
 
 class _Flood(Exception):
     """A peer goes on calling although it is refused."""
-
-
-class _Pause:
-    """A peer was too fast: its window stays shut for a while."""
-
-    __slots__ = ("_connection", "over")
-
-    def __init__(self, connection: "Connection") -> None:
-        self._connection = connection
-        self.over = False
-
-    def expire(self) -> None:
-        """The while is over."""
-        self.over = True
-        self._connection.go_on()
 
 
 class Connection:
@@ -117,7 +98,7 @@ class Connection:
         self._meter = context.meter(self.peer_id)
         self._uncounted = self._uncounted_calls = 0
         self._paused = self._broken_off = False
-        self._progress: tuple[object, int, float] | None = None
+        self._part = Part(context.held, self.peer_id, self._machine, self._give_up_part)
         carrier.open(self._received, self._on_lost)
 
     @property
@@ -227,6 +208,8 @@ class Connection:
         self.heard_at = self._now()
         try:
             events = self._machine.feed(data)
+            if self._machine.body_bytes or self._part.size:
+                self._part.follow()
             self._behind = len(events)
             for event in events:
                 self._behind -= 1
@@ -255,48 +238,45 @@ class Connection:
         self._uncounted = self._uncounted_calls = 0
         if wait_s and not self._paused:
             self._paused = True
-            self._context.deadlines.add(self.heard_at + wait_s, _Pause(self))
+            self._context.deadlines.add(self.heard_at + wait_s, Alarm(self.go_on))
 
     def go_on(self) -> None:
-        """The pause is over."""
+        """The peer was too fast, its window stayed shut for a while: that is over."""
         self._paused = False
         self.release(0)
 
     def is_stuck(self, now: float) -> bool:
-        """Whether a frame from the peer has begun and comes on slower than anybody's line. Asked now and then."""
-        begun = self._machine.partial
-        if begun is None:
-            self._progress = None
+        """Whether a frame from the peer comes on slower than anybody's line, though the peer may send."""
+        if self._owed:
+            self._part.wait()
             return False
-        mark, filled = begun
-        if self._progress is None or self._progress[0] is not mark:
-            self._progress = (mark, filled, now)
-            return False
-        _, before, since = self._progress
-        if now - since < STUCK_SECONDS:
-            return False
-        self._progress = (mark, filled, now)
-        return filled - before < STUCK_BYTES_PER_SECOND * (now - since)
+        return self._part.is_stuck(now)
+
+    def _give_up_part(self) -> None:
+        log.warning("peer %s is hung up on: its frames in part take too much memory", self.peer_id)
+        self._meter.over("frames_in_part_bytes")
+        self._break_off()
 
     def _break_off(self) -> None:
         """Hear no more of this peer."""
         self._broken_off = True
+        self._part.end()
         self._context.pool.submit(self.carrier.close)
 
     def _may_send_on(self) -> bool:
         """Whether the peer's window is opened further."""
-        crowded = self._context.held > HELD_BYTES_TOTAL
-        return self._held < (HELD_BYTES_CROWDED if crowded else HELD_BYTES_MAX) and not self._paused
+        most = holding.HELD_BYTES_CROWDED if self._context.held.crowded else holding.HELD_BYTES_MAX
+        return self._held < most and not self._paused
 
     def hold(self, size_bytes: int) -> None:
         """Received bytes stay in use here."""
         self._held += size_bytes
-        self._context.held += size_bytes
+        self._context.held.total += size_bytes
 
     def release(self, size_bytes: int) -> None:
         """They do not any more."""
         self._held -= size_bytes
-        self._context.held -= size_bytes
+        self._context.held.total -= size_bytes
         if self._owed and self._may_send_on():
             owed, self._owed = self._owed, 0
             self.carrier.consumed(owed)
@@ -469,6 +449,7 @@ class Connection:
         if self.ended.is_set():
             return
         self.ended.set()
+        self._part.end()
         for call_id in list(self._waiters):
             self._waiters.pop(call_id).settle(self._broken())
         for call_id in list(self._incoming):

@@ -163,18 +163,34 @@ def sign(identity: Identity, advert: Advert) -> SignedAdvert:
     return SignedAdvert(advert, codec.encode(_Envelope(body, identity.sign(TAG, body))))
 
 
-def open_advert(data: bytes, *, now_ms: int) -> SignedAdvert:
-    """Decode and check an advert somebody sent.
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An advert as it came: nothing of it is proven."""
 
-    Raises :class:`BadAdvert` naming the rule it broke.
-    """
+    advert: Advert
+    data: bytes
+    body: bytes
+    signature: bytes
+
+
+def read_advert(data: bytes) -> Claim:
+    """Decode an advert somebody sent: a small part of what checking its signature costs. Raises :class:`BadAdvert`."""
     try:
         envelope = codec.decode(_Envelope, data, bytes_max=ADVERT_BYTES_MAX)
         advert = codec.decode_open(Advert, envelope.body, bytes_max=ADVERT_BYTES_MAX)
-        key = public_key_of(advert.peer_id)
     except IntegrityError as error:
         raise BadAdvert("too_large" if error.code == "too_large" else "malformed", error.message) from error
-    if not verify(key, TAG, envelope.body, envelope.signature):
+    return Claim(advert, data, envelope.body, envelope.signature)
+
+
+def check_advert(claim: Claim, *, now_ms: int) -> SignedAdvert:
+    """The advert, if its signature and what it says hold. Raises :class:`BadAdvert` naming the rule it broke."""
+    advert = claim.advert
+    try:
+        key = public_key_of(advert.peer_id)
+    except IntegrityError as error:
+        raise BadAdvert("malformed", error.message) from error
+    if not verify(key, TAG, claim.body, claim.signature):
         raise BadAdvert("signature", f"advert of {advert.peer_id} has a wrong signature")
     for oddity in oddities(advert):
         raise BadAdvert("absurd", f"advert of {advert.peer_id}: {oddity}")
@@ -182,7 +198,12 @@ def open_advert(data: bytes, *, now_ms: int) -> SignedAdvert:
         raise BadAdvert("expired", f"advert of {advert.peer_id} has expired")
     if advert.expires_ms - now_ms > LIFE_MS_MAX + CLOCK_SKEW_MS_MAX or advert.seq > now_ms + CLOCK_SKEW_MS_MAX:
         raise BadAdvert("future", f"advert of {advert.peer_id} lies too far in the future")
-    return SignedAdvert(advert, data)
+    return SignedAdvert(advert, claim.data)
+
+
+def open_advert(data: bytes, *, now_ms: int) -> SignedAdvert:
+    """Decode and check an advert somebody sent. Raises :class:`BadAdvert` naming the rule it broke."""
+    return check_advert(read_advert(data), now_ms=now_ms)
 
 
 def oddities(advert: Advert) -> Iterator[str]:

@@ -147,6 +147,8 @@ class Machine:
         self._taken: dict[int, int] = {}  # the peer's open call -> items that may still be sent
         self._head = bytearray()
         self._body: bytearray | None = None
+        self.body_bytes = 0
+        """What the body of the frame that has come in part takes; 0 between frames."""
         self._filled = 0
         self._fields: tuple[int, ...] = ()
         self._dead = False
@@ -238,11 +240,17 @@ class Machine:
         return len(self._taken)
 
     @property
-    def partial(self) -> tuple[object, int] | None:
-        """What marks the frame that has come in part, and how many bytes of its body have; None between frames."""
+    def partial(self) -> tuple[object, int, int] | None:
+        """What marks the frame that has come in part, how many bytes of its body (or head) have, and of how many; None
+        between frames."""
         if self._body is not None:
-            return self._fields, self._filled
-        return (self._head, len(self._head)) if self._head else None
+            return self._fields, self._filled, self._fields[0]
+        return (self._head, len(self._head), HEAD_BYTES) if self._head else None
+
+    @property
+    def part_mark(self) -> object:
+        """What tells the body that has come in part from others; None between bodies."""
+        return self._fields if self._body is not None else None
 
     def _frame(
         self,
@@ -289,8 +297,14 @@ class Machine:
         try:
             return self._feed(memoryview(data))
         except IntegrityError:
-            self._dead = True
+            self.stop()
             raise
+
+    def stop(self) -> None:
+        """Take no more bytes, and forget what has come in part."""
+        self._dead = True
+        self._body = None
+        self.body_bytes = 0
 
     def _feed(self, view: memoryview) -> list[Event]:
         events: list[Event] = []
@@ -317,6 +331,7 @@ class Machine:
                 at += length
             else:
                 self._fields, self._body, self._filled = fields, bytearray(min(length, BODY_BYTES_FIRST)), 0
+                self.body_bytes = len(self._body)
         return events
 
     def _fill(self, view: memoryview, at: int, events: list[Event]) -> int:
@@ -324,11 +339,13 @@ class Machine:
         assert body is not None
         if self._filled == len(body):
             body += bytes(min(len(body), self._fields[0] - len(body)))
+            self.body_bytes = len(body)
         count = min(len(body) - self._filled, len(view) - at)
         body[self._filled : self._filled + count] = view[at : at + count]
         self._filled += count
         if self._filled == self._fields[0]:
             self._body = None
+            self.body_bytes = 0
             self._take(self._fields, memoryview(body), events)
         return at + count
 

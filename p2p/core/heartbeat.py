@@ -9,6 +9,7 @@ Invariants:
 4. Small changes are not sent: :func:`is_worth_sending` (hysteresis).
 """
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -60,21 +61,44 @@ def sign(identity: Identity, beat: Heartbeat) -> bytes:
     return codec.encode(_Envelope(body, identity.sign(TAG, body)))
 
 
-def open_heartbeat(data: bytes, *, now_ms: int) -> Heartbeat:
-    """Decode and check a heartbeat somebody sent. Raises :class:`BadAdvert` naming the rule it broke."""
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A heartbeat as it came: nothing of it is proven."""
+
+    beat: Heartbeat
+    body: bytes
+    signature: bytes
+
+
+def read_heartbeat(data: bytes) -> Claim:
+    """Decode a heartbeat somebody sent. Raises :class:`BadAdvert`."""
     try:
         envelope = codec.decode(_Envelope, data, bytes_max=HEARTBEAT_BYTES_MAX)
         beat = codec.decode_open(Heartbeat, envelope.body, bytes_max=HEARTBEAT_BYTES_MAX)
-        key = public_key_of(beat.peer_id)
     except IntegrityError as error:
         raise BadAdvert("too_large" if error.code == "too_large" else "malformed", error.message) from error
-    if not verify(key, TAG, envelope.body, envelope.signature):
+    return Claim(beat, envelope.body, envelope.signature)
+
+
+def check_heartbeat(claim: Claim, *, now_ms: int) -> Heartbeat:
+    """The heartbeat, if its signature and date hold. Raises :class:`BadAdvert` naming the rule it broke."""
+    beat = claim.beat
+    try:
+        key = public_key_of(beat.peer_id)
+    except IntegrityError as error:
+        raise BadAdvert("malformed", error.message) from error
+    if not verify(key, TAG, claim.body, claim.signature):
         raise BadAdvert("signature", f"heartbeat of {beat.peer_id} has a wrong signature")
     if beat.seq > now_ms + CLOCK_SKEW_MS_MAX:
         raise BadAdvert("future", f"heartbeat of {beat.peer_id} lies too far in the future")
     if beat.seq < now_ms - AGE_MS_MAX:
         raise BadAdvert("expired", f"heartbeat of {beat.peer_id} is old")
     return beat
+
+
+def open_heartbeat(data: bytes, *, now_ms: int) -> Heartbeat:
+    """Decode and check a heartbeat somebody sent. Raises :class:`BadAdvert` naming the rule it broke."""
+    return check_heartbeat(read_heartbeat(data), now_ms=now_ms)
 
 
 def is_worth_sending(told: Advert, now: Advert) -> bool:

@@ -29,7 +29,7 @@ EPISODE = 50
 def make_directory() -> PeerDirectory:
     """The real one, on a host and a caller that do nothing."""
     host: Any = SimpleNamespace(accept_records=lambda *_: None, learn=lambda *_: None)
-    caller: Any = SimpleNamespace(peers=lambda: ())
+    caller: Any = SimpleNamespace(peers=lambda: (), is_linked=lambda _: False)
     return PeerDirectory(ME, host, caller, Advert(ME.peer_id, 0, 0), advert_seconds=60)
 
 

@@ -26,7 +26,7 @@ def make_validator() -> NamespacedValidator:
     """The rules a node registers, behind the library's own dispatch."""
     rules = hosts._Rules()
     host: Any = SimpleNamespace(accept_records=rules.rules.__setitem__, learn=lambda *_: None)
-    caller: Any = SimpleNamespace(peers=lambda: ())
+    caller: Any = SimpleNamespace(peers=lambda: (), is_linked=lambda _: False)
     me = fuzz_adverts.ME
     PeerDirectory(me, host, caller, Advert(me.peer_id, 0, 0), advert_seconds=60)
     rules.rules["deployment"] = RecordRule(deployment.check_record, deployment.newest)

@@ -9,7 +9,7 @@ import trio.testing
 
 from config.errors import RemoteError
 from config.settings import P2pSettings
-from p2p import rpc, trace
+from p2p import holding, trace
 from p2p.core.identity import Identity
 from p2p.face import Call, LeftError, Reply
 from p2p.network import open_network
@@ -207,7 +207,7 @@ async def test_deadline_cancellation_and_the_caller_s_end_reach_the_handler(pair
 
 
 async def test_a_handler_that_holds_what_it_got_stops_the_sender_not_the_link(pair, monkeypatch):
-    monkeypatch.setattr(rpc, "HELD_BYTES_MAX", 4 << 20)
+    monkeypatch.setattr(holding, "HELD_BYTES_MAX", 4 << 20)
     a, b = pair
     release = trio.Event()
     held = 0

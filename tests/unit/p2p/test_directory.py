@@ -9,7 +9,10 @@ import pytest
 import trio
 import trio.testing
 
+from config.errors import BusyError
 from config.settings import P2pSettings
+from p2p import checks as cost
+from p2p.core import advert as adverts
 from p2p.core import heartbeat
 from p2p.core.advert import TAG, Advert, ModelOffer, sign
 from p2p.core.heartbeat import Heartbeat, open_heartbeat
@@ -78,7 +81,8 @@ async def test_lies_are_dropped_counted_and_blamed_on_who_sent_them():
     assert it.statistics()["refused"]["stale"] == 1
     assert len(blamed) == 4
     beat = heartbeat.sign(OTHER, Heartbeat(OTHER.peer_id, now_ms() + 5, 40))
-    await it.serve_beat(push("advert.beat", OTHER, beat, beat[:-1] + bytes([beat[-1] ^ 1])))
+    next_beat = heartbeat.sign(OTHER, Heartbeat(OTHER.peer_id, now_ms() + 9, 50))
+    await it.serve_beat(push("advert.beat", OTHER, beat, next_beat[:-1] + bytes([next_beat[-1] ^ 1])))
     assert it.adverts()[OTHER.peer_id].load == 40
     assert blamed[4:] == [(OTHER.peer_id, "bad_advert")]
 
@@ -148,7 +152,7 @@ async def test_only_changes_that_matter_wake_those_who_wait():
         for number, (fields, expected) in enumerate(
             [({}, 1), ({}, 1), ({"load": 5}, 1), ({"coordinate": (1, 2, 3, 4, 5)}, 1), ({"paused": True}, 2)]
         ):
-            it.take(OTHER.peer_id, [advert(OTHER, seq=now + number, **fields)])
+            await it.take(OTHER.peer_id, [advert(OTHER, seq=now + number, **fields)])
             await trio.testing.wait_all_tasks_blocked()
             assert len(woken) == expected, fields
         nursery.cancel_scope.cancel()
@@ -173,12 +177,110 @@ async def test_a_node_alone_goes_through_its_whole_peer_book(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("linked", [True, False])
-def test_providers_with_a_link_come_first(linked):
+async def test_providers_with_a_link_come_first(linked):
     caller = FakeCaller(THIRD.peer_id) if linked else FakeCaller()
     it = made(caller)
     held = (ModelOffer("ab" * 32, b"\x01", 1, 1, 1),)
-    it.take(OTHER.peer_id, [advert(OTHER, models=held), advert(THIRD, models=held)])
+    await it.take(OTHER.peer_id, [advert(OTHER, models=held), advert(THIRD, models=held)])
     found = list(it.providers("ab" * 32, 0))
     assert set(found) == {OTHER.peer_id, THIRD.peer_id}
     if linked:
         assert found[0] == THIRD.peer_id
+
+
+@pytest.fixture
+def checks(monkeypatch) -> list[str]:
+    """A note for every signature that is checked."""
+    made: list[str] = []
+    for module in (adverts, heartbeat):
+
+        def noted(key, tag, body, signature, verify=module.verify):
+            made.append(tag)
+            return verify(key, tag, body, signature)
+
+        monkeypatch.setattr(module, "verify", noted)
+    return made
+
+
+async def test_what_is_no_news_costs_no_signature_check_and_others_run_meanwhile(checks):
+    it = made(FakeCaller(THIRD.peer_id))
+    ran = 0
+
+    async def others() -> None:
+        nonlocal ran
+        while True:
+            ran += 1
+            await trio.lowlevel.checkpoint()
+
+    now = now_ms()
+    beat = heartbeat.sign(OTHER, Heartbeat(OTHER.peer_id, now + 5, 40))
+    unknown = heartbeat.sign(THIRD, Heartbeat(THIRD.peer_id, now + 5, 40))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        await it.serve_push(push("advert.push", THIRD, *[advert(OTHER, seq=now)] * 200))
+        await it.serve_push(push("advert.push", THIRD, *[advert(THIRD, expires_ms=now - 1)] * 200))
+        assert len(checks) == 1
+        await it.serve_beat(push("advert.beat", THIRD, *[beat] * 100, *[unknown] * 100))
+        assert len(checks) == 2
+        nursery.cancel_scope.cancel()
+    assert ran > 30
+    assert it.statistics()["refused"] == {"stale": 199, "expired": 200, "beat_stale": 99, "beat_unknown": 100}
+
+
+async def test_a_sender_has_so_many_signatures_checked_and_no_more(autojump_clock, monkeypatch, checks):
+    monkeypatch.setattr(cost, "CHECKS_PER_SECOND", 10.0)
+    monkeypatch.setattr(cost, "CHECKS_BURST", 50.0)
+    blamed: list[tuple[str, str]] = []
+    it = made(FakeCaller(OTHER.peer_id, THIRD.peer_id), blamed)
+    flood = [advert(Identity.from_seed(n.to_bytes(32, "big"))) for n in range(300)]
+    await it.serve_push(push("advert.push", THIRD, *flood[:100]))
+    assert 40 <= len(checks) <= 50
+    assert blamed == [(THIRD.peer_id, "refused")]
+    assert it.statistics()["refused"] == {"too_many": 1}
+    before = len(checks)
+    await it.serve_push(push("advert.push", OTHER, *flood[100:120]))
+    assert len(checks) == before + 20, "others are not concerned"
+    await trio.sleep(1)
+    await it.serve_exchange(Call(THIRD.peer_id, "advert.exchange", {"known": {}}, tuple(flood[200:]), 0.0))
+    assert len(checks) - before - 20 <= 11
+    before = len(checks)
+    await it.serve_beat(push("advert.beat", THIRD, *[heartbeat.sign(OTHER, Heartbeat(OTHER.peer_id, now_ms()))] * 9))
+    assert len(checks) == before
+
+
+async def test_authors_of_gossip_share_what_they_may_have_checked(autojump_clock, monkeypatch, checks):
+    monkeypatch.setattr(cost, "GOSSIP_CHECKS_PER_SECOND", 10.0)
+    it = made(FakeCaller())
+    for n in range(300):
+        one = Identity.from_seed(n.to_bytes(32, "big"))
+        await it.on_gossip(one.peer_id, advert(one))
+    assert 35 <= len(checks) <= 50
+
+
+async def test_searches_look_at_nothing_for_models_nobody_offers_and_at_so_much_at_most(autojump_clock, monkeypatch):
+    monkeypatch.setattr(cost, "LOOKS_PER_SECOND", 20.0)
+    monkeypatch.setattr(cost, "LOOKS_BURST", 100.0)
+    it = made(FakeCaller())
+    held = (ModelOffer("ab" * 32, b"\x01", 1, 1, 1),)
+    for n in range(19):
+        it.offer(advert(Identity.from_seed(n.to_bytes(32, "big")), models=held))
+
+    def find(model: str, index: int, sender: Identity = THIRD) -> Call:
+        return Call(sender.peer_id, "advert.find", {"model": model, "shard": index}, (), 0.0)
+
+    for _ in range(1000):
+        assert not (await it.finder.serve(find("cd" * 32, 0))).buffers
+    for _ in range(5):
+        assert not (await it.finder.serve(find("ab" * 32, 9))).buffers
+    with pytest.raises(BusyError):
+        await it.finder.serve(find("ab" * 32, 9))
+    with pytest.raises(BusyError):
+        await it.serve_exchange(Call(THIRD.peer_id, "advert.exchange", {"known": {}}, (), 0.0))
+    assert len((await it.finder.serve(find("ab" * 32, 0, OTHER))).buffers) == 8
+    it.providers("ab" * 32, 0)
+    assert len((await it.finder.serve(find("ab" * 32, 0))).buffers) == 8, "what this node follows is at hand"
+    await trio.sleep(1)
+    assert len((await it.finder.serve(find("ab" * 32, 1))).buffers) == 0
+    for peer in list(it.adverts()):
+        it.view.remove(peer)
+    assert not any(it.view._offered), "what leaves is not counted any more"

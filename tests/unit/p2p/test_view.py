@@ -1,5 +1,7 @@
 """The view: what is taken, what is refused and counted, who holds which shard, and what stays bounded."""
 
+from random import Random
+
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +31,7 @@ def nobody() -> tuple[str, ...]:
 
 
 def made(**bounds) -> View:
-    it = View(ME, **bounds)
+    it = View(ME, Random(1).randrange, **bounds)
     it.put_own(advert(PEERS[0]), NOW)
     return it
 
@@ -177,3 +179,81 @@ def test_small_changes_of_the_load_are_not_worth_a_message():
     assert is_worth_sending(told(100), told(150))
     assert is_worth_sending(told(20), told(0))
     assert is_worth_sending(told(0), told(0, paused=True))
+
+
+def stranger(n: int, seq: int = NOW, life_ms: int = 60_000, size: int = 0) -> "view.SignedAdvert":
+    """An advert that nobody verified: its bytes count by their number only."""
+    return view.SignedAdvert(Advert(f"stranger {n}", seq, seq + life_ms), bytes(300 + size))
+
+
+def test_a_flood_of_small_adverts_pushes_out_its_own():
+    it = made(adverts_max=200)
+    for n in range(100):
+        assert it.offer(stranger(n), NOW, nobody, "neighbour") == ""
+    for n in range(1000, 3000):
+        assert it.offer(stranger(n), NOW, nobody, "flooder") == ""
+    assert len(it) == 200
+    assert sum(f"stranger {n}" in it for n in range(100)) >= 95
+    assert it.offer(stranger(100), NOW, nobody, "neighbour") == "", "a full view is shut for nobody"
+
+
+def test_fat_adverts_go_first_and_one_peer_introduces_half_of_the_bytes_at_most():
+    it = made(bytes_max=1 << 20)
+    for n in range(100):
+        it.offer(stranger(n), NOW, nobody)
+    for n in range(1000, 1100):
+        assert it.offer(stranger(n, size=60_000), NOW, nobody) == ""
+        assert sum(len(signed.data) for _, signed in it.all_signed()) <= (1 << 20) // 2 + 1000
+    assert sum(f"stranger {n}" in it for n in range(100)) == 100, "the fat ones went"
+    for n in range(2000, 2100):
+        it.offer(stranger(n, size=60_000), NOW, nobody, "a")
+        it.offer(stranger(n + 100, size=60_000), NOW, nobody, "b")
+    assert sum(len(signed.data) for _, signed in it.all_signed()) <= 1 << 20
+    assert it.offer(stranger(101), NOW, nobody, "c") == ""
+
+
+def test_among_small_ones_chance_decides_whatever_their_size():
+    it = made(adverts_max=200)
+    for n in range(100):
+        it.offer(stranger(n, size=500), NOW, nobody)
+    for n in range(1000, 1150):
+        it.offer(stranger(n), NOW, nobody)
+    assert sum(f"stranger {n}" in it for n in range(100)) >= 50
+
+
+def test_a_known_peer_is_renewed_however_full_it_is_and_linked_peers_stay():
+    it = made(bytes_max=10_000)
+    linked = [f"stranger {n}" for n in range(15)]
+    for n in range(30):
+        it.offer(stranger(n), NOW, lambda: linked, "neighbour")
+    assert it.offer(stranger(29, NOW + 1, size=4000), NOW, lambda: linked) == ""
+    assert sum(len(signed.data) for _, signed in it.all_signed()) <= 10_000
+    for n in range(15):
+        assert it.offer(stranger(n, NOW + 1, size=2000), NOW, lambda: linked) == ""
+    assert set(it.adverts()) == {ME, *linked}
+    assert it.offer(stranger(40), NOW, lambda: linked) == "full"
+
+
+def test_a_strangers_advert_does_not_live_as_long_as_it_says():
+    it = made()
+    long = {"life_ms": 24 * 3600_000}
+    it.offer(stranger(1, **long), NOW, nobody)
+    it.offer(stranger(2, **long), NOW, nobody)
+    later = NOW + view.STRANGER_MS
+    assert not it.expire(later - 1, ["stranger 1"])
+    assert it.expire(later, ["stranger 1"])
+    assert set(it.adverts()) == {ME, "stranger 1"}
+    assert it.offer(stranger(2, **long), later, nobody) == "old", "nor does it come back from those who still have it"
+    assert it.offer(stranger(2, later, **long), later, nobody) == ""
+
+
+def test_what_leaves_leaves_nothing_behind():
+    it = made(adverts_max=50)
+    for n in range(300):
+        it.offer(stranger(n), NOW, nobody, f"peer {n % 7}")
+        it.remove(f"stranger {n - 3}")
+    for peer in list(it.adverts()):
+        it.remove(peer)
+    strangers = it._strangers
+    assert not strangers._groups
+    assert not strangers._places
