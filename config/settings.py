@@ -365,7 +365,7 @@ class GatewaySettings:
         100,
         "New connections of one client address; more are closed at once, and who goes on is not listened to for some "
         "seconds. One whose client is refused what it asks counts fivefold; 64 requests of an address may be on their "
-        "way. 0: no limit. A reverse proxy, whose clients all have its address, belongs into trusted_proxies.",
+        "way, and 250 of the 1000 connections be its own. 0: no limit. A reverse proxy, whose clients all have its address, belongs into trusted_proxies.",
         minimum=0,
         maximum=1 << 20,
     )

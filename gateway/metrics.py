@@ -69,8 +69,8 @@ class Metrics:
         counted[1].observe(seconds)
 
     def observe_refused(self, reason: str) -> None:
-        """Count a connection: ``rate``, ``arriving`` or ``full`` (refused), ``ousted`` (made room for another), or a
-        source that is ``shunned`` for a while."""
+        """Count a connection: ``rate``, ``arriving``, ``share`` or ``full`` (refused), ``ousted`` (made room for
+        another), or a source that is ``shunned`` for a while."""
         self.refused.labels(reason).inc()
 
     def observe_tokens(self, prompt: int, completion: int) -> None:
