@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from config.generation import PrivacyWish
 from gateway.accounts import Principal
-from gateway.address import client_address
+from gateway.address import client_address, neighbourhood
 from gateway.errors import invalid
 from gateway.limits import Meter
 
@@ -21,7 +21,10 @@ async def identify(request: HTTPConnection) -> Principal:
     """
     service, site = request.app.state.service, request.app.state.site
     principal: Principal = await service.guard.authenticate(site.home.credentials_of(request))
-    meter = service.metering.meter(principal, client_address(request, site.identity.rules.proxies))
+    address = client_address(request, site.identity.rules.proxies)
+    meter = service.metering.meter(principal, address)
+    known = principal.key_id or principal.session_id
+    request.scope["state"]["sender"] = principal.user_id if known else neighbourhood(address)
     # Read when the answer starts, so that they show what the request itself used.
     request.scope["state"]["meter"] = meter
     await meter.request()

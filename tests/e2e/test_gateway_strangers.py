@@ -1,0 +1,58 @@
+"""What callers without an account can cost a gateway, learn from it and write into its log."""
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+import trio
+from gateway_rig import Rig, read_until, request_bytes, serving
+
+from gateway import exchange as exchange_module
+from gateway.exchange import BODY_BYTES_FREE
+
+CHAT, LOGIN = "/v1/chat/completions", "/v1/auth/login"
+
+
+async def begun(rig: Rig, stack: AsyncExitStack, path: str, key: str, sent: int) -> trio.SocketStream:
+    """A body that is one byte short of its end."""
+    stream = await stack.enter_async_context(await trio.open_tcp_stream(rig.gateway.host, rig.gateway.port))
+    await stream.send_all(request_bytes(path, b" " * sent, key, content_length=str(sent + 1)))
+    return stream
+
+
+def chat(characters: int) -> dict[str, object]:
+    return {"model": "tiny", "messages": [{"role": "user", "content": "a" * characters}]}
+
+
+@pytest.mark.parametrize("path", [LOGIN, "/v1/auth/refresh", "/v1/auth/register", "/v1/auth/accept"])
+async def test_who_is_not_known_sends_no_large_bodies(tmp_path: Path, path: str) -> None:
+    async with serving(tmp_path) as rig, rig.http() as http, AsyncExitStack() as stack:
+        assert (await http.post(path, content=b" " * BODY_BYTES_FREE)).status_code == 400, "so much is taken"
+        stream = await begun(rig, stack, path, "", BODY_BYTES_FREE)
+        assert b" 413 " in await read_until(stream, b"}}")
+
+
+async def test_one_user_leaves_room_for_the_large_bodies_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange_module, "BODIES_BYTES_MAX", 1 << 20)
+    async with serving(tmp_path, body_bytes_max=500_000) as rig, AsyncExitStack() as stack:
+
+        def another_user() -> str:
+            rig.accounts.create_user("bob")
+            rig.accounts.credit("bob", 1_000_000)
+            return rig.accounts.create_key("bob", "test").secret
+
+        bobs = await trio.to_thread.run_sync(another_user)
+        for _ in range(6):
+            await begun(rig, stack, CHAT, rig.key, 180_000)
+        await trio.sleep(0.3)
+        async with rig.http() as http:
+            assert (await http.post(CHAT, json=chat(180_000))).status_code == 503
+            headers = {"authorization": f"Bearer {bobs}"}
+            large = await http.post(CHAT, json=chat(180_000), headers=headers)
+            assert large.status_code != 503, large.text
+            await stack.aclose()
+            with trio.fail_after(10):
+                while (await http.post(CHAT, json=chat(180_000))).status_code == 503:  # noqa: ASYNC110
+                    await trio.sleep(0.1)
