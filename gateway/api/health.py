@@ -1,7 +1,7 @@
 """Is it alive, can it answer, what do its numbers say, what does its API look like: open to everybody."""
 
 import trio
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -40,8 +40,7 @@ async def _problems(request: Request) -> list[str]:
 
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    body = generate_latest(request.app.state.service.metrics.registry)
-    return Response(body, headers={"content-type": CONTENT_TYPE_LATEST})
+    return Response(request.app.state.service.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 async def home(request: Request) -> Response:

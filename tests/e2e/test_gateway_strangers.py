@@ -1,5 +1,7 @@
 """What callers without an account can cost a gateway, learn from it and write into its log."""
 
+from collections import Counter
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -7,7 +9,9 @@ import pytest
 import trio
 from gateway_rig import Rig, read_until, request_bytes, serving
 
+from gateway import app as app_module
 from gateway import exchange as exchange_module
+from gateway import metrics as metrics_module
 from gateway.exchange import BODY_BYTES_FREE
 
 CHAT, LOGIN = "/v1/chat/completions", "/v1/auth/login"
@@ -56,3 +60,35 @@ async def test_one_user_leaves_room_for_the_large_bodies_of_others(
             with trio.fail_after(10):
                 while (await http.post(CHAT, json=chat(180_000))).status_code == 503:  # noqa: ASYNC110
                     await trio.sleep(0.1)
+
+
+async def test_what_is_costly_to_make_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Counter[str] = Counter()
+    for module, name in ((app_module, "document"), (metrics_module, "generate_latest")):
+        make: Callable[..., object] = getattr(module, name)
+
+        def counted(*values: object, _make: Callable[..., object] = make, _name: str = name) -> object:
+            made[_name] += 1
+            return _make(*values)
+
+        monkeypatch.setattr(module, name, counted)
+    monkeypatch.setattr(metrics_module, "TEXT_SECONDS", 100.0)
+    app_module._encoded.cache_clear()
+    async with serving(tmp_path) as rig, rig.http() as http:
+        for path in ("/openapi.json", "/metrics"):
+            for _ in range(3):
+                assert (await http.head(path)).status_code == 200
+            assert (await http.get(path)).content
+        tag = (await http.get("/openapi.json")).headers["etag"]
+        again = await http.get("/openapi.json", headers={"if-none-match": tag})
+        assert (again.status_code, again.content) == (304, b"")
+    assert made == {"document": 1, "generate_latest": 1}
+
+
+async def test_metrics_are_hardly_older_than_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "TEXT_SECONDS", 0.05)
+    async with serving(tmp_path) as rig, rig.http() as http:
+        await http.get("/metrics")
+        await http.get("/healthz")
+        await trio.sleep(0.06)
+        assert 'route="/healthz"' in (await http.get("/metrics")).text
