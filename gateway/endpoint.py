@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.accounts import Principal
 from gateway.errors import ApiError
 from gateway.exchange import BODY_BYTES_FREE
-from gateway.request import identify
+from gateway.request import identify, refuse_nul
 from gateway.roles import Permission, Reach, reach_of
 from gateway.shaping import shape
 
@@ -134,6 +134,7 @@ def _guarded(endpoint: Endpoint) -> Handler:
         if endpoint.uploads:
             state["upload_bytes_max"] = request.app.state.site.upload_bytes_max + _FORM_BYTES
         if endpoint.needs is None:
+            refuse_nul(request)
             state["body_bytes_max"] = BODY_BYTES_FREE
         else:
             principal = await identify(request)

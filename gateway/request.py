@@ -7,7 +7,7 @@ from starlette.responses import Response
 from config.generation import PrivacyWish
 from gateway.accounts import Principal
 from gateway.address import client_address, neighbourhood
-from gateway.errors import invalid
+from gateway.errors import ApiError, invalid
 from gateway.limits import Meter
 
 PRIVACY_HEADER = "x-rios-privacy"
@@ -17,8 +17,9 @@ _WISHES: dict[str, PrivacyWish] = {"": "", "trusted": "trusted", "local": "local
 async def identify(request: HTTPConnection) -> Principal:
     """Authenticate a request and count it; its answer will carry the limits' headers.
 
-    Raises ApiError ``unauthenticated``, ``forbidden`` or ``rate_limited``.
+    Raises ApiError ``unauthenticated``, ``forbidden`` or ``rate_limited``; and what :func:`refuse_nul` raises.
     """
+    refuse_nul(request)
     service, site = request.app.state.service, request.app.state.site
     principal: Principal = await service.guard.authenticate(site.home.credentials_of(request))
     address = client_address(request, site.identity.rules.proxies)
@@ -29,6 +30,14 @@ async def identify(request: HTTPConnection) -> Principal:
     request.scope["state"]["meter"] = meter
     await meter.request()
     return principal
+
+
+def refuse_nul(request: HTTPConnection) -> None:
+    """No name holds NUL, and PostgreSQL takes none. Raises ApiError."""
+    if "\0" in request.scope["path"]:
+        raise ApiError("not_found", "there is nothing at a path with NUL", public_code="not_found")
+    if b"%00" in request.scope["query_string"]:
+        raise invalid(None, "the query must not hold NUL")
 
 
 def meter_of(request: Request) -> Meter:

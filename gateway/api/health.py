@@ -8,6 +8,7 @@ from starlette.responses import HTMLResponse, Response
 from config.errors import LocalError
 from gateway import pages
 from gateway.endpoint import Endpoint
+from gateway.errors import told
 from gateway.openai.models import public_models
 from gateway.request import json_response
 
@@ -32,7 +33,7 @@ async def _problems(request: Request) -> list[str]:
         with trio.fail_after(2):
             await request.app.state.service.till.in_thread(site.accounts.database.ping)
     except LocalError as error:
-        problems.append(error.message)
+        problems.append(told(error))
     except trio.TooSlowError:
         problems.append("the accounts database does not answer")
     return problems

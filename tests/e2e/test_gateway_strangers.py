@@ -6,12 +6,15 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 import trio
 from gateway_rig import Rig, read_until, request_bytes, serving
 
 from gateway import app as app_module
 from gateway import exchange as exchange_module
 from gateway import metrics as metrics_module
+from gateway.db.session import open_database
+from gateway.errors import StoreError, error_object
 from gateway.exchange import BODY_BYTES_FREE
 
 CHAT, LOGIN = "/v1/chat/completions", "/v1/auth/login"
@@ -92,3 +95,78 @@ async def test_metrics_are_hardly_older_than_a_second(tmp_path: Path, monkeypatc
         await http.get("/healthz")
         await trio.sleep(0.06)
         assert 'route="/healthz"' in (await http.get("/metrics")).text
+
+
+async def test_callers_do_not_learn_where_the_accounts_database_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tmp_path) as rig, rig.http() as http:
+        with rig.accounts.database.write() as connection:
+            connection.execute(sa.text("ALTER TABLE sessions RENAME TO elsewhere"))
+            connection.execute(sa.text("ALTER TABLE users RENAME TO others"))
+        body = {"email": "a@b.example", "password": "a password"}
+        for answer in (await http.post(LOGIN, json=body), await http.get("/v1/users")):
+            assert answer.status_code == 503
+            assert answer.json()["error"]["message"] == "the accounts database does not answer"
+    assert any(f"{tmp_path}/gateway.db cannot be used: no such table" in line for line in caplog.messages)
+
+
+def test_a_database_that_is_down_is_named_to_its_operator_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = open_database("postgresql://keeper@127.0.0.1:1/books", tmp_path)
+    with pytest.raises(StoreError, match=r"keeper@127\.0\.0\.1:1/books cannot be used") as caught:
+        database.ping()
+    error = {"message": "the accounts database does not answer", "type": "service_unavailable", "param": None}
+    assert error_object(caught.value) == {"error": {**error, "code": "unavailable"}}
+    assert any("keeper@127.0.0.1:1/books" in line for line in caplog.messages)
+
+
+async def test_readiness_does_not_say_where_the_accounts_database_is(tmp_path: Path) -> None:
+    async with serving(tmp_path) as rig, rig.http() as http:
+        down = open_database("postgresql://keeper@127.0.0.1:1/books", tmp_path)
+        rig.accounts.database.engine, up = down.engine, rig.accounts.database.engine
+        try:
+            answer = await http.get("/readyz")
+            page = await http.get("/")
+        finally:
+            rig.accounts.database.engine = up
+        assert (answer.status_code, answer.json()["reasons"]) == (503, ["the accounts database does not answer"])
+        assert "does not answer" in page.text
+        assert "keeper" not in page.text
+
+
+async def test_nul_is_refused_wherever_it_comes_in(tmp_path: Path, database: str) -> None:
+    """PostgreSQL takes none in a text."""
+    async with serving(tmp_path, database=database) as rig, rig.http() as http:
+
+        def is_admin() -> None:
+            with rig.accounts.database.write() as connection:
+                connection.execute(sa.text("UPDATE users SET role = 'admin'"))
+
+        await trio.to_thread.run_sync(is_admin)
+        login = {"email": "a\0@b.example", "password": "a password"}
+        assert (await http.post(LOGIN, json=login)).status_code == 400
+        assert (await http.post("/v1/auth/refresh", json={"refresh_token": "a\0b"})).status_code == 400
+        assert (await http.post("/v1/api-keys", json={"name": "a\0b"})).status_code == 400
+        assert (await http.post("/v1/billing/topups", json={"user_id": "\0", "microcredits": 1})).status_code == 400
+        for path in (
+            "users/a%00b",
+            "api-keys/%00",
+            "files/%00",
+            "batches/%00",
+            "webhooks/a%00",
+            "billing/usage/%00/cost",
+        ):
+            answer = await http.get(f"/v1/{path}")
+            assert answer.status_code == 404, answer.text
+        for query in ("api-keys?user_id=%00", "users?after=a%00", "audit?actor=%00", "auth/oidc/callback?state=%00"):
+            answer = await http.get(f"/v1/{query}")
+            assert answer.status_code == 400, answer.text
+        for asked in ({"query": '{ user(id: "a\\u0000") { name } }'}, {"query": '{ user(id: "a\\u{0}") { name } }'}):
+            answer = await http.post("/graphql", json=asked)
+            assert "NUL" in answer.json()["errors"][0]["message"], answer.text
+        named = await http.post("/v1/api-keys", json={"name": "back\\u0000slash"})
+        assert named.status_code in (200, 201), "a backslash and what follows is no NUL"
+        said = {"model": "tiny", "messages": [{"role": "user", "content": "a\0b"}]}
+        assert (await http.post(CHAT, json=said)).status_code == 200, "a prompt holds what it likes"
