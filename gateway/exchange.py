@@ -49,6 +49,7 @@ _CSP = b"content-security-policy"
 _NO_PAGE = b"default-src 'none'; frame-ancestors 'none'"
 """Of what is no page; pages say themselves what they may load."""
 _SMALL_BODY_SECONDS = 0.05
+_LOGGED_BYTES_MAX = 300
 BODIES_BYTES_MAX = 32 << 20
 BODY_BYTES_FREE = 16 << 10
 """Small bodies come in whatever large ones take."""
@@ -92,7 +93,7 @@ class Exchanges:
             _access.info(
                 "%s %s %d %.1f ms %s",
                 scope["method"],
-                scope["path"],
+                _logged_path(scope),
                 exchange.status,
                 seconds * 1000,
                 exchange.request_id,
@@ -111,7 +112,7 @@ class Exchanges:
             await send({"type": "websocket.close", "code": 1011})
         finally:
             self._metrics.running.dec()
-            _access.info("WEBSOCKET %s %.1f s %s", scope["path"], time.perf_counter() - start, request_id)
+            _access.info("WEBSOCKET %s %.1f s %s", _logged_path(scope), time.perf_counter() - start, request_id)
 
 
 class Bodies:
@@ -279,6 +280,15 @@ class _Exchange:
 
 def _too_large(bytes_max: int) -> ApiError:
     return ApiError("too_large", f"the request body is larger than {bytes_max} bytes")
+
+
+def _logged_path(scope: Scope) -> str:
+    """As it was sent: ``path`` is unquoted, so it may hold line ends, or what terminals obey.
+
+    The query is left out: secrets may stand in it.
+    """
+    path: bytes = scope["raw_path"]
+    return path[:_LOGGED_BYTES_MAX].decode("latin-1")
 
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -170,3 +170,16 @@ async def test_nul_is_refused_wherever_it_comes_in(tmp_path: Path, database: str
         assert named.status_code in (200, 201), "a backslash and what follows is no NUL"
         said = {"model": "tiny", "messages": [{"role": "user", "content": "a\0b"}]}
         assert (await http.post(CHAT, json=said)).status_code == 200, "a prompt holds what it likes"
+
+
+async def test_the_access_log_has_paths_as_they_were_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rios.gateway.access")
+    async with serving(tmp_path) as rig:
+        for path in ("/a%0aGET%20/forged%1b[2J?token=secret", "/" + "b" * 1000):
+            stream = await trio.open_tcp_stream(rig.gateway.host, rig.gateway.port)
+            async with stream:
+                await stream.send_all(f"GET {path} HTTP/1.1\r\nhost: here\r\n\r\n".encode())
+                assert b" 404 " in await read_until(stream, b"}}")
+    lines = [each.getMessage() for each in caplog.records if each.name == "rios.gateway.access"]
+    assert lines[0].startswith("GET /a%0aGET%20/forged%1b[2J 404 ")
+    assert lines[1].startswith(f"GET /{'b' * 299} 404 ")
