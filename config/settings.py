@@ -334,7 +334,9 @@ class GatewaySettings:
     user_concurrent: int = _setting(
         0, "Requests of one user at the same time, all keys together. 0: no limit.", minimum=0, maximum=1 << 20
     )
-    address_requests_per_minute: int = _setting(0, "Per client address. 0: no limit.", minimum=0, maximum=1 << 30)
+    address_requests_per_minute: int = _setting(
+        0, "Per client address (a /64 of IPv6). 0: no limit.", minimum=0, maximum=1 << 30
+    )
     redis: str = _setting(
         "",
         "Redis that several gateways count these limits in, e.g. redis://host:6379/0 (rediss:// for TLS; without a "
@@ -365,7 +367,8 @@ class GatewaySettings:
         100,
         "New connections of one client address; more are closed at once, and who goes on is not listened to for some "
         "seconds. One whose client is refused what it asks counts fivefold; 64 requests of an address may be on their "
-        "way. 0: no limit. A reverse proxy, whose clients all have its address, belongs into trusted_proxies.",
+        "way, and 250 of the 1000 connections be its own. 0: no limit. A reverse proxy, whose clients all have its "
+        "address, belongs into trusted_proxies.",
         minimum=0,
         maximum=1 << 20,
     )

@@ -1,7 +1,10 @@
 """The routes together: which path is answered by what, and how errors become answers."""
 
+import hashlib
 from dataclasses import dataclass
+from functools import cache
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -46,6 +49,7 @@ from gateway.openai.job import Service
 from gateway.openapi import document
 from gateway.ports import Health, LedgerView, Swarm
 from gateway.request import json_response
+from gateway.shaping import is_known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +92,18 @@ def build_app(service: Service, site: Site, live: Live, *, body_bytes_max: int) 
 
 
 async def _openapi(request: Request) -> Response:
-    return json_response(document(request.app.state.site.version, ENDPOINTS))
+    body, tag = _encoded(request.app.state.site.version)
+    headers = {"etag": tag, "cache-control": "public, no-cache"}
+    if is_known(request.headers.get("if-none-match", ""), tag):
+        return Response(status_code=304, headers=headers)
+    return Response(body, 200, headers, "application/json")
+
+
+@cache
+def _encoded(version: str) -> tuple[bytes, str]:
+    """The document and its tag: made once, for it takes longer than most requests, and anybody may ask."""
+    body = msgspec.json.encode(document(version, ENDPOINTS))
+    return body, f'"{hashlib.sha256(body).hexdigest()[:24]}"'
 
 
 ENDPOINTS = (

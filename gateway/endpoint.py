@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.accounts import Principal
 from gateway.errors import ApiError
-from gateway.request import identify
+from gateway.exchange import BODY_BYTES_FREE
+from gateway.request import identify, refuse_nul
 from gateway.roles import Permission, Reach, reach_of
 from gateway.shaping import shape
 
@@ -39,7 +40,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """One method of one path. ``needs`` None: open to everybody, without a key."""
+    """One method of one path. ``needs`` None: open to everybody, without a key, with a small body."""
 
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
     path: str
@@ -132,7 +133,10 @@ def _guarded(endpoint: Endpoint) -> Handler:
         state["route"] = template
         if endpoint.uploads:
             state["upload_bytes_max"] = request.app.state.site.upload_bytes_max + _FORM_BYTES
-        if endpoint.needs is not None:
+        if endpoint.needs is None:
+            refuse_nul(request)
+            state["body_bytes_max"] = BODY_BYTES_FREE
+        else:
             principal = await identify(request)
             state["caller"] = Caller(principal, permitted(principal, endpoint.needs))
         response = await endpoint.handle(request)

@@ -1,16 +1,19 @@
 """Errors as HTTP clients of OpenAI's API expect them.
 
-Owns the one translation from :class:`config.errors.RiosError` to status, body and headers. The body is always
-``{"error": {"message", "type", "param", "code"}}``; a status that says "later" comes with ``retry-after`` (seconds)
-and ``retry-after-ms``.
+Owns the one translation from :class:`config.errors.RiosError` to status, body and headers, and what of an error clients
+are not told. The body is always ``{"error": {"message", "type", "param", "code"}}``; a status that says "later" comes
+with ``retry-after`` (seconds) and ``retry-after-ms``.
 """
 
+import logging
 from collections.abc import Mapping
 from math import ceil
 
 import msgspec
 
-from config.errors import BusyError, RequestError, RiosError, http_status
+from config.errors import BusyError, LocalError, RequestError, RiosError, http_status
+
+_logger = logging.getLogger("rios.gateway")
 
 _TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -58,6 +61,23 @@ class ApiError(RequestError):
         self.status = status
 
 
+class StoreError(LocalError):
+    """The accounts database fails. The message is for who runs it: it says where it is, and what its driver says.
+    Clients are told ``public``."""
+
+    def __init__(self, code: str, message: str, hint: str, *, public: str) -> None:
+        super().__init__(code, message, hint)
+        self.public = public
+
+
+def told(error: RiosError) -> str:
+    """What clients are told of an error. What they are not is in the log."""
+    if not isinstance(error, StoreError):
+        return str(error)
+    _logger.warning("%s", error)
+    return error.public
+
+
 def error_status(error: RiosError) -> int:
     """The HTTP status of an error. A code without a status of its own kind is the server's fault."""
     if isinstance(error, ApiError) and error.status is not None:
@@ -79,7 +99,7 @@ def error_object(error: RiosError) -> dict[str, object]:
     elif error.code == "context_length_exceeded":
         param = param or "messages"
     kind = _TYPES.get(error_status(error), "server_error")
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+    return {"error": {"message": told(error), "type": kind, "param": param, "code": code}}
 
 
 def error_body(error: RiosError) -> bytes:

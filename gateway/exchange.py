@@ -9,8 +9,9 @@ Invariants:
    full inbox and the connection hangs.
 4. Whether a request came over TLS is known to all behind: from the server, or a believed proxy.
 5. Every answer carries ``x-request-id``, and what keeps browsers careful with it.
-6. Bodies that are still coming take at most ``BODIES_BYTES_MAX`` together (or what one may have, if that is more),
-   besides the first ``BODY_BYTES_FREE`` of each: who sends much and never ends cannot fill the memory.
+6. Bodies that are still coming take at most ``BODIES_BYTES_MAX`` together (or twice what one may have, if that is
+   more), besides the first ``BODY_BYTES_FREE`` of each: who sends much and never ends cannot fill the memory. No sender
+   has more of it than is left for others.
 """
 
 import logging
@@ -48,6 +49,7 @@ _CSP = b"content-security-policy"
 _NO_PAGE = b"default-src 'none'; frame-ancestors 'none'"
 """Of what is no page; pages say themselves what they may load."""
 _SMALL_BODY_SECONDS = 0.05
+_LOGGED_BYTES_MAX = 300
 BODIES_BYTES_MAX = 32 << 20
 BODY_BYTES_FREE = 16 << 10
 """Small bodies come in whatever large ones take."""
@@ -63,7 +65,7 @@ class Exchanges:
         self._proxies = proxies
         self._metrics = metrics
         self._body_bytes_max = body_bytes_max
-        self._bodies = Bodies(max(BODIES_BYTES_MAX, body_bytes_max))
+        self._bodies = Bodies(max(BODIES_BYTES_MAX, 2 * body_bytes_max))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -91,7 +93,7 @@ class Exchanges:
             _access.info(
                 "%s %s %d %.1f ms %s",
                 scope["method"],
-                scope["path"],
+                _logged_path(scope),
                 exchange.status,
                 seconds * 1000,
                 exchange.request_id,
@@ -110,22 +112,32 @@ class Exchanges:
             await send({"type": "websocket.close", "code": 1011})
         finally:
             self._metrics.running.dec()
-            _access.info("WEBSOCKET %s %.1f s %s", scope["path"], time.perf_counter() - start, request_id)
+            _access.info("WEBSOCKET %s %.1f s %s", _logged_path(scope), time.perf_counter() - start, request_id)
 
 
 class Bodies:
     """The bytes of all bodies that are still coming."""
 
     def __init__(self, bytes_max: int) -> None:
-        self.bytes_held = 0
         self._bytes_max = bytes_max
+        self._bytes_held = 0
+        self._by_sender: dict[str, int] = {}
 
-    def take(self, size: int) -> None:
-        """Hold more of a body. Raises BusyError if all together would be too much."""
-        if self.bytes_held + size > self._bytes_max:
+    def take(self, size: int, sender: str) -> None:
+        """Hold more of a sender's body. Raises BusyError if less would be left for all others than this one has."""
+        held = self._by_sender.get(sender, 0) + size
+        if held > self._bytes_max - self._bytes_held - size:
             hint = "send large requests one after the other"
             raise BusyError("too many large request bodies are on their way", hint, retry_after_ms=1000)
-        self.bytes_held += size
+        self._bytes_held += size
+        self._by_sender[sender] = held
+
+    def give_back(self, size: int, sender: str) -> None:
+        """Hold so much less."""
+        self._bytes_held -= size
+        self._by_sender[sender] -= size
+        if not self._by_sender[sender]:
+            del self._by_sender[sender]
 
 
 class _Exchange:
@@ -136,7 +148,7 @@ class _Exchange:
         self._body_bytes_max = body_bytes_max
         self._body_bytes = 0
         self._bodies = bodies
-        self._bytes_held = 0
+        self._bytes_held, self._sender = 0, ""
         self._body_ended = trio.Event()
         if not _has_body(scope["headers"]):
             self._body_ended.set()
@@ -145,8 +157,9 @@ class _Exchange:
         self._ended = False
         self.request_id = _request_id(scope["headers"])
         self.status = 499  # The client left before an answer began.
-        # A route may put here its "meter" (the limits' headers for the answer), its path's "route" for the metrics, and
-        # "upload_bytes_max" if it passes its body on as it comes, instead of keeping it in memory.
+        # A route may put here its "meter" (the limits' headers for the answer), its path's "route" for the metrics, the
+        # "sender" that its body counts for, a "body_bytes_max" below that of all, and "upload_bytes_max" if it passes
+        # its body on as it comes, instead of keeping it in memory.
         scope["state"] = {"request_id": self.request_id}
 
     def header(self, wanted: bytes) -> str:
@@ -169,8 +182,9 @@ class _Exchange:
         if self._body_ended.is_set():
             self._watch()
             return {"type": "http.request", "body": b"", "more_body": False}
-        uploads: int = self._scope["state"].get("upload_bytes_max", 0)
-        bytes_max = uploads or self._body_bytes_max
+        state = self._scope["state"]
+        uploads: int = state.get("upload_bytes_max", 0)
+        bytes_max = uploads or min(state.get("body_bytes_max", self._body_bytes_max), self._body_bytes_max)
         if self._body_bytes == 0 and _content_length(self._scope["headers"]) > bytes_max:
             raise _too_large(bytes_max)
         message = await self._receive()
@@ -183,18 +197,22 @@ class _Exchange:
                 self.let_go()  # all of it is here, and becomes what it says at once
                 self._watch()
             elif not uploads:
-                more = max(0, self._body_bytes - BODY_BYTES_FREE) - self._bytes_held
-                self._bodies.take(more)
-                self._bytes_held += more
+                self._hold(max(0, self._body_bytes - BODY_BYTES_FREE) - self._bytes_held, state.get("sender", ""))
         else:  # the client has left: nothing more is coming
             self._body_ended.set()
             self.let_go()
         return message
 
+    def _hold(self, size: int, sender: str) -> None:
+        if size:
+            self._bodies.take(size, sender)
+            self._bytes_held, self._sender = self._bytes_held + size, sender
+
     def let_go(self) -> None:
         """Its body takes no memory any more, or is not coming any more."""
-        self._bodies.bytes_held -= self._bytes_held
-        self._bytes_held = 0
+        if self._bytes_held:
+            self._bodies.give_back(self._bytes_held, self._sender)
+            self._bytes_held = 0
 
     async def send(self, message: Message) -> None:
         """The route's send: adds headers, and lets a body that is still coming in run out before the end."""
@@ -262,6 +280,15 @@ class _Exchange:
 
 def _too_large(bytes_max: int) -> ApiError:
     return ApiError("too_large", f"the request body is larger than {bytes_max} bytes")
+
+
+def _logged_path(scope: Scope) -> str:
+    """As it was sent: ``path`` is unquoted, so it may hold line ends, or what terminals obey.
+
+    The query is left out: secrets may stand in it.
+    """
+    path: bytes = scope["raw_path"]
+    return path[:_LOGGED_BYTES_MAX].decode("latin-1")
 
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

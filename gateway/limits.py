@@ -14,6 +14,7 @@ from typing import Protocol
 
 from config.settings import GatewaySettings
 from gateway.accounts import Principal
+from gateway.address import neighbourhood
 from gateway.errors import ApiError
 
 MS_PER_MINUTE = 60_000
@@ -176,7 +177,7 @@ class Metering:
         if self._user != Rates():
             subjects.append(Subject("user", f"u:{principal.user_id}", self._user))
         if address and self._address != Rates():
-            subjects.append(Subject("address", f"a:{address}", self._address))
+            subjects.append(Subject("address", f"a:{neighbourhood(address)}", self._address))
         return Meter(self.limits, subjects)
 
     def _rates_of(self, principal: Principal) -> Rates:

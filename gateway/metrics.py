@@ -1,10 +1,13 @@
 """The gateway's own metrics. Owns their names and labels; every label has few values, whatever clients send."""
 
+import time
 from types import TracebackType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TEXT_SECONDS = 1.0
+"""So old may be what :meth:`Metrics.text` gives: making it takes longer than most requests, and anybody may ask."""
 
 
 class Metrics:
@@ -12,6 +15,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self._text, self._text_ends = b"", 0.0
         self._counted: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self.requests = Counter("rios_gateway_requests", "Answered requests.", ("route", "status"), registry=registry)
         self.seconds = Histogram(
@@ -59,6 +63,13 @@ class Metrics:
         for collector in self._collectors:
             self.registry.unregister(collector)
 
+    def text(self) -> bytes:
+        """All of the registry in Prometheus' format."""
+        now = time.monotonic()
+        if now >= self._text_ends:
+            self._text, self._text_ends = generate_latest(self.registry), now + TEXT_SECONDS
+        return self._text
+
     def observe_request(self, route: str, status: int, seconds: float) -> None:
         """Count a request under its route's path, as the endpoint writes it."""
         counted = self._counted.get((route, status))
@@ -69,8 +80,8 @@ class Metrics:
         counted[1].observe(seconds)
 
     def observe_refused(self, reason: str) -> None:
-        """Count a connection: ``rate``, ``arriving`` or ``full`` (refused), ``ousted`` (made room for another), or a
-        source that is ``shunned`` for a while."""
+        """Count a connection: ``rate``, ``arriving``, ``share`` or ``full`` (refused), ``ousted`` (made room for
+        another), or a source that is ``shunned`` for a while."""
         self.refused.labels(reason).inc()
 
     def observe_tokens(self, prompt: int, completion: int) -> None:

@@ -13,10 +13,9 @@ class inside the caller's nursery and replaces four of its parts.
    connection that its client closed, so that a thousand short ones shut everybody out for half a minute. Here it is the
    deadline of the read under way. A WebSocket's pings, a task too, end with the connection.
 
-Against those who only cost: an address has a limited number of requests that are still coming (``arrivals``); one that
-comes in drips is read less and less often; of what comes in large pieces one is taken at each turn of the event loop,
-whosever it is, so that many uploads hold nobody up; a connection that was refused what it asked counts :data:`_SOUR`
-more times; and whoever goes on connecting although it is refused is not listened to for a while (``p2p/sieve``).
+Against those who only cost: who may connect, and who makes room, is up to ``gateway/doorway``; a request that comes in
+drips is read less and less often; of what comes in large pieces one is taken at each turn of the event loop, whosever
+it is, so that many uploads hold nobody up.
 
 HTTP/2 is not offered: a reverse proxy does it better, and one protocol is half the attack surface.
 """
@@ -26,7 +25,6 @@ import logging
 import math
 import socket
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, cast
@@ -46,17 +44,12 @@ from hypercorn.utils import parse_socket_addr, wrap_app
 from starlette.types import ASGIApp
 
 from config.errors import ConfigError, LocalError
-from gateway.address import neighbourhood
-from gateway.arrivals import Arrivals
 from gateway.certificate import Certificate
+from gateway.doorway import Doorway
 from gateway.inbox import Tasks
-from p2p.core.buckets import Bucket
-from p2p.sieve import Sieve, unfiltered
 
 _logger = logging.getLogger("rios.gateway")
-_security = logging.getLogger("rios.security.gateway")
 
-_CONNECTIONS_MAX = 1000
 _KEEP_ALIVE_SECONDS = 30
 _READ_BYTES = 1 << 16
 _LARGE_BYTES = 1 << 14
@@ -67,14 +60,8 @@ _MESSAGE_BYTES_MAX = 4096
 """Of WebSockets: clients only listen."""
 _PING_SECONDS = 20.0
 _HURRY_SECONDS = 0.2
-_ADDRESSES_MAX = 4096
-_TOLD_SECONDS = 60.0
-_SOUR = 4
-"""How many connections more one counts that only asked what it was refused (:data:`_REFUSED`)."""
 _REFUSED = frozenset((400, 401, 413, 431))
-_OWN = frozenset(("127.0.0.1", "::1"))
-"""This machine, with its monitoring, and a reverse proxy that nobody told of: only its rate of connections is limited.
-"""
+"""What a client has nothing of, and costs."""
 _READ_IS_WORTH_BYTES, _DRIPS_FREE = 256, 12
 """A read of a request is a drip as far as it brings less than the first; after so many drips it is read less often.
 What one brings above that makes up for others: part heads and single TLS records are small among large ones."""
@@ -136,6 +123,8 @@ class HttpServer:
     ) -> None:
         self.on_refused = on_refused
         """Told why, of each connection that is not served; see :meth:`gateway.metrics.Metrics.observe_refused`."""
+        self.doorway = Doorway(per_second=connections_per_second, proxies=proxies, on_refused=on_refused)
+        self.doorway.sieve.watch(listener.socket)
         self.config = Config()
         self.config.accesslog = None
         self.config.errorlog = _logger
@@ -145,16 +134,9 @@ class HttpServer:
         self.context = WorkerContext(None)
         self.app = wrap_app(cast("ASGIFramework", app), self.config.wsgi_max_body_size, "asgi")
         self._listener = listener
-        self._per_second = connections_per_second
-        self._proxies = proxies
         self.certificate = certificate
-        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
-        self._sieve = Sieve()
-        self._sieve.watch(listener.socket)
-        self.arrivals = Arrivals()
         self.large_reads = trio.Lock()
         """Fair: its waiters get it in their order."""
-        self._told_at = -_TOLD_SECONDS
         self._connections: set[_Connection] = set()
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
@@ -172,7 +154,7 @@ class HttpServer:
         try:
             with self._serving:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._sieve.run)
+                    nursery.start_soon(self.doorway.sieve.run)
                     try:
                         with self._accepting:
                             serve = partial(trio.serve_listeners, handler_nursery=nursery)
@@ -204,7 +186,7 @@ class HttpServer:
             connection.hurry()
 
     async def _handle(self, stream: trio.SocketStream) -> None:
-        connection = self._enter(stream)
+        connection = self.doorway.enter(stream.socket, partial(_Connection, self, stream))
         if connection is None:
             await trio.aclose_forcefully(stream)
             return
@@ -215,63 +197,10 @@ class HttpServer:
             # One connection must never take the node down.
             _logger.exception("a connection failed")
         finally:
-            self.arrivals.leave(connection.address, connection)
-            bucket = self._buckets.get(connection.address)
-            now = trio.current_time()
-            if connection.is_sour and bucket is not None and not bucket.wait_s(now):
-                bucket.spend(_SOUR, now)  # no debts: many that end at once would shut their neighbours out for long
+            self.doorway.leave(connection)
             self._connections.discard(connection)
             if not self._connections and self.context.terminated.is_set():
                 self._idle.set()
-
-    def _enter(self, stream: trio.SocketStream) -> "_Connection | None":
-        """A client's connection, if its address may have one more."""
-        try:
-            host = str(stream.socket.getpeername()[0])
-        except OSError:
-            return None  # it is gone already
-        if self._sieve.times:
-            unfiltered(stream.socket)
-        if len(self._connections) >= _CONNECTIONS_MAX:
-            self.on_refused("full")
-            return None
-        if host in self._proxies or not self._per_second:
-            return _Connection(self, stream, "")
-        address, now = neighbourhood(host), trio.current_time()
-        may_enter = self._may_enter(address, now)
-        if not may_enter:
-            self.on_refused("rate")
-        if host in _OWN:
-            return _Connection(self, stream, "") if may_enter else None
-        if may_enter:
-            connection = _Connection(self, stream, address)
-            if self.arrivals.enter(address, connection, now):
-                return connection
-            self.on_refused("arriving")
-        if self._sieve.refuse(host):
-            self.on_refused("shunned")
-        return None
-
-    def _may_enter(self, address: str, now: float) -> bool:
-        """Whether an address has not made too many connections lately: each costs more than its client pays."""
-        bucket = self._buckets.get(address)
-        if bucket is None:
-            bucket = self._buckets[address] = Bucket(self._per_second, 2 * self._per_second)
-            if len(self._buckets) > _ADDRESSES_MAX:
-                self._buckets.popitem(last=False)
-        self._buckets.move_to_end(address)
-        if bucket.take(1, now):
-            return True
-        if now - self._told_at >= _TOLD_SECONDS:
-            self._told_at = now
-            _security.warning(
-                "%s makes more than %d connections a second, where one that was refused what it asked counts as %d: "
-                "those above are closed",
-                address,
-                self._per_second,
-                1 + _SOUR,
-            )
-        return False
 
 
 class _Http11(H11Protocol):
@@ -333,7 +262,7 @@ class _Connection(TCPServer):
         self._plain = stream
         self.address = address
         """Whom it counts for; empty: nobody."""
-        self._arrivals = server.arrivals
+        self._arrivals, self._places = server.doorway.arrivals, server.doorway.places
         self._large_reads, self._on_refused = server.large_reads, server.on_refused
         self._arriving, self._ousted = True, False
         self._drips = 0.0
@@ -431,15 +360,18 @@ class _Connection(TCPServer):
         self._arrivals.leave(self.address, self)
 
     def oust(self) -> None:
-        """See :class:`gateway.arrivals.Guest`."""
+        """See :class:`gateway.doorway.Guest`."""
         self._ousted = True
         self._on_refused("ousted")
         self._reading.cancel()
 
     @property
     def is_sour(self) -> bool:
-        """Whether its client was refused all that it asked, or made room without having asked."""
-        return self._ousted or getattr(getattr(self, "protocol", None), "is_sour", False)
+        """Whether its client was refused all that it asked, or made room without having been served."""
+        protocol = cast("_Http11 | None", getattr(self, "protocol", None))
+        if protocol is None:
+            return self._ousted
+        return protocol.is_sour or (self._ousted and not protocol.was_served)
 
     def _idle_ends(self) -> float:
         if self._ousted:
@@ -453,6 +385,7 @@ class _Connection(TCPServer):
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, Updated):
             self._idle, self._idle_until = event.idle, trio.current_time() + _KEEP_ALIVE_SECONDS
+            (self._places.rest if event.idle else self._places.work)(self)
             self._reading.deadline = self._idle_ends()
             return
         if not isinstance(event, RawData):

@@ -32,7 +32,7 @@ def shape(request: Request, response: Response, *, compress: bool) -> Response:
     headers["etag"] = tag = f'W/"{hashlib.sha256(body).hexdigest()[:24]}"'
     headers.setdefault("cache-control", "private, no-cache")
     headers["vary"] = "authorization, cookie, accept-encoding"
-    if _is_known(request.headers.get("if-none-match", ""), tag):
+    if is_known(request.headers.get("if-none-match", ""), tag):
         return Response(status_code=304, headers=headers)
     compress = compress and "no-store" not in headers["cache-control"]
     if compress and len(body) >= _GZIP_BYTES_MIN and _takes_gzip(request.headers.get("accept-encoding", "")):
@@ -57,7 +57,8 @@ def _only(value: Any, names: frozenset[str]) -> Any:  # noqa: ANN401 - any JSON
     return value
 
 
-def _is_known(header: str, tag: str) -> bool:
+def is_known(header: str, tag: str) -> bool:
+    """Whether a client has what this tag stands for, by its ``If-None-Match``."""
     return header.strip() == "*" or tag in (part.strip() for part in header.split(","))
 
 

@@ -2,18 +2,37 @@
 
 Every package logs through the standard library under ``rios.*``; the kind is a part of the logger's name where
 there is one (``rios.gateway.access``, ``rios.audit``, ``rios.security``), else ``error`` from level error up, else
-``application``. Everything goes to stderr: stdout is for data.
+``application``. Everything goes to stderr: stdout is for data. Messages tell what strangers sent: in text their control
+characters are escaped, so that none of them makes a line of its own or is obeyed by a terminal (JSON does that anyway).
 """
 
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
 _KINDS = frozenset({"access", "audit", "security"})
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _harmless(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event["event"] = _escaped(str(event["event"]))
+    return event
+
+
+def _traceback(out: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    found = io.StringIO()
+    structlog.dev.plain_traceback(found, exc_info)  # the default shows local variables, secrets among them
+    out.write("\n".join(map(_escaped, found.getvalue().split("\n"))))
 
 
 def _kind(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -45,8 +64,8 @@ def setup(level: str, form: str, *, node: str = "") -> None:
         ]
     else:
         colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-        plain = structlog.dev.plain_traceback  # the default shows local variables, secrets among them
-        final = [structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=0, exception_formatter=plain)]
+        text = structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=0, exception_formatter=_traceback)
+        final = [_harmless, text]
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final]
     )

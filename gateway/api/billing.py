@@ -34,9 +34,9 @@ _TIME_MAX = 1 << 53
 _MS_PER_DAY = 86_400_000
 CSV = "text/csv"
 
-Id = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]*$")]
+Id = Annotated[str, Meta(min_length=1, max_length=64)]
 Amount = Annotated[int, Meta(ge=1, le=1 << 53)]
-Reference = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00]*$")]
+Reference = Annotated[str, Meta(max_length=200)]
 
 
 class Posting(msgspec.Struct, kw_only=True):
@@ -153,7 +153,7 @@ class TopUpBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class PaymentBody(msgspec.Struct, kw_only=True):
     """A payment that was made. ``id`` counts once."""
 
-    id: Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
+    id: Annotated[str, Meta(min_length=1, max_length=200)]
     user_id: Id
     microcredits: Amount
 

@@ -15,7 +15,7 @@ from gateway.listing import PAGING, USER, page_of, shown, whose
 from gateway.openai.requests import read_body
 from gateway.request import json_response
 
-Id = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]*$")]
+Id = Annotated[str, Meta(min_length=1, max_length=64)]
 Limit = Annotated[int, Meta(ge=0, le=1 << 53)]
 
 

@@ -1,13 +1,14 @@
 """Is it alive, can it answer, what do its numbers say, what does its API look like: open to everybody."""
 
 import trio
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from config.errors import LocalError
 from gateway import pages
 from gateway.endpoint import Endpoint
+from gateway.errors import told
 from gateway.openai.models import public_models
 from gateway.request import json_response
 
@@ -32,7 +33,7 @@ async def _problems(request: Request) -> list[str]:
         with trio.fail_after(2):
             await request.app.state.service.till.in_thread(site.accounts.database.ping)
     except LocalError as error:
-        problems.append(error.message)
+        problems.append(told(error))
     except trio.TooSlowError:
         problems.append("the accounts database does not answer")
     return problems
@@ -40,8 +41,7 @@ async def _problems(request: Request) -> list[str]:
 
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    body = generate_latest(request.app.state.service.metrics.registry)
-    return Response(body, headers={"content-type": CONTENT_TYPE_LATEST})
+    return Response(request.app.state.service.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 async def home(request: Request) -> Response:

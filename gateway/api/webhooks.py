@@ -127,7 +127,7 @@ async def _run(request: Request, work: Callable[..., T], *arguments: object, **m
 
 def _name(request: Request) -> str:
     name: str = request.path_params["webhook"]
-    return name.replace("\x00", "")
+    return name
 
 
 def _courier(request: Request) -> Courier:

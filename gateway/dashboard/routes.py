@@ -24,7 +24,7 @@ from gateway.dashboard.billing import billing
 from gateway.dashboard.live import live
 from gateway.dashboard.session import can, current_caller
 from gateway.endpoint import Caller
-from gateway.errors import error_status
+from gateway.errors import error_status, told
 from gateway.identity.browser import csrf_of
 from gateway.openai.models import public_models
 from gateway.request import json_response
@@ -201,7 +201,7 @@ def _groups(caller: Caller) -> Mapping[str, Sequence[Page]]:
 
 
 def _refused(request: Request, error: RiosError) -> Response:
-    return render(request, "refused", {"reason": str(error)}, error_status(error))
+    return render(request, "refused", {"reason": told(error)}, error_status(error))
 
 
 @cache

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from config.errors import ConfigError, LocalError, RiosError
+from config.errors import ConfigError, LocalError
+from gateway.errors import StoreError
 
 POOL_SIZE = 5
 """One is the till's writer's."""
@@ -246,15 +247,16 @@ def _parse_dsn(dsn: str, setting: str) -> sa.URL:
     return url
 
 
-def _translate(error: sa.exc.SQLAlchemyError, place: str) -> RiosError:
+def _translate(error: sa.exc.SQLAlchemyError, place: str) -> StoreError:
     """A driver's error as one of RiOS's: full disk, unreachable, or broken."""
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
     text = " ".join(str(cause).split())
     lowered = text.lower()
+    code, what, hint, public = "local", f"refused a statement: {text}", "", "cannot do this"
     if "disk is full" in lowered or "no space left" in lowered:
-        return LocalError("disk_full", f"the disk of the accounts database {place} is full", "free some space")
-    if "malformed" in lowered or "not a database" in lowered:
-        return LocalError("local", f"the accounts database {place} is damaged: {text}", "restore it from a backup")
-    if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError):
-        return LocalError("unavailable", f"the accounts database {place} cannot be used: {text}", "see that it runs")
-    return LocalError("local", f"the accounts database {place} refused a statement: {text}")
+        code, what, hint, public = "disk_full", "has no space left on its disk", "free some space", "has no space left"
+    elif "malformed" in lowered or "not a database" in lowered:
+        what, hint, public = f"is damaged: {text}", "restore it from a backup", "is damaged"
+    elif isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError):
+        code, what, hint, public = "unavailable", f"cannot be used: {text}", "see that it runs", "does not answer"
+    return StoreError(code, f"the accounts database {place} {what}", hint, public=f"the accounts database {public}")

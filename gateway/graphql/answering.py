@@ -90,6 +90,8 @@ def _resolver(field: Field) -> Any:  # noqa: ANN401 - as graphql-core calls it
     def resolve(parent: Any, info: GraphQLResolveInfo[Asked], **arguments: Any) -> Any:  # noqa: ANN401
         asked: Asked = info.context
         who = Caller(asked.principal, permitted(asked.principal, field.needs))
+        if any("\0" in value for value in arguments.values() if isinstance(value, str)):
+            raise GraphQLError("no argument holds NUL")  # PostgreSQL takes none
         return field.resolve(asked, who, parent, **arguments)
 
     return resolve

@@ -18,7 +18,7 @@ from gateway.openai.job import Order, Service
 from gateway.openai.keyed import key_of, keyed_answer
 from gateway.openai.logprobs import chat_logprobs
 from gateway.openai.remembered import memory_of
-from gateway.openai.requests import ChatBody, chat_request, read_body
+from gateway.openai.requests import ChatBody, chat_request, read_prompt
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
 from gateway.openai.tools import call_deltas, whole_calls
 from gateway.request import meter_of, privacy_of
@@ -28,7 +28,7 @@ async def chat(request: Request) -> Response:
     """Answer a conversation, streamed or at once."""
     service: Service = request.app.state.service
     principal = caller(request).principal
-    body = await read_body(request, ChatBody)
+    body = await read_prompt(request, ChatBody)
     order, shape = chat_order(body, principal, request.scope["state"]["request_id"], privacy_of(request))
     order = replace(order, meter=meter_of(request))
     key = key_of(request)

@@ -18,7 +18,7 @@ from gateway.openai.job import Order, Service
 from gateway.openai.keyed import key_of, keyed_answer
 from gateway.openai.logprobs import completion_logprobs, merged
 from gateway.openai.remembered import memory_of
-from gateway.openai.requests import CompletionBody, completion_request, prompts_of, read_body
+from gateway.openai.requests import CompletionBody, completion_request, prompts_of, read_prompt
 from gateway.openai.stream import EventStream, event, rios_of, usage_of, whole_answer
 from gateway.request import meter_of, privacy_of
 
@@ -27,7 +27,7 @@ async def completions(request: Request) -> Response:
     """Continue a prompt, streamed or at once."""
     service: Service = request.app.state.service
     principal = caller(request).principal
-    body = await read_body(request, CompletionBody)
+    body = await read_prompt(request, CompletionBody)
     order, shape = completion_order(body, principal, request.scope["state"]["request_id"], privacy_of(request))
     order = replace(order, meter=meter_of(request))
     key = key_of(request)

@@ -21,7 +21,7 @@ from gateway.errors import invalid, unsupported
 from gateway.limits import Meter
 from gateway.money import EMBEDDED, FREE, Settlement
 from gateway.openai.job import Embedding, Service, Size, admission
-from gateway.openai.requests import RiosOptions, check_text, read_body, token_ids
+from gateway.openai.requests import RiosOptions, check_text, read_prompt, token_ids
 from gateway.request import json_response, meter_of, privacy_of
 
 _ENDPOINT = "embeddings"
@@ -40,7 +40,7 @@ class EmbeddingBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 async def embeddings(request: Request) -> Response:
     """Turn texts into vectors."""
-    body = await read_body(request, EmbeddingBody)
+    body = await read_prompt(request, EmbeddingBody)
     who, request_id = caller(request).principal, request.scope["state"]["request_id"]
     meter = meter_of(request)
     return json_response(

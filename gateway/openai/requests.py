@@ -140,12 +140,21 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 _PATH = re.compile(r"^(?P<what>.*?) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 _FIELD = re.compile(r"(?:missing required|unknown) field `(?P<field>[^`]*)`")
 
 
 async def read_body(request: Request, kind: type[B]) -> B:
-    """The request's JSON body, checked. Raises ApiError that names the parameter."""
+    """The request's JSON body, checked. Raises ApiError that names the parameter, or for NUL: PostgreSQL takes none."""
+    data = await read_bytes(request)
+    if b"\\u0000" in data and _NUL.search(data):
+        raise invalid(None, "the body must not hold NUL")
+    return decode(data, kind)
+
+
+async def read_prompt(request: Request, kind: type[B]) -> B:
+    """The same of a body that is for a model, and may hold what it likes."""
     return decode(await read_bytes(request), kind)
 
 

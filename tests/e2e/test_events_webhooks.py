@@ -292,7 +292,7 @@ async def test_the_same_over_a_websocket(tmp_path: Path, database: str) -> None:
 
 
 async def test_who_says_much_to_a_websocket_keeps_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.server._CONNECTIONS_MAX", 2)
+    monkeypatch.setattr("gateway.doorway.CONNECTIONS_MAX", 2)
     async with serving(tmp_path) as rig:
         for _ in range(3):
             async with socket(rig) as ws:

@@ -7,11 +7,12 @@ import ssl
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
 
+from gateway import doorway
 from gateway import server as server_module
 from gateway.address import neighbourhood
 from gateway.arrivals import ARRIVING_MAX, GRACE_SECONDS
@@ -196,13 +197,13 @@ async def test_this_machines_own_clients_are_only_limited_in_their_rate():
         for _ in range(300):
             (await dial(server, "127.0.0.1")).socket.close()
         await trio.sleep(0.2)
-        assert not server._sieve.times
+        assert not server.doorway.sieve.times
 
 
 async def test_an_ipv6_network_of_64_bits_is_one_client(monkeypatch):
     """The loopback has one IPv6 address only: what a peer's name is, is told otherwise here."""
     names = (f"2001:db8:1:2::{n:x}" for n in range(1000))
-    monkeypatch.setattr(server_module, "neighbourhood", lambda host: neighbourhood(next(names)))
+    monkeypatch.setattr(doorway, "neighbourhood", lambda host: neighbourhood(next(names)))
     async with serving() as server:
         held = [await dial(server, FLOODER) for _ in range(ARRIVING_MAX)]
         await trio.sleep(0.2)
@@ -331,8 +332,63 @@ async def test_what_was_refused_is_counted_by_its_reason(monkeypatch):
                     for _ in range(300):
                         dials.start_soon(_come_and_go, server)
         assert (await asked(server, "127.0.3.2")).startswith(b"HTTP/1.1 200"), "who came before is through by now"
-        monkeypatch.setattr("gateway.server._CONNECTIONS_MAX", 0)
-        async with await dial(server, "127.0.3.1") as stream:
-            assert await answer(stream) == b""
-    assert counted["full"] == 1
-    assert set(counted) == {"rate", "full"}, "this machine is not shunned"
+    assert set(counted) == {"rate"}, "this machine is not shunned"
+
+
+GET = b"GET / HTTP/1.1\r\nhost: here\r\n\r\n"
+
+
+async def test_who_keeps_connections_open_shuts_nobody_out(monkeypatch):
+    """Each was answered once, and waits for the next request."""
+    monkeypatch.setattr(doorway, "CONNECTIONS_MAX", 60)
+    monkeypatch.setattr(doorway, "_SHARES", 1)
+    counted: Counter[str] = Counter()
+    async with serving(on_refused=lambda reason: counted.update([reason])) as server, AsyncExitStack() as stack:
+        mine = await stack.enter_async_context(await dial(server, HONEST))
+        await mine.send_all(GET)
+        assert await answer(mine)
+        held = []
+        for _ in range(100):
+            held.append(await stack.enter_async_context(await dial(server, FLOODER)))
+            await held[-1].send_all(GET)
+            assert await answer(held[-1]), "it takes its own places"
+        assert (await asked(server, "127.8.1.3")).startswith(b"HTTP/1.1 200")
+        await mine.send_all(GET)
+        assert (await answer(mine)).startswith(b"HTTP/1.1 200"), "who has one keeps it"
+        assert await is_closed(held[0], 1.0)
+        assert not await is_closed(held[-1], 0.1)
+    assert set(counted) == {"ousted"}
+    assert counted["ousted"] >= 100 + 2 - (60 - 16)
+
+
+async def _endless(scope, receive, send) -> None:
+    """Begins at once, and goes on until it is told to end."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+    await receive()
+    await receive()
+
+
+async def test_answers_under_way_are_not_ended_and_an_address_has_its_share(monkeypatch, caplog):
+    monkeypatch.setattr(doorway, "CONNECTIONS_MAX", 80)
+    counted: Counter[str] = Counter()
+    refused = counted.update
+    async with serving(_endless, on_refused=lambda why: refused([why])) as server, AsyncExitStack() as stack:
+
+        async def streams(source: str, count: int) -> list[trio.SocketStream]:
+            begun = []
+            for _ in range(count):
+                begun.append(await stack.enter_async_context(await dial(server, source)))
+                await begun[-1].send_all(GET)
+                assert await answer(begun[-1])
+            return begun
+
+        held = await streams(FLOODER, 20)
+        assert await asked(server, FLOODER) == b""
+        assert counted == {"share": 1}
+        held += [*await streams("127.8.1.3", 20), *await streams("127.8.1.4", 20), *await streams("127.8.1.5", 4)]
+        assert await asked(server, HONEST) == b""
+        assert counted == {"share": 1, "full": 1}
+        assert b"200" in await asked(server, "127.0.0.1"), "this machine has some places of its own"
+        assert not [stream for stream in held if await is_closed(stream, 0.005)]
+        assert [FLOODER in record.getMessage() for record in caplog.records] == [True, False]

@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry
 from config.errors import ConfigError, LocalError, RiosError
 from config.settings import GatewaySettings
 from gateway import exchange as exchange_module
-from gateway import server as server_module
 from gateway.gateway import open_gateway
 from gateway.openai import stream as stream_module
 
@@ -420,7 +419,7 @@ async def test_data_folder_that_cannot_be_used(tmp_path: Path) -> None:
 async def test_connections_that_were_closed_do_not_count_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "_CONNECTIONS_MAX", 10)
+    monkeypatch.setattr("gateway.doorway.CONNECTIONS_MAX", 10)
     async with serving(tmp_path) as rig:
         key = {"silent": b"", "head": b"GET / HTTP/1.1\r\nx-a: a", "body": b"POST " + CHAT.encode() + b" HTTP/1.1\r\n"}
         key["body"] += f"host: a\r\nauthorization: Bearer {rig.key}\r\ncontent-length: 99\r\n\r\n{{".encode()

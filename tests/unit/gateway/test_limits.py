@@ -387,3 +387,5 @@ def test_who_is_counted() -> None:
     kinds = [subject.kind for subject in meters.meter(LOCAL, "10.0.0.1")._subjects]
     assert kinds == ["key", "user", "address"]
     assert re.fullmatch("a:.*", meters.meter(LOCAL, "10.0.0.1")._subjects[2].name)
+    names = {meters.meter(LOCAL, f"2001:db8:1:{net}::{host}")._subjects[2].name for net in (1, 2) for host in (3, 4)}
+    assert len(names) == 2, "an IPv6 client has a /64"

@@ -17,7 +17,9 @@ THING = {"object": "thing", "id": "t1", "name": "n" * 2000, "more": {"name": "in
 
 def request(query: str = "", **headers: str) -> Request:
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return Request({"type": "http", "method": "GET", "query_string": query.encode(), "headers": raw, "state": {}})
+    return Request(
+        {"type": "http", "method": "GET", "path": "/", "query_string": query.encode(), "headers": raw, "state": {}}
+    )
 
 
 def answer(value: object = THING, **headers: str) -> Response:

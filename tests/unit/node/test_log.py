@@ -46,3 +46,17 @@ def test_a_fault_is_logged_without_local_variables(restored, capsys):
     shown = capsys.readouterr().err
     assert "ValueError: 7" in shown
     assert "hunter2" not in shown
+
+
+def test_what_strangers_sent_makes_no_lines_and_moves_no_cursor(restored, capsys):
+    log.setup("info", "text")
+    logger = logging.getLogger("rios.security")
+    logger.warning("refused %s", "a\n2026-01-01 [info] all is well\r\x1b[2J\x07\x9b1m\u2028é")
+    try:
+        raise ValueError("\x1b]0;title\x07")
+    except ValueError:
+        logger.exception("failed")
+    shown = capsys.readouterr().err
+    assert r"refused a\n2026-01-01 [info] all is well\r\x1b[2J\x07\x9b1m\u2028é" in shown.splitlines()[0]
+    assert r"ValueError: \x1b]0;title\x07" in shown
+    assert "\x1b" not in shown
