@@ -24,7 +24,7 @@ from gateway.identity.factors import Enrolment
 from gateway.identity.invites import Invite
 from gateway.identity.oidc import Oidc, Visitor
 from gateway.identity.passwords import check_password, is_outdated
-from gateway.identity.people import Person
+from gateway.identity.people import Link, Person
 from gateway.identity.proofs import Guessed, Proofs, own_session
 from gateway.identity.sessions import Client, Session
 from gateway.identity.tokens import Tokens
@@ -218,6 +218,27 @@ class Identity:
 
     # --- what one signs in with
 
+    async def prove(self, principal: Principal, password: str, code: str, client: Client) -> None:
+        """Raises ApiError if it is not the user of the session who asks: to be called before what they sign in with
+        changes."""
+        await self._proofs.prove_fully(principal, password, code, client)
+
+    async def links(self, user_id: str) -> Sequence[Link]:
+        """A user's identities at other providers. Raises ApiError ``not_found``."""
+        await self._proofs.in_thread(people.by_id, user_id)
+        return await self._proofs.in_thread(people.links_of, user_id)
+
+    async def unlink(self, principal: Principal, user_id: str, link_id: str) -> None:
+        """Take one of them away; what was signed in to with another provider ends, but for the caller's own session.
+
+        Raises ApiError ``not_found``, RequestError ``conflict`` if nothing would be left to sign in with.
+        """
+        work = partial(people.unlink, keep_session=principal.session_id)
+        if not await self._proofs.in_thread(work, actor_of(principal), user_id, link_id):
+            raise ApiError("not_found", "there is no such identity", public_code="not_found")
+        self._guard.forget(user_id)
+        _security.info("user %s unlinked an identity of user %s", principal.user_id, user_id)
+
     async def change_password(self, principal: Principal, current: str, new: str, client: Client) -> None:
         """Replace the password; all other sessions of the user end."""
         person = await self._proofs.prove(principal, current, client)
@@ -250,9 +271,7 @@ class Identity:
 
     async def disable_factor(self, principal: Principal, password: str, code: str, client: Client) -> None:
         """Switch the second factor off."""
-        person = await self._proofs.prove(principal, password, client)
-        async with self._proofs.guess("totp", client, person.id):
-            await self._proofs.check_code(person, code, client)
+        person = await self._proofs.prove_fully(principal, password, code, client)
         await self._proofs.in_thread(factors.remove, actor_of(principal), person.id)
         _security.info("user %s switched their second factor off", person.id)
 

@@ -72,6 +72,14 @@ class Proofs:
                 await self.check_password(person, password, client)
         return person
 
+    async def prove_fully(self, principal: Principal, password: str, code: str, client: Client) -> Person:
+        """:meth:`prove`, and a code where there is a second factor."""
+        person = await self.prove(principal, password, client)
+        if person.has_second_factor:
+            async with self.guess("totp", client, person.id):
+                await self.check_code(person, code, client)
+        return person
+
     async def check_password(self, person: Person | None, password: str, client: Client) -> None:
         """Raises :class:`Guessed` if it is not the one, or there is nobody."""
         stored = person.password_hash if person else None

@@ -118,6 +118,7 @@ async def test_nobody_sees_or_changes_what_is_anothers(tmp_path: Path, database:
         for method, path in (
             ("GET", f"/v1/users/{bob}"),
             ("PATCH", f"/v1/users/{bob}"),
+            ("GET", f"/v1/users/{bob}/identities"),
             ("GET", f"/v1/api-keys/{key}"),
             ("PATCH", f"/v1/api-keys/{key}"),
             ("DELETE", f"/v1/api-keys/{key}"),
