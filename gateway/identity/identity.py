@@ -109,13 +109,14 @@ class Identity:
         ``rate_limited``.
         """
         account = email.strip().casefold()
-        async with self._proofs.guess("password", client, account):
+        async with self._proofs.guess("password", client, account=account):
             person = await self._proofs.in_thread(people.by_email, account)
             await self._proofs.check_password(person, password, client)
             assert person is not None
             if person.disabled:
                 raise ApiError("forbidden", "this user is disabled", "ask the operator")
             await self._proofs.check_code(person, code, client)
+        await self._proofs.in_thread(guesses.know, client.address, account)
         await self._renew_hash(person, password)
         since = person.password_of_ms
         return await self._start(person.id, "password", client, cookie=cookie, replaces=replaces, password_of_ms=since)
@@ -126,7 +127,7 @@ class Identity:
             raise ApiError("forbidden", "this gateway does not let people sign up", "ask its operator for an invite")
         email = normal_email(email)
         check_password(password, email, name)
-        await self._proofs.in_thread(guesses.count, client.address, "")
+        await self._proofs.in_thread(guesses.count, client.address)
         hashed = await self._proofs.passwords.hashed(password)
         user = await self._till.in_thread(self._create, name or email, email, hashed, client)
         _security.info("user %s signed up from %s", user.id, client.address)
@@ -260,8 +261,7 @@ class Identity:
 
     async def confirm(self, principal: Principal, code: str, client: Client) -> Sequence[str]:
         """Switch the second factor on; returns the recovery codes, shown once."""
-        own_session(principal)
-        async with self._proofs.guess("totp", client, principal.user_id):
+        async with self._proofs.guess("totp", client, session=own_session(principal)):
             who = actor_of(principal), principal.user_id
             codes = await self._proofs.in_thread(factors.confirm, self.vault, *who, code)
             if codes is None:
@@ -282,7 +282,7 @@ class Identity:
 
     async def accept(self, token: str, password: str, client: Client) -> None:
         """Set the password that an invite is for. Raises ApiError ``unauthenticated``."""
-        async with self._proofs.guess("invite", client, ""):
+        async with self._proofs.guess("invite", client):
             user_id = await self._proofs.in_thread(invites.find, token)
             if user_id is None:
                 self._proofs.refused("invite", "an invite that does not work", client)

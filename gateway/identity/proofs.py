@@ -46,10 +46,10 @@ class Proofs:
         return await self._till.in_thread(function, self._database, *arguments)
 
     @asynccontextmanager
-    async def guess(self, method: str, client: Client, account: str) -> AsyncIterator[None]:
+    async def guess(self, method: str, client: Client, *, account: str = "", session: str = "") -> AsyncIterator[None]:
         """What happens in the block counts as a guess, if it ends with :class:`Guessed` (or is cut off)."""
         try:
-            await self.in_thread(guesses.count, client.address, account)
+            counted = await self.in_thread(guesses.count, client.address, account, session)
         except ApiError:
             _security.warning("too many attempts (%s) from %s", method, client.address)
             self.count(method, "limited")
@@ -59,16 +59,17 @@ class Proofs:
         except Guessed:
             raise
         except RiosError:
-            await self.in_thread(guesses.take_back, client.address, account)
+            await self.in_thread(guesses.take_back, counted)
             raise
-        await self.in_thread(guesses.take_back, client.address, account)
+        await self.in_thread(guesses.take_back, counted)
 
     async def prove(self, principal: Principal, password: str, client: Client) -> Person:
-        """The caller, once they have shown that they know the password, if they have one."""
-        own_session(principal)
+        """The caller, once they have shown that they know the password, if they have one. Counted by their session:
+        guesses at signing in to the account, which are anybody's, do not stand in their way."""
+        session = own_session(principal)
         person = await self.in_thread(people.by_id, principal.user_id)
         if person.password_hash is not None:
-            async with self.guess("password", client, person.email or person.id):
+            async with self.guess("password", client, session=session):
                 await self.check_password(person, password, client)
         return person
 
@@ -76,7 +77,7 @@ class Proofs:
         """:meth:`prove`, and a code where there is a second factor."""
         person = await self.prove(principal, password, client)
         if person.has_second_factor:
-            async with self.guess("totp", client, person.id):
+            async with self.guess("totp", client, session=principal.session_id):
                 await self.check_code(person, code, client)
         return person
 
