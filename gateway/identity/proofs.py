@@ -14,7 +14,7 @@ from config.errors import RiosError
 from gateway.accounts import Principal
 from gateway.db.session import Database
 from gateway.errors import ApiError
-from gateway.identity import factors, guesses, people
+from gateway.identity import factors, guesses, people, sessions
 from gateway.identity.passwords import Passwords
 from gateway.identity.people import Person
 from gateway.identity.sessions import Client
@@ -23,6 +23,9 @@ from gateway.metrics import Metrics
 from gateway.till import Till
 
 T = TypeVar("T")
+
+_FRESH_MS = 600_000
+"""So new is the session of who, having no password, changes what they sign in with."""
 
 _security = logging.getLogger("rios.security")
 
@@ -64,13 +67,17 @@ class Proofs:
         await self.in_thread(guesses.take_back, counted)
 
     async def prove(self, principal: Principal, password: str, client: Client) -> Person:
-        """The caller, once they have shown that they know the password, if they have one. Counted by their session:
-        guesses at signing in to the account, which are anybody's, do not stand in their way."""
+        """The caller, once they have shown that they know the password; without one, their session must be new. Counted
+        by their session: guesses at signing in to the account, which are anybody's, do not stand in their way."""
         session = own_session(principal)
         person = await self.in_thread(people.by_id, principal.user_id)
         if person.password_hash is not None:
             async with self.guess("password", client, session=session):
                 await self.check_password(person, password, client)
+        elif await self.in_thread(sessions.age_ms, session) > _FRESH_MS:
+            hint = "sign in again with the other provider, and do it then"
+            message = "a user without a password must have signed in a moment ago for this"
+            raise ApiError("unauthenticated", message, hint, public_code="sign_in_again")
         return person
 
     async def prove_fully(self, principal: Principal, password: str, code: str, client: Client) -> Person:

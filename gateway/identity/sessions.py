@@ -141,6 +141,13 @@ def by_id(database: Database, session_id: str) -> Live | None:
     return _live(database, session_id, None)
 
 
+def age_ms(database: Database, session_id: str) -> int:
+    """How long ago somebody signed in."""
+    query = sa.select(sessions.c.created_at_ms).where(sessions.c.id == session_id)
+    with database.read() as connection:
+        return now_ms() - int(connection.execute(query).scalar_one())
+
+
 def by_cookie(database: Database, value: str) -> Live | None:
     """The session of a cookie that goes on."""
     match = _COOKIE.fullmatch(value)

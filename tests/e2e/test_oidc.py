@@ -26,7 +26,7 @@ from identity_rig import (
 
 from config.errors import ConfigError
 from gateway import audit, books
-from gateway.identity import factors, passwords, people
+from gateway.identity import factors, passwords, people, sessions
 from gateway.listing import Page
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
@@ -247,6 +247,28 @@ async def test_the_last_way_in_stays_until_there_is_a_password(
         assert first.status_code == 204
         assert len((await http.get(path)).json()["data"]) == 1, "a first password takes nothing away"
         assert (await http.delete(f"{path}/{row['id']}", headers=token)).status_code == 204
+
+
+async def test_without_a_password_only_a_new_session_changes_how_one_signs_in(
+    tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(real=books.now_ms)
+    monkeypatch.setattr(sessions, "now_ms", clock)
+    async with served(tmp_path, provider, database=database) as rig, client(rig) as http:
+        assert (await come(http)).status_code == 303
+        clock.offset_ms = 601_000
+        me = (await http.get(ME)).json()
+        token, user = {"x-csrf-token": me["csrf_token"]}, f"/v1/users/{me['user_id']}"
+        for answer in (
+            await http.post(LINK, json={}, headers=token),
+            await http.post("/v1/auth/password", json={"new_password": PASSWORD}, headers=token),
+            await http.post("/v1/auth/totp/enrol", json={}, headers=token),
+            await http.patch(user, json={"email": "thief@example.com"}, headers=token),
+        ):
+            assert problem(answer) == (401, "sign_in_again")
+        assert (await come(http)).status_code == 303
+        token = {"x-csrf-token": (await http.get(ME)).json()["csrf_token"]}
+        assert (await http.post(LINK, json={}, headers=token)).status_code == 200
 
 
 @pytest.mark.parametrize("by", ["oneself", "operator"])
