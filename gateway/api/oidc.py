@@ -8,16 +8,20 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from gateway.accounts import Principal
-from gateway.api.auth import CSRF, Code, client_of, identity_of, signed_in
+from gateway.api.auth import CSRF, Code, client_of, identity_of, refuse_foreign, signed_in
+from gateway.api.credentials import FactorCode
 from gateway.endpoint import Endpoint, Parameter, caller, permitted
 from gateway.errors import ApiError
 from gateway.identity.browser import local_path
+from gateway.identity.identity import SignedIn
 from gateway.identity.oidc import Oidc
+from gateway.identity.people import Person
 from gateway.identity.proofs import own_session
 from gateway.openai.requests import read_body
 from gateway.request import json_response
 
 _PATH = "/"
+_CODE_PAGE = "/dashboard/sign-in?code=1"
 
 
 class Elsewhere(msgspec.Struct):
@@ -85,10 +89,27 @@ async def callback(request: Request) -> Response:
     made = await identity.sign_in_elsewhere(
         visitor, client_of(request), replaces=home.session_of(request), linker=linker
     )
-    response = RedirectResponse(flow.path, 303, {"cache-control": "no-store"})
-    home.set_flow(request, response, "")
-    if made is not None:
+    where, kept = flow.path, ""
+    if isinstance(made, Person):
+        where, kept = _CODE_PAGE, _oidc(request).halfway(made.id, flow.path)
+    response = RedirectResponse(where, 303, {"cache-control": "no-store"})
+    home.set_flow(request, response, kept)
+    if isinstance(made, SignedIn):
         signed_in(request, made, response)
+    return response
+
+
+async def code(request: Request) -> Response:
+    """The second factor of who came back."""
+    refuse_foreign(request)
+    body, identity, home = await read_body(request, FactorCode), identity_of(request), identity_of(request).home
+    came = _oidc(request).halfway_of(home.flow_of(request))
+    made = await identity.sign_in_halfway(
+        came.user_id, body.code, client_of(request), replaces=home.session_of(request)
+    )
+    response = json_response(Elsewhere(came.path), headers={"cache-control": "no-store"})
+    home.set_flow(request, response, "")
+    signed_in(request, made, response)
     return response
 
 
@@ -156,6 +177,15 @@ ENDPOINTS = (
         summary="Where the other provider sends browsers back to",
         status=303,
         parameters=tuple(Parameter(name=name) for name in ("code", "state", "iss", "error")),
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/auth/oidc/code",
+        handle=code,
+        needs=None,
+        summary="The second factor, after the other provider",
+        body=FactorCode,
+        answer=Elsewhere,
     ),
     Endpoint(
         method="GET",

@@ -166,9 +166,9 @@ class Identity:
 
     async def sign_in_elsewhere(
         self, visitor: Visitor, client: Client, *, replaces: str = "", linker: Principal | None = None
-    ) -> SignedIn | None:
-        """Somebody whom the other provider vouches for comes in; with ``linker`` they are linked to that user, and
-        nobody signs in (None).
+    ) -> SignedIn | Person | None:
+        """Somebody whom the other provider vouches for comes in, or has only the second factor to show (their Person,
+        see :meth:`sign_in_halfway`); with ``linker`` they are linked to that user, and nobody signs in (None).
 
         Raises ApiError ``forbidden`` for who is unknown here while the settings make no users of them.
         """
@@ -180,6 +180,8 @@ class Identity:
         person = await self._proofs.in_thread(people.by_link, visitor.issuer, visitor.subject)
         if person is not None and person.disabled:
             raise self._refused_elsewhere("this user is disabled", "ask the operator", client)
+        if person is not None and person.has_second_factor:
+            return person
         if person is not None:
             user_id = person.id
         elif self.rules.oidc_sign_up:
@@ -188,6 +190,15 @@ class Identity:
         else:
             hint = "sign in with your password and link it, or ask the operator"
             raise self._refused_elsewhere("this identity is not linked to a user here", hint, client)
+        return await self._start(user_id, "oidc", client, cookie=True, replaces=replaces)
+
+    async def sign_in_halfway(self, user_id: str, code: str, client: Client, *, replaces: str = "") -> SignedIn:
+        """Whom the other provider vouched for shows the second factor. Raises ApiError."""
+        async with self._proofs.guess("totp", client, account=user_id):
+            person = await self._proofs.in_thread(people.by_id, user_id)
+            if person.disabled:
+                raise self._refused_elsewhere("this user is disabled", "ask the operator", client)
+            await self._proofs.check_code(person, code, client)
         return await self._start(user_id, "oidc", client, cookie=True, replaces=replaces)
 
     def _create_visitor(self, visitor: Visitor) -> str:

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("cheap_hashes")
 
 CLIENT_ID, SECRET = "rios-test", "s3cret with spaces & signs"
 START, LINK = "/v1/auth/oidc/start", "/v1/auth/oidc/link"
+CODE = "/v1/auth/oidc/code"
 PROOF = {"password": PASSWORD}
 
 
@@ -247,6 +248,35 @@ async def test_the_last_way_in_stays_until_there_is_a_password(
         assert first.status_code == 204
         assert len((await http.get(path)).json()["data"]) == 1, "a first password takes nothing away"
         assert (await http.delete(f"{path}/{row['id']}", headers=token)).status_code == 204
+
+
+async def test_the_second_factor_is_asked_for_here_too(
+    tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = books.now_ms()
+    clock = Clock(real=lambda: now)
+    monkeypatch.setattr(factors, "now_ms", clock)
+    async with served(tmp_path, provider, database=database, oidc_sign_up=False) as rig, client(rig) as http:
+        await trio.to_thread.run_sync(add_user, rig, "grace")
+        app, codes = await enrolled(http, await linked(rig, http, "grace"), clock)
+        async with client(rig) as other, client(rig) as stranger:
+            done = await come(other, "/dashboard?tab=1")
+            assert (done.status_code, done.headers["location"]) == (303, "/dashboard/sign-in?code=1")
+            assert "rios_session" not in other.cookies
+            assert "data-elsewhere" in (await other.get(done.headers["location"])).text
+            assert problem(await other.post(CODE, json={"code": "000000"})) == (401, "invalid_code")
+            assert problem(await stranger.post(CODE, json={"code": app.code()})) == (403, "forbidden")
+            evil = {"sec-fetch-site": "cross-site"}
+            assert (await other.post(CODE, json={"code": app.code()}, headers=evil)).status_code == 403
+            code = app.code()
+            came = await other.post(CODE, json={"code": code})
+            assert (came.status_code, came.json()["location"]) == (200, "/dashboard?tab=1"), came.text
+            assert (await other.get(ME)).json()["name"] == "grace"
+            assert problem(await other.post(CODE, json={"code": codes[0]})) == (403, "forbidden"), "it is over"
+        async with client(rig) as other:
+            await come(other)
+            await trio.to_thread.run_sync(rig.accounts.set_disabled, "grace", True)
+            assert problem(await other.post(CODE, json={"code": codes[0]})) == (403, "forbidden")
 
 
 async def test_without_a_password_only_a_new_session_changes_how_one_signs_in(
