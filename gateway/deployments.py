@@ -2,13 +2,15 @@
 
 The node keeps one deployment per model; the database only says which user made it. Invariants: a deployment made on
 the command line, or by another node, belongs to nobody, so only who may touch everything may change it; a user cannot
-take over a deployment by deploying it again.
+cannot take over a deployment by deploying it again; what the swarm was told is noted, also if who asked for it leaves.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import sqlalchemy as sa
+import trio
 
 from config.swarm import Deployment, DeploymentMode
 from gateway import books
@@ -18,6 +20,8 @@ from gateway.db.swarm import deployments
 from gateway.endpoint import Caller
 from gateway.errors import ApiError
 from gateway.ports import Swarm
+
+_CHANGE_SECONDS = 10.0
 
 InThread = Callable[..., Awaitable[Mapping[str, str]]]
 
@@ -59,23 +63,26 @@ class Desk:
         for each in self._swarm.deployments():
             if model in (each.id, each.model) and each.deployed_here:
                 raise ApiError("conflict", f"{model:.100} is deployed already", "change its replicas instead")
-        made = await self._swarm.deploy(model, replicas, mode)
-        detail = {"model": made.model, "replicas": made.replicas, "mode": made.mode}
-        await self._note(caller, "deployment.created", made.id, caller.user_id, detail)
+        with _to_its_end():
+            made = await self._swarm.deploy(model, replicas, mode)
+            detail = {"model": made.model, "replicas": made.replicas, "mode": made.mode}
+            await self._note(caller, "deployment.created", made.id, caller.user_id, detail)
         return Owned(made, caller.user_id)
 
     async def scale(self, caller: Caller, model: str, replicas: int) -> Owned:
         """Change the replicas of a deployment. Raises ApiError."""
         found = await self._changeable(caller, model)
-        scaled = await self._swarm.scale(found.deployment.id, replicas)
-        await self._note(caller, "deployment.scaled", scaled.id, found.owner, {"replicas": replicas})
+        with _to_its_end():
+            scaled = await self._swarm.scale(found.deployment.id, replicas)
+            await self._note(caller, "deployment.scaled", scaled.id, found.owner, {"replicas": replicas})
         return Owned(scaled, found.owner)
 
     async def delete(self, caller: Caller, model: str) -> None:
         """Take a deployment back. Raises ApiError."""
         found = await self._changeable(caller, model)
-        await self._swarm.undeploy(found.deployment.id)
-        await self._note(caller, "deployment.deleted", found.deployment.id, "", {"owner": found.owner})
+        with _to_its_end():
+            await self._swarm.undeploy(found.deployment.id)
+            await self._note(caller, "deployment.deleted", found.deployment.id, "", {"owner": found.owner})
 
     async def _note(self, caller: Caller, action: str, model_id: str, owner: str, detail: Mapping[str, object]) -> None:
         """Whose it is from now on, and that it was done. The swarm was told before: it is the one that can refuse."""
@@ -97,6 +104,16 @@ class Desk:
             # everybody may see it, so saying that it is somebody else's gives nothing away
             raise ApiError("forbidden", "this deployment is not yours", "ask an admin")
         return found
+
+
+@contextmanager
+def _to_its_end() -> Iterator[None]:
+    """A client that leaves does not end the block, in between the swarm and the note. Raises ApiError ``unavailable``
+    if it takes too long."""
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + _CHANGE_SECONDS) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise ApiError("unavailable", "the swarm did not answer in time", "see whether it was done, and try again")
 
 
 def _owner(deployment: Deployment, owners: Mapping[str, str]) -> str:

@@ -26,6 +26,7 @@ from config.errors import RiosError
 from gateway.books import now_ms
 from gateway.db.jobs import events
 from gateway.db.session import Database
+from gateway.listeners import Listeners
 from gateway.money import Settlement
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Bus:
         self._buffer: deque[dict[str, Any]] = deque(maxlen=_BUFFER_MAX)
         self._lost = 0
         self._subscriptions: set[Subscription] = set()
+        self.places = Listeners("streams of events", SUBSCRIBERS_MAX)
         self._place = -1
         self._wanted = trio.Event()
 
@@ -185,7 +187,8 @@ class Bus:
 
     @asynccontextmanager
     async def subscribe(self, owner: str | None, kinds: Collection[str] = ()) -> AsyncIterator[Subscription]:
-        """What happens after the subscription's ``start``. ``owner`` None: everything."""
+        """What happens after the subscription's ``start``. ``owner`` None: everything. Whoever listens for a client
+        holds one of ``places`` meanwhile."""
         if self._place < 0:
             newest = (await self._till.in_thread(bounds, self._till.database))[1]
             self._place = max(self._place, newest)
@@ -196,11 +199,6 @@ class Bus:
             yield subscription
         finally:
             self._subscriptions.discard(subscription)
-
-    @property
-    def full(self) -> bool:
-        """Whether there are as many subscribers as there may be."""
-        return len(self._subscriptions) >= SUBSCRIBERS_MAX
 
     async def run(self) -> None:
         """Until cancelled. A database that fails is asked again."""

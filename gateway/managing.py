@@ -39,6 +39,8 @@ from gateway.listing import Page, window
 from gateway.roles import PERMISSIONS, ROLES, Reach, Role, reach_of
 
 KEYS_OF_USER_MAX = 1000
+_NEVER_MS = (1 << 63) - 1
+"""Behind every end that a key can have."""
 _KEY_COLUMNS = tuple(column for column in api_keys.c if column.name != "secret_sha256")
 
 
@@ -259,6 +261,8 @@ def change_key(accounts: Accounts, maker: Principal, key_id: str, owner: str | N
             raise RequestError("conflict", f"the key {key_id} is revoked", "make another one")
         if "expires_at_ms" in values:
             _not_longer(connection, maker, values["expires_at_ms"])
+        elif _widens(key, values):
+            _not_longer(connection, maker, key.expires_at_ms or _NEVER_MS)
         if values:
             connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(**values))
         actor = audit.actor_of(maker)
@@ -306,6 +310,12 @@ def _not_longer(connection: sa.Connection, maker: Principal, expires_at_ms: int 
     if expires_at_ms is not None and expires_at_ms > latest:
         raise ApiError("forbidden", "a key cannot live longer than the one it is made with", param="expires_at_ms")
     return latest if expires_at_ms is None else expires_at_ms
+
+
+def _widens(key: ApiKey, values: Mapping[str, Any]) -> bool:
+    """Whether a change gives a key scopes that it had not. A key without any has all of its user's role."""
+    before, after = set(key.scopes.split()), set(values.get("scopes", key.scopes).split())
+    return bool(before) and not (after and after <= before)
 
 
 def _future(expires_at_ms: int | None) -> int | None:

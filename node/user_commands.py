@@ -51,7 +51,9 @@ def password(context: Context) -> Output:
             raise ConfigError("usage", "there is no password", "give one with --password-file, or on a terminal")
         passwords.check_password(text, user.name, user.email)
         people.set_password(accounts.database, OPERATOR, user.id, passwords.hash_password(text))
-    return Output({"user_id": user.id}, f"{user.name} has a new password; all sessions ended")
+    return Output(
+        {"user_id": user.id}, f"{user.name} has a new password; all sessions ended, and links to another provider"
+    )
 
 
 def role(context: Context) -> Output:

@@ -7,7 +7,7 @@ table. It ends with the key, session or access token that it was let in by (``ga
 import json
 import math
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from starlette.routing import WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from config.errors import BusyError, RiosError
+from config.errors import RiosError
 from gateway import events
 from gateway.books import now_ms
 from gateway.endpoint import Caller, Endpoint, Parameter, caller, permitted
@@ -113,9 +113,6 @@ def _while_allowed(connection: HTTPConnection, who: Caller) -> Iterator[None]:
 
 async def stream(request: Request) -> Response:
     """Server-sent events."""
-    bus: Bus = request.app.state.site.events
-    if bus.full:
-        raise BusyError("too many listeners", "try again later", retry_after_ms=5000)
     return _Events(request, caller(request), _wish(request))
 
 
@@ -127,6 +124,10 @@ class _Events(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
+        with self._request.app.state.site.events.places.held(self._who.principal):
+            await self._stream(send)
+
+    async def _stream(self, send: Send) -> None:
         state = self._request.app.state
         writer = Writer(send)
         writer.headers = (*writer.headers, *self.raw_headers)
@@ -151,17 +152,21 @@ def _body(place: int | None, kind: str, data: str, when: int) -> str:
 
 async def socket(websocket: WebSocket) -> None:
     """The same over a WebSocket, one event a message. Clients only listen: a message of theirs ends it."""
+    with ExitStack() as held:
+        try:
+            principal = await identify(websocket)
+            who = Caller(principal, permitted(principal, "events:read"))
+            wish = _wish(websocket)
+            held.enter_context(websocket.app.state.site.events.places.held(principal))
+        except RiosError as error:
+            refusal = json_response(error_object(error), error_status(error), error_headers(error))
+            await websocket.send_denial_response(refusal)
+            return
+        await _converse(websocket, who, wish)
+
+
+async def _converse(websocket: WebSocket, who: Caller, wish: _Wish) -> None:
     state = websocket.app.state
-    try:
-        principal = await identify(websocket)
-        who = Caller(principal, permitted(principal, "events:read"))
-        wish = _wish(websocket)
-        if state.site.events.full:
-            raise BusyError("too many listeners", "try again later", retry_after_ms=5000)
-    except RiosError as error:
-        refusal = json_response(error_object(error), error_status(error), error_headers(error))
-        await websocket.send_denial_response(refusal)
-        return
     await websocket.accept()
 
     async def tell(place: int | None, kind: str, data: str, when: int) -> None:

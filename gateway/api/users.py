@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from gateway import managing
 from gateway.accounts import User
+from gateway.api.auth import Code, client_of, identity_of
 from gateway.audit import actor_of
 from gateway.endpoint import Endpoint, caller, permitted
 from gateway.listing import PAGING_BOTH, page_of, shown
@@ -31,12 +32,15 @@ class NewUser(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class UserPatch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What is left out stays. ``role`` and ``disabled`` need users:manage, ``email`` that or a session."""
+    """What is left out stays. ``role`` and ``disabled`` need users:manage, ``email`` that or a session. One's own
+    ``email`` needs the ``password`` in a session, and a ``code`` with a second factor."""
 
     name: Name | None = None
     email: Email | None = None
     role: Role | None = None
     disabled: bool | None = None
+    password: Annotated[str, Meta(max_length=1024)] = ""
+    code: Code = ""
 
 
 class UserObject(msgspec.Struct, kw_only=True):
@@ -110,6 +114,8 @@ async def change_user(request: Request) -> Response:
         permitted(who.principal, "users:manage")
     if body.email is not None and not who.principal.session_id:
         permitted(who.principal, "users:manage")  # what somebody signs in with is not changed with a key that was found
+    if body.email is not None and who.principal.session_id and request.path_params["user"] == who.user_id:
+        await identity_of(request).prove(who.principal, body.password, body.code, client_of(request))
     change = managing.UserChange(name=body.name, email=body.email, role=body.role, disabled=body.disabled)
     return await _change(request, change)
 

@@ -4,8 +4,9 @@ One sampler looks at the node once a second while somebody watches, and not at a
 for: each is shown the newest sample whenever it is ready for one, and only the topics that changed for it, so a slow
 reader misses steps in between and never holds memory.
 
-Invariants: at most :data:`WATCHERS_MAX` watchers; a watcher whose session ends, or whose user loses a permission, is
-shown nothing more (``gateway/standing.py``); requests of others are shown only to who may read everybody's.
+Invariants: at most :data:`WATCHERS_MAX` watchers, so many of one user as ``gateway/listeners.py`` says; a watcher whose
+session ends, or whose user loses a permission, is shown nothing more (``gateway/standing.py``); requests of others are
+shown only to who may read everybody's.
 """
 
 import logging
@@ -20,11 +21,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from config.errors import BusyError
 from gateway import books
+from gateway.accounts import Principal
 from gateway.dashboard.session import can, current_caller
 from gateway.endpoint import Caller
 from gateway.errors import ApiError
+from gateway.listeners import Listeners
 from gateway.roles import Permission
 from gateway.standing import Standing
 
@@ -55,7 +57,7 @@ class Live:
 
     def __init__(self) -> None:
         self.sample = Sample({}, ())
-        self.watchers = 0
+        self.places = Listeners("pages", WATCHERS_MAX)
         self._changed = trio.Event()
         self._wanted = trio.Event()
         self._tokens_before = 0.0
@@ -63,7 +65,7 @@ class Live:
     async def run(self, service: Any, site: Any) -> None:  # noqa: ANN401 - gateway.app's Service and Site
         """Sample once a second while somebody watches, until cancelled."""
         while True:
-            if not self.watchers:
+            if not self.places:
                 self._wanted = trio.Event()
                 await self._wanted.wait()
                 self._tokens_before = _tokens(service)
@@ -76,16 +78,11 @@ class Live:
             await trio.sleep(SAMPLE_SECONDS)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Count a watcher. Raises BusyError if there are too many."""
-        if self.watchers >= WATCHERS_MAX:
-            raise BusyError("too many pages are open", "close some", retry_after_ms=5000)
-        self.watchers += 1
-        self._wanted.set()
-        try:
+    def watching(self, who: Principal) -> Iterator[None]:
+        """Count a watcher. Raises as :meth:`gateway.listeners.Listeners.require`."""
+        with self.places.held(who):
+            self._wanted.set()
             yield
-        finally:
-            self.watchers -= 1
 
     async def wait_change(self) -> None:
         """Until the next sample."""
@@ -137,14 +134,13 @@ def _request(ticket: Any) -> Mapping[str, Any]:  # noqa: ANN401 - gateway.till.T
 
 
 async def live(request: Request) -> Response:
-    """The stream. 401 without a session, 503 when too many watch."""
+    """The stream. 401 without a session, 429 when the user has too many, 503 when too many watch."""
     request.scope["state"]["route"] = "/dashboard/live"
     caller = await current_caller(request, "workers:read")
     if caller is None:
         raise ApiError("unauthenticated", "sign in first")
     hub: Live = request.app.state.live
-    if hub.watchers >= WATCHERS_MAX:
-        raise BusyError("too many pages are open", "close some", retry_after_ms=5000)
+    hub.places.require(caller.principal)
     return _Events(caller, hub, request.app.state.service.guard.standing)
 
 
@@ -160,7 +156,7 @@ class _Events(Response):
         self._shown: dict[str, bytes] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._hub.watching():
+        with self._hub.watching(self._caller.principal):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": b"retry: 2000\n\n", "more_body": True})
             with suppress(ApiError), self._standing.while_allowed(self._caller.principal, *_SHOWN):

@@ -136,7 +136,9 @@ async def sign_in(request: Request) -> Response:
     """The page to sign in with; its script calls the API."""
     request.scope["state"]["route"] = SIGN_IN
     following = request.query_params.get("next", "")
-    return render(request, "sign_in", {"next": following if _is_own(following) else "/dashboard"})
+    elsewhere = request.query_params.get("code") == "1"  # the other provider sent them back: only the code is missing
+    values = {"next": following if _is_own(following) else "/dashboard", "elsewhere": elsewhere}
+    return render(request, "sign_in", values)
 
 
 async def invite(request: Request) -> Response:

@@ -24,7 +24,7 @@ from gateway.identity.factors import Enrolment
 from gateway.identity.invites import Invite
 from gateway.identity.oidc import Oidc, Visitor
 from gateway.identity.passwords import check_password, is_outdated
-from gateway.identity.people import Person
+from gateway.identity.people import Link, Person
 from gateway.identity.proofs import Guessed, Proofs, own_session
 from gateway.identity.sessions import Client, Session
 from gateway.identity.tokens import Tokens
@@ -109,13 +109,14 @@ class Identity:
         ``rate_limited``.
         """
         account = email.strip().casefold()
-        async with self._proofs.guess("password", client, account):
+        async with self._proofs.guess("password", client, account=account):
             person = await self._proofs.in_thread(people.by_email, account)
             await self._proofs.check_password(person, password, client)
             assert person is not None
             if person.disabled:
                 raise ApiError("forbidden", "this user is disabled", "ask the operator")
             await self._proofs.check_code(person, code, client)
+        await self._proofs.in_thread(guesses.know, client.address, account)
         await self._renew_hash(person, password)
         since = person.password_of_ms
         return await self._start(person.id, "password", client, cookie=cookie, replaces=replaces, password_of_ms=since)
@@ -126,7 +127,7 @@ class Identity:
             raise ApiError("forbidden", "this gateway does not let people sign up", "ask its operator for an invite")
         email = normal_email(email)
         check_password(password, email, name)
-        await self._proofs.in_thread(guesses.count, client.address, "")
+        await self._proofs.in_thread(guesses.count, client.address)
         hashed = await self._proofs.passwords.hashed(password)
         user = await self._till.in_thread(self._create, name or email, email, hashed, client)
         _security.info("user %s signed up from %s", user.id, client.address)
@@ -165,9 +166,9 @@ class Identity:
 
     async def sign_in_elsewhere(
         self, visitor: Visitor, client: Client, *, replaces: str = "", linker: Principal | None = None
-    ) -> SignedIn | None:
-        """Somebody whom the other provider vouches for comes in; with ``linker`` they are linked to that user, and
-        nobody signs in (None).
+    ) -> SignedIn | Person | None:
+        """Somebody whom the other provider vouches for comes in, or has only the second factor to show (their Person,
+        see :meth:`sign_in_halfway`); with ``linker`` they are linked to that user, and nobody signs in (None).
 
         Raises ApiError ``forbidden`` for who is unknown here while the settings make no users of them.
         """
@@ -179,6 +180,8 @@ class Identity:
         person = await self._proofs.in_thread(people.by_link, visitor.issuer, visitor.subject)
         if person is not None and person.disabled:
             raise self._refused_elsewhere("this user is disabled", "ask the operator", client)
+        if person is not None and person.has_second_factor:
+            return person
         if person is not None:
             user_id = person.id
         elif self.rules.oidc_sign_up:
@@ -187,6 +190,15 @@ class Identity:
         else:
             hint = "sign in with your password and link it, or ask the operator"
             raise self._refused_elsewhere("this identity is not linked to a user here", hint, client)
+        return await self._start(user_id, "oidc", client, cookie=True, replaces=replaces)
+
+    async def sign_in_halfway(self, user_id: str, code: str, client: Client, *, replaces: str = "") -> SignedIn:
+        """Whom the other provider vouched for shows the second factor. Raises ApiError."""
+        async with self._proofs.guess("totp", client, account=user_id):
+            person = await self._proofs.in_thread(people.by_id, user_id)
+            if person.disabled:
+                raise self._refused_elsewhere("this user is disabled", "ask the operator", client)
+            await self._proofs.check_code(person, code, client)
         return await self._start(user_id, "oidc", client, cookie=True, replaces=replaces)
 
     def _create_visitor(self, visitor: Visitor) -> str:
@@ -218,6 +230,27 @@ class Identity:
 
     # --- what one signs in with
 
+    async def prove(self, principal: Principal, password: str, code: str, client: Client) -> None:
+        """Raises ApiError if it is not the user of the session who asks: to be called before what they sign in with
+        changes."""
+        await self._proofs.prove_fully(principal, password, code, client)
+
+    async def links(self, user_id: str) -> Sequence[Link]:
+        """A user's identities at other providers. Raises ApiError ``not_found``."""
+        await self._proofs.in_thread(people.by_id, user_id)
+        return await self._proofs.in_thread(people.links_of, user_id)
+
+    async def unlink(self, principal: Principal, user_id: str, link_id: str) -> None:
+        """Take one of them away; what was signed in to with another provider ends, but for the caller's own session.
+
+        Raises ApiError ``not_found``, RequestError ``conflict`` if nothing would be left to sign in with.
+        """
+        work = partial(people.unlink, keep_session=principal.session_id)
+        if not await self._proofs.in_thread(work, actor_of(principal), user_id, link_id):
+            raise ApiError("not_found", "there is no such identity", public_code="not_found")
+        self._guard.forget(user_id)
+        _security.info("user %s unlinked an identity of user %s", principal.user_id, user_id)
+
     async def change_password(self, principal: Principal, current: str, new: str, client: Client) -> None:
         """Replace the password; all other sessions of the user end."""
         person = await self._proofs.prove(principal, current, client)
@@ -239,8 +272,7 @@ class Identity:
 
     async def confirm(self, principal: Principal, code: str, client: Client) -> Sequence[str]:
         """Switch the second factor on; returns the recovery codes, shown once."""
-        own_session(principal)
-        async with self._proofs.guess("totp", client, principal.user_id):
+        async with self._proofs.guess("totp", client, session=own_session(principal)):
             who = actor_of(principal), principal.user_id
             codes = await self._proofs.in_thread(factors.confirm, self.vault, *who, code)
             if codes is None:
@@ -250,9 +282,7 @@ class Identity:
 
     async def disable_factor(self, principal: Principal, password: str, code: str, client: Client) -> None:
         """Switch the second factor off."""
-        person = await self._proofs.prove(principal, password, client)
-        async with self._proofs.guess("totp", client, person.id):
-            await self._proofs.check_code(person, code, client)
+        person = await self._proofs.prove_fully(principal, password, code, client)
         await self._proofs.in_thread(factors.remove, actor_of(principal), person.id)
         _security.info("user %s switched their second factor off", person.id)
 
@@ -263,7 +293,7 @@ class Identity:
 
     async def accept(self, token: str, password: str, client: Client) -> None:
         """Set the password that an invite is for. Raises ApiError ``unauthenticated``."""
-        async with self._proofs.guess("invite", client, ""):
+        async with self._proofs.guess("invite", client):
             user_id = await self._proofs.in_thread(invites.find, token)
             if user_id is None:
                 self._proofs.refused("invite", "an invite that does not work", client)

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 import msgspec
@@ -31,7 +31,7 @@ _UNKNOWN_SECONDS = 30.0
 """ID tokens of unknown keys make the gateway ask for new keys this often."""
 _FLOW_MS = 600_000
 _LEEWAY_SECONDS = 60
-_PURPOSE = "oidc flow"
+_PURPOSE, _HALFWAY = "oidc flow", "oidc second factor"
 
 
 class Flow(msgspec.Struct, kw_only=True, frozen=True):
@@ -42,6 +42,14 @@ class Flow(msgspec.Struct, kw_only=True, frozen=True):
     verifier: str
     path: str
     linker: str
+    expires_at_ms: int
+
+
+class Halfway(msgspec.Struct, kw_only=True, frozen=True):
+    """A user whom the provider vouched for, and whose second factor is still to come."""
+
+    user_id: str
+    path: str
     expires_at_ms: int
 
 
@@ -59,6 +67,9 @@ class _Answer(msgspec.Struct, frozen=True):
     """Of a token endpoint's answer, what is needed here."""
 
     id_token: str
+
+
+F = TypeVar("F", Flow, Halfway)
 
 
 class Oidc:
@@ -92,8 +103,7 @@ class Oidc:
             "code_challenge_method": "S256",
         }
         joint = "&" if urlsplit(metadata.authorization_endpoint).query else "?"
-        sealed = self._vault.seal(msgspec.json.encode(flow), _PURPOSE)
-        return f"{metadata.authorization_endpoint}{joint}{urlencode(query)}", base64.urlsafe_b64encode(sealed).decode()
+        return f"{metadata.authorization_endpoint}{joint}{urlencode(query)}", self._sealed(flow, _PURPOSE)
 
     async def finish(self, answer: Mapping[str, str], cookie: str) -> tuple[Flow, Visitor]:
         """Who came back, given the query that the provider sent them with. Raises ApiError."""
@@ -112,13 +122,30 @@ class Oidc:
         id_token = await self._exchange(metadata, answer["code"], flow.verifier)
         return flow, _visitor(await self._claims(id_token, flow.nonce))
 
+    def halfway(self, user_id: str, path: str) -> str:
+        """The cookie of who has only the second factor to show."""
+        return self._sealed(Halfway(user_id=user_id, path=path, expires_at_ms=now_ms() + _FLOW_MS), _HALFWAY)
+
+    def halfway_of(self, cookie: str) -> Halfway:
+        """Who brought it. Raises ApiError ``forbidden``."""
+        found = self._unsealed(cookie, Halfway, _HALFWAY)
+        if found is None:
+            raise refused("no sign-in waits for a code", "no sign-in of this browser waits for a code")
+        return found
+
     def _flow(self, cookie: str) -> Flow | None:
+        return self._unsealed(cookie, Flow, _PURPOSE)
+
+    def _sealed(self, value: Flow | Halfway, purpose: str) -> str:
+        return base64.urlsafe_b64encode(self._vault.seal(msgspec.json.encode(value), purpose)).decode()
+
+    def _unsealed(self, cookie: str, kind: type[F], purpose: str) -> F | None:
         try:
-            data = self._vault.unseal(base64.urlsafe_b64decode(cookie.encode("ascii")), _PURPOSE)
-            flow = msgspec.json.decode(data, type=Flow)
+            data = self._vault.unseal(base64.urlsafe_b64decode(cookie.encode("ascii")), purpose)
+            found = msgspec.json.decode(data, type=kind)
         except (RiosError, msgspec.MsgspecError, binascii.Error, ValueError):
             return None
-        return flow if flow.expires_at_ms > now_ms() else None
+        return found if found.expires_at_ms > now_ms() else None
 
     async def _exchange(self, metadata: Metadata, code: str, verifier: str) -> str:
         """The ID token for a code (RFC 6749, section 4.1.3)."""

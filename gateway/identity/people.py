@@ -1,9 +1,11 @@
 """Who signs in: users with their password and their links to other providers.
 
 Blocking calls. Invariants: a link is found by (issuer, subject) alone, never by an e-mail address, which may be
-anybody's at another provider; setting a password ends the sessions that came before it, and the user's invites.
+anybody's at another provider; setting a password ends the sessions that came before it, and the user's invites;
+replacing one also ends the links, which somebody else may have made.
 """
 
+import hashlib
 import secrets
 from dataclasses import dataclass
 
@@ -38,6 +40,20 @@ class Person:
     password_of_ms: int | None
     """When it was set."""
     has_second_factor: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """An identity at another provider that a user signs in with."""
+
+    issuer: str
+    subject: str
+    created_at_ms: int
+
+    @property
+    def id(self) -> str:
+        """Names it in a path, which an issuer's address cannot."""
+        return hashlib.sha256(f"{self.issuer} {self.subject}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 _PERSON = (
@@ -94,21 +110,64 @@ def link(database: Database, actor: Actor, user_id: str, issuer: str, subject: s
             raise RequestError("conflict", "this identity belongs to another user already") from error
 
 
+def links_of(database: Database, user_id: str) -> list[Link]:
+    """A user's identities at other providers, oldest first."""
+    with database.read() as connection:
+        return _links(connection, user_id)
+
+
+def unlink(database: Database, actor: Actor, user_id: str, link_id: str, *, keep_session: str = "") -> bool:
+    """Take an identity away from a user, and end their sessions by other providers; whether it was theirs.
+
+    Raises RequestError ``conflict`` if a user would be left with nothing to sign in with by their own doing.
+    """
+    with database.write() as connection:
+        # Locked, so that two at the same time do not both leave the other one.
+        connection.execute(sa.select(users.c.id).where(users.c.id == user_id).with_for_update())
+        links = _links(connection, user_id)
+        found = next((link for link in links if link.id == link_id), None)
+        if found is None:
+            return False
+        has_password = sa.select(passwords.c.user_id).where(passwords.c.user_id == user_id)
+        if actor.user_id == user_id and len(links) == 1 and connection.execute(has_password).first() is None:
+            raise RequestError("conflict", "nothing would be left to sign in with", "set a password first")
+        theirs = external_identities.c.issuer == found.issuer, external_identities.c.subject == found.subject
+        connection.execute(sa.delete(external_identities).where(*theirs))
+        sessions.revoke_all(connection, actor, user_id, keep=keep_session, method="oidc")
+        detail = {"issuer": found.issuer}
+        audit.record(connection, actor, "identity.unlinked", user_id, owner_id=user_id, detail=detail)
+        return True
+
+
+def _links(connection: sa.Connection, user_id: str) -> list[Link]:
+    columns = (external_identities.c[name] for name in Link.__dataclass_fields__)
+    mine = sa.select(*columns).where(external_identities.c.user_id == user_id)
+    order = external_identities.c.created_at_ms, external_identities.c.issuer, external_identities.c.subject
+    return [Link(**row) for row in connection.execute(mine.order_by(*order)).mappings()]
+
+
 def set_password(database: Database, actor: Actor, user_id: str, hashed: str, *, keep_session: str = "") -> None:
-    """Replace a user's password; every other session of theirs ends, and every invite."""
+    """Set a user's password; every other session of theirs ends, every invite, and every link to another provider: they
+    stay only if somebody who is signed in (``keep_session``) sets a first password."""
     if user_id == LOCAL_USER:
         raise RequestError("invalid_request", "the built-in user 'local' cannot sign in", "make a user of your own")
     with database.write() as connection:
-        put_password(connection, user_id, hashed)
+        replaced = put_password(connection, user_id, hashed)
+        unlinked = 0
+        if replaced or not keep_session:
+            links = sa.delete(external_identities).where(external_identities.c.user_id == user_id)
+            unlinked = connection.execute(links).rowcount
         connection.execute(sa.delete(invites).where(invites.c.user_id == user_id))
         sessions.revoke_all(connection, actor, user_id, keep=keep_session)
-        audit.record(connection, actor, "password.changed", user_id, owner_id=user_id)
+        detail = {"unlinked": unlinked} if unlinked else None
+        audit.record(connection, actor, "password.changed", user_id, owner_id=user_id, detail=detail)
 
 
-def put_password(connection: sa.Connection, user_id: str, hashed: str) -> None:
-    """A user's password, within the caller's transaction."""
-    connection.execute(sa.delete(passwords).where(passwords.c.user_id == user_id))
+def put_password(connection: sa.Connection, user_id: str, hashed: str) -> bool:
+    """A user's password, within the caller's transaction; whether it replaced one."""
+    replaced = connection.execute(sa.delete(passwords).where(passwords.c.user_id == user_id)).rowcount == 1
     connection.execute(sa.insert(passwords), {"user_id": user_id, "hash": hashed, "changed_at_ms": now_ms()})
+    return replaced
 
 
 def renew_hash(database: Database, user_id: str, old: str, new: str) -> None:

@@ -14,7 +14,7 @@ from config.errors import RiosError
 from gateway.accounts import Principal
 from gateway.db.session import Database
 from gateway.errors import ApiError
-from gateway.identity import factors, guesses, people
+from gateway.identity import factors, guesses, people, sessions
 from gateway.identity.passwords import Passwords
 from gateway.identity.people import Person
 from gateway.identity.sessions import Client
@@ -23,6 +23,9 @@ from gateway.metrics import Metrics
 from gateway.till import Till
 
 T = TypeVar("T")
+
+_FRESH_MS = 600_000
+"""So new is the session of who, having no password, changes what they sign in with."""
 
 _security = logging.getLogger("rios.security")
 
@@ -46,10 +49,10 @@ class Proofs:
         return await self._till.in_thread(function, self._database, *arguments)
 
     @asynccontextmanager
-    async def guess(self, method: str, client: Client, account: str) -> AsyncIterator[None]:
+    async def guess(self, method: str, client: Client, *, account: str = "", session: str = "") -> AsyncIterator[None]:
         """What happens in the block counts as a guess, if it ends with :class:`Guessed` (or is cut off)."""
         try:
-            await self.in_thread(guesses.count, client.address, account)
+            counted = await self.in_thread(guesses.count, client.address, account, session)
         except ApiError:
             _security.warning("too many attempts (%s) from %s", method, client.address)
             self.count(method, "limited")
@@ -59,17 +62,30 @@ class Proofs:
         except Guessed:
             raise
         except RiosError:
-            await self.in_thread(guesses.take_back, client.address, account)
+            await self.in_thread(guesses.take_back, counted)
             raise
-        await self.in_thread(guesses.take_back, client.address, account)
+        await self.in_thread(guesses.take_back, counted)
 
     async def prove(self, principal: Principal, password: str, client: Client) -> Person:
-        """The caller, once they have shown that they know the password, if they have one."""
-        own_session(principal)
+        """The caller, once they have shown that they know the password; without one, their session must be new. Counted
+        by their session: guesses at signing in to the account, which are anybody's, do not stand in their way."""
+        session = own_session(principal)
         person = await self.in_thread(people.by_id, principal.user_id)
         if person.password_hash is not None:
-            async with self.guess("password", client, person.email or person.id):
+            async with self.guess("password", client, session=session):
                 await self.check_password(person, password, client)
+        elif await self.in_thread(sessions.age_ms, session) > _FRESH_MS:
+            hint = "sign in again with the other provider, and do it then"
+            message = "a user without a password must have signed in a moment ago for this"
+            raise ApiError("unauthenticated", message, hint, public_code="sign_in_again")
+        return person
+
+    async def prove_fully(self, principal: Principal, password: str, code: str, client: Client) -> Person:
+        """:meth:`prove`, and a code where there is a second factor."""
+        person = await self.prove(principal, password, client)
+        if person.has_second_factor:
+            async with self.guess("totp", client, session=principal.session_id):
+                await self.check_code(person, code, client)
         return person
 
     async def check_password(self, person: Person | None, password: str, client: Client) -> None:

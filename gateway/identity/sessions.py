@@ -141,6 +141,13 @@ def by_id(database: Database, session_id: str) -> Live | None:
     return _live(database, session_id, None)
 
 
+def age_ms(database: Database, session_id: str) -> int:
+    """How long ago somebody signed in."""
+    query = sa.select(sessions.c.created_at_ms).where(sessions.c.id == session_id)
+    with database.read() as connection:
+        return now_ms() - int(connection.execute(query).scalar_one())
+
+
 def by_cookie(database: Database, value: str) -> Live | None:
     """The session of a cookie that goes on."""
     match = _COOKIE.fullmatch(value)
@@ -212,9 +219,10 @@ def revoke(database: Database, actor: Actor, user_id: str, session_id: str) -> b
         return ended
 
 
-def revoke_all(connection: sa.Connection, actor: Actor, user_id: str, *, keep: str = "") -> int:
-    """End all sessions of a user but one, within the caller's transaction."""
-    ended = _end(connection, sa.and_(sessions.c.user_id == user_id, sessions.c.id != keep))
+def revoke_all(connection: sa.Connection, actor: Actor, user_id: str, *, keep: str = "", method: str = "") -> int:
+    """End all sessions of a user but one (or those of one method), within the caller's transaction."""
+    which = sa.and_(sessions.c.user_id == user_id, sessions.c.id != keep)
+    ended = _end(connection, sa.and_(which, sessions.c.method == method) if method else which)
     if ended:
         audit.record(connection, actor, "sessions.ended", user_id, owner_id=user_id, detail={"count": ended})
     return ended

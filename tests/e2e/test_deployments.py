@@ -1,6 +1,8 @@
 """Deployments have owners, and usage adds up, on both databases."""
 
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import trio
@@ -8,10 +10,12 @@ from fake_swarm import MODEL, FakeSwarm
 from gateway_rig import Rig, serving
 from test_rights import client, key_of, user_id
 
+from config.swarm import Deployment, DeploymentMode
 from gateway import books
 from gateway.billing import usage
 
 TINY = "a" * 64
+T = TypeVar("T")
 
 
 async def test_who_may_change_a_deployment(tmp_path: Path, database: str) -> None:
@@ -48,6 +52,47 @@ async def test_who_may_change_a_deployment(tmp_path: Path, database: str) -> Non
         await swarm.undeploy(TINY)
         assert (await bob.post("/v1/deployments", json={"model": "tiny"})).status_code == 201
         assert (await ada.delete("/v1/deployments/tiny")).status_code == 403
+
+
+class SlowSwarm(FakeSwarm):
+    """Answers a moment after it did what it was told."""
+
+    told: trio.Event
+
+    async def deploy(self, model: str, replicas: int | None, mode: DeploymentMode) -> Deployment:
+        return await self._later(await super().deploy(model, replicas, mode))
+
+    async def scale(self, model_id: str, replicas: int) -> Deployment:
+        return await self._later(await super().scale(model_id, replicas))
+
+    async def undeploy(self, model_id: str) -> None:
+        await self._later(await super().undeploy(model_id))
+
+    async def _later(self, done: T) -> T:
+        self.told.set()
+        await trio.sleep(0.5)
+        return done
+
+
+async def test_a_client_that_leaves_is_noted_all_the_same(tmp_path: Path, database: str) -> None:
+    swarm = SlowSwarm()
+    async with serving(tmp_path, database=database, swarm=swarm) as rig, rig.http() as ada:
+        changes: list[tuple[str, str, dict[str, object] | None]] = [
+            ("POST", "/v1/deployments", {"model": "tiny", "replicas": 3}),
+            ("PATCH", "/v1/deployments/tiny", {"replicas": 4}),
+            ("DELETE", "/v1/deployments/tiny", None),
+        ]
+        for method, path, body in changes:
+            swarm.told = trio.Event()
+            async with trio.open_nursery() as nursery, rig.http() as leaving:
+                nursery.start_soon(partial(leaving.request, method, path, json=body))
+                await swarm.told.wait()
+                nursery.cancel_scope.cancel()
+            await trio.sleep(1)
+            owners = [each["owner"] for each in (await ada.get("/v1/deployments")).json()["data"] if each["id"] == TINY]
+            assert owners == ([] if method == "DELETE" else [await user_id(rig, "ada")]), method
+        rows = (await ada.get("/v1/audit")).json()["data"]
+        assert [row["action"] for row in rows] == ["deployment.deleted", "deployment.scaled", "deployment.created"]
 
 
 async def test_lists_of_workers_come_in_pages(tmp_path: Path) -> None:

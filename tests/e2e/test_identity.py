@@ -315,12 +315,12 @@ async def test_guesses_are_limited_per_account_and_address(
     async with serving(tmp_path, database=database) as rig, client(rig) as http:
         await trio.to_thread.run_sync(add_user, rig, "grace")
         for name in ("grace", "nobody"):
-            for _ in range(guesses.ACCOUNT.burst):
+            for _ in range(guesses.HERE.burst):
                 assert problem(await sign_in(http, name, password="guess")) == (401, "invalid_credentials")
             limited = await sign_in(http, name)
             assert problem(limited) == (429, "rate_limit_exceeded"), "also for the right password"
-            assert 1 <= int(limited.headers["retry-after"]) <= guesses.ACCOUNT.interval_ms // 1000
-        clock.offset_ms += guesses.ACCOUNT.interval_ms
+            assert 1 <= int(limited.headers["retry-after"]) <= guesses.HERE.interval_ms // 1000
+        clock.offset_ms += guesses.HERE.interval_ms
         assert (await sign_in(http, "grace")).status_code == 200
         assert (await sign_in(http, "grace")).status_code == 200, "a success is no guess"
         left = guesses.ADDRESS.burst  # It, too, is forgotten by now.

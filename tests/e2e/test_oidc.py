@@ -12,14 +12,29 @@ import httpx
 import pytest
 import trio
 from gateway_rig import Rig, serving
-from identity_rig import ME, add_user, bearer, client, problem, sign_in
+from identity_rig import (
+    ME,
+    PASSWORD,
+    Clock,
+    add_user,
+    bearer,
+    client,
+    enrolled,
+    problem,
+    sign_in,
+)
 
 from config.errors import ConfigError
+from gateway import audit, books
+from gateway.identity import factors, passwords, people, sessions
+from gateway.listing import Page
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
 
 CLIENT_ID, SECRET = "rios-test", "s3cret with spaces & signs"
 START, LINK = "/v1/auth/oidc/start", "/v1/auth/oidc/link"
+CODE = "/v1/auth/oidc/code"
+PROOF = {"password": PASSWORD}
 
 
 class Provider:
@@ -132,7 +147,7 @@ async def test_linking_and_who_is_not_linked(tmp_path: Path, database: str, prov
         user_id = await trio.to_thread.run_sync(add_user, rig, "grace")
         token = {"x-csrf-token": (await sign_in(http, "grace", cookie=True)).json()["csrf_token"]}
         assert problem(await http.post(LINK)) == (403, "forbidden")
-        location = (await http.post(LINK, headers=token)).json()["location"]
+        location = (await http.post(LINK, json=PROOF, headers=token)).json()["location"]
         session = http.cookies["rios_session"]
         done = await http.get(await answer_of(http, location))
         assert done.status_code == 303, done.text
@@ -143,15 +158,165 @@ async def test_linking_and_who_is_not_linked(tmp_path: Path, database: str, prov
             # The same identity cannot belong to somebody else, too.
             await trio.to_thread.run_sync(add_user, rig, "eve")
             token = {"x-csrf-token": (await sign_in(other, "eve", cookie=True)).json()["csrf_token"]}
-            location = (await other.post(LINK, headers=token)).json()["location"]
+            location = (await other.post(LINK, json=PROOF, headers=token)).json()["location"]
             assert problem(await other.get(await answer_of(other, location))) == (409, "conflict")
-            location = (await other.post(LINK, headers=token)).json()["location"]
+            location = (await other.post(LINK, json=PROOF, headers=token)).json()["location"]
             callback = await answer_of(other, location)
             await other.post("/v1/auth/logout", headers=token)
             assert (await other.get(callback)).status_code == 401, "who began it has left"
         await trio.to_thread.run_sync(rig.accounts.set_disabled, "grace", True)
         async with client(rig) as other:
             assert problem(await come(other)) == (403, "forbidden")
+
+
+async def linked(rig: Rig, http: httpx.AsyncClient, name: str) -> dict[str, str]:
+    """Sign a browser in and link its identity at the provider; the headers for what it does next."""
+    token = {"x-csrf-token": (await sign_in(http, name, cookie=True)).json()["csrf_token"]}
+    begun = await http.post(LINK, json=PROOF, headers=token)
+    assert begun.status_code == 200, begun.text
+    assert (await http.get(await answer_of(http, begun.json()["location"]))).status_code == 303
+    return token
+
+
+async def test_a_session_alone_changes_nothing_of_how_one_signs_in(
+    tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever took an open session, or an access token, neither links an identity of theirs nor moves the e-mail."""
+    now = books.now_ms()
+    clock = Clock(real=lambda: now)
+    monkeypatch.setattr(factors, "now_ms", clock)
+    async with served(tmp_path, provider, database=database) as rig, client(rig) as http:
+        user_id = await trio.to_thread.run_sync(add_user, rig, "grace")
+        headers = bearer(await sign_in(http, "grace"))
+        app, codes = await enrolled(http, headers, clock)
+        me = f"/v1/users/{user_id}"
+
+        async def link(**proof: str) -> httpx.Response:
+            return await http.post(LINK, json=proof, headers=headers)
+
+        async def move(**proof: str) -> httpx.Response:
+            return await http.patch(me, json={"email": "new@example.com", **proof}, headers=headers)
+
+        for change in (link, move):
+            assert problem(await change()) == (401, "invalid_credentials")
+            assert problem(await change(password="wrong", code=app.code())) == (401, "invalid_credentials")
+            assert problem(await change(password=PASSWORD)) == (401, "totp_required")
+            assert problem(await change(password=PASSWORD, code="000000")) == (401, "invalid_code")
+        assert rig.accounts.find_user("grace").email == "grace@example.com"
+        assert (await link(password=PASSWORD, code=app.code())).status_code == 200
+        assert (await http.patch(me, json={"name": "Grace"}, headers=headers)).status_code == 200, "a name is only that"
+        assert (await move(password=PASSWORD, code=codes[0])).json()["email"] == "new@example.com"
+
+
+async def test_identities_are_listed_and_taken_away(tmp_path: Path, database: str, provider: Provider) -> None:
+    async with served(tmp_path, provider, database=database, oidc_sign_up=False) as rig:
+        user_id = await trio.to_thread.run_sync(add_user, rig, "grace")
+        await trio.to_thread.run_sync(add_user, rig, "eve")
+        path = f"/v1/users/{user_id}/identities"
+        async with client(rig) as http, client(rig) as other, client(rig) as eve:
+            token = await linked(rig, http, "grace")
+            (row,) = (await http.get(path)).json()["data"]
+            assert (row["issuer"], bool(row["subject"])) == (provider.issuer, True)
+            assert (await come(other)).status_code == 303
+            hers = {"x-csrf-token": (await sign_in(eve, "eve", cookie=True)).json()["csrf_token"]}
+            assert problem(await eve.get(path)) == (404, "not_found")
+            assert problem(await eve.delete(f"{path}/{row['id']}", headers=hers)) == (404, "not_found")
+            key = (await http.post("/v1/api-keys", json={}, headers=token)).json()["secret"]
+            async with client(rig, authorization=f"Bearer {key}") as program:
+                assert problem(await program.delete(f"{path}/{row['id']}")) == (403, "forbidden"), (
+                    "a key that was found"
+                )
+            assert (await http.delete(f"{path}/{row['id']}", headers=token)).status_code == 204
+            assert problem(await http.delete(f"{path}/{row['id']}", headers=token)) == (404, "not_found")
+            assert (await http.get(path)).json()["data"] == []
+            assert (await other.get(ME)).status_code == 401, "who came in by it is out"
+            assert problem(await come(other)) == (403, "forbidden")
+        rows = audit.rows(rig.accounts.database, Page(100), owner=user_id)
+        assert {"identity.linked", "identity.unlinked"} <= {each.action for each in rows}
+
+
+async def test_the_last_way_in_stays_until_there_is_a_password(
+    tmp_path: Path, database: str, provider: Provider
+) -> None:
+    async with served(tmp_path, provider, database=database) as rig, client(rig) as http:
+        assert (await come(http)).status_code == 303
+        me = (await http.get(ME)).json()
+        token, path = {"x-csrf-token": me["csrf_token"]}, f"/v1/users/{me['user_id']}/identities"
+        (row,) = (await http.get(path)).json()["data"]
+        assert problem(await http.delete(f"{path}/{row['id']}", headers=token)) == (409, "conflict")
+        first = await http.post("/v1/auth/password", json={"new_password": PASSWORD}, headers=token)
+        assert first.status_code == 204
+        assert len((await http.get(path)).json()["data"]) == 1, "a first password takes nothing away"
+        assert (await http.delete(f"{path}/{row['id']}", headers=token)).status_code == 204
+
+
+async def test_the_second_factor_is_asked_for_here_too(
+    tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = books.now_ms()
+    clock = Clock(real=lambda: now)
+    monkeypatch.setattr(factors, "now_ms", clock)
+    async with served(tmp_path, provider, database=database, oidc_sign_up=False) as rig, client(rig) as http:
+        await trio.to_thread.run_sync(add_user, rig, "grace")
+        app, codes = await enrolled(http, await linked(rig, http, "grace"), clock)
+        async with client(rig) as other, client(rig) as stranger:
+            done = await come(other, "/dashboard?tab=1")
+            assert (done.status_code, done.headers["location"]) == (303, "/dashboard/sign-in?code=1")
+            assert "rios_session" not in other.cookies
+            assert "data-elsewhere" in (await other.get(done.headers["location"])).text
+            assert problem(await other.post(CODE, json={"code": "000000"})) == (401, "invalid_code")
+            assert problem(await stranger.post(CODE, json={"code": app.code()})) == (403, "forbidden")
+            evil = {"sec-fetch-site": "cross-site"}
+            assert (await other.post(CODE, json={"code": app.code()}, headers=evil)).status_code == 403
+            code = app.code()
+            came = await other.post(CODE, json={"code": code})
+            assert (came.status_code, came.json()["location"]) == (200, "/dashboard?tab=1"), came.text
+            assert (await other.get(ME)).json()["name"] == "grace"
+            assert problem(await other.post(CODE, json={"code": codes[0]})) == (403, "forbidden"), "it is over"
+        async with client(rig) as other:
+            await come(other)
+            await trio.to_thread.run_sync(rig.accounts.set_disabled, "grace", True)
+            assert problem(await other.post(CODE, json={"code": codes[0]})) == (403, "forbidden")
+
+
+async def test_without_a_password_only_a_new_session_changes_how_one_signs_in(
+    tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(real=books.now_ms)
+    monkeypatch.setattr(sessions, "now_ms", clock)
+    async with served(tmp_path, provider, database=database) as rig, client(rig) as http:
+        assert (await come(http)).status_code == 303
+        clock.offset_ms = 601_000
+        me = (await http.get(ME)).json()
+        token, user = {"x-csrf-token": me["csrf_token"]}, f"/v1/users/{me['user_id']}"
+        for answer in (
+            await http.post(LINK, json={}, headers=token),
+            await http.post("/v1/auth/password", json={"new_password": PASSWORD}, headers=token),
+            await http.post("/v1/auth/totp/enrol", json={}, headers=token),
+            await http.patch(user, json={"email": "thief@example.com"}, headers=token),
+        ):
+            assert problem(answer) == (401, "sign_in_again")
+        assert (await come(http)).status_code == 303
+        token = {"x-csrf-token": (await http.get(ME)).json()["csrf_token"]}
+        assert (await http.post(LINK, json={}, headers=token)).status_code == 200
+
+
+@pytest.mark.parametrize("by", ["oneself", "operator"])
+async def test_a_new_password_ends_links(tmp_path: Path, database: str, provider: Provider, by: str) -> None:
+    """Somebody else may have made them."""
+    async with served(tmp_path, provider, database=database, oidc_sign_up=False) as rig, client(rig) as http:
+        user_id = await trio.to_thread.run_sync(add_user, rig, "grace")
+        token = await linked(rig, http, "grace")
+        if by == "oneself":
+            change = {**PROOF, "new_password": "an even longer one"}
+            assert (await http.post("/v1/auth/password", json=change, headers=token)).status_code == 204
+        else:
+            hashed = passwords.hash_password("an even longer one")
+            await trio.to_thread.run_sync(people.set_password, rig.accounts.database, audit.OPERATOR, user_id, hashed)
+        async with client(rig) as other:
+            assert problem(await come(other)) == (403, "forbidden")
+        rows = audit.rows(rig.accounts.database, Page(100), owner=user_id)
+        assert next(each.detail for each in rows if each.action == "password.changed") == '{"unlinked":1}'
 
 
 LIES = {

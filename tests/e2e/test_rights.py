@@ -118,6 +118,7 @@ async def test_nobody_sees_or_changes_what_is_anothers(tmp_path: Path, database:
         for method, path in (
             ("GET", f"/v1/users/{bob}"),
             ("PATCH", f"/v1/users/{bob}"),
+            ("GET", f"/v1/users/{bob}/identities"),
             ("GET", f"/v1/api-keys/{key}"),
             ("PATCH", f"/v1/api-keys/{key}"),
             ("DELETE", f"/v1/api-keys/{key}"),
@@ -189,6 +190,27 @@ async def test_a_key_gives_no_more_time_than_it_has(tmp_path: Path, database: st
             sooner = await other.patch(f"/v1/api-keys/{short['id']}", json={"expires_at_ms": end - 1000})
             assert sooner.json()["expires_at_ms"] == end - 1000
         assert (await http.get(f"/v1/api-keys/{short['id']}")).json()["expires_at_ms"] == end - 1000
+
+
+async def test_a_key_gives_its_rights_to_no_key_that_outlives_it(tmp_path: Path, database: str) -> None:
+    async with serving(tmp_path, database=database) as rig, rig.http() as http:
+        end = int(time.time() * 1000) + 3_600_000
+        short = (await http.post("/v1/api-keys", json={"expires_at_ms": end})).json()
+        narrow = {"scopes": ["models:read", "inference"]}
+        made = [{}, {"expires_at_ms": end + 1}, {"expires_at_ms": end}]
+        never, later, same = [(await http.post("/v1/api-keys", json={**narrow, **each})).json()["id"] for each in made]
+        async with client(rig, short["secret"]) as other:
+            for key in (never, later):
+                for scopes in (["models:read", "keys:write"], []):
+                    refused = await other.patch(f"/v1/api-keys/{key}", json={"scopes": scopes})
+                    assert (refused.status_code, refused.json()["error"]["param"]) == (403, "expires_at_ms")
+                fewer = await other.patch(f"/v1/api-keys/{key}", json={"scopes": ["models:read"]})
+                assert fewer.json()["scopes"] == ["models:read"]
+            more = {"scopes": ["models:read", "keys:write"]}
+            assert (await other.patch(f"/v1/api-keys/{same}", json=more)).status_code == 200
+            both = await other.patch(f"/v1/api-keys/{never}", json={**more, "expires_at_ms": end})
+            assert (both.status_code, both.json()["expires_at_ms"]) == (200, end)
+        assert (await http.patch(f"/v1/api-keys/{later}", json=more)).status_code == 200, "its own key never ends"
 
 
 async def test_a_key_does_not_change_what_its_user_signs_in_with(tmp_path: Path) -> None:

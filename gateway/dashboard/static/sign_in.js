@@ -12,9 +12,22 @@ function say(text, field) {
   field?.focus();
 }
 
+// The other provider vouched for them: only the code is missing.
+function show(code) {
+  if (!code) return say("Enter the code.", $("#code"));
+  busy($("[type=submit]", form), async () => {
+    try {
+      location.assign((await api("POST", "/v1/auth/oidc/code", { code: code.replaceAll(" ", "") })).location);
+    } catch (error) {
+      say(error.message, $("#code"));
+    }
+  });
+}
+
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   const { email, password, code } = values(form);
+  if ("elsewhere" in form.dataset) return show(code);
   if (!email) return say("Enter your e-mail address.", $("#email"));
   if (!password) return say("Enter your password.", $("#password"));
   busy($("[type=submit]", form), async () => {
