@@ -16,6 +16,7 @@ from p2p.core.advert import Advert
 from p2p.core.identity import Identity
 from p2p.directory import PeerDirectory
 from p2p.face import RecordRule
+from p2p.rules import Rules
 from tests.fuzz import fuzz_adverts
 from tests.fuzz.mutation import spoil, text
 
@@ -24,7 +25,7 @@ EPISODE = 50
 
 def make_validator() -> NamespacedValidator:
     """The rules a node registers, behind the library's own dispatch."""
-    rules = hosts._Rules()
+    rules = Rules()
     host: Any = SimpleNamespace(accept_records=rules.rules.__setitem__, learn=lambda *_: None)
     caller: Any = SimpleNamespace(peers=lambda: (), is_linked=lambda _: False)
     me = fuzz_adverts.ME
