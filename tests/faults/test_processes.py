@@ -86,6 +86,8 @@ def test_10_a_host_dies_in_the_middle_of_a_call(rig: Rig, texts: dict[str, str],
     rig.wait_replicas()
     rios(other, "pause", "--wait")
     wait_for(lambda: _paused(asks, other), "the other host to be known as paused", 20)
+    # what is known of the victim may still be its advert of before
+    wait_for(lambda: bool(rig.answer(asks)), "an answer of the one host that is left", 20)
     assert victim.process is not None
     process = victim.process
 
