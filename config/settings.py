@@ -325,7 +325,11 @@ class GatewaySettings:
         "DSN of a read replica of the accounts database, for lists and reports; the accounts database itself is asked "
         "while it is away. Empty: none.",
     )
-    require_key: bool = _setting(True, "Refuse requests without an API key.")
+    require_key: bool = _setting(
+        True,
+        "Refuse requests without an API key. false: whoever reaches it may use it, by an address, as localhost or by "
+        "the host of identity_public_url; by other names only with a key, as pages of any site can take such a name.",
+    )
     requests_per_minute: int = _setting(600, "Per key.", minimum=1, maximum=1 << 30)
     tokens_per_minute: int = _setting(200_000, "Per key.", minimum=1, maximum=1 << 40)
     concurrent_per_key: int = _setting(32, "Requests of one key at the same time.", minimum=1, maximum=1 << 20)

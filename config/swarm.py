@@ -109,6 +109,8 @@ class Deployment:
     """Why it is not ready, for people."""
     deployed_here: bool
     """By this node, so that it can be scaled and taken back here."""
+    changed_ms: int
+    """When it was last changed here, also on the command line: no two changes have the same. 0: never."""
     deployers: Sequence[str]
     replicas_min: int
     """Healthy replicas of the shard that has the fewest, the trunk aside."""

@@ -32,6 +32,9 @@ _EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f]+@[^\s@\x00-\x1f\x7f]+")
 _EMAIL_CHARACTERS_MAX = 254
 _SECRET_BYTES = 32
 _CLOCKS_APART_MS = 3_600_000
+_KEY_LIMITS = [
+    sa.func.coalesce(key_limits.c[name], 0).label(name) for name in ("requests_per_minute", "tokens_per_minute")
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,8 +228,7 @@ class Accounts:
                 users.c.role,
                 users.c.disabled,
                 accounts.c.id.label("account_id"),
-                sa.func.coalesce(key_limits.c.requests_per_minute, 0).label("requests_per_minute"),
-                sa.func.coalesce(key_limits.c.tokens_per_minute, 0).label("tokens_per_minute"),
+                *_KEY_LIMITS,
             )
             .join(users, users.c.id == api_keys.c.user_id)
             .join(accounts, accounts.c.user_id == users.c.id)
@@ -260,12 +262,17 @@ class Accounts:
             .where(users.c.id == user_id)
         )
         live = sa.or_(api_keys.c.expires_at_ms.is_(None), api_keys.c.expires_at_ms > books.now_ms())
-        key = sa.select(api_keys.c.scopes).where(api_keys.c.id == key_id, api_keys.c.revoked_at_ms.is_(None), live)
+        of_key = (
+            sa.select(api_keys.c.scopes, *_KEY_LIMITS)
+            .outerjoin(key_limits, key_limits.c.key_id == api_keys.c.id)
+            .where(api_keys.c.id == key_id, api_keys.c.revoked_at_ms.is_(None), live)
+        )
         with self.database.read() as connection:
             row = connection.execute(query).first()
-            scopes = "" if key_id is None else connection.execute(key).scalar()
-        if row is None or scopes is None:
+            key = ("", 0, 0) if key_id is None else connection.execute(of_key).first()
+        if row is None or key is None:
             return None
+        scopes, requests_per_minute, tokens_per_minute = key
         return Principal(
             user_id=row.id,
             user_name=row.name,
@@ -274,6 +281,8 @@ class Accounts:
             key_id=key_id,
             role=row.role,
             scopes=frozenset(scopes.split()),
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
         )
 
     def has_usage(self, user_id: str, request_id: str, since_ms: int) -> bool:

@@ -15,6 +15,8 @@ def client_address(request: HTTPConnection, proxies: Collection[str]) -> str:
     What stands further left, anybody may have written.
     """
     address = request.client.host if request.client else ""
+    if address not in proxies:  # nearly every request: nothing is looked for in its headers
+        return address
     forwarded = ",".join(request.headers.getlist("x-forwarded-for")).split(",")
     while address in proxies and forwarded:
         candidate = _address(forwarded.pop())

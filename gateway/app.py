@@ -1,7 +1,7 @@
 """The routes together: which path is answered by what, and how errors become answers."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import msgspec
@@ -36,6 +36,7 @@ from gateway.api import (
 )
 from gateway.dashboard.live import Live
 from gateway.dashboard.routes import ROUTES
+from gateway.deployments import Changes
 from gateway.endpoint import Endpoint, routes_of
 from gateway.errors import ApiError, error_headers, error_object, error_status, internal_error
 from gateway.events import Bus
@@ -72,6 +73,10 @@ class Site:
     version: str
     payment_secret: bytes = b""
     """What signed reports of payments are checked with; empty: none are taken."""
+    changes: Changes = field(default_factory=Changes)
+    """Of deployments."""
+    documents: graphql.Documents = field(default_factory=graphql.Documents)
+    """The GraphQL queries under way."""
 
 
 def build_app(service: Service, site: Site, live: Live, *, body_bytes_max: int) -> ASGIApp:

@@ -5,7 +5,8 @@ Blocking calls, made in threads. Owns every statement that changes a balance.
 Invariants:
 1. Every change of a balance is a transaction whose postings add up to 0, written in the same database transaction.
 2. Account rows are locked in the order of their ids, and the revenue account last, so gateways cannot deadlock.
-3. A reservation is settled once: whoever finds its row gone does nothing.
+3. A reservation is settled once: whoever finds its row gone does nothing, unless another gateway took it for abandoned.
+   What that one did not charge is charged then, once.
 4. The answer to a request under an idempotency key is kept in the transaction that charges it, and only by its holder.
 5. A budget changes only under the lock of its account, with the reservation or the charge that it counts.
 6. Whether a gateway is alive is told by the database's clock alone, so that a host's wrong clock gives nothing away.
@@ -25,13 +26,15 @@ from gateway.billing.budget import Budget, month_of
 from gateway.db.billing import budget_alerts, budgets
 from gateway.db.models import FUNDING, REVENUE, accounts, idempotency, postings, reservations, transactions, usages
 from gateway.db.prepared import Among, Prepared
-from gateway.db.session import Database
+from gateway.db.session import Database, Kept
 from gateway.money import Closing, Costs, Prices, Progress, Refused, Reservation, Settlement
 
 ABANDONED_MS = 30_000
 """A reservation of another gateway that was not touched for this long belongs to nobody any more."""
 _SWEEP_ROWS_MAX = 500
 RECOVERED = "recovered"
+_REST = "-rest"
+"""Ends the id of the usage row of what was charged after a recovery."""
 _UNPAID: dict[str, Any] = {"completion_tokens": 0, "outcome": RECOVERED}
 
 _LOCK_ACCOUNTS = Among(
@@ -99,6 +102,11 @@ _SET_BUDGET = Prepared(
         alerted=sa.bindparam("new_alerted"),
     )
 )
+_FIND_USAGES = Among(
+    lambda names: sa.select(
+        usages.c.id, usages.c.outcome, usages.c.prompt_tokens, usages.c.completion_tokens, usages.c.microcredits
+    ).where(usages.c.id.in_(names))
+)
 _ADD_ALERTS = Prepared(sa.insert(budget_alerts))
 _ADD_RESERVATIONS = Prepared(sa.insert(reservations))
 _ADD_USAGES = Prepared(sa.insert(usages))
@@ -160,13 +168,16 @@ def new_id() -> str:
     return f"{now_ms():012x}{secrets.token_hex(10)}"
 
 
-def write_batch(database: Database, batch: Batch) -> dict[str, Refused]:
+def write_batch(
+    database: Database, batch: Batch, kept: Kept | None = None, *, waits: bool = True
+) -> dict[str, Refused]:
     """Write all of it, durably where it must be. Returns the reservations that were refused, by id; all others stand.
+    ``kept`` and ``waits`` as in :meth:`Database.write`.
 
     Raises LocalError: ``unavailable`` and ``disk_full`` may pass, ``local`` will not.
     """
     try:
-        with database.write(synced=batch.synced) as connection:
+        with database.write(synced=batch.synced, kept=kept, waits=waits) as connection:
             return _apply(connection, batch, database.now_ms())
     except sa.exc.IntegrityError as error:
         raise LocalError("local", f"the accounts database refused a booking: {error.orig}") from error
@@ -230,10 +241,15 @@ def _apply(connection: sa.Connection, batch: Batch, now: int) -> dict[str, Refus
             _reserve(book, rows, refused, reservation, now)
     settlements = [*batch.settle, *_to_close(connection, batch.close)]
     open_amounts = _take_reservations(connection, settlements)
+    gone: dict[str, Settlement] = {}
     for settlement in settlements:
         amount = open_amounts.pop(settlement.reservation.id, None)
         if amount is not None:
             _settle(book, rows, settlement, amount, now)
+        elif settlement.microcredits and settlement.outcome != RECOVERED:
+            gone[settlement.reservation.id] = settlement
+    if gone:
+        _settle_rests(connection, book, rows, gone, now)
     _store(connection, book, rows)
     _store_costs(connection, batch.costs, settlements, now)
     if batch.close:
@@ -372,6 +388,35 @@ def _settle(book: dict[str, _Account], rows: _Rows, settlement: Settlement, amou
             "swarm_nano": 0,
         }
     )
+
+
+def _settle_rests(
+    connection: sa.Connection, book: dict[str, _Account], rows: _Rows, gone: Mapping[str, Settlement], now: int
+) -> None:
+    """Charge what a recovery left unpaid of answers whose gateway was alive after all. Each in a row of its own, dated
+    now: the month of the recovery may be closed. What was held back for it is free again, so it takes no more than the
+    balance has left; a budget it may pass, as the answer was begun within it."""
+    known = {row[0]: row[1:] for row in _FIND_USAGES.rows(connection, [*gone, *(name + _REST for name in gone)])}
+    for name, settlement in gone.items():
+        outcome, prompt_tokens, completion_tokens, charged = known.get(name, ("", 0, 0, 0))
+        left = settlement.microcredits - charged
+        if outcome != RECOVERED or name + _REST in known or left <= 0:
+            continue  # an earlier try settled it, or nothing is left
+        reservation = settlement.reservation
+        account = book[reservation.account_id]
+        amount = min(left, account.balance - account.reserved)
+        account.reserved += amount
+        for budget in account.budgets:
+            if budget.covers(reservation.key_id):
+                budget.hold(amount)
+        paid_prompt = prompt_tokens if completion_tokens else 0  # nothing delivered, nothing paid
+        rest = replace(
+            settlement,
+            reservation=replace(reservation, id=name + _REST),
+            prompt_tokens=max(settlement.prompt_tokens - paid_prompt, 0),
+            completion_tokens=settlement.completion_tokens - completion_tokens,
+        )
+        _settle(book, rows, rest, amount, now)
 
 
 def _alert(budget: Budget, percent: int, now: int) -> dict[str, object]:

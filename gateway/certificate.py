@@ -12,6 +12,7 @@ import trio
 
 from config.errors import ConfigError, RiosError
 from config.settings import GatewaySettings
+from gateway.wire import Wire
 
 _logger = logging.getLogger("rios.gateway")
 
@@ -34,7 +35,7 @@ class Certificate:
         else:
             _logger.info("the certificate in %s is in use for new connections", self._chain)
 
-    async def handshake(self, stream: trio.SocketStream) -> trio.SSLStream[trio.SocketStream]:
+    async def handshake(self, stream: Wire) -> trio.SSLStream[Wire]:
         """An encrypted stream. Raises trio.BrokenResourceError if the client wants none, or takes too long."""
         secure = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
         with trio.move_on_after(_HANDSHAKE_SECONDS) as patience:

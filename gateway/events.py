@@ -7,11 +7,10 @@ transaction (:func:`record`); what happens in memory is handed to :meth:`Bus.pub
 Invariants:
 1. Places rise in the order of the commits: who has read up to one has missed none before it.
 2. Everything is bounded: a subscriber that does not keep up loses the oldest, and is told how many; so does what waits
-   to be written; the table keeps :data:`KEPT_MS` and :data:`ROWS_MAX`.
+   to be written, also while the database is away; the table keeps :data:`KEPT_MS` and :data:`ROWS_MAX`.
 3. An event reaches the subscribers of every gateway within a second.
 """
 
-import json
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -19,12 +18,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import sqlalchemy as sa
 import trio
 
 from config.errors import RiosError
 from gateway.books import now_ms
 from gateway.db.jobs import events
+from gateway.db.prepared import Prepared
 from gateway.db.session import Database
 from gateway.listeners import Listeners
 from gateway.money import Settlement
@@ -46,6 +47,8 @@ _SWEEP_SECONDS = 60.0
 _ORDER_LOCK = 0x52694556
 """Key of the PostgreSQL advisory lock that puts the places into the order of the commits."""
 MISSED = "events.missed"
+_ADD = Prepared(sa.insert(events).values(kind="", owner_id="", data="", created_at_ms=0))
+"""With a row's own values; its place is the database's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ def matches(kind: str, patterns: Collection[str]) -> bool:
 
 def record(connection: sa.Connection, kind: str, owner_id: str | None, data: Mapping[str, Any]) -> None:
     """Tell of something in the transaction that does it. Call it last: from here on other events wait for its end."""
-    _insert(connection, [_row(kind, owner_id, data)])
+    _insert(connection, [_row(kind, owner_id, data, now_ms())])
 
 
 def since(
@@ -109,14 +112,34 @@ def sweep(database: Database) -> None:
         connection.execute(sa.delete(events).where(events.c.place.in_(some)))
 
 
-def _row(kind: str, owner_id: str | None, data: Mapping[str, Any]) -> dict[str, Any]:
-    return {"kind": kind, "owner_id": owner_id, "data": json.dumps(data), "created_at_ms": now_ms()}
+_Told = tuple[str, str | None, Mapping[str, Any] | Settlement, int]
+"""Kind, owner, data and time, before it becomes a row."""
+
+
+def _row(kind: str, owner_id: str | None, data: Mapping[str, Any] | Settlement, when_ms: int) -> dict[str, Any]:
+    if isinstance(data, Settlement):
+        data = _data_of(data)
+    return {"kind": kind, "owner_id": owner_id, "data": msgspec.json.encode(data).decode(), "created_at_ms": when_ms}
+
+
+def _data_of(settlement: Settlement) -> dict[str, Any]:
+    asked = settlement.reservation
+    return {
+        "request_id": asked.request_id,
+        "endpoint": asked.endpoint,
+        "model": asked.model,
+        "key_id": asked.key_id,
+        "prompt_tokens": settlement.prompt_tokens,
+        "completion_tokens": settlement.completion_tokens,
+        "microcredits": settlement.microcredits,
+        "outcome": settlement.outcome,
+    }
 
 
 def _insert(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ORDER_LOCK)))
-    connection.execute(sa.insert(events), rows)
+    _ADD.run(connection, rows)
 
 
 class Subscription:
@@ -156,7 +179,7 @@ class Bus:
 
     def __init__(self, till: "Till") -> None:
         self._till = till
-        self._buffer: deque[dict[str, Any]] = deque(maxlen=_BUFFER_MAX)
+        self._buffer: deque[_Told] = deque(maxlen=_BUFFER_MAX)
         self._lost = 0
         self._subscriptions: set[Subscription] = set()
         self.places = Listeners("streams of events", SUBSCRIBERS_MAX)
@@ -165,25 +188,17 @@ class Bus:
 
     def publish(self, kind: str, owner_id: str | None, data: Mapping[str, Any]) -> None:
         """Tell of something; it is written a moment later. Never waits, never fails."""
-        if len(self._buffer) >= _BUFFER_MAX:
-            self._lost += 1
-        self._buffer.append(_row(kind, owner_id, data))
-        self._wanted.set()
+        self._tell((kind, owner_id, data, now_ms()))
 
     def settled(self, settlement: Settlement) -> None:
         """A request was charged."""
-        asked = settlement.reservation
-        data = {
-            "request_id": asked.request_id,
-            "endpoint": asked.endpoint,
-            "model": asked.model,
-            "key_id": asked.key_id,
-            "prompt_tokens": settlement.prompt_tokens,
-            "completion_tokens": settlement.completion_tokens,
-            "microcredits": settlement.microcredits,
-            "outcome": settlement.outcome,
-        }
-        self.publish("request.finished", asked.user_id, data)
+        self._tell(("request.finished", settlement.reservation.user_id, settlement, now_ms()))
+
+    def _tell(self, told: "_Told") -> None:
+        if len(self._buffer) >= _BUFFER_MAX:
+            self._lost += 1
+        self._buffer.append(told)
+        self._wanted.set()
 
     @asynccontextmanager
     async def subscribe(self, owner: str | None, kinds: Collection[str] = ()) -> AsyncIterator[Subscription]:
@@ -228,19 +243,38 @@ class Bus:
             _logger.error("the last events are not written: %s", error)
 
     async def _flush(self) -> None:
-        rows = [self._buffer.popleft() for _ in range(len(self._buffer))]
-        if self._lost:
-            rows.append(_row(MISSED, None, {"count": self._lost}))
-            self._lost = 0
-        if not rows:
+        told, lost = list(self._buffer), self._lost
+        self._buffer.clear()
+        self._lost = 0
+        if not told and not lost:
             return
 
         def write() -> None:
+            rows, bad = [], 0
+            for each in told:
+                try:
+                    rows.append(_row(*each))
+                except (TypeError, ValueError):  # it goes, not all of them
+                    bad += 1
+                    _logger.exception("an event cannot be written: %s", each[0])
+            if lost or bad:
+                rows.append(_row(MISSED, None, {"count": lost + bad}, now_ms()))
             # what buffered events tell of is durable by itself, and nobody's request waits behind a sync for them
             with self._till.database.write(synced=False) as connection:
                 _insert(connection, rows)
 
-        await self._till.in_thread(write)
+        try:
+            await self._till.in_thread(write)
+        except RiosError:
+            self._put_back(told, lost)
+            raise
+
+    def _put_back(self, told: list["_Told"], lost: int) -> None:
+        """They could not be written: they are tried again, before what came meanwhile."""
+        kept = told[max(len(told) + len(self._buffer) - _BUFFER_MAX, 0) :]
+        self._buffer.extendleft(reversed(kept))
+        self._lost += lost + len(told) - len(kept)
+        self._wanted.set()
 
     async def _poll(self) -> None:
         if not self._subscriptions:

@@ -22,7 +22,7 @@ from gateway.accounts import Accounts
 from gateway.anchoring import Anchoring
 from gateway.app import Site, build_app
 from gateway.billing.costs import CostBook
-from gateway.billing.keeper import Keeper, tell_alert
+from gateway.billing.keeper import Keeper
 from gateway.billing.payment import read_secret
 from gateway.certificate import Certificate, certificate_of
 from gateway.dashboard.live import Live
@@ -141,7 +141,7 @@ async def open_gateway(
                     bus.run,
                     service.runs.run,
                     identity.run,
-                    Keeper(till, partial(tell_alert, bus)).run,
+                    Keeper(till).run,
                     partial(live.run, service, site),
                 ]
                 if isinstance(service.metering.limits, SharedLimits):

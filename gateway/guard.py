@@ -4,7 +4,7 @@ Three kinds of credentials: API keys and access tokens as ``Authorization: Beare
 Owns the cache of what was authenticated. Invariants: secrets are kept and compared only as sha256; a revoked key or
 session, a disabled user or another role is seen at most ``CACHE_SECONDS`` later, and ends what runs already
 (``standing``); the cache is bounded; a cookie changes nothing without its CSRF token, and a gateway that needs no key
-changes nothing for other sites.
+changes nothing for other sites, and tells them nothing.
 """
 
 import hmac
@@ -142,12 +142,12 @@ class Guard:
         return self._remember(digest.hex(), digest, live.principal, live.expires_at_ms)
 
     def _local(self, shown: Credentials) -> Principal:
-        """The user of requests without a key; pages of other sites are not let in to change anything."""
+        """The user of requests without a key; pages of other sites neither change nor read anything."""
         if not shown.is_safe:
             self.refuse_foreign(shown)
-            if self._home.is_rebindable(shown):
-                hint = "use its address, or name this host in gateway.identity_public_url"
-                raise ApiError("forbidden", f"browsers may not use this gateway as {shown.host!r:.80}", hint)
+        if self._home.is_rebindable(shown):
+            hint = "use its address or localhost, name this host in gateway.identity_public_url, or send an API key"
+            raise ApiError("forbidden", f"nobody may use this gateway without a key as {shown.host!r:.80}", hint)
         return LOCAL
 
     def _recall(self, name: str) -> _Known | None:

@@ -2,7 +2,8 @@
 
 Stands where Hypercorn has a channel of trio's, whose every message costs a turn of the event loop at both ends, and a
 request has four of them. Owns the order of messages and the bound on those that wait. Whoever wants to know at once
-what comes, without a task that waits for it, finds :meth:`Inbox.watch` in the scope's extensions under :data:`WATCH`.
+what comes, without a task that waits for it, finds :meth:`Inbox.watch` in the scope's extensions under :data:`WATCH`;
+and under :data:`READER` the connection as a :class:`gateway.turns.Reader`.
 """
 
 import logging
@@ -15,9 +16,11 @@ from hypercorn.config import Config
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.typing import AppWrapper, ASGIReceiveEvent, ASGISendEvent, Scope
 
+from gateway.turns import Reader
+
 _logger = logging.getLogger("rios.gateway")
 
-WATCH = "rios.watch"
+WATCH, READER = "rios.watch", "rios.reader"
 _WAITING_MAX = 10
 
 Message = dict[str, Any]
@@ -74,8 +77,9 @@ class Inbox:
 class Tasks(TaskGroup):
     """Hypercorn's task group, whose applications have an :class:`Inbox`, and whose other tasks end with the client."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Reader) -> None:
         super().__init__()
+        self._reader = reader
         self._others: list[trio.CancelScope] = []
 
     def spawn(self, func: Callable[..., Awaitable[None]], *args: object) -> None:
@@ -97,7 +101,7 @@ class Tasks(TaskGroup):
     ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
         """Run it; returns how to tell it something."""
         inbox = Inbox()
-        cast("Message", scope)["extensions"][WATCH] = inbox.watch
+        cast("Message", scope)["extensions"].update({WATCH: inbox.watch, READER: self._reader})
         super().spawn(_run, app, scope, inbox, send)
         return cast("Callable[[ASGIReceiveEvent], Awaitable[None]]", inbox.put)
 

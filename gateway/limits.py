@@ -88,7 +88,8 @@ class Place(Protocol):
     """A generation that was let in. Both methods work at once, whatever has become of the limits' store."""
 
     def give_back(self, tokens: int) -> int:
-        """Return the part of its worst case that was not used; how much of it the first subject has back."""
+        """Return the part of its worst case that was not used, when it leaves at the latest; how much of it the first
+        subject has back."""
 
     def leave(self) -> None:
         """It runs no more."""
@@ -170,13 +171,14 @@ class Metering:
         self._key = Rates(settings.requests_per_minute, settings.tokens_per_minute, settings.concurrent_per_key)
         self._user = Rates(settings.user_requests_per_minute, settings.user_tokens_per_minute, settings.user_concurrent)
         self._address = Rates(settings.address_requests_per_minute)
+        self._limits_users, self._limits_addresses = self._user != Rates(), self._address != Rates()
 
     def meter(self, principal: Principal, address: str = "") -> Meter:
         """For what this principal asks from there."""
         subjects = [Subject("key", f"k:{principal.key_id or principal.user_id}", self._rates_of(principal))]
-        if self._user != Rates():
+        if self._limits_users:
             subjects.append(Subject("user", f"u:{principal.user_id}", self._user))
-        if address and self._address != Rates():
+        if address and self._limits_addresses:
             subjects.append(Subject("address", f"a:{neighbourhood(address)}", self._address))
         return Meter(self.limits, subjects)
 

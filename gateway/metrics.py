@@ -16,6 +16,8 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._text, self._text_ends = b"", 0.0
+        self.tokens = Counter("rios_gateway_tokens", "Tokens of settled requests.", ("kind",), registry=registry)
+        self._prompt, self._completion = self.tokens.labels("prompt"), self.tokens.labels("completion")
         self._counted: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self.requests = Counter("rios_gateway_requests", "Answered requests.", ("route", "status"), registry=registry)
         self.seconds = Histogram(
@@ -31,7 +33,6 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.tokens = Counter("rios_gateway_tokens", "Tokens of settled requests.", ("kind",), registry=registry)
         self.running = Gauge("rios_gateway_running_requests", "Requests being answered.", registry=registry)
         self.waiting = Gauge("rios_gateway_waiting_requests", "Requests waiting for their turn.", registry=registry)
         self.sign_ins = Counter(
@@ -81,14 +82,14 @@ class Metrics:
 
     def observe_refused(self, reason: str) -> None:
         """Count a connection: ``rate``, ``arriving``, ``share`` or ``full`` (refused), ``ousted`` (made room for
-        another), or a source that is ``shunned`` for a while."""
+        another), ``slow`` (read too slowly while others waited), or a source that is ``shunned`` for a while."""
         self.refused.labels(reason).inc()
 
     def observe_tokens(self, prompt: int, completion: int) -> None:
         """Count the tokens of a settled request."""
-        self.tokens.labels("prompt").inc(prompt)
-        self.tokens.labels("completion").inc(completion)
+        self._prompt.inc(prompt)
+        self._completion.inc(completion)
 
     def completion_tokens(self) -> float:
         """Tokens of all answers settled since the start."""
-        return next(sample.value for metric in self.tokens.labels("completion").collect() for sample in metric.samples)
+        return next(sample.value for metric in self._completion.collect() for sample in metric.samples)

@@ -7,10 +7,11 @@ https://redis.io/docs/latest/develop/reference/protocol-spec/
 
 import logging
 import os
+import re
 import socket
 import ssl
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -23,6 +24,12 @@ PASSWORD_VARIABLE = "REDISCLI_AUTH"
 _CALL_SECONDS = 0.5
 _CONNECT_SECONDS = 2.0
 _RETRY_SECONDS = 0.5
+_RETRY_SECONDS_MAX = 4.0
+_STEADY_SECONDS = 10.0
+"""A connection that lasted so long was a good one."""
+_ELSEWHERE = re.compile(r"(?:^|-)(?:READONLY|LOADING|MASTERDOWN)\b")
+"""A Redis that does not serve now: its name may mean another by now. (Before version 7 a script's error has the code
+further behind.)"""
 _WAITING_MAX = 8192
 _REPLY_BYTES_MAX = 1 << 16
 _READ_BYTES = 1 << 16
@@ -34,6 +41,10 @@ Reply = int | bytes | list[Any] | None
 
 class RedisAway(Exception):
     """Redis is not there, does not answer, or says something else than Redis would."""
+
+
+class Unsent(RedisAway):
+    """The command was not sent: nothing comes of it."""
 
 
 class RedisRefused(Exception):
@@ -78,12 +89,15 @@ class _Waiting:
     done: trio.Event = field(default_factory=trio.Event)
     reply: Reply | RedisRefused = None
     came: bool = False
+    heard: Callable[[], None] | None = None
 
 
 class Redis:
     """Commands to one Redis. :meth:`run` must run."""
 
     def __init__(self, address: Address) -> None:
+        self.greet: Callable[[], None] = lambda: None
+        """Called when there is a connection: what it posts comes before all else."""
         self._address = address
         self._stream: trio.abc.Stream | None = None
         self._waiting: deque[_Waiting] = deque()
@@ -96,39 +110,44 @@ class Redis:
         return self._stream is not None
 
     async def call(self, *parts: str | int | bytes) -> Reply:
-        """A command's answer. Raises RedisAway, RedisRefused."""
+        """A command's answer. Raises RedisAway (but for Unsent, Redis may have done it, or do it yet), RedisRefused."""
         waiting = self._submit(parts)
         with trio.move_on_after(_CALL_SECONDS) as patience:
             await waiting.done.wait()
         if patience.cancelled_caught:
             await self._break()  # what comes after it would not come either
         if not waiting.came:
-            raise RedisAway
+            raise RedisAway(str(waiting.reply or ""))
         if isinstance(waiting.reply, RedisRefused):
             raise waiting.reply
         return waiting.reply
 
-    def post(self, *parts: str | int | bytes) -> None:
-        """A command whose answer nobody waits for. Raises RedisAway."""
-        self._submit(parts)
+    def post(self, *parts: str | int | bytes, heard: Callable[[], None] | None = None) -> None:
+        """A command whose answer nobody waits for; ``heard`` is called when it comes. Raises Unsent."""
+        self._submit(parts, heard)
 
-    def _submit(self, parts: tuple[str | int | bytes, ...]) -> _Waiting:
+    def _submit(self, parts: tuple[str | int | bytes, ...], heard: Callable[[], None] | None = None) -> _Waiting:
         if self._stream is None or len(self._waiting) >= _WAITING_MAX:
-            raise RedisAway
-        waiting = _Waiting()
+            raise Unsent
+        waiting = _Waiting(heard=heard)
         self._waiting.append(waiting)
         self._unsent += encode(parts)
         self._more.set()
         return waiting
 
     async def run(self) -> None:
-        """Connect, and again whenever the connection breaks; until cancelled."""
+        """Connect, and again whenever the connection breaks, each time later; until cancelled."""
+        pause = _RETRY_SECONDS
         while True:
+            began = trio.current_time()
             try:
                 await self._serve()
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, RedisAway, RedisRefused) as error:
                 _logger.debug("redis: %r", error)
-            await trio.sleep(_RETRY_SECONDS)
+            if trio.current_time() - began > _STEADY_SECONDS:
+                pause = _RETRY_SECONDS
+            await trio.sleep(pause)
+            pause = min(2 * pause, _RETRY_SECONDS_MAX)
 
     async def _serve(self) -> None:
         stream: trio.abc.Stream | None = None
@@ -139,6 +158,7 @@ class Redis:
         try:
             async with trio.open_nursery() as nursery:
                 self._stream = stream
+                self.greet()
                 nursery.start_soon(self._write, stream)
                 await self._read(stream)
                 nursery.cancel_scope.cancel()
@@ -153,7 +173,7 @@ class Redis:
             await trio.aclose_forcefully(stream)
 
     async def _connect(self) -> trio.abc.Stream:
-        """A connection that is signed in and has its database chosen."""
+        """A connection that is signed in, has its database chosen, and is answered in the time that a call has."""
         address = self._address
         plain = await trio.open_tcp_stream(address.host, address.port)
         stream: trio.abc.Stream = plain
@@ -168,6 +188,10 @@ class Redis:
                 await _ask(stream, reader, "AUTH", *([address.user] if address.user else []), password)
             if address.database:
                 await _ask(stream, reader, "SELECT", address.database)
+            with trio.move_on_after(_CALL_SECONDS) as patience:
+                await _ask(stream, reader, "PING")  # the kernel accepts for a Redis that is stopped
+            if patience.cancelled_caught:
+                raise RedisAway
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise
@@ -191,8 +215,13 @@ class Redis:
                 if not self._waiting:
                     raise RedisAway  # it answers what nobody asked
                 waiting = self._waiting.popleft()
-                waiting.reply, waiting.came = reply, True
+                waiting.reply = reply
+                waiting.came = not (isinstance(reply, RedisRefused) and _ELSEWHERE.search(str(reply)))
                 waiting.done.set()
+                if not waiting.came:
+                    raise RedisAway
+                if waiting.heard is not None:
+                    waiting.heard()
 
     async def _break(self) -> None:
         if self._stream is not None:

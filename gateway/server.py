@@ -1,17 +1,18 @@
-"""Hypercorn's HTTP/1.1 on trio, tamed: connections that cannot hang, crash the node or outlive it.
+"""Connections of HTTP/1.1 on trio that cannot hang, crash the node or outlive it.
 
-Owns the listening socket and every connection. Hypercorn's own server loop is not used: this file runs its connection
-class inside the caller's nursery and replaces four of its parts.
+Owns the listening socket and every connection: its deadlines, its writes and its end. What is said on it is
+``gateway/http11``'s. The connection is Hypercorn's class, run inside the caller's nursery, with these parts replaced:
 
-1. ``protocol_send`` shields its write without a bound; a client that stops reading would block a shutdown for ever.
-   Here the shield ends after ``_SEND_SECONDS`` (sooner while stopping), and the connection with it.
+1. Its write is shielded without a bound; a client that stops reading would block a shutdown for ever. Here the shield
+   ends after ``_SEND_SECONDS`` (sooner while stopping, and for who reads too slowly while others wait:
+   ``gateway/turns.py``), and the connection with it.
 2. ``_close`` runs in the task that ends a response, which is cancelled by the disconnect that closing causes, so a
    ``Connection: close`` stream was never closed. Here it is shielded and bounded.
 3. ``is_disconnected()`` never becomes true, and waiting for ``http.disconnect`` takes a task: ``gateway.inbox`` calls
    ``gateway.exchange``.
-4. Its idle clock is a task, started and cancelled for every request (a tenth of all they cost), and it outlived a
-   connection that its client closed, so that a thousand short ones shut everybody out for half a minute. Here it is the
-   deadline of the read under way. A WebSocket's pings, a task too, end with the connection.
+4. Its idle clock is a task, started and cancelled for every request, and it outlived a connection that its client
+   closed, so that a thousand short ones shut everybody out for half a minute. Here it is the deadline of the read under
+   way. A WebSocket's pings, a task too, end with the connection.
 
 Against those who only cost: who may connect, and who makes room, is up to ``gateway/doorway``; a request that comes in
 drips is read less and less often; of what comes in large pieces one is taken at each turn of the event loop, whosever
@@ -27,16 +28,11 @@ import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
-import h11
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.protocol.events import EndBody, Response
-from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
@@ -46,7 +42,9 @@ from starlette.types import ASGIApp
 from config.errors import ConfigError, LocalError
 from gateway.certificate import Certificate
 from gateway.doorway import Doorway
+from gateway.http11 import Http11
 from gateway.inbox import Tasks
+from gateway.wire import Wire
 
 _logger = logging.getLogger("rios.gateway")
 
@@ -60,8 +58,6 @@ _MESSAGE_BYTES_MAX = 4096
 """Of WebSockets: clients only listen."""
 _PING_SECONDS = 20.0
 _HURRY_SECONDS = 0.2
-_REFUSED = frozenset((400, 401, 413, 431))
-"""What a client has nothing of, and costs."""
 _READ_IS_WORTH_BYTES, _DRIPS_FREE = 256, 12
 """A read of a request is a drip as far as it brings less than the first; after so many drips it is read less often.
 What one brings above that makes up for others: part heads and single TLS records are small among large ones."""
@@ -203,63 +199,15 @@ class HttpServer:
                 self._idle.set()
 
 
-class _Http11(H11Protocol):
-    """Hypercorn's HTTP/1.1, which ignores the wish for HTTP/2, as RFC 9110 section 7.8 lets it."""
-
-    holding = False
-    """What is written now goes out with what comes next: the head of an answer whose length is known, so whose body is
-    there already."""
-
-    arrived: Callable[[], None]
-    """Called when all of a request is here."""
-    is_sour = False
-    """Whether all that was answered were refusals that cost its client."""
-    was_served = False
-    is_socket = False
-    """Whether it is a WebSocket by now."""
-
-    async def _create_stream(self, request: h11.Request) -> None:
-        await super()._create_stream(request)
-        stream: Any = self.stream
-        if isinstance(stream, WSStream):
-            self.is_socket = True
-            self.arrived()
-            return
-        handle = stream.handle
-
-        async def told(event: StreamEvent) -> None:
-            if isinstance(event, EndBody):
-                self.arrived()
-            await handle(event)
-
-        stream.handle = told
-
-    async def _send_error_response(self, status_code: int) -> None:
-        self.is_sour = not self.was_served
-        await super()._send_error_response(status_code)
-
-    async def stream_send(self, event: StreamEvent) -> None:
-        if isinstance(event, Response):
-            self.was_served = self.was_served or event.status_code not in _REFUSED
-            self.is_sour = not self.was_served
-            self.holding = event.status_code >= 200 and any(name == b"content-length" for name, _ in event.headers)
-            await super().stream_send(event)
-            self.holding = False
-        else:
-            await super().stream_send(event)
-
-    async def _check_protocol(self, event: h11.Request) -> None:
-        pass
-
-
 class _Connection(TCPServer):
     """Hypercorn's connection with the parts replaced that the file docstring lists."""
 
     def __init__(self, server: HttpServer, stream: trio.SocketStream, address: str) -> None:
+        self._wire = Wire(stream)
         # The base class is typed for TLS streams and works with plain ones alike.
-        tls = cast("trio.SSLStream[trio.SocketStream]", stream)
+        tls = cast("trio.SSLStream[trio.SocketStream]", self._wire)
         super().__init__(server.app, server.config, server.context, ConnectionState({}), tls)
-        self._plain = stream
+        self._socket = stream.socket
         self.address = address
         """Whom it counts for; empty: nobody."""
         self._arrivals, self._places = server.doorway.arrivals, server.doorway.places
@@ -269,7 +217,6 @@ class _Connection(TCPServer):
         self._certificate = server.certificate
         self._send_seconds = _SEND_SECONDS
         self._sending: trio.CancelScope | None = None
-        self._held = b""
         self._reading = trio.CancelScope()
         self._idle = True
         """No request is being answered."""
@@ -277,32 +224,31 @@ class _Connection(TCPServer):
         """When a request must have come, to its head's end."""
 
     async def run(self) -> None:
-        raw = self._plain.socket
+        raw = self._socket
         try:
             if self._certificate is not None:
                 with trio.CancelScope(deadline=self._idle_ends()) as self._reading:
-                    self.stream = await self._certificate.handshake(self._plain)
+                    self.stream = await self._certificate.handshake(self._wire)  # type: ignore[assignment]
                 if self._reading.cancelled_caught:
                     return
             client = parse_socket_addr(raw.family, raw.getpeername())
             server = parse_socket_addr(raw.family, raw.getsockname())
             if sys.platform == "linux":
                 raw.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-            tasks = Tasks()
+            tasks = Tasks(self)
             async with tasks as task_group:
                 self._task_group = task_group
-                self.protocol = _Http11(  # type: ignore[assignment]
+                self.protocol = Http11(  # type: ignore[assignment]
                     self.app,
                     self.config,
                     self.context,
-                    task_group,
-                    ConnectionState({}),
-                    self._certificate is not None,
-                    client,
-                    server,
+                    tasks,
                     self.protocol_send,
+                    tls=self._certificate is not None,
+                    client=client,
+                    server=server,
+                    arrived=self._arrived,
                 )
-                cast("_Http11", self.protocol).arrived = self._arrived
                 await self._read_data()
                 tasks.client_left()
         except* (OSError, trio.BrokenResourceError):
@@ -312,9 +258,22 @@ class _Connection(TCPServer):
 
     def hurry(self) -> None:
         """The server stops: give a write that hangs only a moment more."""
-        self._send_seconds = _HURRY_SECONDS
+        self._bound_writes(_HURRY_SECONDS)
+
+    def blocked_seconds(self) -> float:
+        """See :class:`gateway.turns.Reader`."""
+        return self._wire.blocked_seconds()
+
+    def give_up(self) -> None:
+        """See :class:`gateway.turns.Reader`. The write under way, or the next one, ends the connection."""
+        self._on_refused("slow")
+        _logger.info("an answer is ended: others wait, and its client did not read for %.0f s", self.blocked_seconds())
+        self._bound_writes(0.0)
+
+    def _bound_writes(self, seconds: float) -> None:
+        self._send_seconds = seconds
         if self._sending is not None:
-            self._sending.deadline = min(self._sending.deadline, trio.current_time() + _HURRY_SECONDS)
+            self._sending.deadline = min(self._sending.deadline, trio.current_time() + seconds)
 
     def end_idle(self) -> None:
         """The server stops: nothing more is read where nothing is being answered."""
@@ -345,7 +304,7 @@ class _Connection(TCPServer):
 
     def _came(self, size: int) -> None:
         """A part of a request, or of what a WebSocket's client says."""
-        if not size or cast("_Http11", self.protocol).is_socket:
+        if not size or cast("Http11", self.protocol).is_socket:
             return
         self._drips = min(max(0.0, self._drips + 1 - size / _READ_IS_WORTH_BYTES), _DRIPS_MAX)
         if not self.address:
@@ -368,7 +327,7 @@ class _Connection(TCPServer):
     @property
     def is_sour(self) -> bool:
         """Whether its client was refused all that it asked, or made room without having been served."""
-        protocol = cast("_Http11 | None", getattr(self, "protocol", None))
+        protocol = cast("Http11 | None", getattr(self, "protocol", None))
         if protocol is None:
             return self._ousted
         return protocol.is_sour or (self._ousted and not protocol.was_served)
@@ -391,16 +350,12 @@ class _Connection(TCPServer):
         if not isinstance(event, RawData):
             await super().protocol_send(event)
             return
-        self._held += event.data
-        if not self._held or cast("_Http11", self.protocol).holding:
-            return
         try:
             self.send_lock.acquire_nowait()  # nearly always; no turn of the loop for that
         except trio.WouldBlock:
             await self.send_lock.acquire()
         try:
-            data, self._held = self._held, b""
-            if not await self._send_bounded(data):
+            if not await self._send_bounded(event.data):
                 await trio.aclose_forcefully(self.stream)
                 await self.protocol.handle(Closed())
         finally:
@@ -408,6 +363,15 @@ class _Connection(TCPServer):
 
     async def _send_bounded(self, data: bytes) -> bool:
         """Write all of it, or report that the connection is of no use any more."""
+        if self._certificate is None and self._send_seconds > 0:  # nearly always there is room for all of it
+            try:
+                left = self._wire.send_now(data)
+            except trio.BrokenResourceError:
+                return False
+            if not left:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return True
+            data = bytes(left)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + self._send_seconds) as self._sending:
             try:
                 await self.stream.send_all(data)

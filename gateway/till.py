@@ -1,8 +1,9 @@
 """The till: puts every running request's money operations into few, durable database transactions (group commit).
 
 One writer, in a thread of its own, takes whatever waits and writes it at once: a hundred requests that come together
-cost one commit, and one that comes alone is handed over twice, there and back. A ticker records the progress of running
-requests each second and settles what crashed gateways left behind.
+cost one commit. A reservation that comes alone, and need not be durable, is written in trio's thread instead, if that
+waits for nothing. A ticker records the progress of running requests each second and settles what crashed gateways left
+behind.
 
 Invariants:
 1. ``reserve`` returns only after the reservation is committed, durably if it says so; ``settle`` after it is durable.
@@ -15,19 +16,23 @@ Invariants:
 """
 
 import logging
+import math
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
+import sqlalchemy as sa
 import trio
 
 from config.errors import LocalError, RiosError
 from gateway import books, idempotency
 from gateway.billing.costs import CostBook
 from gateway.books import Batch
-from gateway.db.session import POOL_SIZE, Database
+from gateway.db.session import POOL_SIZE, Database, Kept
 from gateway.errors import ApiError
 from gateway.money import Closing, Progress, Refused, Reservation, Settlement
 
@@ -35,9 +40,15 @@ _logger = logging.getLogger("rios.gateway")
 
 _QUEUE_MAX = 8192
 _BATCH_MAX = 256
+_ALONE_SECONDS = 0.001
+"""So long after another a reservation comes alone."""
+_BATCHES_LOGGED = 100
+"""After so many SQLite's log is brought into the file: a few megabytes."""
 _TICK_SECONDS = 1.0
 _SWEEP_TICKS = 15
 _TOUCH_TICKS = 10
+_REST_TICKS = 2 * _SWEEP_TICKS
+"""So long after an outage nothing is taken for abandoned: no gateway could show that it was alive."""
 _TRIES = 3
 _RETRY_SECONDS = 0.2
 _HANDOVER_SECONDS = 1.0
@@ -65,6 +76,8 @@ class _Operation:
     error: RiosError | None = None
     refused: Refused | None = None
     abandoned: bool = False
+    tried: bool = False
+    """It may have been written already."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +96,10 @@ class Till:
     def __init__(self, database: Database, instance: str) -> None:
         self.instance = instance
         self._database = database
+        self._kept = Kept(database.engine)
+        """The writer's connection, which trio's thread uses for what it writes while nobody else does."""
+        self._batches = 0
+        self._log_is_new, self._wrote_here_at = True, -math.inf
         self._limiter = trio.CapacityLimiter(POOL_SIZE)
         self._queue = queue.SimpleQueue[_Operation | None]()
         """What waits for the writer; after None it ends."""
@@ -152,21 +169,29 @@ class Till:
         ticket = Ticket(reservation)
         self._active[reservation.id] = ticket
         operation = _Operation(reservation)
+        came = False
         try:
-            await self._submit(operation)
+            if not self._reserve_here(operation):
+                await self._submit(operation)
+            came = True
         finally:
-            if not operation.done.is_set():
-                operation.abandoned = True  # The writer gives it back.
-            if not operation.done.is_set() or operation.error or operation.refused:
-                self._active.pop(reservation.id, None)
+            if not came:
+                self._leave(operation)
         if operation.refused is not None:
+            self._active.pop(reservation.id, None)
             raise _payment_required(operation.refused)
         return ticket
 
     async def settle(self, *settlements: Settlement) -> None:
         """Charge what was produced and give the rest back, durably, in one transaction. Handed over at once, even when
         cancelled."""
-        await self._submit(_Operation(_Ends(settlements)))
+        await self.hand_over(*settlements)()
+
+    def hand_over(self, *settlements: Settlement) -> Callable[[], Awaitable[None]]:
+        """:meth:`settle`, for who has something else to do until that is durable: what to wait with."""
+        operation = _Operation(_Ends(settlements))
+        self._put(operation)
+        return partial(self._written, operation)
 
     async def finish(self, closing: Closing) -> None:
         """Charge the answers under an idempotency key and keep what the client is told, in one transaction."""
@@ -181,10 +206,46 @@ class Till:
                 names = ", ".join(each.reservation.id for each in settlements)
                 _logger.error("request %s is not settled yet: %s", names, error)
 
+    def _leave(self, operation: _Operation) -> None:
+        """Its requester was cancelled, or told that it failed: nothing stays held back."""
+        assert isinstance(operation.work, Reservation)
+        self._active.pop(operation.work.id, None)
+        if not operation.done.is_set():
+            operation.abandoned = True  # the writer gives it back
+        elif operation.error is None and operation.refused is None:
+            self._give_back(operation.work)  # it was cancelled in the moment it was done
+
+    def _reserve_here(self, operation: _Operation) -> bool:
+        """Write a reservation at once, without the writer, if that should wait for nothing: it need not be durable,
+        nobody else writes, and SQLite only appends to its log (it waits for the disk where another process has just
+        brought the log into the file). What comes alone is handed over once less then; what comes together with others
+        is written with them. False: the writer does it."""
+        reservation, now = operation.work, trio.current_time()
+        assert isinstance(reservation, Reservation)
+        if reservation.synced or not (self._open and self._queue.empty()):
+            return False
+        if self._log_is_new or now - self._wrote_here_at < _ALONE_SECONDS or self._database.is_written_now():
+            return False
+        try:
+            refused = books.write_batch(self._database, Batch(reserve=[reservation]), self._kept, waits=False)
+        except RiosError:
+            operation.tried = True
+            return False
+        self._wrote_here_at = trio.current_time()
+        operation.refused = refused.get(reservation.id)
+        operation.done.set()
+        return True
+
     async def _submit(self, operation: _Operation) -> None:
+        self._put(operation)
+        await self._written(operation)
+
+    def _put(self, operation: _Operation) -> None:
         if not self._open:
             raise LocalError("unavailable", "the gateway is stopping")
         self._queue.put(operation)
+
+    async def _written(self, operation: _Operation) -> None:
         await operation.done.wait()
         if operation.error is not None:
             raise operation.error
@@ -201,17 +262,20 @@ class Till:
 
     async def tick(self) -> None:
         """The ticker: progress each second, and now and then a look at what others left behind."""
-        count = 0
+        count, failed = 0, -_REST_TICKS
         while True:
             await trio.sleep(_TICK_SECONDS)
             count += 1
             try:
                 self._settle_late()
-                await self._record_progress(touch=count % _TOUCH_TICKS == 0)
+                # After a failure all of it: what was not written then, and others may take this gateway for dead.
+                await self._record_progress(touch=count % _TOUCH_TICKS == 0 or failed == count - 1)
                 if count % _SWEEP_TICKS == 0:
-                    await self.recover()
+                    if count - failed >= _REST_TICKS:
+                        await self.recover()
                     await self.in_thread(idempotency.expire, self._database)
             except RiosError as error:
+                failed = count
                 _logger.error("accounts: %s", error)
 
     def close(self) -> None:
@@ -247,6 +311,7 @@ class Till:
                 first = self._queue.get()
                 if first is not None:
                     self._write(token, [first, *self._others()])
+                    self._shorten_log()
                     continue
                 # What was written last may have left something to give back.
                 trio.from_thread.run_sync(int, trio_token=token)
@@ -257,6 +322,21 @@ class Till:
                 self._queue.put(None)
         except trio.RunFinishedError:
             pass  # it took so long that nobody is left to tell
+        finally:
+            with suppress(LocalError):
+                self._database.release(self._kept, for_good=self._given_up)
+
+    def _shorten_log(self) -> None:
+        """Now and then. The transaction after that begins the log anew and waits for the disk: it is the writer's."""
+        if self._database.is_postgresql:
+            return
+        try:
+            self._log_is_new, self._batches = False, self._batches + 1
+            if self._batches >= _BATCHES_LOGGED:
+                self._log_is_new, self._batches = True, 0
+                self._log_is_new = self._database.shorten_log(self._kept)
+        except (RiosError, sa.exc.SQLAlchemyError) as error:
+            _logger.warning("the log of the accounts database is not shortened: %s", error)
 
     def _others(self) -> list[_Operation]:
         """What else waits."""
@@ -275,6 +355,9 @@ class Till:
     def _write(self, token: trio.lowlevel.TrioToken, operations: list[_Operation]) -> None:
         """Write a batch and have those told who wait; a database that fails is tried again a few times."""
         live = [operation for operation in operations if not operation.abandoned]
+        for each in operations:
+            if each.abandoned and each.tried and isinstance(each.work, Reservation):
+                token.run_sync_soon(self._give_back, each.work)
         if not live:
             return
         refused, failure = self._try_batch(token, live)
@@ -300,7 +383,7 @@ class Till:
                 batch.again = True
                 time.sleep(_RETRY_SECONDS)
             try:
-                refused = books.write_batch(self._database, batch)
+                refused = books.write_batch(self._database, batch, self._kept)
             except RiosError as error:
                 failure = error
                 self._problem = error.message
@@ -343,6 +426,7 @@ class Till:
 
 def _batch_of(operations: list[_Operation]) -> Batch:
     return Batch(
+        again=any(o.tried for o in operations),
         reserve=[o.work for o in operations if isinstance(o.work, Reservation)],
         settle=[each for o in operations if isinstance(o.work, _Ends) for each in o.work.settlements],
         close=[o.work for o in operations if isinstance(o.work, Closing)],

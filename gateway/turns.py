@@ -10,6 +10,9 @@ Owns the line and the count of turns taken. Invariants:
    batch neither takes an interactive request's place in the line nor counts against its user there: a batch, however
    large, costs a request at most what one running line has left.
 4. Both lines are bounded, as is each user's part of them, and an interactive request's wait.
+5. A stream's turn lasts as long as its client takes to read. Where an interactive request waits, streams are ended
+   whose clients have kept them from being written for :data:`BLOCKED_SECONDS_MAX` in all, the slowest first. Those who
+   wait look, so it costs nothing where nobody does, and such a stream may go on there. Work of a batch ends nobody's.
 
 Fails with ApiError ``rate_limited`` where a user's own part is full, with BusyError where the line is or the wait was
 too long. ``slots`` 0: the engine has a line of its own, and everybody goes there.
@@ -20,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import trio
 
@@ -28,6 +32,19 @@ from gateway.errors import ApiError
 
 _SECONDS_EXPECTED = 5.0
 _SHARE_OF_NEWEST = 0.2
+BLOCKED_SECONDS_MAX = 30.0
+_LOOK_SECONDS = 1.0
+"""How often an interactive request that waits looks for a stream to end, one each time."""
+
+
+class Reader(Protocol):
+    """Whoever reads an answer as it is made."""
+
+    def blocked_seconds(self) -> float:
+        """For how long in all its connection had no room for what was to be written."""
+
+    def give_up(self) -> None:
+        """Write no more to it, as if it had left."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +68,8 @@ class Turns:
         self._interactive, self._batch = _Line(), _Line()
         self._count = 0
         self._turn_seconds = _SECONDS_EXPECTED
+        self._streams: set[Turn] = set()
+        """Turns taken whose readers may be slow."""
 
     @property
     def waiting(self) -> int:
@@ -58,12 +77,16 @@ class Turns:
         return len(self._interactive) + len(self._batch)
 
     @contextmanager
-    def place(self, user: str, weight: int = 1, *, batch: bool = False) -> Iterator["Turn"]:
-        """A request's turn: the block waits for it with :meth:`Turn.come`, and its end gives it back."""
-        turn = Turn(self, user, min(weight, self._slots), batch=batch)
+    def place(
+        self, user: str, weight: int = 1, *, batch: bool = False, reader: Reader | None = None
+    ) -> Iterator["Turn"]:
+        """A request's turn: the block waits for it with :meth:`Turn.come`, and its end gives it back. ``reader``: of
+        what is written meanwhile."""
+        turn = Turn(self, user, min(weight, self._slots), batch=batch, reader=reader)
         try:
             yield turn
         finally:
+            self._streams.discard(turn)
             if turn.came_at is not None:
                 self._give_back(turn, trio.current_time() - turn.came_at)
 
@@ -77,8 +100,11 @@ class Turns:
         waiting = _Waiting(user, weight)
         line.add(waiting)
         try:
-            with trio.move_on_after(math.inf if batch else self._seconds_max):
+            if batch:
                 await waiting.called.wait()
+            else:
+                with trio.move_on_after(self._seconds_max):
+                    await self._called(waiting)
         except BaseException:
             if waiting.called.is_set():  # called and cancelled in the same moment
                 self._free += weight
@@ -91,6 +117,24 @@ class Turns:
             self._call()
         if not waiting.called.is_set():
             raise self._busy(f"this request waited {self._seconds_max:g} s for its turn")
+
+    async def _called(self, waiting: _Waiting) -> None:
+        """An interactive request's turn has come; until then it looks for who keeps it waiting."""
+        while not waiting.called.is_set():
+            with trio.move_on_after(_LOOK_SECONDS):
+                await waiting.called.wait()
+                return
+            self._end_slowest()
+
+    def watch(self, turn: "Turn") -> None:
+        """A turn with a reader began."""
+        self._streams.add(turn)
+
+    def _end_slowest(self) -> None:
+        slowest = max(self._streams, key=Turn.blocked_seconds, default=None)
+        if slowest is not None and slowest.blocked_seconds() > BLOCKED_SECONDS_MAX:
+            self._streams.discard(slowest)
+            slowest.give_up()
 
     def _require_room(self, line: "_Line", user: str) -> None:
         mine = line.count(user)
@@ -137,18 +181,32 @@ class Turns:
 class Turn:
     """One request's turn."""
 
-    def __init__(self, turns: Turns, user: str, weight: int, *, batch: bool) -> None:
+    def __init__(self, turns: Turns, user: str, weight: int, *, batch: bool, reader: Reader | None = None) -> None:
         self.user = user
         self.weight = weight
         self.came_at: float | None = None
         self.batch = batch
         self._turns = turns
+        self._reader = reader
+        self._blocked_before = 0.0
 
     async def come(self) -> None:
         """Wait for it; once it came, at once. Raises RiosError."""
         if self.weight and self.came_at is None:
             await self._turns.wait(self.user, self.weight, batch=self.batch)
             self.came_at = trio.current_time()
+            if self._reader is not None:
+                self._blocked_before = self._reader.blocked_seconds()
+                self._turns.watch(self)
+
+    def blocked_seconds(self) -> float:
+        """For how long in all its reader kept it from writing."""
+        return self._reader.blocked_seconds() - self._blocked_before if self._reader is not None else 0.0
+
+    def give_up(self) -> None:
+        """End it, as far as its reader is concerned."""
+        if self._reader is not None:
+            self._reader.give_up()
 
 
 class _Line:

@@ -4,7 +4,7 @@ Owns the only way in: :meth:`Book.learn` verifies, applies, persists, then tells
 never trusted; what the own disk says was verified before it was written (``verify`` checks it again).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import trio
@@ -12,10 +12,11 @@ import trio
 from config.errors import LocalError, RiosError
 from ledger.core import checkpoint
 from ledger.core.certificate import Verifier
-from ledger.core.checkpoint import Proof, Snapshot
+from ledger.core.checkpoint import PAGE_BYTES_MAX, Page, Proof, Snapshot
 from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
 from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Claim, Item, Signed, Votes, parse
+from ledger.core.rules import ChannelState
 from ledger.core.state import State
 from ledger.records import Final
 from ledger.shelf import Rows
@@ -85,8 +86,14 @@ class Book:
         self.replaced: list[Callable[[], None]] = []
         """Told when the state was replaced as a whole."""
         self.pruned_below: Mapping[bytes, int] = start_from_base(store, self.state)
+        self._learning = 0
+        self._learned = trio.lowlevel.ParkingLot()
+        self._replacing: trio.Event | None = None
+        """Set once the state is the one of a checkpoint: until then nobody learns anything."""
         self._unsaved: list[Final] = []
         """Applied, but not on the disk (it was full): written with whatever comes next."""
+        self._gone: list[tuple[bytes]] = []
+        """Channels closed below the base of which a claim is still on the disk: it does no harm there."""
         for item in store.items():
             restore(self.state, item)
         self.state.touched.clear()
@@ -97,6 +104,17 @@ class Book:
         ``announce`` hands the new ones to the announcer (gossip): for certificates that were formed here. Bad ones
         are counted and skipped, unless there is only one: then its error is raised.
         """
+        while self._replacing is not None:
+            await self._replacing.wait()
+        self._learning += 1
+        try:
+            return await self._learn(certificates, announce=announce)
+        finally:
+            self._learning -= 1
+            if not self._learning:
+                self._learned.unpark_all()
+
+    async def _learn(self, certificates: Sequence[Certificate], *, announce: bool) -> list[Certificate]:
         fresh: list[Final] = []
         try:
             await self._take_all(certificates, fresh)
@@ -111,21 +129,25 @@ class Book:
         except BaseException:
             self._unsaved = fresh + self._unsaved
             raise
-        for final in fresh:
-            for listener in self.listeners:
-                listener(final.item, final.certificate)
-        event, self._changed = self._changed, trio.Event()
-        event.set()
+        self._tell(fresh)
         new = [final.certificate for final in fresh]
         if announce and self.announcer is not None:
             self.announcer(new)
         return new
 
+    def _tell(self, finals: Sequence[Final]) -> None:
+        for final in finals:
+            for listener in self.listeners:
+                listener(final.item, final.certificate)
+        event, self._changed = self._changed, trio.Event()
+        event.set()
+
     async def retry(self) -> None:
         """Write what a full disk refused, if it can be written now; who listens hears of it then."""
-        if self._unsaved:
-            with suppress(LocalError):
+        with suppress(LocalError):
+            if self._unsaved:
                 await self.learn(())
+            await self._clean_up()
 
     async def _take_all(self, certificates: Sequence[Certificate], fresh: list[Final]) -> None:
         early: list[Certificate] = []
@@ -168,26 +190,102 @@ class Book:
                     self.refused += 1
 
     async def start_from(self, committees: Sequence[Certificate], proof: Proof, pages: Sequence[bytes]) -> None:
-        """Make this fresh book the one of a checkpoint. The caller has checked all three.
+        """Make this book the one of a checkpoint. The caller has checked all three.
 
-        Objects that came meanwhile and build on it are applied; one that is just being written comes back by
-        anti-entropy.
+        Final objects that are here and build on it are applied again, and nothing becomes final meanwhile: what the
+        wallet signed and what a witness promised since then finds its place filled, never free again. Raises RuleError
+        ``frontier`` (waits) for a checkpoint with which an account would fall back.
         """
+        while self._replacing is not None:
+            await self._replacing.wait()
+        self._replacing = trio.Event()
+        try:
+            while self._learning:
+                await self._learned.park()
+            await self._replace(committees, proof, pages)
+        finally:
+            self._replacing.set()
+            self._replacing = None
+        with suppress(LocalError):
+            await self._clean_up()
+
+    async def _replace(self, committees: Sequence[Certificate], proof: Proof, pages: Sequence[bytes]) -> None:
         now = self.now_ms()
         finals = [Final(parse(each.object), each, now) for each in committees]
+        if self.state.accounts:
+            self._check_reach([final.item for final in finals], proof, pages)
         rows = self.store.shelf.keep(proof, pages)
-        root = proof.summary.state_root
-        await self.writer.commit([*finals, *rows, self.store.shelf.start_from(root)])
+        before = {**self.state.channels}
+        frontier = {key: account.seq for key, account in self.state.accounts.items()}
+        waiting = {*self.state.waiting_entries}
+        await self.writer.commit([*finals, *rows, self.store.shelf.start_from(proof.summary.state_root)])
         self.pruned_below = start_from_base(self.store, self.state)
-        gone: list[tuple[bytes]] = []
-        for item in self.store.items():  # the few that gossip was faster with
+        for item in self._above({*frontier, *waiting}, self.pruned_below):
             with suppress(RuleError):
                 if not restore(self.state, item) and isinstance(item.object, Claim):
-                    gone.append((item.object.voucher.channel,))
-        if gone:
-            await self.writer.commit([Rows("DELETE FROM claims WHERE channel = ?", gone)])
+                    self._gone.append((item.object.voucher.channel,))
+        self._close(before)
         for told in self.replaced:
             told()
+        self._tell([f for f in finals if f.item.object.seq > frontier.get(self.genesis.root, 0)])
+
+    def _above(self, accounts: Iterable[bytes], frontier: Mapping[bytes, int]) -> Iterator[Item]:
+        """What is on the disk of these accounts and the root above a frontier, and every claim."""
+        for key in {*accounts, self.genesis.root}:
+            yield from self.store.entry_items(key, frontier.get(key, 0) + 1)
+        yield from self.store.final_claims()
+
+    def _check_reach(self, changes: Sequence[Item], proof: Proof, pages: Sequence[bytes]) -> None:
+        """Whether a checkpoint, and what is on the disk above it, come to no less than the present state."""
+        if self._unsaved:
+            raise LocalError("disk_full", "the disk lacks what became known last", "free some space")
+        snapshot = checkpoint.read(codec.decode(Page, page, bytes_max=PAGE_BYTES_MAX) for page in pages)
+        frontier = {line.key: line.seq for line in snapshot.accounts.values()}
+        if self._is_paid_less(snapshot) or not self._follows(changes, frontier.get(self.genesis.root, 0)):
+            raise RuleError("frontier", "the checkpoint lacks something of which only the result is here", wait=True)
+        state = State(self.genesis)
+        below = [item for item in changes if item.object.seq <= frontier.get(self.genesis.root, 0)]
+        checkpoint.adopt_committees(state.committees, below)
+        checkpoint.load(state, snapshot, proof.summary)
+        for item in self._above({*self.state.accounts, *self.state.waiting_entries}, frontier):
+            restore(state, item)
+        for key, account in self.state.accounts.items():
+            found = state.account(key)
+            if found.seq < account.seq or (found.seq == account.seq and found.head != account.head):
+                raise RuleError("frontier", f"with the checkpoint account {key.hex()[:16]} falls back", wait=True)
+
+    def _is_paid_less(self, snapshot: Snapshot) -> bool:
+        """Claims below the present base are not here any more: what they paid must stand in the checkpoint."""
+        base = self.store.shelf.base()
+        old = snapshot_of(self.store, base).channels if base is not None else {}
+        return any(line.paid > snapshot.channels[key].paid for key, line in old.items() if key in snapshot.channels)
+
+    def _follows(self, changes: Sequence[Item], below: int) -> bool:
+        """Whether all changes of committee and issuer that were adopted here lie below: they are adopted once."""
+        shown = {item.id for item in changes}
+        root = self.state.accounts.get(self.genesis.root)
+        known = [
+            item for item in self.store.committee_entries(self.genesis.root) if root and item.object.seq <= root.seq
+        ]
+        return all(item.id in shown and item.object.seq <= below for item in known)
+
+    def _close(self, before: Mapping[bytes, ChannelState]) -> None:
+        """Whoever holds a channel that was closed meanwhile finds it closed, until the next start; at what is not known
+        here, so that no claim looks too high."""
+        for key, channel in before.items():
+            if key not in self.state.channels:
+                if channel.closed_at is None:
+                    channel.closed_at = channel.lock
+                self.state.channels[key] = channel
+
+    async def _clean_up(self) -> None:
+        gone, self._gone = self._gone, []
+        if gone:
+            try:
+                await self.writer.commit([Rows("DELETE FROM claims WHERE channel = ?", gone)])
+            except BaseException:
+                self._gone += gone
+                raise
 
     def newest_batch(self, epoch: int, witness: bytes) -> Signed | None:
         """The header of the latest batch of votes of a witness that is known here."""

@@ -5,9 +5,11 @@ call and only touch memory.
 
 Invariants: a voucher is durable before it is sent and never lower than an earlier one; nothing is signed above the
 own count but for the bounds in ``core/channel``; one task at a time opens, tops up or introduces a worker's channel;
-a receipt is paid only if it is over the answers that came (``core/proof``), so that each of them can be proved.
+a receipt is paid only if it is over the answers that came (``core/proof``), so that each of them can be proved; what
+is closed leaves memory, and a count whose channel is not known yet is kept aside for it.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -44,6 +46,8 @@ from p2p.core import codec
 from p2p.core.identity import is_valid_key, public_key_of
 from p2p.face import Call, Header, Network, Reply
 
+log = logging.getLogger("rios.ledger")
+
 HELLO_DEADLINE_MS = 15_000
 GRACE_S = 2.0
 """How long a receipt waits for answers that are still under way before the difference counts."""
@@ -73,17 +77,37 @@ class Buying:
         self._covered = trio.Event()
         self._seen: dict[bytes, tuple[int, float]] = {}
         """Calls of a channel when a receipt came, and since when there were no more."""
+        self._unsaved: set[bytes] = set()
+        """Stopped, but not on the disk (it was full)."""
         self._low: set[PeerId] = set()
         self._wake = trio.Event()
         self.vouchers = 0
         self.failed_reclaims = 0
+        self._aside: set[bytes] = set()
+        """Channels with a row that are not known here: closed long ago, or a part of the disk was lost."""
         for row in book.store.channels("buy"):
             self._restore(row)
         network.serve("ledger.receipt", self._receipt)
 
+    def _take_in(self) -> None:
+        for key in list(self._aside):
+            self._held(key)
+
+    def _held(self, key: bytes) -> PayerChannel | None:
+        """A channel with its count, also if what opened it has become known just now."""
+        if key in self._aside and key in self._book.state.channels:
+            row = self._book.store.channel("buy", key)
+            if row is not None:
+                self._restore(row)
+        return self._by_id.get(key)
+
     def _restore(self, row: ChannelRow) -> None:
         known = self._book.state.channels.get(row.channel)
-        if known is None or known.closed_at is not None:
+        if known is None:
+            self._aside.add(row.channel)
+            return
+        self._aside.discard(row.channel)
+        if known.closed_at is not None:
             return
         channel = self._new(PeerId(row.peer_id), row.channel, known)
         channel.calls, channel.kflop = row.calls, row.kflop
@@ -168,7 +192,7 @@ class Buying:
         if not fitting:
             return None
         key = max(fitting)[1]
-        channel = self._by_id.get(key) or self._new(worker, key, self._book.state.channels[key])
+        channel = self._held(key) or self._new(worker, key, self._book.state.channels[key])
         channel.lock = self._book.state.channels[key].lock
         return channel
 
@@ -257,7 +281,7 @@ class Buying:
         receipt = open_signed(Receipt, signed, public_key_of(call.peer_id))
         if receipt is None or receipt.net != self._book.genesis.net:
             raise IntegrityError("integrity", "the receipt is not signed by its sender for this network")
-        channel = self._by_id.get(receipt.channel)
+        channel = self._held(receipt.channel)
         if channel is None or self._worker_of[receipt.channel] != call.peer_id:
             raise RiosError("not_found", "this node pays no such channel to you")
         async with self._paying.setdefault(channel.id, trio.Lock()):
@@ -322,9 +346,19 @@ class Buying:
     async def _stop(self, worker: PeerId, channel: PayerChannel, reason: str) -> None:
         channel.stopped = reason[:300]
         self._open.pop(worker, None)
-        await self._book.writer.commit(
-            [self._row(worker, channel, sign(self._network.identity, channel.first_voucher()))]
-        )
+        await self._save_stop(worker, channel)
+
+    async def _save_stop(self, worker: PeerId, channel: PayerChannel) -> None:
+        """Write that a channel is stopped. It is stopped all the same where that cannot be written: the next tick tries
+        again."""
+        signed = sign(self._network.identity, channel.first_voucher())
+        try:
+            await self._book.writer.commit([self._row(worker, channel, signed)])
+            self._unsaved.discard(channel.id)
+        except RiosError as error:
+            if channel.id in self._by_id:  # it may have been closed, and have left, meanwhile
+                self._unsaved.add(channel.id)
+            log.warning("that channel %s is stopped cannot be written: %s", channel.id.hex()[:16], error.message)
 
     # proofs
 
@@ -357,30 +391,63 @@ class Buying:
     async def stop(self, worker: PeerId, reason: str) -> None:
         """Pay a worker no more: it was proved to be wrong about its work."""
         for key, channel in list(self._by_id.items()):
-            if self._worker_of[key] == worker and not channel.stopped:
+            if self._worker_of.get(key) == worker and not channel.stopped:
                 await self._stop(worker, channel, reason)
 
     # upkeep
 
     async def run(self) -> None:
         """Top up channels that run low and drop those that expire, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run_reclaims)
+            await self._run_top_ups()
+
+    async def _run_reclaims(self) -> None:
+        """Apart from the rest: witnesses that hang make it wait."""
         while True:
-            with trio.move_on_after(TICK_S):
-                await self._wake.wait()
-            self._wake = trio.Event()
-            for worker, channel in list(self._open.items()):
-                if not self._usable(self._book.state.channels[channel.id]):
-                    del self._open[worker]
+            await trio.sleep(TICK_S)
             try:
                 await self.reclaim_expired()
             except RiosError:
                 self.failed_reclaims += 1  # tried again at the next tick
+
+    async def _run_top_ups(self) -> None:
+        while True:
+            with trio.move_on_after(TICK_S):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            await self._tidy()
             low, self._low = self._low, set()
             for worker in low:
                 try:
                     await self.open_channel(worker)
                 except RiosError:
                     continue  # the next call that needs this worker gets the reason
+
+    async def _tidy(self) -> None:
+        """Drop what cannot be used any more, write what found no room, take in what has become known."""
+        channels = self._book.state.channels
+        for worker, channel in list(self._open.items()):
+            known = channels.get(channel.id)
+            if known is None or not self._usable(known):
+                del self._open[worker]
+        self._take_in()
+        for key in list(self._by_id):
+            known = channels.get(key)
+            if known is not None and known.closed_at is not None:
+                self._forget(key)
+        for key in list(self._unsaved):
+            if key in self._unsaved:
+                await self._save_stop(self._worker_of[key], self._by_id[key])
+
+    def _forget(self, key: bytes) -> None:
+        """Let go of a closed channel, unless a receipt of it is being looked at; its row stays, for the books."""
+        lock = self._paying.get(key)
+        if lock is not None and lock.locked():
+            return
+        self._unsaved.discard(key)
+        for table in (self._by_id, self._worker_of, self._answers, self._seen, self._paying):
+            table.pop(key, None)
 
     async def reclaim_expired(self) -> int:
         """Take back what is left in own channels that expired; microcredits returned.
@@ -411,7 +478,7 @@ class Buying:
         return self._book.now_ms() >= known.expiry_ms + EXPIRY_MARGIN_MS
 
     async def _reclaim(self, key: bytes, known: ChannelState) -> int:
-        channel = self._by_id.get(key)
+        channel = self._held(key)
         voucher = sign(self._network.identity, channel.voucher) if channel and channel.voucher else None
         freezes = await self._quorum.freezes(key, self._wallet.account, voucher)
         total = max(codec.decode(Freeze, f.body, bytes_max=SMALL_BYTES_MAX).total for f in freezes)
@@ -422,6 +489,7 @@ class Buying:
 
     def channels(self) -> list[dict[str, Any]]:
         """Every channel, for people."""
+        state = self._book.state.channels
         return [
             {
                 "side": "buy",
@@ -430,12 +498,14 @@ class Buying:
                 "lock": channel.lock,
                 "spent": channel.spent,
                 "promised": channel.promised,
-                "paid": self._book.state.channels[key].paid,
+                "paid": state[key].paid,
+                "closed": state[key].closed_at is not None,
                 "calls": channel.calls,
                 "kflop": channel.kflop,
                 "stopped": channel.stopped,
             }
             for key, channel in self._by_id.items()
+            if key in state
         ]
 
 

@@ -11,7 +11,8 @@ time, and none whose pages speak of more than the own state.
 """
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,9 +24,9 @@ from config.vocabulary import PeerId
 from ledger.book import Book
 from ledger.core import certificate as certificates
 from ledger.core import checkpoint
-from ledger.core.checkpoint import Page, Proof, Snapshot, Summary
+from ledger.core.checkpoint import Page, Proof, Snapshot, Summary, is_of_committees
 from ledger.core.errors import RuleError
-from ledger.core.objects import SMALL_BYTES_MAX, Signed
+from ledger.core.objects import SMALL_BYTES_MAX, Certificate, Entry, Item, Signed
 from ledger.notes import Notes
 from ledger.offers import COMMITTEES_PER_ANSWER, PAGES_MAX, Offers, field
 from ledger.quorum import Heal
@@ -46,6 +47,8 @@ RETRY_S = 0.5
 FRESH_ENTRIES_MAX = 1000
 HELD_MAX = 6
 """Rounds that a fresh node waits for a second peer to prove a checkpoint; then it begins with the genesis."""
+LOOK_AGAIN_S = 600.0
+"""Between two tries of a node that was away: what it lacks may have been pruned by all, and no checkpoint fit."""
 
 
 class Checkpoints:
@@ -66,15 +69,32 @@ class Checkpoints:
         self._network, self._book, self._notes, self._seats, self._heal = network, book, notes, seats, heal
         self._archive, self._every, self._in_thread = archive, every, in_thread
         self._proposing, self._starting, self._checking = trio.Lock(), trio.Lock(), trio.Lock()
-        self._offers = Offers(network, book.genesis, self._aside)
+        self._offers = Offers(network, book.state.committees, notes.peer_of, self._aside)
         self._looking: set[bool] = set()
         self._rests: dict[PeerId, float] = {}
         self._offered: dict[bytes, list[bytes]] = {}
-        self._fresh = not book.state.applied
+        self._changes: list[int] = []
+        """Where in the root's chain the changes of committee and issuer stand."""
+        self._find_changes()
+        book.replaced.append(self._find_changes)
+        book.listeners.append(self._on_final)
+        self._empty = book.state.applied <= len(self._changes)
+        """Whether this node began with nothing but what nobody ever drops."""
+        self._fresh = self._empty
+        self._pruned: set[PeerId] = set()
+        self._look_at = -math.inf
         self._held = 0
         network.serve("ledger.checkpoint", self._serve_newest)
         network.serve("ledger.page", self._serve_page)
         network.serve("ledger.attest", self._serve_attest)
+
+    def _find_changes(self) -> None:
+        self._changes = [item.object.seq for item in self._book.store.committee_entries(self._book.genesis.root)]
+
+    def _on_final(self, item: Item, _certificate: Certificate) -> None:
+        entry = item.object
+        if isinstance(entry, Entry) and entry.account == self._book.genesis.root and is_of_committees(entry):
+            self._changes = sorted({*self._changes, entry.seq})
 
     async def _aside(self, work: Any, *args: Any) -> Any:  # noqa: ANN401 - any function's result
         """Hashing of megabytes, out of the way of everything else."""
@@ -241,16 +261,19 @@ class Checkpoints:
     # fetching
 
     async def start(self) -> Proof | None:
-        """Start this fresh node from the newest checkpoint of its peers; None if they prove none, or all is wanted."""
+        """Start this node, which is fresh or was away for long, from the newest checkpoint of its peers; None if they
+        prove none, or all is wanted."""
         async with self._starting:
-            if not self._is_fresh():
+            if not self._is_fresh() and not self._is_behind():
                 return None
-            offer = await self._offers.newest(PROVERS_MIN)
-            if offer is None:
+            offers = await self._offers.best(PROVERS_MIN, above=self._book.state.applied, anyhow=True)
+            if not offers:
                 return None
-            encoded, _ = await self._offers.fetch(offer, _anything, PAGES_MAX)
-            await self._book.start_from(offer.committees, offer.proof, encoded)
-            self._fresh = False
+            offer, encoded, _ = await self._offers.fetch(offers, _anything, PAGES_MAX)
+            async with self._checking:  # which compares proposals with the state as it is
+                await self._book.start_from(offer.committees, offer.proof, encoded)
+            self._fresh = self._empty = False
+            self._pruned.clear()
         log.info("started from a checkpoint of %d entries of %s", offer.proof.summary.entries, offer.peer_id)
         return offer.proof
 
@@ -258,28 +281,48 @@ class Checkpoints:
         """Whether this node began with nothing, and has nothing yet but what gossip brought."""
         return self._fresh and not self._archive and self._book.state.applied < FRESH_ENTRIES_MAX
 
-    async def before_round(self) -> bool:
+    def _is_behind(self) -> bool:
+        """Whether what this node lacks next was pruned, as more than one peer says."""
+        return len(self._pruned) >= PROVERS_MIN and not self._archive
+
+    async def before_round(self, pruned: Collection[PeerId]) -> bool:
         """What a fresh node does before it asks for single objects; False: not yet, more peers may come that prove the
-        checkpoint that one of them shows."""
-        if not self._is_fresh():
-            return True
+        checkpoint that one of them shows. ``pruned``: these keep not all from the genesis on, so a node that went on
+        without a checkpoint, or was away while they pruned, looks for one (again)."""
+        self._fresh = self._fresh or (bool(pruned) and self._empty)
+        self._pruned.update(pruned)
+        if self._is_fresh():
+            await self._try_start()
+            self._held += 1
+            self._fresh = self._fresh and self._offers.undecided and self._held <= HELD_MAX
+            return not self._fresh
+        if len(self._pruned) >= PROVERS_MIN and trio.current_time() >= self._look_at:
+            if not await self._try_start():
+                log.warning(
+                    "%d peers say that they pruned what this node lacks, and it could not start from a checkpoint: "
+                    "its copy of the ledger stays behind until one of them has everything, or a newer "
+                    "checkpoint",
+                    len(self._pruned),
+                )
+            self._look_at = trio.current_time() + LOOK_AGAIN_S
+            self._pruned.clear()
+        return True
+
+    async def _try_start(self) -> bool:
         try:
-            started = await self.start()
+            return await self.start() is not None
         except RiosError as error:
             log.warning("could not start from a checkpoint: %s", error.message)
-            started = None
-        self._held += 1
-        self._fresh = started is None and self._offers.provers > 0 and self._held <= HELD_MAX
-        return not self._fresh
+            return False
 
     async def obtain(self) -> Proof | None:
         """Keep the newest checkpoint of the peers, checked against the own state; None if none is newer."""
         state, mine = self._book.state, self._book.store.shelf.newest()
-        offer = await self._offers.newest(1, state.applied)
-        if offer is None or (mine is not None and mine.summary.entries >= offer.proof.summary.entries):
+        offers = await self._offers.best(1, above=mine.summary.entries if mine else 0, up_to=state.applied)
+        if not offers:
             return None
         check = partial(checkpoint.check_page, state)
-        encoded, snapshot = await self._offers.fetch(offer, check, checkpoint.pages_max(state))
+        offer, encoded, snapshot = await self._offers.fetch(offers, check, checkpoint.pages_max(state))
         async with self._checking:
             await self._check_state(offer.proof.summary, snapshot)
         await self._book.writer.commit(self._book.store.shelf.keep(offer.proof, encoded))
@@ -296,6 +339,10 @@ class Checkpoints:
             raise RequestError(
                 "forbidden", "this node is an archive: it keeps everything", "set ledger.archive = false"
             )
+        async with self._checking:  # and not while the state becomes the one of another checkpoint
+            return await self._prune()
+
+    async def _prune(self) -> tuple[Proof, int]:
         store = self._book.store
         proof = store.shelf.newest()
         if proof is None:
@@ -323,8 +370,8 @@ class Checkpoints:
             raise RiosError("invalid_request", "'since' must be a number")
         store, root = self._book.store, self._book.genesis.root
         buffers = []
-        for item in store.committee_entries(root)[since : since + COMMITTEES_PER_ANSWER]:
-            certificate = store.entry_certificate(root, item.object.seq)
+        for seq in self._changes[since : since + COMMITTEES_PER_ANSWER]:
+            certificate = store.entry_certificate(root, seq)
             assert certificate is not None
             buffers.append(certificates.encode(certificate))
         proof = store.shelf.newest()

@@ -21,17 +21,17 @@ from ledger.checkpoints import Checkpoints
 from ledger.core.genesis import Genesis
 from ledger.core.objects import Committee, Grant, Issuer, Item, Transfer, id_of
 from ledger.keys import EpochKeys
-from ledger.lineage import Lineage
+from ledger.lineage import UNSEEN, Lineage
 from ledger.mark import Mark
 from ledger.meter import Meter
 from ledger.notes import Notes
 from ledger.quorum import Quorum
-from ledger.reading import Line
 from ledger.recovering import Recovering
 from ledger.replicate import Replicator
 from ledger.seats import Seats
 from ledger.selling import Selling
 from ledger.shelf import shown
+from ledger.statement import Line
 from ledger.store import Store
 from ledger.verify import Report, verify_file
 from ledger.voting import Voting
@@ -75,7 +75,8 @@ class Ledger:
         self.book.announcer = self.replicator.announce
         self.notes = Notes(network, self.book, settings.sync_seconds)
         self._keys = epoch_keys or EpochKeys(identity)
-        self._lineage = Lineage(self._store, Mark(path), self._keys.public_keys())
+        seen = self._keys.public_keys() if epoch_keys else {identity.public_key, UNSEEN}
+        self._lineage = Lineage(self._store, Mark(path), seen)
         heal = self.replicator.sync_with
         quorum = Quorum(network, self.book, self.notes, heal)
         recovering = Recovering(network, self.book, quorum, self._lineage, heal)
@@ -286,8 +287,8 @@ async def open_ledger(
     """Start a node's ledger in ``nursery``; it continues with the chains, votes and vouchers found at ``path``.
 
     ``payout`` is the account that is paid for this node's work (its own by default); ``epoch_keys`` are the keys it
-    may vote with (its identity by default). Raises ConfigError, LocalError
-    or IntegrityError when the file cannot be used.
+    may vote with (by default its identity, and what the others may have promised counts as forgotten if anything was).
+    Raises ConfigError, LocalError or IntegrityError when the file cannot be used.
     """
     make = partial(
         Ledger,

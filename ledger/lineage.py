@@ -15,20 +15,25 @@ from ledger.store import Store
 
 _LINEAGE, _PROMISES, _FORGOTTEN, _UNSURE = "mark", "promises", "forgotten", "wallet_unsure"
 FRESH, FOUND = b"fresh", b"restored"
+UNSEEN = b""
+"""Among keys: there may be others, whoever opens the database does not see them."""
 
 _pack = msgspec.msgpack.Encoder().encode
 _keys = msgspec.msgpack.Decoder(list[bytes]).decode
 
 
 class Lineage:
-    """The history of one database; ``keys`` are those that this node may have voted with so far.
+    """The history of one database; ``keys`` are those that this node may have voted with so far, :data:`UNSEEN` among
+    them if these may not be all.
 
-    A key that may have forgotten something is silent in every epoch: an old copy does not know in which it sat.
+    A key that may have forgotten something is silent in every epoch: an old copy does not know in which it sat. Keys
+    that nobody saw when the loss was noticed are silent as well: the first start that sees them writes them down.
     """
 
     def __init__(self, store: Store, mark: Mark, keys: Iterable[bytes]) -> None:
         self._store = store
         self._mark = mark
+        self._seen = frozenset(keys)
         kept = store.meta(_PROMISES)
         self._promises = int.from_bytes(kept, "big") if kept is not None else 0
         self._forgotten = set(_keys(store.meta(_FORGOTTEN) or _pack([])))
@@ -37,20 +42,25 @@ class Lineage:
         self.verdict = mark.open(lineage, self._promises, entries)
         records: list[Meta] = []
         if self.verdict == RESTORED:
-            self._forgotten |= set(keys)
             self._unsure = FOUND
-            records.append(Meta(_FORGOTTEN, _pack(sorted(self._forgotten))))
         elif self.verdict == NEW and not entries:
             self._unsure = FRESH
+        if self.verdict == RESTORED or UNSEEN in self._forgotten - self._seen:
+            self._forgotten = (self._forgotten - {UNSEEN}) | self._seen
+            records.append(Meta(_FORGOTTEN, _pack(sorted(self._forgotten))))
         mark.follow()  # first: a database that has a lineage has a mark, whenever the process dies
         if self.verdict != INTACT:
-            store.commit([Meta(_LINEAGE, mark.lineage), Meta(_UNSURE, self._unsure), *records])
+            records += [Meta(_LINEAGE, mark.lineage), Meta(_UNSURE, self._unsure)]
+        if records:
+            store.commit(records)
+        if self.verdict != INTACT:
+            mark.settle(self._promises, entries)
 
     # the witness
 
     def has_forgotten(self, key: bytes) -> bool:
         """Whether a witness may have given promises that this database does not know."""
-        return key in self._forgotten
+        return key in self._forgotten or (UNSEEN in self._forgotten and key not in self._seen)
 
     def trust(self, key: bytes) -> Meta:
         """What to commit to take a witness for complete again; then :meth:`trusted`."""

@@ -3,7 +3,7 @@
 A small file beside the database says which database it belongs to (a random lineage), how many promises (batches of
 votes, freezes, handovers) this node has given as a witness, and up to which entry it has signed. It is written after
 the database's commit and synced at every start only: it may lag behind the database (power loss) but never be ahead of
-it, unless the database is an older copy.
+it, unless the database is an older copy, or the start that noticed one has not written that down yet.
 
 What it cannot see is a copy of the whole folder put back; then the batches and entries that peers know tell
 (``seats``, ``recovering``). Fails as: a file that cannot be written -> LocalError.
@@ -20,6 +20,8 @@ _RECORD = Struct(">16sQQ")
 _CHECK = Struct(">I")
 _DAMAGED = b"damaged"
 NEW, INTACT, RESTORED = "new", "intact", "restored"
+AHEAD = 2**64 - 1
+"""More than any database has."""
 
 
 class Mark:
@@ -34,8 +36,8 @@ class Mark:
     def open(self, lineage: bytes | None, promises: int, entries: int) -> str:
         """Compare with what the database says (``lineage`` None: it never had a mark).
 
-        :data:`NEW`, :data:`INTACT` or :data:`RESTORED`. The caller calls :meth:`follow`, then makes :attr:`lineage` and
-        a restoration durable in the database; if it dies in between, the next start finds the same verdict.
+        :data:`NEW`, :data:`INTACT` or :data:`RESTORED`. The caller calls :meth:`follow`, makes :attr:`lineage` and a
+        restoration durable in the database, then calls :meth:`settle`.
         """
         known = self._read()
         if lineage is None:
@@ -47,7 +49,8 @@ class Mark:
             verdict = RESTORED
         else:
             verdict = INTACT
-        self.promises, self.entries = promises, entries
+        # until the database says so itself, the counters say it: a start that dies in between must not hide it
+        self.promises, self.entries = {RESTORED: (AHEAD, AHEAD), NEW: (0, 0)}.get(verdict, (promises, entries))
         self.lineage = lineage if verdict == INTACT and lineage is not None else os.urandom(16)
         return verdict
 
@@ -56,6 +59,12 @@ class Mark:
         took away, would look like somebody else's."""
         self._write()
         self._sync()
+
+    def settle(self, promises: int, entries: int) -> None:
+        """The database knows the new lineage and the verdict: count as it does from now on. Synced as well: what stood
+        here before would look like a restoration."""
+        self.promises, self.entries = promises, entries
+        self.follow()
 
     def promised(self, promises: int) -> None:
         """So many promises are durable."""
@@ -79,6 +88,8 @@ class Mark:
         if self.path is None or not self.path.exists():
             return None
         data = self.path.read_bytes()
+        if not data:
+            return None  # made, but there was no room, or no time, to write it: no database has its lineage
         body = data[: _RECORD.size]
         if len(data) != _RECORD.size + _CHECK.size or _CHECK.unpack(data[_RECORD.size :])[0] != crc32(body):
             return (_DAMAGED, 0, 0)

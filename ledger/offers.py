@@ -1,12 +1,16 @@
 """Checkpoints that peers show: who proves which one, and its pages.
 
 Owns what is asked of peers about checkpoints and its bounds: a peer's committees are followed as long as they rise, its
-pages are checked one by one as they come, all of it within a time. A peer whose pages came to nothing is left out for a
-while, so that one that shows more than it has does not keep the others' checkpoints away.
+pages are checked one by one as they come, all of it within a time. Peers are asked in groups, by chance, and the nodes
+of witnesses first: whoever has the oldest links, or many, does not choose who is heard. Pages come from a second peer
+as well if the first takes long. A peer whose pages came to nothing is left out for a while, so that one that shows more
+than it has does not keep the others' checkpoints away.
 """
 
 import logging
-from collections.abc import Callable
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +24,6 @@ from ledger.core.certificate import Verifier
 from ledger.core.checkpoint import PAGE_BYTES_MAX, Page, Proof, Snapshot, Summary
 from ledger.core.committee import CommitteeChain
 from ledger.core.errors import RuleError
-from ledger.core.genesis import Genesis
 from ledger.core.objects import Certificate, Entry
 from ledger.shelf import PROOF_BYTES_MAX
 from p2p.core import codec
@@ -29,6 +32,11 @@ from p2p.face import Call, Network, Reply
 log = logging.getLogger("rios.ledger")
 
 ASKED_MAX = 8
+"""Peers that are asked together."""
+GROUPS_MAX = 4
+NEXT_AFTER_S = 10.0
+"""Peers that take longer are not waited for any more before the next ones are asked as well."""
+CONFIRMED_MIN = 2
 PAGES_MAX = 1 << 16
 PAGES_BYTES_MAX = 512 << 20
 """Of the state a fresh node takes over: about six million accounts. Nothing that is signed says how many there are."""
@@ -36,7 +44,13 @@ COMMITTEES_PER_ANSWER = 64
 DEADLINE_MS = 20_000
 OFFER_S = 60.0
 FETCH_S = 900.0
+BESIDE_MAX = 2
+"""Peers of whom pages are held at once, each up to PAGES_BYTES_MAX."""
+BESIDE_AFTER_S = 60.0
+"""Pages that take longer are fetched from the next peer as well."""
 SHUN_S = 600.0
+SHUN_TIMES = 4
+"""A peer is left out for so many times what it took, at least for SHUN_S."""
 
 Aside = Callable[..., Any]
 """Runs work out of the way of everything else: ``await aside(work, *args)``."""
@@ -56,22 +70,33 @@ class Offer:
 class Offers:
     """Asks peers for their checkpoints."""
 
-    def __init__(self, network: Network, genesis: Genesis, aside: Aside) -> None:
-        self._network, self._genesis, self._aside = network, genesis, aside
+    def __init__(
+        self, network: Network, committees: CommitteeChain, peer_of: Callable[[int, bytes], PeerId], aside: Aside
+    ) -> None:
+        """``committees`` as far as they are known here; ``peer_of`` an epoch and a witness tells its node."""
+        self._network, self._committees, self._peer_of, self._aside = network, committees, peer_of, aside
+        self._genesis = committees.genesis
+        self._random = random.Random()
         self._shunned: dict[PeerId, float] = {}
-        self.provers = 0
-        """How many peers proved a checkpoint of the newest epoch when they were asked last."""
+        self.undecided = True
+        """Whether the last asking found that there is a checkpoint, or nobody who answered: the next one may get it."""
 
-    async def newest(self, provers_min: int, entries_max: int | None = None) -> Offer | None:
-        """The checkpoint with the most entries (up to ``entries_max``) that peers show; None if there is none.
+    async def best(
+        self, provers_min: int, *, above: int, up_to: int | None = None, anyhow: bool = False
+    ) -> list[Offer]:
+        """The checkpoints of more than ``above`` entries (up to ``up_to``) that peers show, the best first.
 
-        It is of the newest epoch that any of them proves, and ``provers_min`` of them prove a checkpoint of it.
+        They are of the newest epoch that any of the peers proves; none unless ``provers_min`` prove one. Who is left
+        out still proves that there is one. ``anyhow``: if all are left out, try the one that would be back first; it
+        may have been the own link that failed.
         """
         now = trio.current_time()
         self._shunned = {peer: until for peer, until in self._shunned.items() if until > now}
-        peers = [peer for peer in self._network.peers() if peer not in self._shunned][:ASKED_MAX]
+        asked = {self._network.identity.peer_id}
+        chains: list[CommitteeChain] = [self._committees]
         offers: list[Offer] = []
-        chains: list[CommitteeChain] = []
+        told, heard = trio.open_memory_channel[None](ASKED_MAX * GROUPS_MAX)
+        under_way = 0
 
         async def ask(peer_id: PeerId) -> None:
             try:
@@ -82,17 +107,70 @@ class Offers:
                         offers.append(offer)
             except RiosError as error:
                 log.info("checkpoint of %s: %s", peer_id, error.message)
+            told.send_nowait(None)
+
+        def proven() -> list[Offer]:
+            newest = [offer for offer in offers if offer.chain.epoch == _newest(chains).epoch]
+            newest = [offer for offer in newest if offer.proof.summary.entries > above]
+            return [offer for offer in newest if up_to is None or offer.proof.summary.entries <= up_to]
+
+        def usable() -> list[Offer]:
+            return [offer for offer in self._ranked(proven(), _newest(chains)) if offer.peer_id not in self._shunned]
 
         async with trio.open_nursery() as nursery:
-            for peer_id in peers:
-                nursery.start_soon(ask, peer_id)
-        newest = max((chain.epoch for chain in chains), default=0)
-        provers = [offer for offer in offers if offer.chain.epoch == newest]
-        self.provers = len(provers)
-        if len(provers) < provers_min:
-            return None
-        fitting = [o for o in provers if entries_max is None or o.proof.summary.entries <= entries_max]
-        return max(fitting, key=lambda offer: offer.proof.summary.entries, default=None)
+            for _ in range(GROUPS_MAX):
+                group = self._group(asked, _newest(chains))
+                asked.update(group)
+                under_way += len(group)
+                for peer_id in group:
+                    nursery.start_soon(ask, peer_id)
+                with trio.move_on_after(NEXT_AFTER_S):
+                    while under_way:
+                        await heard.receive()
+                        under_way -= 1
+                if len(proven()) >= provers_min and usable():
+                    nursery.cancel_scope.cancel()
+                    break
+        self.undecided = bool(proven()) or len(chains) == 1
+        if len(proven()) < provers_min:
+            return []
+        return usable() or (self._back_first(self._ranked(proven(), _newest(chains))) if anyhow else [])
+
+    def _back_first(self, offers: list[Offer]) -> list[Offer]:
+        return sorted(offers, key=lambda offer: self._shunned[offer.peer_id])[:1]
+
+    def _nodes_of(self, chain: CommitteeChain) -> list[PeerId]:
+        """Where the witnesses of a chain's newest epoch are, as far as is known here."""
+        return [*dict.fromkeys(self._peer_of(chain.epoch, key) for key in chain.current.keys)]
+
+    def _group(self, asked: set[PeerId], chain: CommitteeChain) -> list[PeerId]:
+        """Whom to ask next: by chance, half of them nodes of witnesses. Those make the checkpoints, linked or not; but
+        where a witness is may be known here no more, so they do not take all the places."""
+        nodes = [peer for peer in self._nodes_of(chain) if peer not in asked]
+        others = [peer for peer in self._network.peers() if peer not in asked and peer not in nodes]
+        self._random.shuffle(nodes)
+        self._random.shuffle(others)
+        half = ASKED_MAX // 2
+        return [*nodes[:half], *others, *nodes[half:]][:ASKED_MAX]
+
+    def _ranked(self, offers: list[Offer], chain: CommitteeChain) -> list[Offer]:
+        """First what so many witnesses show that one of them is honest, then what is not the word of one peer alone,
+        then by the number of entries: that is not signed, anybody can show a higher one. What most peers show would be
+        an old one: ordinary nodes keep the one that they began with. Of those that show the same, nodes of witnesses
+        come first: as many others as somebody likes can repeat it, and let its pages trickle."""
+        peers: defaultdict[Summary, set[PeerId]] = defaultdict(set)
+        for offer in offers:
+            peers[offer.proof.summary].add(offer.peer_id)
+        nodes = {*self._nodes_of(chain)}
+
+        def rank(offer: Offer) -> tuple[bool, bool, int, bool]:
+            summary = offer.proof.summary
+            who = peers[summary]
+            known = len(who & nodes) > chain.current.f
+            return known, len(who) >= CONFIRMED_MIN, summary.entries, offer.peer_id in nodes
+
+        self._random.shuffle(offers)
+        return sorted(offers, key=rank, reverse=True)
 
     async def _offer_of(self, peer_id: PeerId) -> tuple[CommitteeChain, Offer | None]:
         """A peer's committees, followed from the genesis, and the checkpoint that it proves."""
@@ -129,20 +207,51 @@ class Offers:
         checkpoint.adopt_committees(chain, [item])
         return entry.seq
 
-    async def fetch(self, offer: Offer, check: Callable[[Page], None], pages_max: int) -> tuple[list[bytes], Snapshot]:
-        """The pages of a checkpoint, as they travel and as they read; who cannot show them is left out for a while.
+    async def fetch(
+        self, offers: Sequence[Offer], check: Callable[[Page], None], pages_max: int
+    ) -> tuple[Offer, list[bytes], Snapshot]:
+        """The first of the best checkpoints whose pages are all there: as they travel, and as they read.
 
         Raises RiosError.
         """
+        whole: list[tuple[Offer, list[bytes], Snapshot]] = []
+        errors: list[RiosError] = []
+        async with trio.open_nursery() as nursery:
+
+            async def fetch(offer: Offer, failed: trio.Event) -> None:
+                try:
+                    whole.append((offer, *await self._fetch(offer, check, pages_max)))
+                    nursery.cancel_scope.cancel()
+                except RiosError as error:
+                    errors.append(error)
+                    failed.set()
+
+            for offer in offers[:BESIDE_MAX]:
+                failed = trio.Event()
+                nursery.start_soon(fetch, offer, failed)
+                with trio.move_on_after(BESIDE_AFTER_S):
+                    await failed.wait()
+        if not whole:
+            raise errors[0]
+        return whole[0]
+
+    async def _fetch(self, offer: Offer, check: Callable[[Page], None], pages_max: int) -> tuple[list[bytes], Snapshot]:
+        """Who cannot show the pages of its checkpoint is left out for a while, however that shows: also if another was
+        faster, or the caller gave up."""
+        start, to_blame = trio.current_time(), True
         try:
             if offer.pages > pages_max:
                 raise IntegrityError("integrity", f"{offer.peer_id} shows a checkpoint of too many pages")
-            return await self.pages(offer.peer_id, offer.proof.summary, offer.chain, offer.pages, check, FETCH_S)
-        except RiosError as error:
-            if isinstance(error, RuleError) and error.wait:
-                raise  # this node lacks something
-            self._shunned[offer.peer_id] = trio.current_time() + SHUN_S
+            found = await self.pages(offer.peer_id, offer.proof.summary, offer.chain, offer.pages, check, FETCH_S)
+            to_blame = False
+            return found
+        except RuleError as error:
+            to_blame = not error.wait  # this node lacks something
             raise
+        finally:
+            if to_blame:
+                now = trio.current_time()
+                self._shunned[offer.peer_id] = now + max(SHUN_S, SHUN_TIMES * (now - start))
 
     async def pages(
         self,
@@ -180,6 +289,10 @@ class Offers:
         if len(reply.buffers) != 1 or len(reply.buffers[0]) > PAGE_BYTES_MAX:
             raise IntegrityError("integrity", f"{peer_id} sent no page of a checkpoint")
         return bytes(reply.buffers[0])
+
+
+def _newest(chains: Iterable[CommitteeChain]) -> CommitteeChain:
+    return max(chains, key=lambda chain: chain.epoch)
 
 
 def field(message: Call | Reply, name: str) -> bytes:

@@ -84,21 +84,28 @@ class Quorum:
         header: dict[str, Any] = {"channel": channel}
         if voucher is not None:
             header["voucher"] = codec.encode(voucher)
-        for witness in committee.keys:
+
+        async def ask(witness: bytes, done: trio.CancelScope) -> None:
             peer_id = self.peer_of(witness, committee.epoch)
             try:
                 reply = await self._network.call(peer_id, "ledger.freeze", header, deadline_ms=VOTE_DEADLINE_MS)
                 signed = codec.decode(Signed, _field(reply.header, "freeze"), bytes_max=VOTE_BYTES_MAX)
                 freeze = check_freeze(self._book.state.committees, payer, signed, channel)
             except RiosError:
-                continue  # the others may be enough
+                return  # the others may be enough
             if (freeze.epoch, freeze.witness) == (committee.epoch, witness):
                 found[witness] = signed
             if len(found) == committee.quorum:
-                return tuple(found.values())
-        raise RemoteError(
-            "unavailable", f"{len(found)} of {committee.quorum} witnesses froze channel {channel.hex()[:16]}"
-        )
+                done.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for witness in committee.keys:
+                nursery.start_soon(ask, witness, nursery.cancel_scope)
+        if len(found) < committee.quorum:
+            raise RemoteError(
+                "unavailable", f"{len(found)} of {committee.quorum} witnesses froze channel {channel.hex()[:16]}"
+            )
+        return tuple(found.values())[: committee.quorum]
 
     async def _ask(self, run: "_Run", witness: bytes, done: trio.CancelScope) -> None:
         pause_s = RETRY_FIRST_S

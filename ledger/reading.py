@@ -6,7 +6,6 @@ shown as proved was checked on the spot. Amounts are microcredits.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +14,32 @@ import msgspec
 from config.errors import ConfigError, IntegrityError, RequestError
 from ledger.book import restore, snapshot_of, start_from_base
 from ledger.core.certificate import Verifier
-from ledger.core.checkpoint import Snapshot
-from ledger.core.checkpoint import channels as checkpoint_channels
+from ledger.core.checkpoint import adopt_committees
 from ledger.core.committee import CommitteeChain
+from ledger.core.errors import RuleError
 from ledger.core.genesis import Genesis
 from ledger.core.objects import (
+    AMOUNT_MAX,
     SMALL_BYTES_MAX,
     Certificate,
     Claim,
-    Committee,
     Entry,
-    Grant,
-    Issuer,
     Item,
     Op,
     Open,
-    Reclaim,
     Signed,
-    TopUp,
-    Transfer,
     Votes,
     channel_id,
     parse,
 )
-from ledger.core.rules import ChannelState
 from ledger.core.state import State
 from ledger.shelf import shown
+from ledger.statement import Line, Statement
 from ledger.store import Store
 from p2p.core import codec
 from p2p.core.identity import peer_id_of, public_key_of, verify
 
 OFFENCES_MAX = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One line of an account's statement; ``amount`` is what it added to (or took from) the free balance, ``balance``
-    what was free after it."""
-
-    seen_ms: int
-    kind: str
-    amount: int
-    peer_id: str
-    reference: str
-    balance: int
 
 
 @contextmanager
@@ -81,16 +62,13 @@ def state_of(store: Store, genesis: Genesis) -> State:
 
 
 def committees_of(store: Store, genesis: Genesis) -> CommitteeChain:
-    """Every epoch's committee: they stand on the root account's chain."""
-    chain, seq = CommitteeChain(genesis), 0
-    while (certificate := store.entry_certificate(genesis.root, seq := seq + 1)) is not None:
-        item = parse(certificate.object)
-        assert isinstance(item.object, Entry)
-        for op in item.object.ops:
-            if isinstance(op, Committee):
-                chain.adopt(op, item.id)
-            elif isinstance(op, Issuer):
-                chain.replace_issuer(op)
+    """Every epoch's committee: they stand on the root account's chain, and are not pruned with it."""
+    chain = CommitteeChain(genesis)
+    for item in store.committee_entries(genesis.root):
+        try:
+            adopt_committees(chain, [item])
+        except RuleError:
+            break  # one before it is not here yet: what follows waits, as it does in the state
     return chain
 
 
@@ -117,7 +95,7 @@ def balance_in(path: Path | str, genesis: Genesis, account: bytes) -> dict[str, 
 
 def statement(path: Path | str, genesis: Genesis, account: bytes) -> list[Line]:
     """Everything that moved an account's free balance, in the order this node learned it (claims last)."""
-    book = _Statement(account)
+    book = Statement(account)
     with opened(path, genesis) as store:
         if (base := store.shelf.base()) is not None:
             book.carry(snapshot_of(store, base), base.summary.state_root)
@@ -125,92 +103,6 @@ def statement(path: Path | str, genesis: Genesis, account: bytes) -> list[Line]:
             if not book.is_below(item):
                 book.take(item, seen_ms)
     return book.lines
-
-
-class _Statement:
-    """Collects the lines of one account."""
-
-    def __init__(self, account: bytes) -> None:
-        self.account = account
-        self.lines: list[Line] = []
-        self._channels: dict[bytes, ChannelState] = {}
-        self._balance = 0
-        self._below: dict[bytes, int] = {}
-
-    def carry(self, snapshot: Snapshot, root: bytes) -> None:
-        """Begin with a checkpoint: what lies below it is not here."""
-        self._below = {line.key: line.seq for line in snapshot.accounts.values()}
-        self._channels = checkpoint_channels(snapshot)
-        line = snapshot.accounts.get(self.account)
-        if line is not None and line.balance:
-            self._balance = line.balance
-            self.lines.append(
-                Line(
-                    seen_ms=0,
-                    kind="carried",
-                    amount=line.balance,
-                    peer_id=peer_id_of(self.account),
-                    reference=root.hex(),
-                    balance=line.balance,
-                )
-            )
-
-    def is_below(self, item: Item) -> bool:
-        """Whether an entry is in what was carried over already; claims say themselves what is new in them."""
-        return isinstance(item.object, Entry) and item.object.seq <= self._below.get(item.object.account, 0)
-
-    def _add(self, item: Item, seen_ms: int, kind: str, amount: int, other: bytes) -> None:
-        self._balance += amount
-        self.lines.append(
-            Line(
-                seen_ms=seen_ms,
-                kind=kind,
-                amount=amount,
-                peer_id=peer_id_of(other),
-                reference=item.id.hex(),
-                balance=self._balance,
-            )
-        )
-
-    def take(self, item: Item, seen_ms: int) -> None:
-        """Look at one final object."""
-        body = item.object
-        if isinstance(body, Claim):
-            self._settled(item, seen_ms, body.voucher.channel, body.voucher.cumulative)
-            return
-        for index, op in enumerate(body.ops):
-            self._op(item, body, seen_ms, index, op)
-
-    def _op(self, item: Item, entry: Entry, seen_ms: int, index: int, op: Op) -> None:
-        own = entry.account == self.account
-        if isinstance(op, Grant | Transfer):
-            kind = "grant" if isinstance(op, Grant) else "transfer"
-            if own and kind == "transfer":
-                self._add(item, seen_ms, kind, -op.amount, op.to)
-            if op.to == self.account:
-                self._add(item, seen_ms, kind, op.amount, entry.account)
-        elif isinstance(op, Open):
-            self._channels[channel_id(item.id, index)] = ChannelState(
-                entry.account, op.signer, op.payout, op.amount, op.expiry_ms, entry.seq, index
-            )
-            if own:
-                self._add(item, seen_ms, "open", -op.amount, op.signer)
-        elif isinstance(op, TopUp) and (channel := self._channels.get(op.channel)) is not None:
-            channel.lock += op.amount
-            if own:
-                self._add(item, seen_ms, "topup", -op.amount, channel.signer)
-        elif isinstance(op, Reclaim) and (channel := self._channels.get(op.channel)) is not None:
-            self._settled(item, seen_ms, op.channel, op.total)
-            if own and channel.lock > op.total:
-                self._add(item, seen_ms, "reclaim", channel.lock - op.total, channel.signer)
-
-    def _settled(self, item: Item, seen_ms: int, key: bytes, total: int) -> None:
-        channel = self._channels.get(key)
-        if channel is None:
-            return
-        if channel.payout == self.account and total > channel.paid:
-            self._add(item, seen_ms, "claim", total - channel.paid, channel.payer)
-        channel.paid = max(channel.paid, total)
 
 
 # --- one object
@@ -243,7 +135,8 @@ def _by_slot(store: Store, name: str) -> Found | None:
 
 def _slot(name: str) -> tuple[bytes, int]:
     peer_id, _, number = name.rpartition(":")
-    if not number.isdecimal() or not number.isascii() or not 1 <= len(number) <= 19:
+    decimal = number.isdecimal() and number.isascii() and len(number) <= 19
+    if not decimal or int(number) > AMOUNT_MAX:
         raise ConfigError("usage", f"{number[:40]!r} is not the number of an entry", "e.g. 12D3KooW...:7")
     try:
         return public_key_of(peer_id), int(number)
@@ -270,17 +163,41 @@ def _by_id(store: Store, name: str) -> Found | None:
 
 
 def _unfinished(store: Store, genesis: Genesis, name: str) -> dict[str, Any] | None:
-    """An entry that this node signed or voted for and that is not final."""
-    for state, signed in (
+    """An entry that this node signed or voted for and whose certificate is not here."""
+    epochs = range(committees_of(store, genesis).epoch + 1)
+    for what, signed in (
         *(("signed here", s) for s in store.wallet()),
-        *(("voted for", i.signed) for i in store.voted()),
+        *(("voted for", i.signed) for epoch in epochs for i in store.voted(epoch)),
     ):
         item = parse(signed)
         body = item.object
         slot = f"{peer_id_of(body.account)}:{body.seq}" if isinstance(body, Entry) else ""
         if name in (item.id.hex(), slot):
-            return {**describe(item), "state": f"{state}, no certificate yet", "certificate": None}
+            return {**describe(item), "state": _uncertified(store, item, what), "certificate": None}
     return None
+
+
+def _uncertified(store: Store, item: Item, what: str) -> str:
+    """In what state an object without a certificate is: of what lies below the checkpoint none are kept."""
+    base, body = store.shelf.base(), item.object
+    line = snapshot_of(store, base).accounts.get(body.account) if base is not None else None
+    if line is None or not isinstance(body, Entry) or body.seq > line.seq:
+        return f"{what}, no certificate yet"
+    if item.id in _ends_in(store, line.head):
+        return "final, below the checkpoint"
+    return f"{what}, another one may be final below the checkpoint"
+
+
+def _ends_in(store: Store, head: bytes) -> set[bytes]:
+    """The ids of the own entries that lead up to ``head``."""
+    found = set()
+    for signed in reversed(store.wallet()):
+        item = parse(signed)
+        assert isinstance(item.object, Entry)
+        if item.id == head:
+            found.add(head)
+            head = item.object.prev
+    return found
 
 
 def _shown(verifier: Verifier, certificate: Certificate, seen_ms: int) -> dict[str, Any]:

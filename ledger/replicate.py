@@ -6,7 +6,7 @@ fetched, what the peer lacks is pushed. All requests and answers are bounded; wh
 
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -58,8 +58,10 @@ class Replicator:
         self._digests = Digests(book.state)
         book.replaced.append(self._digests.rebuild)
         self._outbox: deque[bytes] = deque(maxlen=OUTBOX_MAX)
-        self.before_round: Callable[[], Awaitable[bool]] | None = None
-        """Asked before every round; False: not yet."""
+        self.before_round: Callable[[Collection[PeerId]], Awaitable[bool]] | None = None
+        """Asked before every round, with the peers that said of late that they keep only what is above a checkpoint;
+        False: not yet. It takes as long as it needs: a checkpoint does not come in the time of a round."""
+        self._pruned: set[PeerId] = set()
         self._wake = trio.Event()
         self._random = random.Random()
         self.topic = f"ledger.{book.genesis.net.hex()}"
@@ -125,8 +127,7 @@ class Replicator:
     async def _run_sync(self) -> None:
         while True:
             await self._book.retry()
-            peer_id = self._next_peer()
-            if peer_id is not None:
+            if self._network.peers() and await self._is_ready() and (peer_id := self._next_peer()) is not None:
                 before = self._book.state.applied
                 with trio.move_on_after(ROUND_SECONDS_MAX) as limit:
                     await self._try_sync(peer_id)
@@ -136,10 +137,12 @@ class Replicator:
                     self._shun(peer_id)  # slow; what came of it is kept
             await trio.sleep(self._sync_seconds * self._random.uniform(0.5, 1.5))
 
+    async def _is_ready(self) -> bool:
+        pruned, self._pruned = self._pruned, set()
+        return self.before_round is None or await self.before_round(pruned)
+
     async def _try_sync(self, peer_id: PeerId) -> None:
         try:
-            if self.before_round is not None and not await self.before_round():
-                return
             await self.sync_with(peer_id)
             self._shunned.pop(peer_id, None)
         except RiosError:
@@ -274,6 +277,7 @@ class Replicator:
         self.answers += 1
         new = await self._book.learn([certificates.decode(bytes(data)) for data in reply.buffers])
         if reply.header.get("pruned") is True:
+            self._pruned.add(peer_id)
             raise RemoteError("unavailable", f"{peer_id} keeps only what is above a checkpoint", peer_id=peer_id)
         return bool(new)
 

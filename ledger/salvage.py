@@ -1,8 +1,9 @@
 """Takes out of a damaged ledger file what can still be read, into a new file beside it.
 
 Final objects are taken only with a certificate that verifies; they also come back from peers. Own things (chain, votes,
-freezes, vouchers, ...) come from nowhere else: where a table of them cannot be read to its end, the new file has no
-history of its own, so that the witness stays silent for its epoch and the wallet asks before it signs (rule 9).
+freezes, vouchers, ...) come from nowhere else. Where a table of them cannot be read to its end, or has a row that is
+not what was written (``own_rows``; the node would not start with it), the new file has no history that any mark agrees
+with, so that the witness stays silent for its epoch and the wallet asks before it signs (rule 9).
 
 The damaged file is only moved, never changed. Fails as: LocalError if the new file cannot be written.
 """
@@ -22,6 +23,7 @@ from ledger.core.checkpoint import adopt_committees, is_of_committees
 from ledger.core.committee import CommitteeChain
 from ledger.core.genesis import Genesis
 from ledger.core.objects import Certificate, Entry, Item, Signed, Vote, parse
+from ledger.own_rows import Owner, is_sound
 from ledger.records import Final
 from ledger.schema import MIGRATIONS
 from ledger.store import Store, unpack_proof
@@ -40,16 +42,19 @@ OWN_TABLES = (
     "listed",
     "meta",
 )
-"""What only this node knows. ``votes`` name accounts by row, so that these are copied first."""
+"""What only this node knows. ``votes`` name accounts by row, so that these are copied first; the wallet says whose
+the vouchers are."""
 LATER_TABLES = {"witnesses", "handovers", "shown", "seats", "listed", "checkpoints", "pages"}
 HISTORY = "mark"
+NO_HISTORY = bytes(16)
+"""A lineage that no mark has: without any, a file whose mark is lost as well would look like a first start's."""
 GROUP = 1000
 
 
 @dataclass(slots=True)
 class Salvaged:
-    """What came of it. ``unreadable``: tables that end somewhere in the middle; ``refused``: objects that do not
-    verify."""
+    """What came of it. ``unreadable``: tables that end somewhere in the middle, or of whose own rows one is not what
+    was written; ``refused``: objects that do not verify."""
 
     rows: dict[str, int] = field(default_factory=dict)
     entries: int = 0
@@ -72,7 +77,7 @@ def salvage(damaged: Path, target: Path, genesis: Genesis) -> Salvaged:
     store = Store(target, genesis.net)
     try:
         with closing(_open(damaged)) as source:
-            _own(source, store, found)
+            _own(source, store, genesis.net, found)
             _finals(source, store, genesis, found)
     finally:
         store.close()
@@ -115,13 +120,31 @@ def _rows(source: sqlite3.Connection, table: str, found: Salvaged) -> Iterator[t
                 found.unreadable.append(table)
 
 
-def _own(source: sqlite3.Connection, store: Store, found: Salvaged) -> None:
+def own_damage(path: Path, genesis: Genesis) -> list[str]:
+    """The tables of a file of this version in which something that only this node knew cannot be read."""
+    found = Salvaged()
+    with closing(_open(path)) as source:
+        _own_tables(source, genesis.net, found)
+    return found.unreadable
+
+
+def _own_tables(source: sqlite3.Connection, net: bytes, found: Salvaged) -> dict[str, list[tuple[Any, ...]]]:
+    """The rows that are what was written."""
     tables: dict[str, list[tuple[Any, ...]]] = {}
+    owner = Owner(net)
     for table in ("accounts", *OWN_TABLES):
-        tables[table] = list(dict.fromkeys(_rows(source, table, found)))
-        found.rows[table] = len(tables[table])
+        rows = list(dict.fromkeys(_rows(source, table, found)))
+        tables[table] = [row for row in rows if is_sound(table, row, owner)]
+        if len(tables[table]) < len(rows) and table not in found.unreadable:
+            found.unreadable.append(table)
+    return tables
+
+
+def _own(source: sqlite3.Connection, store: Store, net: bytes, found: Salvaged) -> None:
+    tables = _own_tables(source, net, found)
+    found.rows = {table: len(rows) for table, rows in tables.items()}
     if not found.own_is_whole:
-        tables["meta"] = [row for row in tables["meta"] if row[0] != HISTORY]
+        tables["meta"] = [*(row for row in tables["meta"] if row[0] != HISTORY), (HISTORY, NO_HISTORY)]
     for table, rows in tables.items():
         for start in range(0, len(rows), GROUP):
             store.copy_rows(table, rows[start : start + GROUP])

@@ -68,7 +68,7 @@ def damaged(path: str, what: str) -> IntegrityError:
     return IntegrityError(
         "integrity",
         f"the ledger file {path} is damaged: {what}",
-        "move it away and restore a backup; final objects also come back from peers, own votes and vouchers do not",
+        "stop the node and run rios ledger repair: it keeps the file, takes what can be read, and the rest from peers",
     )
 
 
@@ -299,8 +299,11 @@ class Store:
     # reading
 
     def _query(self, sql: str, params: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        with _mapped(self.path):
-            return self._reader.execute(sql, params).fetchall()
+        try:
+            with _mapped(self.path):
+                return self._reader.execute(sql, params).fetchall()
+        except OverflowError:
+            return []  # SQLite's numbers have 63 bits: no row has one that does not fit
 
     def meta(self, key: str) -> bytes | None:
         """A named value."""
@@ -418,7 +421,7 @@ class Store:
         sql = "SELECT id, body, signature, epoch, proof, seen_ms FROM entries WHERE id < ? ORDER BY id DESC LIMIT ?"
         found = []
         for place, body, signature, epoch, proof, seen_ms in self._query(
-            sql, (1 << 62 if before is None else before, count)
+            sql, (1 << 62 if before is None else min(before, 1 << 62), count)
         ):
             item = self._parse(body, signature)
             found.append((place, item, self._certificate(item.signed, epoch, proof), seen_ms))
@@ -478,8 +481,16 @@ class Store:
 
     def channels(self, side: str) -> list[ChannelRow]:
         """The newest voucher of every channel of one side."""
-        names = [field for field in ChannelRow.__dataclass_fields__]
-        rows = self._query(f"SELECT {', '.join(names)} FROM channels WHERE side = ?", (side,))
+        return self._channel_rows("side = ?", side)
+
+    def channel(self, side: str, key: bytes) -> ChannelRow | None:
+        """The newest voucher of one of them."""
+        rows = self._channel_rows("side = ? AND channel = ?", side, key)
+        return rows[0] if rows else None
+
+    def _channel_rows(self, clause: str, *params: str | bytes) -> list[ChannelRow]:
+        names = list(ChannelRow.__dataclass_fields__)
+        rows = self._query(f"SELECT {', '.join(names)} FROM channels WHERE {clause}", params)
         return [ChannelRow(**dict(zip(names, row, strict=True))) for row in rows]
 
     def quick_check(self) -> None:

@@ -1,16 +1,16 @@
 """The node's own chain: one writer.
 
 Invariants: an entry is durable before it is first sent; until it is final the same bytes are sent again, also after a
-restart, and nothing else is signed for its slot. A wallet that may have lost an entry asks first (``recovering``). What
-is spent is in the own state already (final credits), so no honest witness can refuse an entry for ever; what a witness
-could not even read is refused before it is kept.
+restart, and nothing else is signed for its slot, nor for one that is filled by a final entry which waits here. A wallet
+that may have lost an entry asks first (``recovering``). What is spent is in the own state already (final credits), so
+no honest witness can refuse an entry for ever; what a witness could not even read is refused before it is kept.
 """
 
 from collections.abc import Sequence
 
 import trio
 
-from config.errors import IntegrityError, RequestError, RiosError
+from config.errors import IntegrityError, RemoteError, RequestError, RiosError
 from ledger.book import Book
 from ledger.core.errors import RuleError
 from ledger.core.objects import Certificate, Entry, Item, Op, Open, Signed, TopUp, Transfer, parse, sign
@@ -88,6 +88,7 @@ class Wallet:
                 self._pending = await self._recovering.next_entry(timeout_s)
                 if self._pending is not None:
                     await self._finish(timeout_s)
+            self._check_slot()
             entry = self._next(ops)
             signed = sign(self._identity, entry)
             _check_form(signed)
@@ -108,11 +109,21 @@ class Wallet:
     def preview(self, ops: Sequence[Op]) -> Entry:
         """The entry that :meth:`append` would sign for ``ops`` now: its id is what operators list beforehand.
 
-        Raises RequestError when a rule forbids it.
+        Raises RequestError when a rule forbids it, RemoteError ``unavailable`` where :meth:`append` would wait.
         """
         if self._pending is not None:
             raise RequestError("conflict", "an entry of this account is still under way", "wait until it is final")
+        self._check_slot()
         return self._next(ops)
+
+    def _check_slot(self) -> None:
+        """Refuse a slot that is filled by an entry which cannot be applied yet."""
+        if self._book.state.waiting_entries.get(self.account):
+            raise RemoteError(
+                "unavailable",
+                "an entry of this account is final and waits for what it builds on",
+                "try again once this node has caught up with its peers",
+            )
 
     def _next(self, ops: Sequence[Op]) -> Entry:
         state = self._book.state

@@ -47,7 +47,7 @@ from dmoe.store import ModelStore
 from dmoe.worker import Worker
 from ledger.keys import EpochKeys
 from ledger.ledger import Ledger, open_ledger
-from node import control, founding, locks, membership, metrics, operator, work
+from node import control, founding, locks, membership, metrics, operator, repair, work
 from node.cli import VERSION, root_cause
 from node.spending import NodeSpending, opening_of
 from p2p import keyfile, swarmfile
@@ -60,6 +60,8 @@ log = logging.getLogger("rios.node")
 STOP_SECONDS_MAX = 4.5
 DRAIN_SECONDS_MAX = 1.5
 DISK_FREE_BYTES_MIN = 16 * MIB
+_SWITCH_SECONDS = 0.0005
+"""After so long another thread gives the interpreter to trio's, a tenth of what is usual: answers wait for it."""
 
 
 class Node:
@@ -247,6 +249,8 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity, keys: 
     check_version()
     node = Node(settings, paths, identity)
     genesis = founding.in_force(settings, paths)
+    if genesis is not None:
+        repair.check_not_half_repaired(paths.ledger)
     measured = await trio.to_thread.run_sync(hardware.measure)
     advert = Advert(
         peer_id=identity.peer_id,
@@ -299,6 +303,7 @@ async def open_node(settings: Settings, paths: Paths, identity: Identity, keys: 
         await _start_edges(node, stack, nursery)
         gc.collect()
         gc.freeze()  # what is loaded stays: collections need not walk it again in the middle of an answer
+        sys.setswitchinterval(_SWITCH_SECONDS)
         yield node
 
 

@@ -187,6 +187,7 @@ class SwarmView:
             state=state,
             reason=reason,
             deployed_here=own is not None and own.replicas > 0,
+            changed_ms=own.seq if own is not None else 0,
             deployers=book.deployers(model_id),
             replicas_min=min((shard.healthy for shard in shards if shard.kind != "trunk"), default=0),
             shards_ready=sum(shard.healthy >= shard.wanted for shard in shards),

@@ -11,7 +11,7 @@ https://www.w3.org/TR/trace-context/
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal, Protocol
 
@@ -82,14 +82,9 @@ class Span:
         self._traceparent = traceparent
         self._attributes: dict[str, Attribute] = {}
 
-    @contextmanager
-    def here(self) -> Iterator[None]:
+    def here(self) -> AbstractContextManager[None]:
         """What is done in the block belongs to it."""
-        if self._recording is None:
-            yield
-        else:
-            with during(self._traceparent):
-                yield
+        return _NOWHERE if self._recording is None else during(self._traceparent)
 
     def set(self, **attributes: Attribute) -> None:
         """What is known of it only now."""
@@ -104,6 +99,13 @@ class Span:
     def drop(self) -> None:
         """It never was."""
         self._recording = None
+
+    def is_kept_by_nobody(self) -> bool:
+        """Whether nothing becomes of it."""
+        return self._recording is None
+
+
+_NOWHERE = nullcontext()
 
 
 _recorder: Recorder | None = None
@@ -144,10 +146,16 @@ def _made(recording: Recording | None) -> Span:
     return Span(None, "") if recording is None else Span(recording, recording.traceparent)
 
 
-@contextmanager
-def span(name: str, kind: Kind = "internal", links: Sequence[str] = (), **attributes: Attribute) -> Iterator[Span]:
+def span(
+    name: str, kind: Kind = "internal", links: Sequence[str] = (), **attributes: Attribute
+) -> AbstractContextManager[Span]:
     """The block as a part of the current trace."""
     made = begin(name, kind, links, **attributes)
+    return nullcontext(made) if made.is_kept_by_nobody() else _ended(made)
+
+
+@contextmanager
+def _ended(made: Span) -> Iterator[Span]:
     try:
         with made.here():
             yield made

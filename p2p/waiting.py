@@ -42,7 +42,11 @@ class Waiter:
         """See :meth:`p2p.face.Pending.wait`."""
         if self.outcome is None:
             self.task = _current_task()
-            await _wait(self.abort)
+            try:
+                await _wait(self._abort)
+            except trio.Cancelled:
+                self.connection.give_up(self.call_id)
+                raise
         else:
             await trio.lowlevel.checkpoint()
         self.task = None
@@ -78,8 +82,9 @@ class Waiter:
         self.settle(self.connection.late(self.method))
         self.connection.missed()
 
-    def abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
-        """The caller was cancelled."""
+    def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        # trio is walking its tasks: whoever starts one here (an end of the link does) ends the walk, and who comes
+        # after is never cancelled; so the peer is told by the task itself
         self.over = True
-        self.connection.give_up(self.call_id)
+        self.task = None
         return _SUCCEEDED

@@ -5,6 +5,7 @@ import fcntl
 import gc
 import logging
 import os
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,17 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import settings
+
+from tests.hangs import take_down
 
 settings.register_profile("rios", deadline=None)  # no test passes or fails by the clock
 settings.load_profile("rios")
+
+# hundreds of tests start daemons: where a machine keeps no compiled code, each of them compiles all of it again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
@@ -60,6 +68,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     finally:
         timer.cancel()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A time limit that fell into trio's loop: what ran there is shown, and costs one test, not all that follow."""
+    report = yield
+    if trio.lowlevel.in_trio_run():
+        report.sections.append(("trio's tasks at the time limit", take_down()))
+    return report
 
 
 def _show_and_end(item: pytest.Item) -> None:

@@ -20,10 +20,11 @@ B = TypeVar("B", bound=msgspec.Struct)
 
 
 class PasswordChange(msgspec.Struct, forbid_unknown_fields=True):
-    """``password`` is the one until now; empty if there was none."""
+    """``password`` is the one until now; empty if there was none. ``code``: with a second factor."""
 
     new_password: Password
     password: Annotated[str, Meta(max_length=1024)] = ""
+    code: Annotated[str, Meta(max_length=64)] = ""
 
 
 class Proof(msgspec.Struct, forbid_unknown_fields=True):
@@ -74,7 +75,7 @@ async def _signed_in(request: Request, kind: type[B]) -> tuple[Principal, B, Cli
 async def password(request: Request) -> Response:
     """Change the caller's password."""
     who, body, client = await _signed_in(request, PasswordChange)
-    await identity_of(request).change_password(who, body.password, body.new_password, client)
+    await identity_of(request).change_password(who, body.password, body.new_password, client, body.code)
     return Response(status_code=204)
 
 

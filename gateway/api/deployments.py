@@ -67,7 +67,7 @@ class DeploymentList(msgspec.Struct, kw_only=True):
 def desk_of(request: Request) -> Desk:
     """Deployments with their owners."""
     till = request.app.state.service.till
-    return Desk(swarm_of(request), till.database, till.in_thread)
+    return Desk(swarm_of(request), till.database, till.in_thread, request.app.state.site.changes)
 
 
 async def list_deployments(request: Request) -> Response:

@@ -31,10 +31,12 @@ class Elsewhere(msgspec.Struct):
 
 
 class LinkProof(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """The user's password, empty if there is none, and a code (or a recovery code) where there is a second factor."""
+    """The user's password, empty if there is none, and a code (or a recovery code) where there is a second factor.
+    ``next``: the path to go to afterwards."""
 
     password: Annotated[str, Meta(max_length=1024)] = ""
     code: Code = ""
+    next: Annotated[str, Meta(max_length=1024)] = _PATH
 
 
 class IdentityObject(msgspec.Struct, kw_only=True):
@@ -75,7 +77,7 @@ async def link(request: Request) -> Response:
     session_id, body = own_session(principal), await read_body(request, LinkProof)
     # Whoever found the session open must not get in by it for ever.
     await identity_of(request).prove(principal, body.password, body.code, client_of(request))
-    location, cookie = await _oidc(request).begin(_PATH, linker=session_id)
+    location, cookie = await _oidc(request).begin(local_path(body.next), linker=session_id)
     response = json_response(Elsewhere(location), headers={"cache-control": "no-store"})
     identity_of(request).home.set_flow(request, response, cookie)
     return response
@@ -91,7 +93,7 @@ async def callback(request: Request) -> Response:
     )
     where, kept = flow.path, ""
     if isinstance(made, Person):
-        where, kept = _CODE_PAGE, _oidc(request).halfway(made.id, flow.path)
+        where, kept = _CODE_PAGE, _oidc(request).halfway(made.id, visitor, flow.path)
     response = RedirectResponse(where, 303, {"cache-control": "no-store"})
     home.set_flow(request, response, kept)
     if isinstance(made, SignedIn):
@@ -104,9 +106,7 @@ async def code(request: Request) -> Response:
     refuse_foreign(request)
     body, identity, home = await read_body(request, FactorCode), identity_of(request), identity_of(request).home
     came = _oidc(request).halfway_of(home.flow_of(request))
-    made = await identity.sign_in_halfway(
-        came.user_id, body.code, client_of(request), replaces=home.session_of(request)
-    )
+    made = await identity.sign_in_halfway(came, body.code, client_of(request), replaces=home.session_of(request))
     response = json_response(Elsewhere(came.path), headers={"cache-control": "no-store"})
     home.set_flow(request, response, "")
     signed_in(request, made, response)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.audit import actor_of
-from gateway.endpoint import Endpoint, caller
+from gateway.endpoint import Endpoint, caller, permitted
 from gateway.errors import invalid
 from gateway.jobs import webhooks
 from gateway.jobs.addresses import URL_CHARACTERS_MAX, target_of
@@ -44,11 +44,13 @@ class WebhookPatch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class WebhookObject(msgspec.Struct, kw_only=True):
-    """A webhook. ``problem``: why it failed last; ``failing_since_ms``: since when nothing else happened."""
+    """A webhook. ``key_id``: it goes on as long as this key; null for one of a session. ``problem``: why it failed
+    last, or nothing is sent. ``failing_since_ms``: since when nothing else happened."""
 
     object: Literal["webhook"] = "webhook"
     id: str
     user_id: str
+    key_id: str | None
     url: str
     types: list[str]
     enabled: bool
@@ -144,10 +146,12 @@ async def list_webhooks(request: Request) -> Response:
 
 async def create_webhook(request: Request) -> Response:
     """Make one."""
-    body, who = await read_body(request, NewWebhookBody), caller(request)
+    who = caller(request)
+    permitted(who.principal, webhooks.HEARS)  # it is another way to hear
+    body = await read_body(request, NewWebhookBody)
     target_of(body.url, _courier(request).rules)
     make = partial(_run, request, webhooks.create, request.app.state.site.identity.vault, actor_of(who.principal))
-    made, secret = await make(user_id=who.user_id, url=body.url, kinds=body.types)
+    made, secret = await make(user_id=who.user_id, url=body.url, kinds=body.types, key_id=who.principal.key_id)
     return json_response(NewWebhookObject(**_fields(made), secret=secret), 201)
 
 
@@ -158,7 +162,9 @@ async def get_webhook(request: Request) -> Response:
 
 async def change_webhook(request: Request) -> Response:
     """Another address, other kinds, on or off."""
-    body, who = await read_body(request, WebhookPatch), caller(request)
+    who = caller(request)
+    permitted(who.principal, webhooks.HEARS)
+    body = await read_body(request, WebhookPatch)
     values: dict[str, object] = {}
     if body.url is not None:
         target_of(body.url, _courier(request).rules)
@@ -169,8 +175,8 @@ async def change_webhook(request: Request) -> Response:
         values["enabled"] = body.enabled
     if not values:
         raise invalid(None, "name what shall change: url, types or enabled")
-    changed = await _run(request, webhooks.change, actor_of(who.principal), _name(request), who.owner, values)
-    return json_response(_object(changed))
+    change = partial(_run, request, webhooks.change, actor_of(who.principal), _name(request), who.owner)
+    return json_response(_object(await change(values, key_id=who.principal.key_id)))
 
 
 async def delete_webhook(request: Request) -> Response:

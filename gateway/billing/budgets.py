@@ -6,12 +6,12 @@ and what runs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from gateway import audit, books
+from gateway import audit, books, events
 from gateway.audit import Actor
 from gateway.billing.budget import PERCENTS, Budget, month_begins_ms, month_of
 from gateway.db.billing import budget_alerts, budgets, key_limits
@@ -85,11 +85,9 @@ def set_budget(database: Database, actor: Actor, wish: Wish, owner: str | None) 
 def remove_budget(database: Database, actor: Actor, budget_id: str, owner: str | None) -> None:
     """Raises ApiError ``not_found``, ``forbidden``."""
     with database.write() as connection:
-        row = _find(connection, budgets.c.id == budget_id)
-        if row is None or owner not in (None, row["user_id"]):
-            raise ApiError("not_found", f"there is no budget {budget_id!r:.80}", public_code="not_found")
+        books.lock_account(connection, _budget(connection, budget_id, owner)["account_id"])
+        row = _budget(connection, budget_id, owner)  # as it is now that nobody else changes it
         _check_right(row, owner)
-        books.lock_account(connection, row["account_id"])
         connection.execute(sa.delete(budget_alerts).where(budget_alerts.c.budget_id == budget_id))
         connection.execute(sa.delete(budgets).where(budgets.c.id == budget_id))
         detail = {"subject": row["subject"]}
@@ -111,7 +109,7 @@ def set_key_limits(database: Database, actor: Actor, key_id: str, requests: int,
 
 
 def take_alerts(database: Database) -> Sequence[Alert]:
-    """The alerts that nobody was told of yet; they are this gateway's to tell now."""
+    """Tell, as events, of the alerts that nobody was told of yet; which they were."""
     waiting = sa.select(budget_alerts.c.budget_id).where(budget_alerts.c.told.is_(sa.false())).limit(1)
     with database.read() as connection:
         if connection.execute(waiting).first() is None:
@@ -130,7 +128,10 @@ def take_alerts(database: Database) -> Sequence[Alert]:
         for row in found:
             mine = sa.and_(*(column == row[place] for place, column in enumerate(key)))
             connection.execute(sa.update(budget_alerts).where(mine).values(told=True))
-    return [Alert(r.budget_id, r.user_id, r.subject, r.month, r.percent, r.spent, r.microcredits) for r in found]
+        alerts = [Alert(r.budget_id, r.user_id, r.subject, r.month, r.percent, r.spent, r.microcredits) for r in found]
+        for alert in alerts:
+            events.record(connection, "budget.alert", alert.user_id, asdict(alert))
+    return alerts
 
 
 def _account_of(connection: sa.Connection, wish: Wish, owner: str | None) -> str:
@@ -144,6 +145,13 @@ def _account_of(connection: sa.Connection, wish: Wish, owner: str | None) -> str
     if account is None:
         raise ApiError("not_found", f"there is no user {wish.user_id!r:.80}", public_code="not_found")
     return str(account)
+
+
+def _budget(connection: sa.Connection, budget_id: str, owner: str | None) -> Mapping[Any, Any]:
+    row = _find(connection, budgets.c.id == budget_id)
+    if row is None or owner not in (None, row["user_id"]):
+        raise ApiError("not_found", f"there is no budget {budget_id!r:.80}", public_code="not_found")
+    return row
 
 
 def _no_key(key_id: str) -> ApiError:

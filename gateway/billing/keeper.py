@@ -4,8 +4,6 @@ Any number of gateways may: an alert is taken by one of them, a month is closed 
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict
 
 import trio
 
@@ -13,7 +11,6 @@ from config.errors import RiosError
 from gateway import audit
 from gateway.billing import budgets, invoices
 from gateway.billing.budgets import Alert
-from gateway.events import Bus
 from gateway.till import Till
 
 _logger = logging.getLogger("rios.gateway")
@@ -22,24 +19,17 @@ _TELL_SECONDS = 1.0
 _CLOSE_TICKS = 600
 
 
-def log_alert(alert: Alert) -> None:
-    """Tell the operator."""
+def _log_alert(alert: Alert) -> None:
+    """Tell the operator; whoever listens to events was told in the transaction that took it."""
     text = "the budget of %s reached %d %% of %d microcredits in %s"
     _logger.warning(text, alert.subject, alert.percent, alert.limit, alert.month)
 
 
-def tell_alert(bus: Bus, alert: Alert) -> None:
-    """In the log, and to whoever listens to events."""
-    log_alert(alert)
-    bus.publish("budget.alert", alert.user_id, asdict(alert))
-
-
 class Keeper:
-    """``tell`` gets every alert that falls to this gateway."""
+    """What a gateway does now and then, with its till's database."""
 
-    def __init__(self, till: Till, tell: Callable[[Alert], None] = log_alert) -> None:
+    def __init__(self, till: Till) -> None:
         self._till = till
-        self._tell = tell
 
     async def run(self) -> None:
         """Until cancelled; a database that is away is asked again later."""
@@ -49,7 +39,7 @@ class Keeper:
                 if count % _CLOSE_TICKS == 0:
                     await self._till.in_thread(invoices.close_months, self._till.database, audit.GATEWAY)
                 for alert in await self._till.in_thread(budgets.take_alerts, self._till.database):
-                    self._tell(alert)
+                    _log_alert(alert)
             except RiosError as error:
                 _logger.error("billing: %s", error)
             count += 1

@@ -169,9 +169,10 @@ async def users(request: Request, caller: Caller) -> Values:
 
 
 async def account(request: Request, caller: Caller) -> Values:
-    """The caller's own: second factor, password, sessions."""
+    """The caller's own: second factor, password, sessions, identities at the other provider."""
     identity, principal = request.app.state.site.identity, caller.principal
     return {
+        "links": await identity.links(caller.user_id) if principal.session_id else [],
         "sessions": await identity.sessions(principal) if principal.session_id else [],
         "has_factor": await _has_factor(request, caller),
     }

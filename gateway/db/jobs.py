@@ -98,8 +98,10 @@ webhooks = sa.Table(
     sa.Column("problem", sa.String(255), nullable=False),
     sa.Column("failing_since_ms", sa.BigInteger, nullable=True),
     sa.Column("created_at_ms", sa.BigInteger, nullable=False),
+    sa.Column("key_id", _Id, nullable=True),
 )
-"""``kinds``: between spaces, empty for all. ``secret`` is sealed. ``problem``: why it was disabled, or failed last."""
+"""``kinds``: between spaces, empty for all. ``secret`` is sealed. ``problem``: why it was disabled, or failed last.
+``key_id``: what it was made, or last changed, with; NULL for a session: it is the user's."""
 
 deliveries = sa.Table(
     "webhook_deliveries",

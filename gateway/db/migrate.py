@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from config.errors import ConfigError
 from gateway.db.session import Database
 
-HEAD = "0010"
+HEAD = "0012"
 """The newest revision in ``migrations/versions``."""
 
 _LOCK = 0x52694F53

@@ -7,7 +7,7 @@ Invariants, the first four held by the database itself:
 1. ``transactions`` and ``postings`` are append-only (triggers refuse UPDATE and DELETE).
 2. A transaction reference is unique per kind, so no money event counts twice.
 3. ``reserved`` is never negative, and a user's balance is never below what is reserved of it.
-4. A usage row is unique per request.
+4. A usage row is unique per request; what is charged after a recovery (``gateway/books.py``) has a second one.
 5. The postings of a transaction add up to 0, and an account's ``balance`` is the sum of its postings.
 """
 
@@ -94,7 +94,7 @@ reservations = sa.Table(
     "reservations",
     metadata,
     sa.Column("id", _Id, primary_key=True),
-    sa.Column("instance", _Id, nullable=False, index=True),
+    sa.Column("instance", _Id, nullable=False),
     sa.Column("account_id", _Id, sa.ForeignKey("accounts.id"), nullable=False),
     sa.Column("user_id", _Id, sa.ForeignKey("users.id"), nullable=False),
     sa.Column("key_id", _Id, sa.ForeignKey("api_keys.id"), nullable=True),
@@ -107,10 +107,15 @@ reservations = sa.Table(
     sa.Column("output_price", sa.BigInteger, nullable=False),
     sa.Column("microcredits", sa.BigInteger, nullable=False),
     sa.Column("created_at_ms", sa.BigInteger, nullable=False),
-    sa.Column("updated_at_ms", sa.BigInteger, nullable=False, index=True),
-    sa.Column("idempotency_id", _Id, nullable=True, index=True),
+    sa.Column("updated_at_ms", sa.BigInteger, nullable=False),
+    sa.Column("idempotency_id", _Id, nullable=True),
     sa.CheckConstraint("microcredits >= 0", name="microcredits"),
+    sqlite_with_rowid=False,
 )
+"""One row for each running request, written and deleted again within its answer: an index costs more than it saves."""
+
+_keyed = reservations.c.idempotency_id.is_not(None)
+sa.Index("ix_reservations_idempotency_id", reservations.c.idempotency_id, sqlite_where=_keyed, postgresql_where=_keyed)
 
 usages = sa.Table(
     "usages",

@@ -62,7 +62,8 @@ def _written(statement: sa.ClauseElement, dialect: sa.Dialect) -> str:
 
 def _execute(connection: sa.Connection, text: str, given: Sequence[Mapping[str, object]]) -> list[Row]:
     many = len(given) > 1
-    cursor = connection.connection.cursor()
+    raw: Any = connection.connection.dbapi_connection
+    cursor = raw.cursor()
     try:
         for hear in connection.dispatch.before_cursor_execute:
             hear(connection, cursor, text, given if many else given[0], None, many)

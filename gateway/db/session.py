@@ -4,12 +4,14 @@ Owns the pool, the pragmas and the translation of database errors; nothing outsi
 but :class:`sqlalchemy.exc.IntegrityError`. All calls block: the gateway makes them in threads.
 
 Invariants: SQLite runs with WAL, ``synchronous=FULL`` (an acknowledged commit survives a power loss) and foreign keys;
-a write transaction takes SQLite's write lock at its start, so it never fails halfway for want of it.
+a write transaction takes SQLite's write lock at its start, so it never fails halfway for want of it. This process's own
+writers wait for each other before that: SQLite lets those sleep that find its lock taken, some of them for long.
 """
 
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,15 +20,23 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from config.errors import ConfigError, LocalError
+from config.errors import ConfigError, LocalError, RiosError
 from gateway.errors import StoreError
 
 POOL_SIZE = 5
 """One is the till's writer's."""
-_OVERFLOW = 1
-"""For a pass over a batch's file, beside the till's threads."""
+_OVERFLOW = 2
+"""For a pass over a batch's file and a GraphQL query, beside the till's threads."""
 _BUSY_MS = 5000
-_WAL_AGAIN_SECONDS = 0.01
+_AGAIN_SECONDS = 0.002
+"""Between looks whether another process has ended its transaction."""
+_KEPT_SECONDS = 5.0
+"""After so long a rest a kept connection may be dead."""
+_PAGE_BYTES = 1024
+"""Of a new SQLite file. A commit writes every page that it touched whole, and the money of an answer, a few rows of a
+hundred bytes, is on a dozen of them: four times as much with SQLite's usual size."""
+_LOG_BYTES = 32 << 20
+"""When whoever writes brings SQLite's log into the file: the till has done it before, if it is in use."""
 _CONNECT_SECONDS = 5
 _STATEMENT_MS = 10_000
 _SYNCHRONOUS = "rios_synchronous"
@@ -42,30 +52,125 @@ _logger = logging.getLogger("rios.gateway")
 T = TypeVar("T")
 
 
+class Kept:
+    """One connection for many transactions, one after the other: to take one out of the pool and put it back costs as
+    much as a small transaction, and SQLite reads anew what another connection wrote. After an error, or with PostgreSQL
+    a rest, the next transaction has another one.
+
+    SQLite waits for nobody in it (:meth:`Database.write` does) and never brings its log into the file by itself.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._is_file = engine.dialect.name == "sqlite"
+        self._connection: sa.Connection | None = None
+        self._used_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection."""
+        return self._connection is not None
+
+    @contextmanager
+    def connect(self) -> Iterator[sa.Connection]:
+        """As :meth:`sqlalchemy.Engine.connect`."""
+        now = time.monotonic()
+        if self._connection is not None and now - self._used_at > _KEPT_SECONDS and not self._is_file:
+            self.close()  # the pool looks first whether one still works
+        connection = self._connection or self._open()
+        self._used_at = now
+        try:
+            yield connection
+        except BaseException as error:
+            if not _left_it_sound(error):
+                self.close()
+            raise
+
+    def _open(self) -> sa.Connection:
+        connection = self._engine.connect()
+        try:
+            if self._is_file:
+                connection.detach()  # nobody else wants it as it is set
+                for pragma in ("synchronous=FULL", "busy_timeout=0", "wal_autocheckpoint=0"):
+                    connection.exec_driver_sql(f"PRAGMA {pragma}").close()
+                connection.info[_SYNCHRONOUS] = "FULL"  # who takes its place in the pool may clear what it was told
+                connection.rollback()
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    def close(self, *, for_good: bool = False) -> None:
+        """Give it up; ``for_good``: nobody else shall have it, as its pool may be closed."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            if for_good and not connection.closed and not self._is_file:
+                connection.detach()
+            connection.close()
+
+
 class Database:
     """An open pool. ``place`` names it for people (never with a password)."""
 
     def __init__(self, engine: sa.Engine, place: str, replica: "Database | None" = None) -> None:
         self.engine = engine
+        self.is_postgresql = engine.dialect.name == "postgresql"
+        """Which of the two it is."""
         self.place = place
         self._replica = replica
         self._replica_rests_until = 0.0
         self._clock: tuple[int, float] | None = None
         """What PostgreSQL's clock said, and this host's monotonic seconds then."""
         self._clock_is_off = False
+        self._turn = threading.Lock()
         if self.is_postgresql:
             sa.event.listen(engine, "connect", self._on_connect)
 
     @contextmanager
-    def write(self, *, synced: bool = True) -> Iterator[sa.Connection]:
+    def write(self, *, synced: bool = True, kept: Kept | None = None, waits: bool = True) -> Iterator[sa.Connection]:
         """A transaction that commits at the end of the block, durably. Not ``synced``: others see it at once and a
-        killed process does not undo it, but a power cut may until the next one that is synced."""
-        with self._mapped(), self.engine.connect() as connection, connection.begin():
-            if not self.is_postgresql:
-                _begin_sqlite(connection, synced=synced)
-            elif not synced:
-                connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
-            yield connection
+        killed process does not undo it, but a power cut may until the next one that is synced. ``kept``: on that
+        connection. Not ``waits``: LocalError at once if another writes, or ``kept`` has no connection yet."""
+        with self._mapped(), self._turns(waits=waits):
+            if not waits and kept is not None and not kept.is_open:
+                raise LocalError("unavailable", "there is no connection to the accounts database yet")
+            with (kept or self.engine).connect() as connection, connection.begin():
+                if not self.is_postgresql:
+                    _begin_sqlite(connection, synced=synced, waits=waits)
+                elif not synced:
+                    connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
+                yield connection
+
+    @contextmanager
+    def _turns(self, *, waits: bool = True) -> Iterator[None]:
+        """One writer after the other. None waits for longer than SQLite would have it wait."""
+        if self.is_postgresql:
+            yield
+            return
+        if not self._turn.acquire(timeout=_BUSY_MS / 1000 if waits else 0):
+            raise LocalError("unavailable", f"the accounts database {self.place} is being written", "try again later")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def release(self, kept: Kept, *, for_good: bool) -> None:
+        """Close a kept connection that another thread may be using."""
+        with self._turns():
+            kept.close(for_good=for_good)
+
+    def is_written_now(self) -> bool:
+        """Whether another thread of this process writes into SQLite."""
+        return self._turn.locked()
+
+    def shorten_log(self, kept: Kept) -> bool:
+        """Bring what SQLite's log holds into the file, if nobody is in the way. Whether all of it: then the log begins
+        anew with the next transaction, which waits for the disk even if it is not synced."""
+        with self._mapped(), self._turns(), kept.connect() as connection:
+            busy, held, brought = connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
+            connection.rollback()
+        return not busy and held == brought
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -128,11 +233,6 @@ class Database:
         if self._clock_is_off and not was_off:
             _logger.warning("the clocks of this host and of %s are %d ms apart: set them", self.place, abs(off_ms))
 
-    @property
-    def is_postgresql(self) -> bool:
-        """Which of the two it is."""
-        return self.engine.dialect.name == "postgresql"
-
     def close(self) -> None:
         """Close every pooled connection."""
         self.engine.dispose()
@@ -182,27 +282,21 @@ def _open_sqlite(path: Path) -> Database:
 def _on_sqlite_connect(connection: sqlite3.Connection, record: object) -> None:
     # The driver's own implicit BEGIN would leave DDL outside transactions; _begin_sqlite writes them itself.
     connection.isolation_level = None
+    connection.execute(f"PRAGMA page_size={_PAGE_BYTES}").close()  # a file that has pages keeps their size
     _switch_to_wal(connection)
-    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
+    (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+    for pragma in ("synchronous=FULL", "foreign_keys=ON", f"wal_autocheckpoint={_LOG_BYTES // page_bytes}"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
     """A new file becomes one with WAL by its first connection. SQLite refuses that, without waiting, while another
     connection is at the file; so where two start at once, one of them tries again."""
-    deadline = time.monotonic() + _BUSY_MS / 1000
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL").close()
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(_WAL_AGAIN_SECONDS)
+    _when_free(connection, "PRAGMA journal_mode=WAL")
 
 
-def _begin_sqlite(connection: sa.Connection, *, reads: bool = False, synced: bool = True) -> None:
-    raw = connection.connection.driver_connection  # SQLAlchemy's way costs more than the statements do
+def _begin_sqlite(connection: sa.Connection, *, reads: bool = False, synced: bool = True, waits: bool = True) -> None:
+    raw = connection.connection.dbapi_connection  # SQLAlchemy's way costs more than the statements do
     assert isinstance(raw, sqlite3.Connection)
     try:
         if reads:
@@ -212,9 +306,31 @@ def _begin_sqlite(connection: sa.Connection, *, reads: bool = False, synced: boo
         if connection.info.get(_SYNCHRONOUS, "FULL") != synchronous:
             raw.execute(f"PRAGMA synchronous={synchronous}")
             connection.info[_SYNCHRONOUS] = synchronous
-        raw.execute("BEGIN IMMEDIATE")
+        _when_free(raw, "BEGIN IMMEDIATE", _BUSY_MS / 1000 if waits else 0.0)
     except sqlite3.Error as error:
         raise sa.exc.OperationalError("BEGIN", None, error) from error
+
+
+def _when_free(connection: sqlite3.Connection, statement: str, seconds: float = _BUSY_MS / 1000) -> None:
+    """Run it when no other process is in the way."""
+    ends = time.monotonic() + seconds
+    while True:
+        try:
+            connection.execute(statement).close()
+            return
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error) or time.monotonic() >= ends:
+                raise
+            time.sleep(_AGAIN_SECONDS)
+
+
+def _left_it_sound(error: BaseException) -> bool:
+    """Whether a connection is as good as before: we refused something, or another process wrote and nothing began."""
+    return isinstance(error, RiosError) or (isinstance(error, sa.exc.OperationalError) and _is_busy(error.orig))
+
+
+def _is_busy(error: BaseException | None) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _open_postgresql(dsn: str, setting: str, replica: Database | None = None) -> Database:

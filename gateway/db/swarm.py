@@ -11,3 +11,5 @@ deployments = sa.Table(
     sa.Column("user_id", sa.String(64), sa.ForeignKey("users.id"), nullable=False, index=True),
     sa.Column("created_at_ms", sa.BigInteger, nullable=False),
 )
+"""``created_at_ms``: of the deployment's last change through the gateway, as the node tells it; one of another time is
+not this one."""

@@ -5,12 +5,14 @@ Blocking: runs in a thread. Fails never: what is wrong stands in ``errors``; a b
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import trio
 from graphql import (
     ExecutionResult,
+    GraphQLEnumType,
     GraphQLError,
     GraphQLObjectType,
     GraphQLResolveInfo,
@@ -45,10 +47,10 @@ def answer(asked: Asked, text: str, variables: Mapping[str, Any], operation: str
 
 
 def _run(asked: Asked, text: str, variables: Mapping[str, Any], operation: str | None) -> ExecutionResult:
-    schema, lookups, lists = _schema()
+    schema, lookups, lists, sizes = _schema()
     try:
         document = parse(text, max_tokens=limits.TOKENS_MAX)
-        limits.check(document, variables, lookups=lookups, lists=lists)
+        limits.check(document, variables, lookups=lookups, lists=lists, sizes=sizes)
         problems = validate(schema, document, max_errors=5)
     except RecursionError:
         raise GraphQLError("this is nested too deeply") from None
@@ -68,8 +70,9 @@ def _run(asked: Asked, text: str, variables: Mapping[str, Any], operation: str |
 
 
 @cache
-def _schema() -> tuple[GraphQLSchema, frozenset[str], frozenset[str]]:
-    """The schema, the names of fields that ask the database, and of those that are lists with a limit."""
+def _schema() -> tuple[GraphQLSchema, frozenset[str], frozenset[str], dict[str, int]]:
+    """The schema, the names of fields that ask the database, of those that are lists with a limit, and how long the
+    lists of its introspection can be."""
     schema = build_schema("\n".join((_BASE, *(part.sdl for part in PARTS))))
     number = schema.type_map["Int64"]
     assert isinstance(number, GraphQLScalarType)
@@ -83,11 +86,26 @@ def _schema() -> tuple[GraphQLSchema, frozenset[str], frozenset[str]]:
     lookups = frozenset(name.partition(".")[2] for name, field in fields.items() if field.is_lookup)
     objects = [kind for kind in schema.type_map.values() if isinstance(kind, GraphQLObjectType)]
     lists = {name for kind in objects for name, field in kind.fields.items() if "limit" in field.args}
-    return schema, lookups, frozenset(lists)
+    return schema, lookups, frozenset(lists), _sizes(schema, objects)
+
+
+def _sizes(schema: GraphQLSchema, objects: Sequence[GraphQLObjectType]) -> dict[str, int]:
+    """It has neither interfaces, unions nor inputs: their lists are empty."""
+    enums = [kind for kind in schema.type_map.values() if isinstance(kind, GraphQLEnumType)]
+    takers = [*schema.directives, *(field for kind in objects for field in kind.fields.values())]
+    return {
+        "types": len(schema.type_map),
+        "directives": len(schema.directives),
+        "locations": max(len(each.locations) for each in schema.directives),
+        "fields": max(len(kind.fields) for kind in objects),
+        "enumValues": max(len(kind.values) for kind in enums),
+        "args": max(len(each.args) for each in takers),
+    }
 
 
 def _resolver(field: Field) -> Any:  # noqa: ANN401 - as graphql-core calls it
     def resolve(parent: Any, info: GraphQLResolveInfo[Asked], **arguments: Any) -> Any:  # noqa: ANN401
+        trio.from_thread.check_cancelled()  # who asked may have left: the rest of it is for nobody
         asked: Asked = info.context
         who = Caller(asked.principal, permitted(asked.principal, field.needs))
         if any("\0" in value for value in arguments.values() if isinstance(value, str)):

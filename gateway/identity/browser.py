@@ -7,8 +7,9 @@ A browser sends its cookies, and reaches a gateway that needs no key, on behalf 
    secret, which pages of the gateway know and other sites cannot.
 3. Unsafe requests that a browser says another site sent (``Sec-Fetch-Site``, else ``Origin``) are refused, and so are
    WebSockets, whose handshakes cannot carry a token.
-4. Where no key is needed, unsafe requests of browsers must name the gateway by an address, or by a name that nobody
-   else can point at it (DNS rebinding).
+4. Where no key is needed, requests must name the gateway by an address, or by a name that nobody else can point at it
+   (DNS rebinding). All of them: a page reads its own site, as which it takes the gateway then, by requests that look
+   like any program's.
 """
 
 import hashlib
@@ -107,9 +108,7 @@ class Home:
         return bool(shown.origin) and (not theirs or theirs not in ours)
 
     def is_rebindable(self, shown: Credentials) -> bool:
-        """Whether a browser came by a name that may be anybody's who lets it resolve to this machine."""
-        if not (shown.origin or shown.site):
-            return False
+        """Whether a request came by a name that may be anybody's who lets it resolve to this machine."""
         host = _host(f"//{shown.host}")
         ours = ("localhost", _host(self.url))
         return not host or not (_is_address(host) or host in ours or host.endswith(".localhost"))

@@ -10,6 +10,7 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -63,13 +64,13 @@ def confirm(database: Database, vault: Vault, actor: Actor, user_id: str, code: 
 
     Raises RequestError ``conflict`` if there is nothing to confirm.
     """
-    step, confirmed = _step_of(database, vault, user_id, code)
-    if confirmed is not False:
+    seen, step = _step_of(database, vault, user_id, code)
+    if seen is None or seen.confirmed_at_ms is not None:
         raise RequestError("conflict", "there is no second factor to confirm", "enrol one first")
     if step is None:
         return None
     codes = [_recovery_code() for _ in range(_RECOVERY_CODES)]
-    pending = sa.and_(second_factors.c.user_id == user_id, second_factors.c.confirmed_at_ms.is_(None))
+    pending = sa.and_(_same(user_id, seen), second_factors.c.confirmed_at_ms.is_(None))
     with database.write() as connection:
         switched = sa.update(second_factors).where(pending).values(confirmed_at_ms=now_ms(), last_step=step)
         if connection.execute(switched).rowcount == 0:
@@ -87,10 +88,10 @@ def use(database: Database, vault: Vault, user_id: str, code: str) -> bool:
         mine = recovery_codes.c.user_id == user_id, recovery_codes.c.code_sha256 == _digest(user_id, code)
         with database.write() as connection:
             return connection.execute(sa.delete(recovery_codes).where(*mine)).rowcount == 1
-    step, confirmed = _step_of(database, vault, user_id, code)
-    if step is None or not confirmed:
+    seen, step = _step_of(database, vault, user_id, code)
+    if seen is None or step is None or seen.confirmed_at_ms is None:
         return False
-    fresh = sa.and_(second_factors.c.user_id == user_id, second_factors.c.last_step < step)
+    fresh = sa.and_(_same(user_id, seen), second_factors.c.last_step < step)
     with database.write() as connection:
         return connection.execute(sa.update(second_factors).where(fresh).values(last_step=step)).rowcount == 1
 
@@ -106,8 +107,13 @@ def remove(database: Database, actor: Actor, user_id: str) -> bool:
         return removed
 
 
-def _step_of(database: Database, vault: Vault, user_id: str, code: str) -> tuple[int | None, bool | None]:
-    """The time step that a code is of (None: of none near now); whether the factor is confirmed (None: no factor)."""
+def _same(user_id: str, seen: sa.Row[Any, Any]) -> sa.ColumnElement[bool]:
+    """Still the factor that a code was compared with: another one, enrolled meanwhile, has another secret."""
+    return sa.and_(second_factors.c.user_id == user_id, second_factors.c.secret == seen.secret)
+
+
+def _step_of(database: Database, vault: Vault, user_id: str, code: str) -> tuple[sa.Row[Any, Any] | None, int | None]:
+    """The factor (None: there is none), and the time step that a code is of (None: of none near now)."""
     import pyotp  # noqa: PLC0415
 
     query = sa.select(second_factors.c.secret, second_factors.c.confirmed_at_ms)
@@ -120,7 +126,7 @@ def _step_of(database: Database, vault: Vault, user_id: str, code: str) -> tuple
     for step in range(now - _STEPS_OFF, now + _STEPS_OFF + 1):
         if _is_totp(code) and hmac.compare_digest(totp.generate_otp(step), code):
             found = step
-    return found, row.confirmed_at_ms is not None
+    return row, found
 
 
 def _is_totp(code: str) -> bool:

@@ -22,7 +22,7 @@ from gateway.identity import factors, guesses, invites, people, sessions, tokens
 from gateway.identity.browser import Home
 from gateway.identity.factors import Enrolment
 from gateway.identity.invites import Invite
-from gateway.identity.oidc import Oidc, Visitor
+from gateway.identity.oidc import Halfway, Oidc, Visitor
 from gateway.identity.passwords import check_password, is_outdated
 from gateway.identity.people import Link, Person
 from gateway.identity.proofs import Guessed, Proofs, own_session
@@ -190,16 +190,20 @@ class Identity:
         else:
             hint = "sign in with your password and link it, or ask the operator"
             raise self._refused_elsewhere("this identity is not linked to a user here", hint, client)
-        return await self._start(user_id, "oidc", client, cookie=True, replaces=replaces)
+        link = visitor.issuer, visitor.subject
+        return await self._start(user_id, "oidc", client, cookie=True, replaces=replaces, link=link)
 
-    async def sign_in_halfway(self, user_id: str, code: str, client: Client, *, replaces: str = "") -> SignedIn:
+    async def sign_in_halfway(self, came: Halfway, code: str, client: Client, *, replaces: str = "") -> SignedIn:
         """Whom the other provider vouched for shows the second factor. Raises ApiError."""
-        async with self._proofs.guess("totp", client, account=user_id):
-            person = await self._proofs.in_thread(people.by_id, user_id)
+        link = came.issuer, came.subject
+        async with self._proofs.guess("totp", client, account=came.user_id):
+            person = await self._proofs.in_thread(people.by_link, *link)
+            if person is None or person.id != came.user_id:
+                raise self._unlinked(client)  # and no code is used up
             if person.disabled:
                 raise self._refused_elsewhere("this user is disabled", "ask the operator", client)
             await self._proofs.check_code(person, code, client)
-        return await self._start(user_id, "oidc", client, cookie=True, replaces=replaces)
+        return await self._start(person.id, "oidc", client, cookie=True, replaces=replaces, link=link)
 
     def _create_visitor(self, visitor: Visitor) -> str:
         # An address that is none, whatever the provider says of it, is no reason to turn its owner away.
@@ -210,6 +214,9 @@ class Identity:
         _security.warning("refused a sign-in by another provider from %s: %s", client.address, message)
         self._proofs.count("oidc", "refused")
         return ApiError("forbidden", message, hint)
+
+    def _unlinked(self, client: Client) -> ApiError:
+        return self._refused_elsewhere("this identity is not linked to this user any more", "sign in again", client)
 
     async def sign_out(self, principal: Principal) -> None:
         """End the caller's session."""
@@ -251,10 +258,13 @@ class Identity:
         self._guard.forget(user_id)
         _security.info("user %s unlinked an identity of user %s", principal.user_id, user_id)
 
-    async def change_password(self, principal: Principal, current: str, new: str, client: Client) -> None:
+    async def change_password(
+        self, principal: Principal, current: str, new: str, client: Client, code: str = ""
+    ) -> None:
         """Replace the password; all other sessions of the user end."""
         person = await self._proofs.prove(principal, current, client)
         check_password(new, person.email or "", person.name, param="new_password")
+        await self._proofs.prove_factor(principal, person, code, client)
         hashed = await self._proofs.passwords.hashed(new)
 
         def change() -> None:
@@ -297,11 +307,15 @@ class Identity:
             user_id = await self._proofs.in_thread(invites.find, token)
             if user_id is None:
                 self._proofs.refused("invite", "an invite that does not work", client)
-                raise Guessed("unauthenticated", "this invite does not work (any more)", "ask for a new one")
+                raise Guessed(*invites.GONE)
             person = await self._proofs.in_thread(people.by_id, user_id)
             check_password(password, person.email or "", person.name)
         hashed, actor = await self._proofs.passwords.hashed(password), Actor(person.id, "invite")
-        await self._proofs.in_thread(people.set_password, actor, person.id, hashed)
+        try:
+            await self._proofs.in_thread(partial(people.set_password, invite=token), actor, person.id, hashed)
+        except ApiError:
+            self._proofs.refused("invite", f"an invite of user {person.id} that ended meanwhile", client)
+            raise
         self._guard.forget(person.id)
         _security.info("user %s set a password by invite from %s", person.id, client.address)
         self._proofs.count("invite", "ok")
@@ -322,13 +336,16 @@ class Identity:
         cookie: bool,
         replaces: str,
         password_of_ms: int | None = None,
+        link: tuple[str, str] | None = None,
     ) -> SignedIn:
         if replaces:
             self._guard.forget(await self._proofs.in_thread(sessions.revoke_cookie, replaces))
         begin = partial(sessions.start, self._database, user_id, method, client, cookie=cookie)
         made = await self._till.in_thread(
-            partial(begin, seconds=self.rules.session_seconds, password_of_ms=password_of_ms)
+            partial(begin, seconds=self.rules.session_seconds, password_of_ms=password_of_ms, link=link)
         )
+        if made is None and link is not None:
+            raise self._unlinked(client)
         if made is None:
             raise ApiError("unauthenticated", "the password was changed in this moment", "sign in with the new one")
         session, carrier = made

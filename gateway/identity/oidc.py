@@ -46,9 +46,11 @@ class Flow(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Halfway(msgspec.Struct, kw_only=True, frozen=True):
-    """A user whom the provider vouched for, and whose second factor is still to come."""
+    """A user whom the provider vouched for, and whose second factor is still to come: as long as they are linked."""
 
     user_id: str
+    issuer: str
+    subject: str
     path: str
     expires_at_ms: int
 
@@ -122,9 +124,16 @@ class Oidc:
         id_token = await self._exchange(metadata, answer["code"], flow.verifier)
         return flow, _visitor(await self._claims(id_token, flow.nonce))
 
-    def halfway(self, user_id: str, path: str) -> str:
+    def halfway(self, user_id: str, visitor: Visitor, path: str) -> str:
         """The cookie of who has only the second factor to show."""
-        return self._sealed(Halfway(user_id=user_id, path=path, expires_at_ms=now_ms() + _FLOW_MS), _HALFWAY)
+        halfway = Halfway(
+            user_id=user_id,
+            issuer=visitor.issuer,
+            subject=visitor.subject,
+            path=path,
+            expires_at_ms=now_ms() + _FLOW_MS,
+        )
+        return self._sealed(halfway, _HALFWAY)
 
     def halfway_of(self, cookie: str) -> Halfway:
         """Who brought it. Raises ApiError ``forbidden``."""

@@ -16,11 +16,11 @@ from gateway import audit
 from gateway.accounts import Accounts
 from gateway.audit import Actor
 from gateway.books import now_ms
-from gateway.db.identity import external_identities, invites, passwords, second_factors
+from gateway.db.identity import external_identities, passwords, second_factors
 from gateway.db.models import LOCAL_USER, users
 from gateway.db.session import Database
 from gateway.errors import ApiError
-from gateway.identity import sessions
+from gateway.identity import invites, sessions
 from gateway.roles import Role
 
 _NAME_TRIES = 3
@@ -122,8 +122,9 @@ def unlink(database: Database, actor: Actor, user_id: str, link_id: str, *, keep
     Raises RequestError ``conflict`` if a user would be left with nothing to sign in with by their own doing.
     """
     with database.write() as connection:
-        # Locked, so that two at the same time do not both leave the other one.
-        connection.execute(sa.select(users.c.id).where(users.c.id == user_id).with_for_update())
+        # Locked, so that two at the same time do not both leave the other one. Sessions that begin do not wait for it:
+        # they hold the link, which is deleted next.
+        connection.execute(sa.select(users.c.id).where(users.c.id == user_id).with_for_update(key_share=True))
         links = _links(connection, user_id)
         found = next((link for link in links if link.id == link_id), None)
         if found is None:
@@ -146,18 +147,27 @@ def _links(connection: sa.Connection, user_id: str) -> list[Link]:
     return [Link(**row) for row in connection.execute(mine.order_by(*order)).mappings()]
 
 
-def set_password(database: Database, actor: Actor, user_id: str, hashed: str, *, keep_session: str = "") -> None:
+def set_password(
+    database: Database, actor: Actor, user_id: str, hashed: str, *, keep_session: str = "", invite: str = ""
+) -> None:
     """Set a user's password; every other session of theirs ends, every invite, and every link to another provider: they
-    stay only if somebody who is signed in (``keep_session``) sets a first password."""
+    stay only if somebody who is signed in (``keep_session``) sets a first password.
+
+    Raises ApiError ``unauthenticated`` if the ``invite`` that it is set by does not work any more.
+    """
     if user_id == LOCAL_USER:
         raise RequestError("invalid_request", "the built-in user 'local' cannot sign in", "make a user of your own")
     with database.write() as connection:
+        # Locked, so that two at the same time come one after the other, whichever of the rows below there are.
+        connection.execute(sa.select(users.c.id).where(users.c.id == user_id).with_for_update(key_share=True))
+        if invite:
+            invites.use(connection, invite)
+        invites.drop(connection, user_id)
         replaced = put_password(connection, user_id, hashed)
         unlinked = 0
         if replaced or not keep_session:
             links = sa.delete(external_identities).where(external_identities.c.user_id == user_id)
             unlinked = connection.execute(links).rowcount
-        connection.execute(sa.delete(invites).where(invites.c.user_id == user_id))
         sessions.revoke_all(connection, actor, user_id, keep=keep_session)
         detail = {"unlinked": unlinked} if unlinked else None
         audit.record(connection, actor, "password.changed", user_id, owner_id=user_id, detail=detail)

@@ -83,10 +83,14 @@ class Proofs:
     async def prove_fully(self, principal: Principal, password: str, code: str, client: Client) -> Person:
         """:meth:`prove`, and a code where there is a second factor."""
         person = await self.prove(principal, password, client)
+        await self.prove_factor(principal, person, code, client)
+        return person
+
+    async def prove_factor(self, principal: Principal, person: Person, code: str, client: Client) -> None:
+        """A code where there is a second factor: the last proof, as it works once."""
         if person.has_second_factor:
             async with self.guess("totp", client, session=principal.session_id):
                 await self.check_code(person, code, client)
-        return person
 
     async def check_password(self, person: Person | None, password: str, client: Client) -> None:
         """Raises :class:`Guessed` if it is not the one, or there is nobody."""

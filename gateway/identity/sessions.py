@@ -18,7 +18,7 @@ from gateway import audit
 from gateway.accounts import Principal, digest_of
 from gateway.audit import Actor, actor_of
 from gateway.books import new_id, now_ms
-from gateway.db.identity import passwords, refresh_tokens, sessions
+from gateway.db.identity import external_identities, passwords, refresh_tokens, sessions
 from gateway.db.models import accounts, users
 from gateway.db.session import Database
 
@@ -107,10 +107,12 @@ def start(
     seconds: int,
     cookie: bool,
     password_of_ms: int | None = None,
+    link: tuple[str, str] | None = None,
 ) -> tuple[Session, str] | None:
     """A new session, and what carries it on: a cookie's value or a refresh token, shown once.
 
-    None if the password that was shown, set at ``password_of_ms``, is not the user's any more.
+    None if what was shown is not the user's any more: the password set at ``password_of_ms``, or the ``link`` (issuer,
+    subject) to another provider.
     """
     now, secret = now_ms(), secrets.token_urlsafe(_SECRET_BYTES)
     session = Session(
@@ -124,9 +126,11 @@ def start(
         expires_at_ms=now + 1000 * seconds,
     )
     with database.write() as connection:
-        # The row stays locked: a change of the password comes before this session, or ends it.
+        # The row stays locked: a change of the password, or the link's end, comes before this session, or ends it.
         shown = sa.select(passwords.c.changed_at_ms).where(passwords.c.user_id == user_id).with_for_update(read=True)
         if password_of_ms is not None and connection.execute(shown).scalar() != password_of_ms:
+            return None
+        if link is not None and _linked(connection, *link) != user_id:
             return None
         kept = digest_of(secret) if cookie else None
         connection.execute(sa.insert(sessions), {**asdict(session), "cookie_sha256": kept, "revoked_at_ms": None})
@@ -134,6 +138,14 @@ def start(
         actor = Actor(user_id, f"address {session.address}")
         audit.record(connection, actor, "session.started", session.id, detail={"method": method})
     return session, carrier
+
+
+def _linked(connection: sa.Connection, issuer: str, subject: str) -> str | None:
+    """Whose link it is; it stays locked."""
+    theirs = external_identities.c.issuer == issuer, external_identities.c.subject == subject
+    query = sa.select(external_identities.c.user_id).where(*theirs).with_for_update(read=True)
+    found: str | None = connection.execute(query).scalar()
+    return found
 
 
 def by_id(database: Database, session_id: str) -> Live | None:

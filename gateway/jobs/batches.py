@@ -9,12 +9,13 @@ Invariants:
 1. One worker of one gateway works on a batch at a time: who takes it holds it for :data:`HOLD_MS` and moves that on
    while it works. Whoever lost it cannot write its lines any more.
 2. A line is answered once: its answer is written only over none.
+3. Of a batch that began, each line stands in one of its files: without an answer at the end, in that of the errors.
 """
 
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -29,7 +30,7 @@ from gateway.db.jobs import batch_lines, batches, files
 from gateway.db.models import idempotency
 from gateway.db.session import Database
 from gateway.errors import ApiError, invalid
-from gateway.jobs.files import Upload, delete_file, lines_of, read_chunk
+from gateway.jobs.files import Upload, delete_file, lines_of, lock_files, read_chunk, require_room
 
 HOLD_MS = 15_000
 LINES_MAX = 50_000
@@ -46,6 +47,11 @@ _ANSWERS_AT_ONCE = 20
 _TOKEN_BYTES = 12
 _HOLDER_CHARACTERS = 64
 LIVE = ("validating", "in_progress", "finalizing", "cancelling")
+_UNANSWERED = {
+    "expired": {"code": "batch_expired", "message": "the batch's time was over before this line was answered"},
+    "cancelled": {"code": "batch_cancelled", "message": "the batch was cancelled before this line was answered"},
+}
+"""How a batch ends before its lines do, and what they are told then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +113,15 @@ def create(
     window: str,
     metadata: str,
 ) -> Batch:
-    """Raises ApiError: ``not_found`` (no such file of this user), ``invalid_request``, ``conflict`` (too many)."""
+    """Raises ApiError: ``not_found`` (no such file of this user), ``invalid_request``, ``conflict`` (too many, or the
+    user's files are)."""
     if endpoint not in ENDPOINTS:
         raise invalid("endpoint", f"endpoint is one of {', '.join(ENDPOINTS)}")
     if window not in _WINDOW_MS:
         raise invalid("completion_window", f"completion_window is {' or '.join(_WINDOW_MS)}")
     now = now_ms()
     with database.write() as connection:
+        count, size = lock_files(connection, user_id)  # first: of two at once the second sees the first
         query = sa.select(files.c.user_id, files.c.purpose).where(
             files.c.id == file_id, files.c.complete.is_(sa.true())
         )
@@ -129,6 +137,7 @@ def create(
         if connection.execute(sa.select(sa.func.count()).where(*mine)).scalar_one() >= OPEN_MAX:
             most = f"a user has {OPEN_MAX} batches at most that are open or failed in the last {FAILED_MINUTES} minutes"
             raise ApiError("conflict", most, "wait for one to end")
+        require_room(count, size + _open_bytes(connection, user_id))
         row = {
             "id": f"batch_{new_id()}",
             "user_id": user_id,
@@ -149,6 +158,13 @@ def create(
         }
         connection.execute(sa.insert(batches), row)
         return _told(connection, str(row["id"]))
+
+
+def _open_bytes(connection: sa.Connection, user_id: str) -> int:
+    """The inputs that a user's open batches have read, or will: their lines are copies."""
+    reads = sa.and_(batches.c.input_file_id == files.c.id, batches.c.user_id == user_id, batches.c.status.in_(LIVE))
+    total = sa.select(sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).select_from(files.join(batches, reads))
+    return int(connection.execute(total).scalar_one())
 
 
 def list_batches(database: Database, *, owner: str | None, limit: int, after: str) -> Sequence[Batch]:
@@ -185,13 +201,14 @@ def cancel(database: Database, batch_id: str, owner: str | None) -> Batch:
 
 
 def claim(database: Database, instance: str) -> Batch | None:
-    """Take a batch that nobody works on, the oldest first. Each claim holds under a name of its own: another of the
-    same gateway, after a suspend or a step of the clock, is another holder."""
+    """Take a batch that nobody works on: of the user with the fewest that are worked on, then the one let go longest
+    ago, then the oldest. Each claim holds under a name of its own: another of the same gateway, after a suspend or a
+    step of the clock, is another holder."""
     holder, now = f"{_held_by(instance)}{secrets.token_hex(_TOKEN_BYTES)}", database.now_ms()
-    free = sa.and_(batches.c.status.in_(LIVE), batches.c.held_until_ms < now)
-    query = sa.select(batches.c.id).where(free).order_by(batches.c.created_at_ms).limit(1)
+    turns = _at_work(batches.c.user_id, now), batches.c.held_until_ms, batches.c.created_at_ms
+    query = sa.select(batches.c.id).where(_free(batches, now)).order_by(*turns).limit(1)
     with database.write() as connection:
-        found = connection.execute(query.with_for_update(skip_locked=True)).scalar()
+        found = connection.execute(query.with_for_update(skip_locked=True, of=batches)).scalar()
         if found is None:
             return None
         values = {"holder": holder, "held_until_ms": now + HOLD_MS}
@@ -207,11 +224,30 @@ def hold(database: Database, batch: Batch) -> Batch | None:
         return _batch(connection, batch.id, None) if changed.rowcount else None
 
 
+def _free(table: sa.FromClause, now: int) -> sa.ColumnElement[bool]:
+    return sa.and_(table.c.status.in_(LIVE), table.c.held_until_ms < now)
+
+
+def _at_work(user_id: sa.ColumnElement[str] | str, now: int) -> sa.ScalarSelect[int]:
+    """How many of a user's batches somebody works on."""
+    held = batches.alias("held")
+    its = held.c.status.in_(LIVE), held.c.held_until_ms >= now, held.c.user_id == user_id
+    return sa.select(sa.func.count()).select_from(held).where(*its).scalar_subquery()
+
+
+def somebody_waits(database: Database, batch: Batch) -> bool:
+    """Whether a user has a batch that nobody works on, and fewer at work than the user of this one."""
+    now, waiting = database.now_ms(), batches.alias("waiting")
+    less = _at_work(waiting.c.user_id, now) < _at_work(batch.user_id, now)
+    with database.read() as connection:
+        return bool(connection.execute(sa.select(sa.exists().where(_free(waiting, now), less))).scalar())
+
+
 def let_go(database: Database, batch: Batch) -> None:
-    """Another gateway may go on with it at once."""
+    """Another worker may go on with it at once."""
     mine = batches.c.id == batch.id, batches.c.holder == batch.holder
     with database.write() as connection:
-        connection.execute(sa.update(batches).where(*mine).values(holder="", held_until_ms=0))
+        connection.execute(sa.update(batches).where(*mine).values(holder="", held_until_ms=database.now_ms() - 1))
 
 
 def let_all_go(database: Database, instance: str) -> None:
@@ -345,10 +381,11 @@ def answered(database: Database, batch: Batch, line: Line, status: int, answer: 
 
 def finish(database: Database, batch: Batch, status: str) -> Batch | None:
     """Write output and error file, piece by piece; ``status`` is how it ended. None if the batch was lost."""
-    made = {}
+    rest = _count_unanswered(database, batch) if status in _UNANSWERED else 0
+    made: dict[str, Any] = {}
     for name, good in (("output_file_id", True), ("error_file_id", False)):
         upload = Upload(database, batch.user_id)
-        for answer in _answers(database, batch, good=good):
+        for answer in _answers(database, batch, good=good, unanswered=_UNANSWERED[status] if rest else None):
             upload.write(answer)
         if upload.size:
             filename = f"{batch.id}_{'output' if good else 'error'}.jsonl"
@@ -356,6 +393,7 @@ def finish(database: Database, batch: Batch, status: str) -> Batch | None:
         else:
             upload.drop()
     values = {**made, "status": status, "ended_at_ms": now_ms(), "held_until_ms": 0, "holder": ""}
+    values["failed"] = batches.c.failed + rest
     with database.write() as connection:
         if _is_mine(connection, batch):
             connection.execute(sa.delete(batch_lines).where(batch_lines.c.batch_id == batch.id))
@@ -364,6 +402,14 @@ def finish(database: Database, batch: Batch, status: str) -> Batch | None:
     for file_id in made.values():  # who has the batch now writes its own
         delete_file(database, file_id, batch.user_id)
     return None
+
+
+def _count_unanswered(database: Database, batch: Batch) -> int:
+    open_ones = batch_lines.c.batch_id == batch.id, batch_lines.c.status == 0
+    with database.read() as connection:
+        if _batch(connection, batch.id, None).in_progress_at_ms is None:
+            return 0  # its total is none, and its input may be read in part
+        return connection.execute(sa.select(sa.func.count()).where(*open_ones)).scalar_one()
 
 
 def set_finalizing(database: Database, batch: Batch) -> None:
@@ -383,24 +429,26 @@ def _told(connection: sa.Connection, batch_id: str) -> Batch:
     return batch
 
 
-def _answers(database: Database, batch: Batch, *, good: bool) -> Iterator[bytes]:
+def _answers(database: Database, batch: Batch, *, good: bool, unanswered: Mapping[str, str] | None) -> Iterator[bytes]:
+    """The lines of the output file, or of that of the errors; ``unanswered``: the error of those without an answer."""
     place = 0
-    kind = batch_lines.c.status == 200 if good else sa.and_(batch_lines.c.status != 200, batch_lines.c.status != 0)
-    query = sa.select(batch_lines).where(batch_lines.c.batch_id == batch.id, kind).order_by(batch_lines.c.place)
+    kind = batch_lines.c.status == 200 if good else batch_lines.c.status != 200
+    if unanswered is None:
+        kind = sa.and_(kind, batch_lines.c.status != 0)
+    columns = batch_lines.c.place, batch_lines.c.custom_id, batch_lines.c.status, batch_lines.c.answer
+    query = sa.select(*columns).where(batch_lines.c.batch_id == batch.id, kind).order_by(batch_lines.c.place)
     while True:
         with database.read() as connection:
-            some = query.where(batch_lines.c.place > place).limit(_ANSWERS_AT_ONCE)
-            rows = connection.execute(some).mappings().all()
+            rows = connection.execute(query.where(batch_lines.c.place > place).limit(_ANSWERS_AT_ONCE)).all()
         if not rows:
             return
         for row in rows:
-            place = row["place"]
-            response = {
-                "status_code": row["status"],
-                "request_id": request_id(batch.id, place),
-                "body": msgspec.Raw(row["answer"]),
-            }
-            value = {"id": f"{batch.id}_{place}", "custom_id": row["custom_id"], "response": response, "error": None}
+            place, value = row.place, {"id": f"{batch.id}_{row.place}", "custom_id": row.custom_id}
+            if row.status:
+                name, body = request_id(batch.id, place), msgspec.Raw(row.answer)
+                value |= {"response": {"status_code": row.status, "request_id": name, "body": body}, "error": None}
+            else:
+                value |= {"response": None, "error": unanswered}
             yield msgspec.json.encode(value) + b"\n"
 
 

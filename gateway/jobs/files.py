@@ -1,7 +1,8 @@
 """Files of users: bytes in the accounts database, in pieces, so that every gateway has them and none has all in memory.
 
 Blocking calls. Invariants: what was not uploaded to its end is nobody's file and is swept away; a user's files together
-are bounded; a file does not change once it is complete.
+are bounded (a batch that runs writes its answers to the end, but none begins where there is no room); a file does not
+change once it is complete.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,9 +51,7 @@ class Upload:
         self._rest, self._place = bytearray(), 0
         with database.write() as connection:
             if bytes_max:
-                count, size = self._others(connection)
-                if count >= USER_FILES_MAX or size >= USER_BYTES_MAX:
-                    raise _full()
+                require_room(*self._others(connection), param="file")
             row = {"id": self.id, "user_id": user_id, "purpose": "", "filename": "", "bytes": 0, "complete": False}
             connection.execute(sa.insert(files), {**row, "created_at_ms": now_ms()})
 
@@ -86,24 +85,35 @@ class Upload:
     def _put(self, data: bytes) -> None:
         with self._database.write() as connection:
             if self._bytes_max and self._others(connection)[1] + self.size > USER_BYTES_MAX:
-                raise _full()
+                raise _full("file")
             self._update(connection, {"bytes": self.size, "created_at_ms": now_ms()})
             connection.execute(sa.insert(file_chunks), {"file_id": self.id, "place": self._place, "data": data})
         self._place += 1
 
     def _others(self, connection: sa.Connection) -> tuple[int, int]:
-        """How many files the user has beside this one, and their bytes. Other uploads of the user wait meanwhile."""
-        connection.execute(sa.select(users.c.id).where(users.c.id == self._user_id).with_for_update(key_share=True))
-        mine = files.c.user_id == self._user_id, files.c.id != self.id
-        total = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(*mine)
-        count, size = connection.execute(total).one()
-        return count, int(size)
+        """How many files the user has beside this one, and their bytes."""
+        return lock_files(connection, self._user_id, without=self.id)
 
     def _update(self, connection: sa.Connection, values: dict[str, Any]) -> None:
         if not connection.execute(sa.update(files).where(files.c.id == self.id).values(**values)).rowcount:
             minutes = _ABANDONED_MS // 60_000
             why = f"nothing came of this file for {minutes} minutes, and its upload was given up"
             raise ApiError("conflict", why, "send it again", param="file")
+
+
+def lock_files(connection: sa.Connection, user_id: str, *, without: str = "") -> tuple[int, int]:
+    """How many files a user has, and their bytes. The user's other uploads and new batches wait meanwhile."""
+    connection.execute(sa.select(users.c.id).where(users.c.id == user_id).with_for_update(key_share=True))
+    mine = files.c.user_id == user_id, files.c.id != without
+    total = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(*mine)
+    count, size = connection.execute(total).one()
+    return count, int(size)
+
+
+def require_room(count: int, size: int, *, param: str | None = None) -> None:
+    """For more beside those; ``param``: of an upload. Raises ApiError ``conflict``."""
+    if count >= USER_FILES_MAX or size >= USER_BYTES_MAX:
+        raise _full(param)
 
 
 def list_files(
@@ -189,6 +199,9 @@ def _file(connection: sa.Connection, file_id: str, owner: str | None) -> File:
     return File(**row)
 
 
-def _full() -> ApiError:
-    most = f"{USER_FILES_MAX} files and {USER_BYTES_MAX >> 30} GiB"
-    return ApiError("conflict", f"a user's files are {most} at most", "delete some first", param="file")
+def _full(param: str | None) -> ApiError:
+    most = f"{USER_FILES_MAX} files and {USER_BYTES_MAX >> 30} GiB at most"
+    if param:
+        return ApiError("conflict", f"a user's files are {most}", "delete some first", param=param)
+    what = f"a user's files and the inputs of open batches are {most}"
+    return ApiError("conflict", what, "delete some files, or wait for a batch to end")

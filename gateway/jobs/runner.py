@@ -6,7 +6,8 @@ under an idempotency key of its own, so that it is charged once even if a gatewa
 Invariants:
 1. At most ``lines_at_once`` lines of all batches run here at the same time: those who wait for answers come first.
 2. A line that cannot be answered now (limits, no replica, a full engine) is tried again until the batch's time is over.
-3. A batch that another gateway took over is left alone at once.
+3. A batch that another gateway took over is left alone at once. One is also let go, after a turn, while a user waits
+   of whom fewer are worked on: nobody's long batches keep out the others'.
 4. One pass over a whole file at a time, in a thread that is not one of the till's: what others wait for has those.
 """
 
@@ -47,6 +48,7 @@ WORKERS = 4
 _POLL_SECONDS = 1.0
 _SWEEP_SECONDS = 600.0
 _FETCH_LINES = 64
+_TURN_SECONDS = 10.0
 _PAUSE_SECONDS, _PAUSE_SECONDS_MAX = 1.0, 30.0
 _ABANDONED_SECONDS = 0.5
 _LATER = frozenset((408, 409, 429, 503, 507))
@@ -155,7 +157,8 @@ class _Work:
             if validated is None or validated.status == "failed":
                 return
             self._note(validated)
-        await self._answer_all()
+        if not await self._answer_all():
+            return
         if not self._ends_as:
             await self._call(batches.set_finalizing)
         await self._pass(partial(batches.finish, status=self._ends_as or "completed"))
@@ -191,15 +194,19 @@ class _Work:
         elif batch.expires_at_ms < now_ms():
             self._ends_as = "expired"
 
-    async def _answer_all(self) -> None:
+    async def _answer_all(self) -> bool:
         """Answer what has no answer yet, whatever it takes, or until it shall end; what was begun is answered: it is
-        charged."""
-        pause = _PAUSE_SECONDS
+        charged. False: it is others' turn before that."""
+        pause, turn_ends = _PAUSE_SECONDS, trio.current_time() + _TURN_SECONDS
         while not self._ends_as:
+            if trio.current_time() > turn_ends:
+                if await self._call(batches.somebody_waits):
+                    return False
+                turn_ends = trio.current_time() + _TURN_SECONDS
             fetch = partial(batches.waiting, self._till.database, self._batch, _FETCH_LINES)
             lines = await self._till.in_thread(fetch)
             if not lines:
-                return
+                return True
             self._later = 0
             async with trio.open_nursery() as nursery:
                 for line in lines:
@@ -212,6 +219,7 @@ class _Work:
             if self._later:
                 await trio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX) if self._later == len(lines) else _PAUSE_SECONDS
+        return True
 
     async def _answer(self, line: Line) -> None:
         try:

@@ -7,6 +7,8 @@ Invariants:
 1. A delivery is tried by one gateway at a time (a lease), until the other side says 2xx: at least once.
 2. Bounded: tries of a delivery, deliveries that wait for a webhook, how long deliveries are kept, webhooks of a user.
 3. A webhook's secret is shown once, and sealed here.
+4. A webhook is sent no more than its user may hear, nor than the key it was made or last changed with by them, and
+   nothing once that key has ended; what was made in a session is the user's.
 """
 
 import base64
@@ -17,6 +19,7 @@ import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -25,11 +28,13 @@ from gateway import audit, events
 from gateway.audit import Actor
 from gateway.books import new_id, now_ms
 from gateway.db.jobs import cursors, deliveries, webhooks
-from gateway.db.models import users
+from gateway.db.jobs import events as event_rows
+from gateway.db.models import api_keys, users
 from gateway.db.session import Database
 from gateway.errors import ApiError
 from gateway.events import Event, matches
 from gateway.identity.vault import Vault
+from gateway.roles import Permission, Reach, reach_of
 
 WEBHOOKS_OF_USER_MAX = 20
 TRIES_MAX = 12
@@ -45,14 +50,18 @@ _EVENTS_AT_ONCE = 200
 _PROBLEM_CHARACTERS_MAX = 255
 _CURSOR = "webhooks"
 PING = "webhook.ping"
+HEARS: Permission = "events:read"
+_KEY_GONE = "the API key that it was made or last changed with has ended, or lost events:read"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Webhook:
-    """A webhook without its secret. ``kinds``: patterns between spaces."""
+    """A webhook without its secret. ``kinds``: patterns between spaces. ``key_id``: what its user made, or last
+    changed, it with; None for a session."""
 
     id: str
     user_id: str
+    key_id: str | None
     url: str
     kinds: str
     enabled: bool
@@ -88,9 +97,6 @@ class Due:
     attempts: int
 
 
-_WEBHOOK = [webhooks.c[name] for name in Webhook.__dataclass_fields__]
-_SENT = webhooks.c.enabled.is_(True), users.c.disabled.is_(False)
-"""What is sent: of a user who is shut out it waits, and goes on when they are let in again."""
 _WITH_OWNER = deliveries.join(webhooks, webhooks.c.id == deliveries.c.webhook_id).join(
     users, users.c.id == webhooks.c.user_id
 )
@@ -102,13 +108,41 @@ def purpose(webhook_id: str) -> str:
     return f"webhook {webhook_id}"
 
 
+def _keyed(now: int) -> sa.ColumnElement[bool]:
+    """Of webhooks: that the key goes on, and hears of events; or there is none."""
+    scopes = sa.literal(" ") + api_keys.c.scopes + " "
+    hears = sa.or_(api_keys.c.scopes == "", scopes.contains(f" {HEARS} "))
+    lives = sa.or_(api_keys.c.expires_at_ms.is_(None), api_keys.c.expires_at_ms > now)
+    key = sa.exists().where(api_keys.c.id == webhooks.c.key_id, api_keys.c.revoked_at_ms.is_(None), lives, hears)
+    return sa.or_(webhooks.c.key_id.is_(None), key)
+
+
+def _sent(now: int) -> tuple[sa.ColumnElement[bool], ...]:
+    """What is sent: of a user who is shut out it waits, and goes on when they are let in again."""
+    return webhooks.c.enabled.is_(True), users.c.disabled.is_(False), _keyed(now)
+
+
+def _columns(now: int) -> list[sa.ColumnElement[Any]]:
+    """Those of :class:`Webhook`."""
+    columns: dict[str, sa.ColumnElement[Any]] = {name: webhooks.c[name] for name in Webhook.__dataclass_fields__}
+    columns["problem"] = sa.case((_keyed(now), webhooks.c.problem), else_=_KEY_GONE).label("problem")
+    return list(columns.values())
+
+
 def create(
-    database: Database, vault: Vault, actor: Actor, *, user_id: str, url: str, kinds: Collection[str]
+    database: Database,
+    vault: Vault,
+    actor: Actor,
+    *,
+    user_id: str,
+    url: str,
+    kinds: Collection[str],
+    key_id: str | None = None,
 ) -> tuple[Webhook, str]:
     """Make one; it and its secret. Raises RequestError ``conflict`` for too many."""
     name, secret = f"wh_{new_id()}", secrets.token_bytes(32)
     row = {"id": name, "user_id": user_id, "url": url, "kinds": " ".join(kinds), "enabled": True, "problem": ""}
-    row |= {"created_at_ms": now_ms(), "secret": vault.seal(secret, purpose(name))}
+    row |= {"created_at_ms": now_ms(), "secret": vault.seal(secret, purpose(name)), "key_id": key_id}
     with database.write() as connection:
         connection.execute(sa.select(users.c.id).where(users.c.id == user_id).with_for_update(key_share=True))
         count = sa.select(sa.func.count()).where(webhooks.c.user_id == user_id)
@@ -121,7 +155,7 @@ def create(
 
 def find(connection: sa.Connection, name: str, owner: str | None) -> Webhook:
     """A webhook within reach. Raises ApiError ``not_found``."""
-    row = connection.execute(sa.select(*_WEBHOOK).where(webhooks.c.id == name)).mappings().first()
+    row = connection.execute(sa.select(*_columns(now_ms())).where(webhooks.c.id == name)).mappings().first()
     if row is None or owner not in (None, row["user_id"]):
         raise ApiError("not_found", f"there is no webhook {name!r:.80}", public_code="not_found")
     return Webhook(**row)
@@ -135,7 +169,7 @@ def get(database: Database, name: str, owner: str | None) -> Webhook:
 
 def listed(database: Database, owner: str | None, *, limit: int, after: str) -> Sequence[Webhook]:
     """Those within reach, newest first."""
-    query = sa.select(*_WEBHOOK).order_by(webhooks.c.id.desc()).limit(limit)
+    query = sa.select(*_columns(now_ms())).order_by(webhooks.c.id.desc()).limit(limit)
     if owner is not None:
         query = query.where(webhooks.c.user_id == owner)
     if after:
@@ -144,14 +178,20 @@ def listed(database: Database, owner: str | None, *, limit: int, after: str) -> 
         return [Webhook(**row) for row in connection.execute(query).mappings()]
 
 
-def change(database: Database, actor: Actor, name: str, owner: str | None, values: dict[str, object]) -> Webhook:
-    """Other values. One that is enabled again starts anew. Raises ApiError ``not_found``."""
+def change(
+    database: Database, actor: Actor, name: str, owner: str | None, values: dict[str, object], *, key_id: str | None
+) -> Webhook:
+    """Other values. One that is enabled again starts anew; from now on it goes on with the key that changed it, if that
+    is its user's own: another's says nothing of what the user may hear.
+
+    Raises ApiError ``not_found``.
+    """
     if values.get("enabled"):
         values |= {"problem": "", "failing_since_ms": None}
     with database.write() as connection:
         webhook = find(connection, name, owner)
-        if values:
-            connection.execute(sa.update(webhooks).where(webhooks.c.id == name).values(**values))
+        key = {"key_id": key_id} if actor.user_id == webhook.user_id else {}
+        connection.execute(sa.update(webhooks).where(webhooks.c.id == name).values(**values, **key))
         audit.record(
             connection, actor, "webhook.changed", name, owner_id=webhook.user_id, detail={"changed": sorted(values)}
         )
@@ -168,11 +208,21 @@ def delete(database: Database, actor: Actor, name: str, owner: str | None) -> No
 
 
 def ping(database: Database, name: str, owner: str | None) -> Delivery:
-    """Deliver a test. Raises ApiError ``not_found``, ``conflict`` for one that is disabled."""
+    """Deliver a test. Raises ApiError ``not_found``, ``conflict`` for one that is sent nothing, or for which a test
+    waits: a second one would tell no more."""
     with database.write() as connection:
+        # Locked, so that of two at the same time one is first.
+        connection.execute(sa.select(webhooks.c.id).where(webhooks.c.id == name).with_for_update(key_share=True))
         webhook = find(connection, name, owner)
         if not webhook.enabled:
             raise ApiError("conflict", "this webhook is disabled", "enable it first")
+        if webhook.problem == _KEY_GONE:
+            raise ApiError(
+                "conflict", f"nothing is sent: {_KEY_GONE}", "its user can change it with another key, or signed in"
+            )
+        waits = deliveries.c.webhook_id == name, deliveries.c.kind == PING, deliveries.c.status == "pending"
+        if connection.execute(sa.select(deliveries.c.id).where(*waits).limit(1)).first() is not None:
+            raise ApiError("conflict", "a test of this webhook is on its way already", "see its deliveries")
         row = _row(webhook, PING, {"webhook_id": name}, now_ms(), dead=False)
         connection.execute(sa.insert(deliveries).values(**row))
         return _delivery(connection, str(row["id"]))
@@ -206,11 +256,20 @@ def spread(database: Database) -> int:
     with database.write() as connection:
         query = sa.select(cursors.c.place).where(cursors.c.name == _CURSOR)
         place = connection.execute(query.with_for_update()).scalar_one()
+        newest = connection.execute(sa.select(sa.func.max(event_rows.c.place))).scalar() or place
+        # read before what webhooks there are: nobody misses what comes between
+        if connection.execute(sa.select(webhooks.c.id).limit(1)).first() is None:
+            _move(connection, newest)
+            return 0
         found = events.after(connection, place, limit=_EVENTS_AT_ONCE)
         if found:
             _spread(connection, found)
-            connection.execute(sa.update(cursors).where(cursors.c.name == _CURSOR).values(place=found[-1].place))
+            _move(connection, found[-1].place)
         return len(found)
+
+
+def _move(connection: sa.Connection, place: int) -> None:
+    connection.execute(sa.update(cursors).where(cursors.c.name == _CURSOR).values(place=place))
 
 
 def _begin(database: Database) -> int:
@@ -224,8 +283,9 @@ def _begin(database: Database) -> int:
 
 
 def _spread(connection: sa.Connection, found: Sequence[Event]) -> None:
-    query = sa.select(*_WEBHOOK, users.c.role).join(users, users.c.id == webhooks.c.user_id)
-    live = connection.execute(query.where(*_SENT)).mappings().all()
+    now = now_ms()
+    query = sa.select(*_columns(now), users.c.role).join(users, users.c.id == webhooks.c.user_id)
+    live = connection.execute(query.where(*_sent(now))).mappings().all()
     if not live:
         return
     waits = sa.select(deliveries.c.webhook_id, sa.func.count()).where(deliveries.c.status == "pending")
@@ -233,7 +293,10 @@ def _spread(connection: sa.Connection, found: Sequence[Event]) -> None:
     rows = []
     for row in live:
         webhook = Webhook(**{name: row[name] for name in Webhook.__dataclass_fields__})
-        owner = None if row["role"] == "admin" else webhook.user_id
+        reach = reach_of(row["role"], HEARS)
+        if reach is Reach.NONE:
+            continue
+        owner = None if reach is Reach.ALL else webhook.user_id
         for event in found:
             if event.created_at_ms < webhook.created_at_ms or not event.for_whom(owner):
                 continue
@@ -279,7 +342,7 @@ def _due(now: int, busy: Sequence[str]) -> sa.Select[str]:
     waiting = (
         sa.select(deliveries.c.webhook_id, owner, earliest.label("due"), place.label("place"))
         .select_from(_WITH_OWNER)
-        .where(deliveries.c.status == "pending", deliveries.c.due_at_ms <= now, *_SENT)
+        .where(deliveries.c.status == "pending", deliveries.c.due_at_ms <= now, *_sent(now))
         .where(deliveries.c.webhook_id.not_in(busy))
         .group_by(deliveries.c.webhook_id, owner)
         .subquery()
@@ -295,7 +358,7 @@ def _claim_one(database: Database, holder: str, webhook_id: str) -> Due | None:
     query = (
         sa.select(*columns, deliveries.c.attempts)
         .select_from(_WITH_OWNER)
-        .where(due, deliveries.c.webhook_id == webhook_id, *_SENT)
+        .where(due, deliveries.c.webhook_id == webhook_id, *_sent(now))
         .order_by(deliveries.c.due_at_ms)
         .limit(1)
     )

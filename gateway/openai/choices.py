@@ -10,6 +10,7 @@ Invariants:
 """
 
 import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -46,10 +47,17 @@ class Answer:
         )
 
 
-async def run_jobs(till: Till, jobs: Sequence[Job], each: int, take: Callable[[int, Delta], Awaitable[None]]) -> None:
-    """:func:`generate`, and settle the jobs, of which every ``each`` have the same prompt."""
+async def run_jobs(
+    till: Till, jobs: Sequence[Job], each: int, take: Callable[[int, Delta], Awaitable[None]], end: Callable[[], bytes]
+) -> bytes:
+    """:func:`generate`, and settle the jobs, of which every ``each`` have the same prompt. Returns what ``end`` makes
+    of the finished jobs while the till writes."""
     await generate(jobs, take)
-    await till.settle(*conclude(jobs, each))
+    settled = till.hand_over(*conclude(jobs, each))
+    made = end()
+    time.sleep(0)  # noqa: ASYNC251 - the till's thread is awake by now, and need not wait until this one sleeps
+    await settled()
+    return made
 
 
 def conclude(jobs: Sequence[Job], each: int) -> list[Settlement]:

@@ -28,7 +28,7 @@ from gateway.money import Prices, Reservation, Settlement
 from gateway.ports import Engine
 from gateway.standing import Hold
 from gateway.till import Ticket, Till
-from gateway.turns import Turn, Turns
+from gateway.turns import Reader, Turn, Turns
 from p2p import trace
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class Order:
     """Of the HTTP request that it came with; None: it came with none."""
     whole: bool = False
     """Nothing is told of it before its end."""
+    reader: Reader | None = None
+    """Of what is told before its end."""
     batch: bool = False
     """Nobody waits for it: those who do go first."""
     drawn: bool = False
@@ -237,7 +239,7 @@ async def open_jobs(service: Service, order: Order) -> AsyncIterator[list[Job]]:
         where = "prompt" if order.others else "n"
         raise invalid(where, f"{order.answers} answers are more than the {at_once} that may run at the same time")
     user = order.principal.user_id
-    with service.turns.place(user, order.answers, batch=order.batch) as turn:
+    with service.turns.place(user, order.answers, batch=order.batch, reader=order.reader) as turn:
         if order.answers == 1:
             async with open_job(service, order, turn) as job:
                 yield [job]

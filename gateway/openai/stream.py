@@ -2,6 +2,8 @@
 
 Owns the order of a stream (opening, pieces, closing, ``[DONE]``), its keep-alive comments and its failures: before
 the first byte a failure is an ordinary error answer, after it a ``data: {"error": ...}`` event that ends the stream.
+Each piece is written before the next one is made, so who reads slowly holds the engine up: ``gateway/turns.py`` ends
+that where others wait.
 """
 
 import logging
@@ -17,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from config.errors import RiosError
 from config.generation import Delta, Finished
 from gateway.errors import error_body, internal_error
+from gateway.inbox import READER
 from gateway.openai.choices import Answer, joined, run_jobs
 from gateway.openai.job import Job, Order, Service, open_jobs
 from gateway.openai.remembered import HEADER, Memory
@@ -65,8 +68,11 @@ async def _whole_answer(service: Service, order: Order, shape: Shape, memory: Me
         pieces[choice].append(delta)
 
     async with open_jobs(service, order) as jobs:
-        await run_jobs(service.till, jobs, order.choices, keep)
-        body = whole_body(shape, pieces, jobs, order.choices)
+
+        def end() -> bytes:
+            return whole_body(shape, pieces, jobs, order.choices)
+
+        body = await run_jobs(service.till, jobs, order.choices, keep, end)
     headers = {}
     if memory is not None:
         memory.keep(body, "application/json", [job.finished for job in jobs])
@@ -91,6 +97,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Raises RiosError if the generation fails before anything was sent."""
+        self._order = replace(self._order, reader=scope["extensions"][READER])
         writer = Writer(send)
         if self._memory is not None:
             writer.headers = (*writer.headers, (HEADER.encode(), b"miss"))
@@ -129,8 +136,7 @@ class EventStream(Response):
                     await writer.write(piece)
                     jobs[choice].mark_delivered()
 
-            await run_jobs(self._service.till, jobs, each, show)
-            tail = events.tail()
+            tail = await run_jobs(self._service.till, jobs, each, show, events.tail)
         if memory is not None:
             memory.keep(b"".join([*said, tail]), EVENTS, [job.finished for job in jobs])
         return tail

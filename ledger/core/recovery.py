@@ -46,8 +46,7 @@ class Recovery:
             self._shown[witness] = item
         elif signed is None:
             self._silent.add(witness)
-        answered = len(self._silent | self._shown.keys())
-        if self.began is None and answered >= quorums.quorum_of(self._state.committees.current.f):
+        if self.began is None and self.quorum_answered():
             self.began = self._epoch
 
     def _refresh(self) -> None:
@@ -72,6 +71,11 @@ class Recovery:
     def answers(self) -> int:
         """How many witnesses said that they have nothing."""
         return len(self._silent)
+
+    def quorum_answered(self) -> bool:
+        """Whether nothing is final in this slot but what was shown: an honest witness of every quorum answered."""
+        self._refresh()
+        return len(self._silent | self._shown.keys()) >= quorums.quorum_of(self._state.committees.current.f)
 
     def to_complete(self) -> Signed | None:
         """Rule 9: the entry that must be completed: of several, the one that most witnesses voted for."""

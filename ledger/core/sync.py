@@ -6,7 +6,7 @@ bucket, however many accounts there are. Whoever grinds keys may make two sets o
 is noticed at the next change of the bucket, at the latest by a checkpoint's root.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Annotated
 
@@ -38,24 +38,26 @@ class Digests:
         self._state = state
         self._lines: list[dict[bytes, int]] = [{} for _ in range(BUCKETS)]
         self._sums = [0] * BUCKETS
+        self._digests = [b""] * BUCKETS
+        self._joined = b""
         self.rebuild()
 
     def rebuild(self) -> None:
         """Look at everything anew: the state was replaced (a checkpoint)."""
         self._lines = [{} for _ in range(BUCKETS)]
         self._sums = [0] * BUCKETS
+        self._digests = [_digest(0)] * BUCKETS
         self._state.touched.clear()
-        self._refresh((*self._state.accounts, *self._state.channels))
+        self._refresh({*self._state.accounts, *self._state.channels})
 
     def buckets(self) -> bytes:
         """All digests, one after the other."""
-        touched, self._state.touched = self._state.touched, set()
-        self._refresh(touched)
-        return b"".join(
-            blake2b(total.to_bytes(_SUM_BITS // 8, "big"), digest_size=DIGEST_BYTES).digest() for total in self._sums
-        )
+        if self._state.touched:
+            touched, self._state.touched = self._state.touched, set()
+            self._refresh(touched)
+        return self._joined
 
-    def _refresh(self, keys: Iterable[bytes]) -> None:
+    def _refresh(self, keys: Collection[bytes]) -> None:
         for key in keys:
             bucket = self._lines[key[0]]
             line = self._line(key)
@@ -64,6 +66,9 @@ class Digests:
                 bucket[key] = line
             else:
                 bucket.pop(key, None)
+        for number in {key[0] for key in keys}:
+            self._digests[number] = _digest(self._sums[number])
+        self._joined = b"".join(self._digests)
 
     def _line(self, key: bytes) -> int:
         """The hash of what is known about a key; 0 for nothing."""
@@ -100,6 +105,10 @@ class Digests:
         channels, listed = self._state.channels, {key for key, _ in theirs.channels}
         keys = (key for bucket in buckets for key in self._lines[bucket] if key in channels and key not in listed)
         return [key for key in keys if channels[key].closed_at is None]
+
+
+def _digest(total: int) -> bytes:
+    return blake2b(total.to_bytes(_SUM_BITS // 8, "big"), digest_size=DIGEST_BYTES).digest()
 
 
 def differing(mine: bytes, theirs: bytes) -> list[int]:

@@ -101,7 +101,8 @@ async def main() -> None:
 
         key = await trio.to_thread.run_sync(account)
         gc.collect()
-        gc.freeze()  # as the daemon does
+        gc.freeze()
+        sys.setswitchinterval(0.0005)  # the daemon does as much
         print(json.dumps({"port": gateway.port, "key": key}), flush=True)
         await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import pyotp
 import pytest
 import trio
 from fake_swarm import FakeLedger, FakeSwarm
@@ -27,12 +28,14 @@ T = TypeVar("T")
 
 
 class Browser:
-    """A browser with one window. ``problems``: what pages wrote to the console, asked of others, or broke."""
+    """A browser with one window. ``problems``: what pages wrote to the console, asked of others (but of
+    ``elsewhere``), or broke."""
 
     def __init__(self, url: str, context: Any) -> None:
         self.url = url
         self.context = context
         self.problems: list[str] = []
+        self.elsewhere = url
         context.on("page", self._watch)
         context.add_init_script(_POLICY)
         self.page = context.new_page()
@@ -50,7 +53,7 @@ class Browser:
             self.problems.append(f"{kind}: {text}")
 
     def _asked(self, url: str) -> None:
-        if not url.startswith((self.url, "data:", "blob:")):
+        if not url.startswith((self.url, self.elsewhere, "data:", "blob:")):
             self.problems.append(f"asked {url}")
 
     def open(self, path: str = "") -> None:
@@ -65,6 +68,21 @@ class Browser:
             self.page.get_by_label("Code of your authenticator").fill(code)
             self.page.get_by_role("button", name="Sign in").click()
         self.page.wait_for_url(f"{self.url}/dashboard")
+
+    def set_up_second_factor(self) -> list[str]:
+        """On the account's page; the recovery codes."""
+        page = self.page
+        page.get_by_role("button", name="Set it up").click()
+        page.locator("#enrol").get_by_label("Your password").fill(PASSWORD)
+        page.get_by_role("button", name="Go on").click()
+        secret = page.locator("#e-secret:not(:empty)").text_content()
+        assert page.locator("#e-uri").get_attribute("href").startswith("otpauth://totp/")
+        page.locator("#enrol").get_by_label("Code", exact=True).fill(pyotp.TOTP(secret).now())
+        page.get_by_role("button", name="Go on").click()
+        codes: list[str] = page.locator("#e-codes:not(:empty)").text_content().split()
+        page.get_by_role("button", name="I have kept them").click()
+        page.get_by_text("Signing in needs a code").wait_for()
+        return codes
 
 
 class Chromium:

@@ -45,6 +45,21 @@ def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passwords, "_NOBODYS_HASH", cheap.hash("nobody's"))
 
 
+@pytest.fixture(scope="session")
+def running() -> Iterator[object]:
+    from oidc_rig import running_provider
+
+    with running_provider() as found:
+        yield found
+
+
+@pytest.fixture
+def provider(running: object) -> object:
+    """Another provider to sign in with (``oidc_rig.Provider``), honest until it is told to lie."""
+    running.lie()  # type: ignore[attr-defined]
+    return running
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> str:
     """The ``gateway.database`` setting: SQLite in the data folder, then a fresh PostgreSQL database."""

@@ -1,5 +1,6 @@
 """A fake swarm and a fake ledger that implement the gateway's ports, in states that a real one takes hours to reach."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,6 +79,7 @@ class FakeSwarm:
     dead: set[int] = field(default_factory=set)
     wanted: dict[str, int] = field(default_factory=lambda: {MODEL: 2})
     name: str = "Qwen3-30B-A3B"
+    changed_ms: dict[str, int] = field(default_factory=dict)
 
     def workers(self) -> Sequence[Worker]:
         held = [0] * self.count
@@ -148,6 +150,7 @@ class FakeSwarm:
             state="ready" if not short else "degraded" if least else "failed",
             reason="" if not short else f"{short} of {len(shards)} shards have fewer replicas than wanted",
             deployed_here=True,
+            changed_ms=self.changed_ms.get(model, 0),
             deployers=[ME],
             replicas_min=least,
             shards_ready=len(shards) - short,
@@ -157,12 +160,16 @@ class FakeSwarm:
     async def deploy(self, model: str, replicas: int | None, mode: DeploymentMode) -> Deployment:
         if model not in ("tiny", "a" * 64):
             raise RequestError("not_found", f"no model {model!r} is here")
-        self.wanted["a" * 64] = replicas or 2
+        self._want("a" * 64, replicas or 2)
         return self._deployment("a" * 64, self.wanted["a" * 64])
 
     async def scale(self, model_id: str, replicas: int) -> Deployment:
-        self.wanted[model_id] = replicas
+        self._want(model_id, replicas)
         return self._deployment(model_id, replicas)
+
+    def _want(self, model_id: str, replicas: int) -> None:
+        self.wanted[model_id] = replicas
+        self.changed_ms[model_id] = max(time.time_ns() // 1_000_000, self.changed_ms.get(model_id, 0) + 1)
 
     async def undeploy(self, model_id: str) -> None:
         del self.wanted[model_id]

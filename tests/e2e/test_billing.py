@@ -21,12 +21,14 @@ from config.errors import ConfigError, LocalError
 from config.settings import GatewaySettings
 from gateway import audit, books
 from gateway.accounts import open_accounts
+from gateway.audit import Actor
 from gateway.billing import budgets, invoices, payment
 from gateway.billing.budget import Budget, month_begins_ms, month_of, next_month
 from gateway.billing.reconcile import reconcile
 from gateway.books import Batch
 from gateway.db.models import accounts, usages
 from gateway.db.session import Database, open_database
+from gateway.errors import ApiError
 from gateway.money import Prices, Reservation, Settlement
 
 SECRET = "a secret of the payment service"
@@ -105,6 +107,30 @@ async def test_a_keys_budget_stops_that_key_and_an_admins_word_stands(tmp_path: 
         for wrong in ({"user_id": root_id, "microcredits": 1}, {"key_id": "0" * 16, "microcredits": 1}):
             assert (await ada.put("/v1/billing/budgets", json=wrong)).status_code == 404
         await ties(rig)
+
+
+def test_a_user_does_not_remove_the_budget_that_an_admin_sets_meanwhile(
+    tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PostgreSQL; SQLite has one writer at a time."""
+    from postgresql import new_database
+
+    with open_accounts(GatewaySettings(database=new_database(postgresql)), tmp_path) as opened:
+        database, lock = opened.database, books.lock_account
+        user, root = opened.create_user("ada").id, opened.create_user("root", role="admin").id
+        own = budgets.set_budget(database, Actor(user, "test"), budgets.Wish(user_id=user, microcredits=100), user)
+
+        def lock_late(connection: sa.Connection, account_id: str) -> None:
+            monkeypatch.setattr(books, "lock_account", lock)
+            budgets.set_budget(database, Actor(root, "test"), budgets.Wish(user_id=user, microcredits=5), None)
+            lock(connection, account_id)
+
+        monkeypatch.setattr(books, "lock_account", lock_late)
+        with pytest.raises(ApiError, match="an admin set the budget"):
+            budgets.remove_budget(database, Actor(user, "test"), own["id"], user)
+        with database.read() as connection:
+            (left,) = budgets.list_budgets(connection, owner=user, limit=2, after="")
+        assert (left["microcredits"], left["by_admin"]) == (5, True)
 
 
 async def test_a_key_has_limits_of_its_own(tmp_path: Path, database: str) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pyotp
 import pytest
 import trio
 from browser_rig import NEEDED, PHONE, Browser, dashboard, look, people
@@ -41,18 +40,8 @@ async def test_sign_in_with_a_second_factor_and_out_again(tmp_path: Path) -> Non
             page.get_by_role("button", name="Sign in").click()
             page.wait_for_url(f"{seen.url}/dashboard/keys")
             seen.open("/account")
-            page.get_by_role("button", name="Set it up").click()
-            page.locator("#enrol").get_by_label("Your password").fill(PASSWORD)
-            page.get_by_role("button", name="Go on").click()
-            page.locator("#e-secret:not(:empty)").wait_for()
-            secret = page.locator("#e-secret").text_content()
-            assert page.locator("#e-uri").get_attribute("href").startswith("otpauth://totp/")
-            page.locator("#enrol").get_by_label("Code", exact=True).fill(pyotp.TOTP(secret).now())
-            page.get_by_role("button", name="Go on").click()
-            recovery = page.locator("#e-codes:not(:empty)").text_content().split()
+            recovery = seen.set_up_second_factor()
             assert len(recovery) >= 8
-            page.get_by_role("button", name="I have kept them").click()
-            page.get_by_text("Signing in needs a code").wait_for()
             page.get_by_role("button", name="Sign out").click()
             page.wait_for_url("**/dashboard/sign-in")
             seen.open()

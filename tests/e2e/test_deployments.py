@@ -1,17 +1,22 @@
 """Deployments have owners, and usage adds up, on both databases."""
 
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
+import pytest
+import sqlalchemy as sa
 import trio
 from fake_swarm import MODEL, FakeSwarm
 from gateway_rig import Rig, serving
 from test_rights import client, key_of, user_id
 
+from config.errors import LocalError
 from config.swarm import Deployment, DeploymentMode
-from gateway import books
+from gateway import audit, books
 from gateway.billing import usage
 
 TINY = "a" * 64
@@ -54,6 +59,45 @@ async def test_who_may_change_a_deployment(tmp_path: Path, database: str) -> Non
         assert (await ada.delete("/v1/deployments/tiny")).status_code == 403
 
 
+async def test_what_the_operator_deployed_is_nobodys_whoever_had_it_before(tmp_path: Path, database: str) -> None:
+    swarm = FakeSwarm()
+    async with serving(tmp_path, database=database, swarm=swarm) as rig, rig.http() as ada:
+        assert (await ada.post("/v1/deployments", json={"model": "tiny"})).status_code == 201
+        assert (await ada.patch("/v1/deployments/tiny", json={"replicas": 3})).json()["mine"] is True
+        assert (await ada.get("/v1/deployments/tiny")).json()["mine"] is True
+        await swarm.undeploy(TINY)
+        await swarm.deploy("tiny", 2, "experts")
+        found = (await ada.get("/v1/deployments/tiny")).json()
+        assert (found["owner"], found["mine"]) == (None, False)
+        assert (await ada.delete("/v1/deployments/tiny")).status_code == 403
+        assert (await ada.patch("/v1/deployments/tiny", json={"replicas": 1})).status_code == 403
+        assert swarm.wanted[TINY] == 2
+
+
+async def test_of_two_who_deploy_a_model_at_once_one_has_it(tmp_path: Path, database: str) -> None:
+    class Slow(FakeSwarm):
+        async def deploy(self, model: str, replicas: int | None, mode: DeploymentMode) -> Deployment:
+            await trio.sleep(0.2)
+            return await super().deploy(model, replicas, mode)
+
+    async with (
+        serving(tmp_path, database=database, swarm=Slow()) as rig,
+        rig.http() as ada,
+        client(rig, await key_of(rig, "bob")) as bob,
+    ):
+        answers: dict[str, httpx.Response] = {}
+
+        async def deploy(name: str, http: httpx.AsyncClient, model: str) -> None:
+            answers[name] = await http.post("/v1/deployments", json={"model": model})
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(deploy, "ada", ada, "tiny")
+            nursery.start_soon(deploy, "bob", bob, TINY)
+        assert sorted(answer.status_code for answer in answers.values()) == [201, 409]
+        (winner,) = (name for name, answer in answers.items() if answer.status_code == 201)
+        assert (await ada.get("/v1/deployments/tiny")).json()["owner"] == await user_id(rig, winner)
+
+
 class SlowSwarm(FakeSwarm):
     """Answers a moment after it did what it was told."""
 
@@ -93,6 +137,109 @@ async def test_a_client_that_leaves_is_noted_all_the_same(tmp_path: Path, databa
             assert owners == ([] if method == "DELETE" else [await user_id(rig, "ada")]), method
         rows = (await ada.get("/v1/audit")).json()["data"]
         assert [row["action"] for row in rows] == ["deployment.deleted", "deployment.scaled", "deployment.created"]
+
+
+CHANGES: list[tuple[str, str, dict[str, object] | None]] = [
+    ("POST", "/v1/deployments", {"model": "tiny", "replicas": 3}),
+    ("PATCH", "/v1/deployments/tiny", {"replicas": 4}),
+    ("DELETE", "/v1/deployments/tiny", None),
+]
+
+
+async def told(ada: httpx.AsyncClient) -> list[str]:
+    return [row["action"] for row in (await ada.get("/v1/audit")).json()["data"]]
+
+
+async def test_a_deployment_that_spreads_slowly_is_its_users_all_the_same(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spreading(SlowSwarm):
+        """Does what it is told, and does not come to an end with telling others."""
+
+        async def _later(self, done: T) -> T:
+            await trio.sleep_forever()
+            return done
+
+    monkeypatch.setattr("gateway.deployments._CHANGE_SECONDS", 0.5)
+    swarm = Spreading()
+    async with serving(tmp_path, database=database, swarm=swarm) as rig, rig.http() as ada:
+        for method, path, body in CHANGES:
+            answer = await ada.request(method, path, json=body)
+            assert answer.is_success, (method, answer.text)
+            mine = [each["mine"] for each in (await ada.get("/v1/deployments")).json()["data"] if each["id"] == TINY]
+            assert mine == ([] if method == "DELETE" else [True]), method
+        assert await told(ada) == ["deployment.deleted", "deployment.scaled", "deployment.created"]
+
+
+async def test_what_the_swarm_did_not_do_in_time_is_not_noted(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck(FakeSwarm):
+        async def scale(self, model_id: str, replicas: int) -> Deployment:
+            await trio.sleep_forever()
+            raise AssertionError
+
+    monkeypatch.setattr("gateway.deployments._CHANGE_SECONDS", 0.5)
+    async with serving(tmp_path, database=database, swarm=Stuck()) as rig, rig.http() as ada:
+        assert (await ada.post("/v1/deployments", json={"model": "tiny"})).status_code == 201
+        assert (await ada.patch("/v1/deployments/tiny", json={"replicas": 4})).status_code == 503
+        found = (await ada.get("/v1/deployments/tiny")).json()
+        assert (found["replicas"], found["mine"]) == (2, True)
+        assert await told(ada) == ["deployment.created"]
+
+
+def fail() -> None:
+    raise LocalError("unavailable", "the database is away")
+
+
+@pytest.mark.parametrize("trouble", [fail, partial(time.sleep, 0.8)], ids=["away", "slow"])
+async def test_a_deployment_that_could_not_be_noted_is_noted_later(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, trouble: Callable[[], None]
+) -> None:
+    record, troubles = audit.record, 0
+
+    def recording(*arguments: object, **more: object) -> None:
+        nonlocal troubles
+        if troubles:
+            troubles -= 1
+            trouble()
+        record(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("gateway.deployments.record", recording)
+    monkeypatch.setattr("gateway.deployments._CHANGE_SECONDS", 0.5)
+    swarm = FakeSwarm()
+    async with (
+        serving(tmp_path, database=database, swarm=swarm) as rig,
+        rig.http() as ada,
+        client(rig, await key_of(rig, "bob")) as bob,
+    ):
+        for number, (method, path, body) in enumerate(CHANGES):
+            troubles = 2 if trouble is fail else 1
+            assert (await ada.request(method, path, json=body)).status_code == 503
+            if number != 1:  # then a change comes before a look
+                everybodys = (await ada.get("/v1/deployments")).json()["data"]
+                mine = [each["mine"] for each in everybodys if each["id"] == TINY]
+                assert mine == ([] if method == "DELETE" else [True]), method
+            troubles = 0
+            if method != "DELETE":
+                assert (await bob.delete("/v1/deployments/tiny")).status_code == 403
+        assert TINY not in swarm.wanted
+        assert (await ada.get("/v1/deployments")).status_code == 200
+        assert await told(ada) == ["deployment.deleted", "deployment.scaled", "deployment.created"]
+
+
+async def test_a_note_that_the_database_never_takes_stops_nobody(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_arguments: object, **_more: object) -> None:
+        raise sa.exc.IntegrityError("INSERT", None, Exception("there is no such user"))
+
+    async with serving(tmp_path, database=database, swarm=FakeSwarm()) as rig, rig.http() as ada:
+        with monkeypatch.context() as patched:
+            patched.setattr("gateway.deployments.record", never)
+            assert (await ada.post("/v1/deployments", json={"model": "tiny"})).status_code == 500
+        assert (await ada.get("/v1/deployments/tiny")).json()["owner"] is None
+        assert (await ada.patch("/v1/deployments/tiny", json={"replicas": 4})).status_code == 403
 
 
 async def test_lists_of_workers_come_in_pages(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,16 @@ from wsproto.events import TextMessage as Text
 
 from gateway import events, managing
 from gateway.audit import OPERATOR
+from gateway.billing import budgets
 from gateway.db.jobs import deliveries
 from gateway.db.jobs import events as rows
 from gateway.db.jobs import webhooks as hooks
+from gateway.db.models import api_keys
+from gateway.errors import ApiError
 from gateway.identity import tokens
+from gateway.identity.vault import Vault
 from gateway.jobs import webhooks
+from gateway.till import Till
 
 LOOPBACK = {"webhook_http": True, "webhook_allow_networks": ("127.0.0.0/8",)}
 
@@ -149,6 +154,54 @@ async def test_who_does_not_keep_up_loses_the_oldest_and_is_told(tmp_path: Path)
         subscription.put(events.Event(place, "key.created", None, "{}", 1))
     missed, found = await subscription.take()
     assert (missed, len(found), found[0].place) == (5, events.QUEUE_MAX, 5)
+
+
+async def test_what_the_database_did_not_take_is_told_once_it_does(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert, failures = events._insert, iter(range(4))
+
+    def fail(connection: sa.Connection, found: list[dict]) -> None:
+        if next(failures, None) is not None:
+            raise sa.exc.OperationalError("INSERT", None, Exception("the connection was lost"))
+        insert(connection, found)
+
+    async with serving(tmp_path, database=database) as rig, rig.http() as ada:
+        wish = budgets.Wish(user_id=rig.accounts.find_user("ada").id, microcredits=50)
+        budgets.set_budget(rig.accounts.database, OPERATOR, wish, None)
+        monkeypatch.setattr(events, "_insert", fail)
+        for _ in range(2):
+            await ada.post("/v1/completions", json={"model": "tiny", "prompt": "hi there", "max_tokens": 9})
+        told: list[str] = []
+        with trio.move_on_after(10):
+            while len(told) < 3:
+                found = await trio.to_thread.run_sync(events.since, rig.accounts.database, 0, None)
+                told = [event.kind for event in found if event.kind != "budget.set"]
+                await trio.sleep(0.05)
+    assert sorted(told) == ["budget.alert", "request.finished", "request.finished"]
+
+
+async def test_of_too_much_that_waits_the_oldest_is_lost_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "_BUFFER_MAX", 3)
+    insert = events._insert
+    async with serving(tmp_path) as rig:
+        bus = events.Bus(Till(rig.accounts.database, "here"))
+
+        def fail(connection: sa.Connection, found: list[dict]) -> None:
+            trio.from_thread.run_sync(bus.publish, "new", None, {})
+            raise sa.exc.OperationalError("INSERT", None, Exception("the connection was lost"))
+
+        monkeypatch.setattr(events, "_insert", fail)
+        for kind in "abcd":
+            bus.publish(kind, None, {})
+        await bus.flush()
+        monkeypatch.setattr(events, "_insert", insert)
+        await bus.flush()
+        found = await trio.to_thread.run_sync(events.since, rig.accounts.database, 0, None)
+    assert [event.kind for event in found] == ["c", "d", "new", events.MISSED]
+    assert json.loads(found[-1].data) == {"count": 2}
 
 
 async def test_listening_ends_with_the_key(tmp_path: Path, database: str) -> None:
@@ -446,20 +499,21 @@ async def test_a_failure_is_tried_again_then_given_up_and_the_webhook_disabled(
 
 
 async def test_who_is_shut_out_is_sent_nothing_until_they_are_let_in_again(
-    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, database: str, cheap_hashes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhooks, "BACKOFF_MS_MIN", 1000)
     async with (
         serving(tmp_path, database=database, **LOOPBACK) as rig,
-        rig.http() as ada,
+        client(rig) as grace,
         client(rig, await key_of(rig, "root", "admin")) as root,
         receiver(answers=[500]) as there,
         receiver() as roots,
     ):
-        mine, theirs = await make(ada, there.url), await make(root, roots.url)
-        await ada.post(f"/v1/webhooks/{mine['id']}/ping")
+        user = await trio.to_thread.run_sync(add_user, rig, "grace")
+        grace.headers.update(bearer(await sign_in(grace, "grace")))
+        mine, theirs = await make(grace, there.url), await make(root, roots.url)
+        await grace.post(f"/v1/webhooks/{mine['id']}/ping")
         await eventually(lambda: len(there.heard) == 1)
-        user = (await ada.get("/v1/users")).json()["data"][0]["id"]
         assert (await root.delete(f"/v1/users/{user}")).status_code == 200
         await settled(rig, theirs["id"], "delivered", 1)
         await trio.sleep(2)  # it was due after a second, and its own end would be told
@@ -472,6 +526,117 @@ async def test_who_is_shut_out_is_sent_nothing_until_they_are_let_in_again(
         told = [json.loads(body) for _, body in there.heard[1:]]
         assert sorted(each["type"] for each in told) == ["user.changed", "webhook.ping"]
         assert [each["data"]["detail"] for each in told if each["type"] == "user.changed"] == [{"disabled": False}]
+
+
+async def test_a_webhook_hears_no_more_than_its_key(tmp_path: Path, database: str) -> None:
+    """Else a key that may not listen hears everything of its user by a webhook, and goes on after its end."""
+    async with serving(tmp_path, database=database, **LOOPBACK) as rig, rig.http() as ada, receiver() as there:
+        deaf = client(rig, await key_of(rig, "ada", scopes=["webhooks:write", "webhooks:read"]))
+        async with deaf:
+            refused = await deaf.post("/v1/webhooks", json={"url": there.url})
+            assert (refused.status_code, "events:read" in refused.text) == (403, True)
+            own = await make(ada, there.url, "batch.*")
+            for change in ({"url": there.url + "x"}, {"types": []}, {"enabled": True}):
+                refused = await deaf.patch(f"/v1/webhooks/{own['id']}", json=change)
+                assert (refused.status_code, "events:read" in refused.text) == (403, True)
+            assert (await deaf.delete(f"/v1/webhooks/{own['id']}")).status_code == 200, "that tells nothing"
+
+
+@pytest.mark.parametrize("by", ["revoking", "its time", "its scopes"])
+async def test_a_webhook_ends_with_the_key_it_was_made_with(
+    tmp_path: Path, database: str, cheap_hashes: None, by: str
+) -> None:
+    async with (
+        serving(tmp_path, database=database, **LOOPBACK) as rig,
+        client(rig) as grace,
+        receiver(answers=[500]) as there,
+        receiver() as others,
+    ):
+        await trio.to_thread.run_sync(add_user, rig, "grace")
+        grace.headers.update(bearer(await sign_in(grace, "grace")))
+        scopes = ["webhooks:write", "events:read"]
+        key = (await grace.post("/v1/api-keys", json={"scopes": scopes})).json()
+        mine = await make(grace, others.url, "key.*")
+        assert mine["key_id"] is None
+        async with client(rig, key["secret"]) as program:
+            made = await make(program, there.url, "key.*")
+            assert made["key_id"] == key["id"]
+            assert (await program.post(f"/v1/webhooks/{made['id']}/ping")).status_code == 202
+        await eventually(lambda: len(there.heard) == 1)
+        await settled(rig, made["id"], "pending", 1)  # it is tried again after some seconds
+
+        def end() -> None:
+            values = {
+                "revoking": {"revoked_at_ms": 1},
+                "its time": {"expires_at_ms": 1},
+                "its scopes": {"scopes": "webhooks:write events:reading"},
+            }
+            with rig.accounts.database.write() as connection:
+                connection.execute(sa.update(api_keys).where(api_keys.c.id == key["id"]).values(**values[by]))
+                connection.execute(sa.update(deliveries).values(due_at_ms=1))
+
+        await trio.to_thread.run_sync(end)
+        await grace.post("/v1/api-keys", json={"name": "after"})
+        await settled(rig, mine["id"], "delivered", 1)
+        assert (
+            await trio.to_thread.run_sync(partial(webhooks.claim, rig.accounts.database, "x", limit=9, busy=())) == []
+        )
+        await settled(rig, made["id"], "pending", 1)
+        assert len(there.heard) == 1
+        path = f"/v1/webhooks/{made['id']}"
+        for shown in ((await grace.get(path)).json(), (await grace.get("/v1/webhooks")).json()["data"][0]):
+            assert "API key" in shown["problem"]
+        assert (await grace.post(f"{path}/ping")).status_code == 409
+        taken = (await grace.patch(path, json={"types": ["key.*"]})).json()
+        assert (taken["key_id"], "API key" in taken["problem"]) == (None, False)
+        await grace.post("/v1/api-keys", json={"name": "later"})
+        await settled(rig, made["id"], "delivered", 2)
+        names = [json.loads(body)["data"].get("detail", {}).get("name") for _, body in there.heard[1:]]
+        assert sorted(map(str, names)) == ["None", "later"]
+
+
+async def test_who_changes_anothers_webhook_does_not_bind_it_to_their_key(tmp_path: Path, database: str) -> None:
+    async with (
+        serving(tmp_path, database=database, **LOOPBACK) as rig,
+        client(rig, await key_of(rig, "bob")) as bob,
+        client(rig, await key_of(rig, "root", "admin")) as root,
+    ):
+        keyed = await make(bob, "http://127.0.0.1:9/")
+        free = partial(webhooks.create, rig.accounts.database, Vault(bytes(32)), OPERATOR)
+        made, _ = await trio.to_thread.run_sync(partial(free, user_id=keyed["user_id"], url="http://x/", kinds=()))
+        for name, key_id in ((keyed["id"], keyed["key_id"]), (made.id, None)):
+            changed = await root.patch(f"/v1/webhooks/{name}", json={"enabled": True})
+            assert (changed.status_code, changed.json()["key_id"]) == (200, key_id)
+        signed_in = partial(webhooks.change, rig.accounts.database, OPERATOR, keyed["id"], None, key_id=None)
+        assert (await trio.to_thread.run_sync(signed_in, {"enabled": True})).key_id == keyed["key_id"]
+        own = await bob.patch(f"/v1/webhooks/{made.id}", json={"enabled": True})
+        assert own.json()["key_id"] == keyed["key_id"], "a user's own key takes it over"
+
+
+async def test_one_ping_waits_at_a_time(tmp_path: Path, database: str) -> None:
+    async with serving(tmp_path, database=database, **LOOPBACK) as rig, rig.http() as ada, receiver() as there:
+        made = await make(ada, "http://127.0.0.1:9/")
+        path, found = f"/v1/webhooks/{made['id']}", []
+
+        async def ping() -> None:
+            answer = await ada.post(f"{path}/ping")
+            found.append((answer.status_code, answer.json().get("error", {}).get("code")))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                nursery.start_soon(ping)
+        assert sorted(found, key=str) == [(202, None), *[(409, "conflict")] * 5]
+        assert len((await ada.get(f"{path}/deliveries")).json()["data"]) == 1
+        await ada.patch(path, json={"url": there.url})
+
+        def now() -> None:
+            with rig.accounts.database.write() as connection:
+                connection.execute(sa.update(deliveries).values(due_at_ms=1))
+
+        await trio.to_thread.run_sync(now)
+        await settled(rig, made["id"], "delivered", 1)
+        await ping()
+        assert found[-1] == (202, None)
 
 
 async def test_deliveries_of_who_is_shut_out_leave_the_others_their_places(tmp_path: Path, database: str) -> None:
@@ -490,7 +655,8 @@ async def test_deliveries_of_who_is_shut_out_leave_the_others_their_places(tmp_p
         claim = partial(webhooks.claim, opened, "another", limit=1, busy=())
         with trio.fail_after(5):
             while not (found := await trio.to_thread.run_sync(claim)):
-                await trio.to_thread.run_sync(webhooks.ping, opened, own["id"], None)
+                with suppress(ApiError):  # the one before is on its way
+                    await trio.to_thread.run_sync(webhooks.ping, opened, own["id"], None)
         assert {due.webhook_id for due in found} == {own["id"]}
 
 
@@ -498,9 +664,10 @@ async def test_one_that_hangs_holds_up_nobody_else(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("gateway.jobs.posting.SECONDS_MAX", 1.0)
     async with serving(tmp_path, **LOOPBACK) as rig, rig.http() as ada:  # noqa: SIM117 - the receivers end first
         async with receiver(answers=[None] * 50) as hangs, receiver() as good:
-            bad, fine = await make(ada, hangs.url), await make(ada, good.url)
+            bad, fine = await make(ada, hangs.url, "key.*"), await make(ada, good.url, "batch.*")
             for _ in range(3):
-                await ada.post(f"/v1/webhooks/{bad['id']}/ping")
+                await ada.post("/v1/api-keys", json={})
+            await settled(rig, bad["id"], "pending", 3)
             await ada.post(f"/v1/webhooks/{fine['id']}/ping")
             await settled(rig, fine["id"], "delivered", 1)
             assert len(hangs.heard) == 1

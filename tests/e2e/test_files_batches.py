@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -18,6 +19,8 @@ from test_rights import client, key_of
 
 from config.errors import BusyError, LocalError
 from gateway import books
+from gateway.audit import OPERATOR
+from gateway.billing import budgets
 from gateway.db.jobs import batch_lines, file_chunks
 from gateway.db.models import idempotency, usages
 from gateway.db.session import Database
@@ -205,13 +208,16 @@ async def test_a_cancelled_batch_keeps_what_was_answered(tmp_path: Path, databas
         assert batch.status == "cancelled"
         text = await rig.with_openai(lambda api: api.files.content(batch.output_file_id).text)
         assert len(text.splitlines()) == batch.request_counts.completed < 200
+        rest = (await rig.with_openai(lambda api: api.files.content(batch.error_file_id).text)).splitlines()
+        assert {json.loads(each)["error"]["code"] for each in rest} == {"batch_cancelled"}
+        assert len(rest) == batch.request_counts.failed == 200 - batch.request_counts.completed
         assert (await rig.balance()).reserved == 0
 
 
 async def test_a_batch_whose_time_is_over_ends_whatever_state_it_is_in(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_database: object, _batch: object) -> None:
+    def fail(*_given: object) -> None:
         raise LocalError("local", "its lines cannot be written")
 
     monkeypatch.setattr("gateway.jobs.batches.validate", fail)
@@ -240,6 +246,27 @@ async def test_what_cannot_be_answered_now_is_tried_again(tmp_path: Path, monkey
                 await trio.sleep(0.01)
         engine.fail_at = None
         assert (await ended(rig, name)).request_counts.completed == 1
+
+
+async def test_a_batch_keeps_to_the_limits_of_its_key(tmp_path: Path, database: str) -> None:
+    async with serving(tmp_path, database=database) as rig:
+        key, data = rig.key.split("_")[1], b"\n".join(line(n, max_tokens=8) for n in range(12))
+        set_limits = partial(budgets.set_key_limits, rig.accounts.database, OPERATOR, key, 0, 20)
+        await trio.to_thread.run_sync(set_limits)
+
+        def begin(api: openai.OpenAI) -> str:
+            return api.batches.create(input_file_id=upload(api, data), endpoint=CHAT, completion_window="24h").id
+
+        name = await rig.with_openai(begin)
+        with trio.fail_after(20):
+            while not rig.engine.produced:  # noqa: ASYNC110 - the fake tells nobody
+                await trio.sleep(0.01)
+        await trio.sleep(1.5)
+        assert rig.engine.produced <= 2 * len(ANSWER)  # a line may take 10 tokens
+        async with rig.http() as http:
+            answer = await http.post(CHAT, json=json.loads(line(1, max_tokens=8))["body"])
+        assert (answer.status_code, answer.headers["x-ratelimit-limit-tokens"]) == (429, "20")
+        await rig.with_openai(lambda api: api.batches.cancel(name))
 
 
 async def test_forms_that_are_none_and_files_that_are_too_large(tmp_path: Path) -> None:
@@ -361,10 +388,10 @@ async def test_vectors_whose_charge_is_booked_late_are_paid_once(
     monkeypatch.setattr("gateway.jobs.runner._PAUSE_SECONDS", 0.05)
     write, failures = books.write_batch, [LocalError(code, "it cannot be booked") for _ in range(3)]
 
-    def write_batch(database: Database, batch: books.Batch) -> dict[str, Refused]:
+    def write_batch(database: Database, batch: books.Batch, *more: object, **ways: bool) -> dict[str, Refused]:
         if failures and batch.settle:
             raise failures.pop()
-        return write(database, batch)
+        return write(database, batch, *more, **ways)
 
     monkeypatch.setattr("gateway.books.write_batch", write_batch)
     async with serving(tmp_path, database=database) as rig:

@@ -1,8 +1,11 @@
 """GraphQL: what each caller sees, what a document may cost, and what does not get in."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import trio
 from gateway_rig import serving
 from graphql import get_introspection_query
 from test_rights import client, key_of, user_id, with_admin
@@ -118,6 +121,14 @@ HOSTILE = {
     "the same in many fragments": "{" + " ".join(f"...f{n}" for n in range(100)) + "}" + " ".join(
         f"fragment f{n} on Query{{me{{name}}}}" for n in range(100)
     ),
+    "the schema again and again": "{" + " ".join(f"a{n}: __schema {{ ...f }}" for n in range(160)) + "}"
+    "fragment f on __Schema { types { fields { args { name type { name } } type { name } description } } }",
+    "the schema twice": "{ ...f b: __schema { types { name } } } fragment f on Query { __schema { __typename } }",
+    "many types": "{" + " ".join(f'a{n}: __type(name: "Usage") {{ name }}' for n in range(9)) + "}",
+    "types of fields of types": "{ __schema { types {" + "fields { type { ofType {" * 3 + "name" + "}}}" * 3 + "}}}",
+    "the fields of one type": '{ __type(name: "__Type") { fields {' + "type { fields { args { name } } } " + " ".join(
+        f"a{n}: type {{ ofType {{ fields {{ type {{ fields {{ name }} }} }} }} }}" for n in range(60)
+    ) + "} } }",
     "not GraphQL": "{ users(",
     "an unknown field": "{ users { data { passwordHash secret } } }",
     "a change": "mutation { createUser(name: \"x\") { id } }",
@@ -143,6 +154,67 @@ async def test_a_limit_in_a_variable_costs_as_much(tmp_path: Path) -> None:
         for variables in ({}, {"n": 100}, {"n": 100.0}, {"n": "100"}, {"n": None}):
             assert "costs more" in (await ask(root, query, variables=variables))["errors"][0]["message"]
         assert (await ask(root, query, variables={"n": 3}))["data"]["users"]["data"]
+
+
+async def test_slow_documents_hold_up_nobody_else(tmp_path: Path, monkeypatch) -> None:
+    """They run beside what lets callers in and what reserves money, and one user has few under way."""
+    go_on, asked = threading.Event(), []
+
+    def slow(*_args: object, **_more: object) -> list[object]:
+        asked.append(go_on.wait(20))
+        return []
+
+    monkeypatch.setattr("gateway.managing.list_users", slow)
+    answers = []
+
+    async def send(http) -> None:
+        answers.append(await http.post("/graphql", json={"query": "{ users { lastId } }"}))
+
+    async with serving(tmp_path) as rig, rig.http() as ada, client(rig, await key_of(rig, "bob")) as bob:
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(8):
+                    nursery.start_soon(send, ada)
+                with trio.fail_after(10):
+                    while len(answers) < 4:  # noqa: ASYNC110 - it tells nobody
+                        await trio.sleep(0.01)
+                    assert (await bob.get("/v1/billing/balance")).status_code == 200
+                    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+                    assert (await ada.post("/v1/chat/completions", json=body)).status_code == 200
+                for answer in answers:
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+                    assert answer.headers["retry-after"] == "1"
+                nursery.start_soon(send, bob)
+                await trio.sleep(0.2)
+                go_on.set()
+        finally:
+            go_on.set()
+        assert sorted(answer.status_code for answer in answers) == [200] * 5 + [429] * 4
+        await send(ada)
+        assert answers[-1].status_code == 200
+
+
+async def test_documents_are_bounded_in_all(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("gateway.api.graphql._UNDER_WAY_MAX", 0)
+    async with serving(tmp_path) as rig, rig.http() as http:
+        refused = await http.post("/graphql", json={"query": "{ me { name } }"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "busy")
+
+
+async def test_nobody_works_for_who_has_left(tmp_path: Path, monkeypatch) -> None:
+    looked = []
+
+    def slow(*_args: object, **_more: object) -> list[object]:
+        looked.append(time.sleep(0.3))
+        return []
+
+    monkeypatch.setattr("gateway.managing.list_users", slow)
+    async with serving(tmp_path) as rig, rig.http() as http:
+        with trio.move_on_after(0.15):
+            await ask(http, "{" + " ".join(f"a{n}: users {{ lastId }}" for n in range(9)) + "}")
+        await trio.sleep(1)
+        assert len(looked) <= 2
+        assert (await ask(http, "{ me { name } }"))["data"]["me"]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])

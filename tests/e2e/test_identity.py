@@ -8,16 +8,21 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import pyotp
 import pytest
 import sqlalchemy as sa
 import trio
 from gateway_rig import listening, serving
 from identity_rig import LOGIN, ME, PASSWORD, REFRESH, Clock, add_user, bearer, client, enrolled, problem, sign_in
 
+from config.errors import RequestError
+from config.settings import GatewaySettings
 from gateway import audit, books, guard, managing
+from gateway.accounts import open_accounts
 from gateway.audit import OPERATOR
 from gateway.db.identity import sessions as db_sessions
-from gateway.identity import factors, guesses, passwords, people, sessions
+from gateway.identity import factors, guesses, invites, passwords, people, sessions
+from gateway.identity.vault import Vault
 from gateway.listing import Page
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
@@ -170,6 +175,22 @@ async def test_a_new_password_ends_the_other_sessions(tmp_path: Path, database: 
         assert (await sign_in(http, "grace", password="an even longer one")).status_code == 200
 
 
+async def test_a_new_password_needs_a_code_where_there_is_a_second_factor(tmp_path: Path, clock: Clock) -> None:
+    """A session that somebody found open, and a password they saw typed, do not shut the owner out."""
+    async with serving(tmp_path) as rig, client(rig) as http:
+        await trio.to_thread.run_sync(add_user, rig, "grace")
+        headers = bearer(await sign_in(http, "grace"))
+        app, _ = await enrolled(http, headers, clock)
+        change = {"password": PASSWORD, "new_password": "an even longer one"}
+        for code, why in (("", "totp_required"), ("000000", "invalid_code")):
+            answer = await http.post("/v1/auth/password", json={**change, "code": code}, headers=headers)
+            assert problem(answer) == (401, why)
+        code = app.code()
+        weak = await http.post("/v1/auth/password", json={**change, "new_password": "x", "code": code}, headers=headers)
+        assert problem(weak) == (400, "weak_password"), "and the code can be used still"
+        assert (await http.post("/v1/auth/password", json={**change, "code": code}, headers=headers)).status_code == 204
+
+
 async def test_a_password_that_changes_while_one_signs_in_with_it(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +265,83 @@ async def test_an_invite_sets_a_password_once(tmp_path: Path, database: str) -> 
         assert problem(not_admin) == (403, "forbidden")
         nobody = await http.post("/v1/auth/invites", json={"user_id": "nobody"}, headers=headers)
         assert problem(nobody) == (404, "not_found")
+
+
+async def test_an_invite_is_used_once_by_one_of_many(tmp_path: Path, database: str) -> None:
+    async with serving(tmp_path, database=database) as rig, client(rig) as http:
+        guest = await trio.to_thread.run_sync(lambda: rig.accounts.create_user("eve", email="eve@example.com"))
+        make = partial(invites.create, rig.accounts.database, OPERATOR, guest.id)
+        token = (await trio.to_thread.run_sync(make)).token
+        found: dict[str, int] = {}
+
+        async def accept(password: str) -> None:
+            answer = await http.post("/v1/auth/accept", json={"token": token, "password": password})
+            found[password] = answer.status_code
+
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(accept, f"a password of one's own {number}")
+        assert sorted(found.values()) == [204, 401, 401, 401]
+        for password, status in found.items():
+            signed_in = (await sign_in(http, "eve", password=password)).status_code == 200
+            assert signed_in is (status == 204), "nobody is told that a password is theirs which is not"
+
+
+@pytest.mark.parametrize("by", ["another invite", "the clock"])
+async def test_an_invite_that_ends_while_the_password_is_hashed_sets_none(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    async with serving(tmp_path, database=database) as rig, client(rig) as http:
+        guest = await trio.to_thread.run_sync(lambda: rig.accounts.create_user("eve", email="eve@example.com"))
+        make = partial(invites.create, rig.accounts.database, OPERATOR, guest.id)
+        made = await trio.to_thread.run_sync(make)
+        later: list[str] = []
+        hashed = passwords.Passwords.hashed
+
+        async def slow(self: passwords.Passwords, password: str) -> str:
+            if by == "the clock":
+                monkeypatch.setattr(invites, "now_ms", lambda: made.expires_at_ms)
+            elif not later:
+                later.append((await trio.to_thread.run_sync(make)).token)
+            return await hashed(self, password)
+
+        monkeypatch.setattr(passwords.Passwords, "hashed", slow)
+        accept = {"token": made.token, "password": PASSWORD}
+        assert problem(await http.post("/v1/auth/accept", json=accept)) == (401, "invalid_api_key")
+        assert problem(await sign_in(http, "eve")) == (401, "invalid_credentials")
+        for token in later:
+            accept["token"] = token
+            assert (await http.post("/v1/auth/accept", json=accept)).status_code == 204, "the new one works"
+
+
+def test_a_code_is_of_the_secret_it_was_made_with(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who enrols anew while a first code is looked at switches on nothing that their authenticator does not have."""
+    with open_accounts(GatewaySettings(database=database), tmp_path) as accounts:
+        opened, vault, user_id = accounts.database, Vault(bytes(32)), accounts.create_user("grace").id
+        seen = factors._step_of
+
+        def meanwhile(*arguments: object) -> object:
+            found = seen(*arguments)
+            monkeypatch.setattr(factors, "_step_of", seen)
+            factors.remove(opened, OPERATOR, user_id)
+            again.append(factors.enrol(opened, vault, user_id, "grace").secret)
+            return found
+
+        again: list[str] = []
+        code = pyotp.TOTP(factors.enrol(opened, vault, user_id, "grace").secret).now()
+        monkeypatch.setattr(factors, "_step_of", meanwhile)
+        with pytest.raises(RequestError, match="enrolled anew, meanwhile"):
+            factors.confirm(opened, vault, OPERATOR, user_id, code)
+        code = pyotp.TOTP(again[0]).now()
+        assert factors.confirm(opened, vault, OPERATOR, user_id, code)
+        monkeypatch.setattr(factors, "_step_of", meanwhile)
+        monkeypatch.setattr(factors, "now_ms", lambda: books.now_ms() + 30_000)
+        code = pyotp.TOTP(again[0]).at(factors.now_ms() // 1000)
+        assert not factors.use(opened, vault, user_id, code), "nor does it use up a step of the new one"
+        code = pyotp.TOTP(again[1]).at(factors.now_ms() // 1000)
+        assert factors.confirm(opened, vault, OPERATOR, user_id, code)
 
 
 async def test_sessions_are_listed_and_ended(tmp_path: Path, database: str) -> None:

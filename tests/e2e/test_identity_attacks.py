@@ -247,12 +247,12 @@ async def test_other_sites_cannot_use_a_gateway_that_needs_no_key(tmp_path: Path
             {"origin": f"http://evil.example:{port}", "host": f"evil.example:{port}"},
             {"sec-fetch-site": "same-origin", "host": f"evil.example:{port}"},
             {"origin": "http://[::", "host": "[::"},
+            {"host": "anything.example"},
         ):
             answer = await http.post(CHAT, content=json.dumps(BODY), headers={"content-type": "text/plain", **headers})
             assert problem(answer) == (403, "forbidden"), headers
         for headers in (
             {},
-            {"host": "anything.example"},  # no browser
             {"origin": rig.gateway.url},
             {"origin": f"http://localhost:{port}", "host": f"localhost:{port}"},
             {"sec-fetch-site": "same-origin"},
@@ -261,6 +261,27 @@ async def test_other_sites_cannot_use_a_gateway_that_needs_no_key(tmp_path: Path
             assert (await http.post(CHAT, json=BODY, headers=headers)).status_code == 200, headers
         for path in ("/v1/auth/invites", "/v1/auth/totp/enrol"):
             assert problem(await http.post(path, json={"user_id": "local"})) == (403, "forbidden"), "nobody is no admin"
+
+
+async def test_other_sites_read_nothing_of_a_gateway_that_needs_no_key(tmp_path: Path) -> None:
+    """A page whose name was pointed at this machine reads its own site: no header tells it from a program."""
+    async with serving(tmp_path, require_key=False) as rig, client(rig) as http:
+        form = {"files": {"file": ("a.jsonl", b'{"secret": "prompt"}')}, "data": {"purpose": "user_data"}}
+        name = (await http.post("/v1/files", **form)).json()["id"]
+        evil = {"host": f"evil.example:{rig.gateway.port}"}
+        for path in ("/v1/files", f"/v1/files/{name}/content", "/v1/events", "/v1/models", ME, "/dashboard"):
+            for more in ({}, {"authorization": "Bearer none-needed"}, {"sec-fetch-site": "same-origin"}):
+                answer = await http.get(path, headers={**evil, **more})
+                assert answer.status_code == 403, (path, more)
+                assert "secret" not in answer.text
+        told = (await http.get(ME, headers=evil)).json()["error"]["message"]
+        assert "identity_public_url" in told
+        assert "API key" in told
+        assert (await http.head(ME, headers=evil)).status_code == 403
+        for host in ("localhost", "127.0.0.1:1"):
+            assert (await http.get(f"/v1/files/{name}/content", headers={"host": host})).status_code == 200
+        keyed = {"authorization": f"Bearer {rig.key}", **evil}
+        assert (await http.get("/v1/files", headers=keyed)).json()["data"] == [], "a key is no page's to send"
 
 
 async def test_a_name_of_ones_own_where_no_key_is_needed(tmp_path: Path) -> None:
@@ -272,6 +293,7 @@ async def test_a_name_of_ones_own_where_no_key_is_needed(tmp_path: Path) -> None
             ({"origin": "http://box.lan.evil.example:8080", "host": "box.lan.evil.example:8080"}, 403),
         ):
             assert (await http.post(CHAT, json=BODY, headers=headers)).status_code == status, headers
+            assert (await http.get(ME, headers={"host": headers["host"]})).status_code == status, headers
 
 
 async def test_a_planted_session_becomes_nobodys(tmp_path: Path, database: str) -> None:

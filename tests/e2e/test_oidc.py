@@ -1,10 +1,6 @@
 """Signing in with another provider: a real one, built with authlib, in a process of its own."""
 
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -23,6 +19,7 @@ from identity_rig import (
     problem,
     sign_in,
 )
+from oidc_rig import CLIENT_ID, Provider, served
 
 from config.errors import ConfigError
 from gateway import audit, books
@@ -31,45 +28,9 @@ from gateway.listing import Page
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
 
-CLIENT_ID, SECRET = "rios-test", "s3cret with spaces & signs"
 START, LINK = "/v1/auth/oidc/start", "/v1/auth/oidc/link"
 CODE = "/v1/auth/oidc/code"
 PROOF = {"password": PASSWORD}
-
-
-class Provider:
-    def __init__(self, port: int) -> None:
-        self.issuer = f"http://127.0.0.1:{port}"
-
-    def lie(self, **lies: object) -> None:
-        httpx.post(f"{self.issuer}/lie", json=lies).raise_for_status()
-
-    def asked(self) -> dict[str, str]:
-        return httpx.get(f"{self.issuer}/asked").json()
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Provider]:
-    command = [sys.executable, str(Path(__file__).with_name("oidc_server.py"))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield Provider(int(process.stdout.readline()))
-        process.stdin.close()
-
-
-@pytest.fixture
-def provider(running: Provider) -> Provider:
-    running.lie()
-    return running
-
-
-@asynccontextmanager
-async def served(tmp_path: Path, provider: Provider, **settings: object) -> AsyncIterator[Rig]:
-    secret = tmp_path / "secret"
-    secret.write_text(f"{SECRET}\n")
-    secret.chmod(0o600)
-    known = {"oidc_issuer": provider.issuer, "oidc_client_id": CLIENT_ID, "oidc_credentials_file": str(secret)}
-    async with serving(tmp_path, **{**known, "oidc_sign_up": True, **settings}) as rig:
-        yield rig
 
 
 async def answer_of(http: httpx.AsyncClient, location: str) -> str:
@@ -277,6 +238,61 @@ async def test_the_second_factor_is_asked_for_here_too(
             await come(other)
             await trio.to_thread.run_sync(rig.accounts.set_disabled, "grace", True)
             assert problem(await other.post(CODE, json={"code": codes[0]})) == (403, "forbidden")
+
+
+@pytest.mark.parametrize("by", ["a new password", "unlinking"])
+async def test_who_is_halfway_gets_no_further_without_the_link(
+    tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """What shuts somebody out shuts them out between the provider and the code, too; and no code is used up."""
+    now = books.now_ms()
+    clock = Clock(real=lambda: now)
+    monkeypatch.setattr(factors, "now_ms", clock)
+    async with served(tmp_path, provider, database=database, oidc_sign_up=False) as rig, client(rig) as http:
+        user_id = await trio.to_thread.run_sync(add_user, rig, "grace")
+        token = await linked(rig, http, "grace")
+        _, codes = await enrolled(http, token, clock)
+        async with client(rig) as thief:
+            assert (await come(thief)).headers["location"] == "/dashboard/sign-in?code=1"
+            if by == "unlinking":
+                path = f"/v1/users/{user_id}/identities"
+                (row,) = (await http.get(path)).json()["data"]
+                assert (await http.delete(f"{path}/{row['id']}", headers=token)).status_code == 204
+            else:
+                change = {**PROOF, "new_password": "an even longer one", "code": codes[1]}
+                assert (await http.post("/v1/auth/password", json=change, headers=token)).status_code == 204
+            assert problem(await thief.post(CODE, json={"code": codes[0]})) == (403, "forbidden")
+            assert (await thief.get(ME)).status_code == 401
+        password = PASSWORD if by == "unlinking" else "an even longer one"
+        async with client(rig) as other:
+            assert (await sign_in(other, "grace", password=password, code=codes[0])).status_code == 200
+
+
+@pytest.mark.parametrize("halfway", [False, True])
+async def test_a_link_that_ends_while_somebody_comes_in_by_it_lets_nobody_in(
+    tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch, halfway: bool
+) -> None:
+    now = books.now_ms()
+    clock = Clock(real=lambda: now)
+    monkeypatch.setattr(factors, "now_ms", clock)
+    async with served(tmp_path, provider, database=database, oidc_sign_up=False) as rig, client(rig) as http:
+        user_id = await trio.to_thread.run_sync(add_user, rig, "grace")
+        token = await linked(rig, http, "grace")
+        codes = (await enrolled(http, token, clock))[1] if halfway else []
+        hashed = passwords.hash_password("an even longer one")
+        async with client(rig) as thief:
+            if halfway:
+                await come(thief)
+            start = sessions.start
+
+            def late(*arguments: object, **more: object) -> object:
+                people.set_password(rig.accounts.database, audit.OPERATOR, user_id, hashed)
+                return start(*arguments, **more)
+
+            monkeypatch.setattr(sessions, "start", late)
+            refused = await thief.post(CODE, json={"code": codes[0]}) if halfway else await come(thief)
+            assert problem(refused) == (403, "forbidden")
+            assert (await thief.get(ME)).status_code == 401
 
 
 async def test_without_a_password_only_a_new_session_changes_how_one_signs_in(

@@ -1,7 +1,9 @@
 """Requests that wait for the engine: fair, told that they are not forgotten, and turned away in time."""
 
 import json
+import socket
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import httpx
 import pytest
 import trio
 from fake_engine import FakeEngine
-from gateway_rig import Rig, eventually, read_all, read_until, serving
+from gateway_rig import Rig, eventually, read_all, read_until, request_bytes, serving
 
+from gateway import turns as turns_module
 from gateway.openai import stream as stream_module
 
 CHAT = "/v1/chat/completions"
@@ -24,6 +27,13 @@ async def key_of(rig: Rig, name: str) -> str:
         return rig.accounts.create_key(name, "test").secret
 
     return await trio.to_thread.run_sync(make)
+
+
+async def settled(rig: Rig) -> None:
+    """What ended is charged, and nothing is held back for it any more."""
+    with trio.fail_after(10):
+        while (await rig.balance()).reserved:  # noqa: ASYNC110 - the till tells nobody
+            await trio.sleep(0.01)
 
 
 async def test_a_user_with_one_request_does_not_wait_behind_anothers_twenty(tmp_path: Path) -> None:
@@ -96,8 +106,7 @@ async def test_who_is_over_the_line_is_told_when_to_come_back(tmp_path: Path) ->
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
         await hanging.aclose()
         await eventually(lambda: engine.running == 0)
-        balance = await rig.balance()
-        assert balance.reserved == 0
+        await settled(rig)
 
 
 async def test_a_stream_that_waits_is_kept_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,3 +120,39 @@ async def test_a_stream_that_waits_is_kept_alive(tmp_path: Path, monkeypatch: py
             async with waiting:
                 await read_until(waiting, b": keep-alive")
                 assert b'"error"' in await read_all(waiting)
+
+
+async def test_a_client_that_reads_slowly_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: str
+) -> None:
+    """It reads, so no single write takes long; all of them together do."""
+    monkeypatch.setattr(turns_module, "BLOCKED_SECONDS_MAX", 1.0)
+    engine = FakeEngine(endless=True)
+    async with (
+        serving(tmp_path, engine=engine, slots=1, queue_seconds=15, database=database) as rig,
+        rig.http() as http,
+    ):
+        other = {"authorization": f"Bearer {await key_of(rig, 'bob')}"}
+        with trio.socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            await slow.connect((rig.gateway.host, rig.gateway.port))
+            body = json.dumps({**BODY, "stream": True, "max_tokens": 4000}).encode()
+            await slow.send(request_bytes(CHAT, body, rig.key))
+
+            async def drip() -> None:
+                with suppress(OSError):
+                    while await slow.recv(200):  # noqa: ASYNC110 - it is slow
+                        await trio.sleep(0.1)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(drip)
+                await trio.sleep(3)
+                assert engine.running == 1, "nobody waits, so it may go on"
+                assert (await http.post(CHAT, json=BODY, headers=other)).status_code == 200
+                await eventually(lambda: engine.running == 0)
+                await settled(rig)
+                nursery.cancel_scope.cancel()
+        (usage,) = await trio.to_thread.run_sync(rig.accounts.usage, "ada")
+        assert usage.outcome == "cancelled"
+        assert 0 < usage.completion_tokens < 4000, "it pays for what was made"
+        assert rig.registry.get_sample_value("rios_gateway_refused_connections_total", {"reason": "slow"}) == 1

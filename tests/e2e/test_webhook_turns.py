@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from gateway import events
 from gateway.accounts import Accounts
 from gateway.audit import OPERATOR
 from gateway.books import now_ms
-from gateway.db.jobs import deliveries
+from gateway.db import jobs as tables
+from gateway.db.jobs import cursors, deliveries
 from gateway.db.migrate import migrate
 from gateway.db.session import Database, open_database
 from gateway.identity.vault import Vault
@@ -58,3 +60,35 @@ def test_who_has_waited_longest_comes_first(opened: Database) -> None:
     late = due(opened, "ada", 2, ago_ms=1_000)
     early = due(opened, "bob", 2, ago_ms=60_000)
     assert claim(opened, 3, []) == [*early, late[0]]
+
+
+def tell(database: Database, count: int) -> None:
+    with database.write() as connection:
+        for _ in range(count):
+            events.record(connection, "worker.joined", None, {})
+
+
+def place(database: Database) -> tuple[int, int]:
+    """How far the events were read, and the newest one's place."""
+    with database.read() as connection:
+        read = connection.execute(sa.select(cursors.c.place)).scalar_one()
+        return read, events.bounds(database)[1]
+
+
+def test_events_that_nobody_can_want_are_not_read_and_others_are_not_skipped(opened: Database) -> None:
+    webhooks.spread(opened)  # the first time
+    tell(opened, 500)
+    assert webhooks.spread(opened) == 0
+    assert place(opened)[0] == place(opened)[1], "there is no webhook"
+    admin = Accounts(opened).create_user("root", role="admin").id
+    made, _ = webhooks.create(opened, Vault(bytes(32)), OPERATOR, user_id=admin, url="https://example.com/", kinds=())
+    tell(opened, 500)
+    for enabled in (False, True):
+        with opened.write() as connection:
+            connection.execute(sa.update(tables.webhooks).values(enabled=enabled))
+        assert webhooks.spread(opened) == 200
+    while webhooks.spread(opened):
+        pass
+    with opened.read() as connection:
+        told = connection.execute(sa.select(sa.func.count()).where(deliveries.c.webhook_id == made.id)).scalar_one()
+    assert told == 300, "those of the pass without it are lost, and only those"

@@ -12,6 +12,8 @@ from tests.soak.money import money
 REQUESTS = 200
 
 
+# a request whose gateway dies leaves the client's own generator half read, for the collector to find
+@pytest.mark.filterwarnings("ignore:Async generator 'httpx:ResourceWarning")
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_every_answer_is_charged_once_whatever_dies(tmp_path: Path, kind: str) -> None:
     if kind == "sqlite":

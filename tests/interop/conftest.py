@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ INSTALL_SECONDS = 180
 sys.path.insert(0, str(HERE.parent / "e2e"))  # for the gateway's rig
 
 
+class Answer(dict[str, Any]):
+    """What a process said. A test that misses a key shows the whole, with the reason for a failure in it."""
+
+    def __missing__(self, key: str) -> Any:
+        raise AssertionError(f"no {key!r} in {dict(self)}")
+
+
 class Process:
     """A process that takes a JSON command a line and answers each with one."""
 
@@ -27,19 +35,27 @@ class Process:
         )
         self.hello = self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Answer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self._errors.seek(0)
             pytest.fail(f"{self.process.args} ended: {self._errors.read()[-3000:]}")
-        return json.loads(line)
+        return Answer(json.loads(line))
 
-    def ask(self, op: str, **more: object) -> dict[str, Any]:
+    def ask(self, op: str, **more: object) -> Answer:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"op": op, **more}) + "\n")
         self.process.stdin.flush()
         return self._answer()
+
+    def ask_until(self, key: str, seconds: float, op: str, **more: object) -> Answer:
+        """Ask again while the answer, a failure, has no ``key``."""
+        ends = time.monotonic() + seconds
+        while key not in (answer := self.ask(op, **more)) and time.monotonic() < ends:
+            print(f"{op}: {dict(answer)}")
+            time.sleep(0.5)
+        return answer
 
     def end(self) -> None:
         assert self.process.stdin is not None

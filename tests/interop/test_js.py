@@ -23,7 +23,7 @@ def test_a_javascript_peer_is_a_member_of_the_swarm(start_js, start_node):
     assert met == {"peer": peer_a, "encryption": "/noise", "multiplexer": "/yamux/1.0.0"}
     expected = ["/rios/rpc/1.0.0", "/rios/rpc-bulk/1.0.0", "/ipfs/kad/1.0.0", "/meshsub/1.1.0", "/ipfs/ping/1.0.0"]
     assert js.ask("speaks", peer=peer_a, protocols=expected)["all"]
-    assert js.ask("ping", peer=peer_a)["ms"] >= 0
+    assert js.ask_until("ms", 20, "ping", peer=peer_a)["ms"] >= 0
 
     # finds an advert and a provider of a model in the DHT, through a node that is neither
     seq = b.ask("offer", model=MODEL)["seq"]

@@ -1,5 +1,5 @@
-"""The books under any order of reserving, settling, crediting, budgets and recovery by two gateways: what is refused is
-what the rules refuse, no balance or budget is overspent, and it all ties."""
+"""The books under any order of reserving, settling, crediting, budgets and recovery by two gateways, of what ran on as
+well: what is refused is what the rules refuse, no balance or budget is overspent, and it all ties."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ steps = st.lists(
         st.tuples(st.just("budget"), st.sampled_from((None, *KEYS)), st.integers(0, 300)),
         st.tuples(st.just("unbudget"), st.sampled_from((None, *KEYS))),
         st.tuples(st.just("recover"), gateway),
+        st.tuples(st.just("end_late"), small, small),
     ),
     min_size=5,
     max_size=25,
@@ -56,6 +57,7 @@ class Model:
 
     balance: int = 0
     open: dict[str, tuple[Reservation, int]] = field(default_factory=dict)
+    lost: dict[str, tuple[Reservation, int]] = field(default_factory=dict)
     charged: list[tuple[int, int]] = field(default_factory=list)
     limits: dict[int | None, int] = field(default_factory=dict)
 
@@ -63,10 +65,13 @@ class Model:
         held = sum(r.microcredits for r, k in self.open.values() if key in (None, k))
         return held + sum(amount for amount, k in self.charged if key in (None, k))
 
+    @property
+    def free(self) -> int:
+        return self.balance - sum(r.microcredits for r, _ in self.open.values())
+
     def refuses(self, needed: int, key: int) -> bool:
-        free = self.balance - sum(r.microcredits for r, _ in self.open.values())
         rooms = [limit - self.used(k) for k, limit in self.limits.items() if k in (None, key)]
-        return needed > free or (needed > 0 and any(needed > room for room in rooms))
+        return needed > self.free or (needed > 0 and any(needed > room for room in rooms))
 
 
 class Bank:
@@ -101,12 +106,23 @@ class Bank:
             return
         name = sorted(self.model.open)[which % len(self.model.open)]
         reservation, key = self.model.open.pop(name)
+        self.charge(self.end(gateway, reservation, tokens), key)
+
+    def end(self, gateway: str, reservation: Reservation, tokens: int) -> int:
         done = Settlement(
             reservation=reservation, prompt_tokens=reservation.prompt_tokens, completion_tokens=tokens, outcome="stop"
         )
         for _ in range(2):  # the second one finds nothing to do
             books.write_batch(self.both[gateway].database, Batch(settle=[done]))
-        self.charge(done.microcredits, key)
+        return done.microcredits
+
+    def end_late(self, which: int, tokens: int) -> None:
+        """The gateway of what was recovered is alive."""
+        if not self.model.lost:
+            return
+        reservation, key = self.model.lost.pop(sorted(self.model.lost)[which % len(self.model.lost)])
+        free = self.model.free
+        self.charge(min(self.end(reservation.instance, reservation, tokens), free), key)
 
     def charge(self, amount: int, key: int) -> None:
         self.model.balance -= amount
@@ -137,7 +153,7 @@ class Bank:
         books.write_batch(database, Batch(settle=books.find_abandoned(database, gateway)))
         for name, (reservation, key) in list(self.model.open.items()):
             if reservation.instance == gateway:
-                del self.model.open[name]
+                self.model.lost[name] = self.model.open.pop(name)
                 self.charge(0, key)
 
 

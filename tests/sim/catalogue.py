@@ -111,7 +111,14 @@ ENTRY_MUTANTS = (
         _here("an_entry_spends_final_credits_only"),
     ),
     _one("no-sequence", "entries of any number", f"{RULES}:check_entry", "entry.seq != seq + 1", "entry.seq <= 0"),
-    _one("no-prev", "entries that build on nothing", f"{RULES}:check_entry", "entry.prev != head", "False"),
+    _one(
+        "no-prev",
+        "entries that build on nothing",
+        f"{RULES}:check_entry",
+        "entry.prev != head",
+        "False",
+        _rules("test_entries_are_refused_by_name"),
+    ),
     _one(
         "entry-of-other-network",
         "entries of another network",
@@ -422,7 +429,7 @@ ORDER_MUTANTS = (
     _one(
         "full-disk-forgets",
         "what was applied while the disk was full is never written",
-        "ledger.book:Book.learn",
+        "ledger.book:Book._learn",
         "self._unsaved = fresh + self._unsaved",
         "pass",
         "tests/unit/ledger/test_book.py",
@@ -801,6 +808,38 @@ def _idle(name: str, what: str, where: str, old: str, new: str, directed: str) -
 
 
 DIRECTED_MUTANTS = (
+    _idle(
+        "own-rows-unread",
+        "a repair takes along own rows that are not what was written",
+        "ledger.own_rows:is_sound",
+        "_CHECKS[table](row, owner)",
+        "True",
+        "tests/unit/ledger/test_salvage.py",
+    ),
+    _idle(
+        "unseen-keys-remember",
+        "a loss noticed by a start without the epoch keys silences only the identity",
+        f"{LINEAGE}:Lineage.__init__",
+        "self._seen = frozenset(keys)",
+        'self._seen = frozenset(keys) - {b""}',
+        "tests/unit/ledger/test_lineage.py",
+    ),
+    _idle(
+        "more-is-no-answer",
+        "a wallet whose folder was put back hears nobody who knows more than it",
+        "ledger.recovering:Recovering._ask",
+        "self._heads[witness] = head",
+        "pass",
+        "tests/unit/ledger/test_wallet_order.py",
+    ),
+    _idle(
+        "mark-lowered-early",
+        "a start that dies hides that the database was lost",
+        "ledger.mark:Mark.open",
+        "{RESTORED: (AHEAD, AHEAD), NEW: (0, 0)}.get(verdict, (promises, entries))",
+        "promises, entries",
+        "tests/unit/ledger/test_lineage.py",
+    ),
     _idle(
         "committee-certifies-itself",
         "a committee is certified by its own members",

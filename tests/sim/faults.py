@@ -77,10 +77,11 @@ class Faults:
         latest = self.world.root.due_s(self.world.plan.changes - 1)  # a restored wallet may have to wait for a change
         taken, put_back = sorted(random.uniform(1, latest) for _ in range(2))
         await trio.sleep(taken)
-        node.image, released = node.disk.backup(), dict(self.world.checker.released)
+        image, released = node.disk.backup(), dict(self.world.checker.released)
         self.world.log("backup", node.name)
         await trio.sleep(put_back - taken)
-        node.backup_due, node.given = True, released
+        # not before: of two backups of a node each is put back with what had been given when it was made
+        node.backup_due, node.image, node.given = True, image, released
         node.crash()
 
     def restored(self, node: "Node") -> None:

@@ -100,7 +100,8 @@ class Node:
             epoch_keys=self.keys,
         )
         seats = self.ledger.seats
-        for part in (self.ledger.replicator, self.ledger.notes, seats, seats._collecting):
+        offers = self.ledger.checkpoints._offers
+        for part in (self.ledger.replicator, self.ledger.notes, seats, seats._collecting, offers):
             part._random = Random(f"{self.world.seed}/{self.name}/{self.starts}")
         for change in self.on_start:
             change(self)

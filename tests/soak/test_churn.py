@@ -15,7 +15,7 @@ NICE = 10
 MINUTES = float(os.environ.get("SOAK_MINUTES", "3"))
 
 
-@pytest.mark.timeout(60 * MINUTES + 300)
+@pytest.mark.timeout(60 * MINUTES + 600)
 def test_no_wrong_answer_no_lost_credit_and_every_replica_back(tmp_path: Path) -> None:
     told = run(tmp_path, MINUTES, seed=1, nice=NICE)  # raises if money is lost or replicas stay away
     print("\n" + json.dumps(told))

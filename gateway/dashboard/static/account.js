@@ -1,4 +1,4 @@
-// One's own account: the second factor, the password, the sessions.
+// One's own account: the second factor, the password, the sessions, who one is elsewhere.
 import { $, $$, api, busy, toast, values } from "./app.js";
 
 function on(form, work) {
@@ -37,13 +37,26 @@ on("#off-form", async ({ password = "", code }) => {
   await api("POST", "/v1/auth/totp/disable", { password, code });
   location.reload();
 });
-on("#change-form", async ({ password = "", new_password }) => {
-  await api("POST", "/v1/auth/password", { password, new_password });
+on("#change-form", async ({ password = "", new_password, code = "" }) => {
+  await api("POST", "/v1/auth/password", { password, new_password, code: code.replaceAll(" ", "") });
   $("#change").close();
   $("#change-form").reset();
   toast("The password is changed");
 });
+on("#link-form", async ({ password = "", code = "" }) => {
+  const proof = { password, code: code.replaceAll(" ", ""), next: location.pathname };
+  location.assign((await api("POST", "/v1/auth/oidc/link", proof)).location);
+});
 
+for (const row of $$("[data-link]")) {
+  $("[data-do=unlink]", row).addEventListener("click", (event) =>
+    busy(event.currentTarget, async () => {
+      const user = encodeURIComponent(row.closest("[data-user]").dataset.user);
+      await api("DELETE", `/v1/users/${user}/identities/${row.dataset.link}`);
+      location.reload();
+    }),
+  );
+}
 for (const row of $$("[data-session]")) {
   $("[data-do=end]", row)?.addEventListener("click", (event) =>
     busy(event.currentTarget, async () => {

@@ -65,8 +65,8 @@ def test_without_a_name_of_its_own_nothing_is_like_nothing() -> None:
 )
 def test_names_that_somebody_else_can_point_here(host: str, rebindable: bool) -> None:
     home = Home("https://public.example")
-    assert home.is_rebindable(Credentials(host=host, origin="http://x")) is rebindable
-    assert not home.is_rebindable(Credentials(host=host)), "no browser"
+    for more in ({}, {"origin": "http://x"}, {"site": "same-origin"}):
+        assert home.is_rebindable(Credentials(host=host, **more)) is rebindable
 
 
 def test_what_a_request_shows() -> None:

@@ -3,8 +3,11 @@
 Redis counts by its own clock, so what depends on time passing is asked of memory only, and of Redis in milliseconds.
 """
 
+import os
 import re
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -72,11 +75,29 @@ async def shared(redis_port: int, nursery: trio.Nursery) -> Asked:
 async def a_shared(port: int, nursery: trio.Nursery) -> Asked:
     limits = SharedLimits(Redis(Address.parse(f"redis://127.0.0.1:{port}")), MemoryLimits())
     nursery.start_soon(limits.run)
-    with trio.fail_after(5):
-        while not limits.redis.connected:  # noqa: ASYNC110 - it tells nobody
-            await trio.sleep(0.01)
+    await connected(limits)
     await limits.redis.call("FLUSHALL")
     return Asked(limits)
+
+
+async def connected(limits: Any) -> None:
+    with trio.fail_after(10):
+        while not limits.redis.connected:  # noqa: ASYNC110 - it tells nobody
+            await trio.sleep(0.01)
+
+
+async def pid_of(shared: Asked) -> int:
+    return int(re.search(rb"process_id:(\d+)", await shared.redis.call("INFO", "server"))[1])
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A Redis that stalls, as by a fork of a large one or a paused virtual machine."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -163,6 +184,7 @@ async def test_unused_tokens_come_back_but_never_more_than_a_minutes_worth(limit
     again, levels = await limits.enter([key()], 90)
     assert 0 <= levels.tokens <= 1
     again.give_back(10_000)
+    again.leave()
     assert (await limits.request([key()])).tokens == 100
 
 
@@ -309,6 +331,153 @@ async def test_a_redis_that_hangs_is_waited_for_half_a_second(nursery: trio.Nurs
     assert trio.current_time() - began < 2
 
 
+async def test_a_stall_leaves_neither_leases_nor_taken_tokens(nursery: trio.Nursery) -> None:
+    """Eight ask while Redis stalls, are counted here, and end; Redis then does what it was asked."""
+    eight = key(concurrent=8, tokens_per_minute=1000)
+    user = Subject("user", "u:ada", Rates(tokens_per_minute=1000))
+    with running_redis() as port:
+        shared = await a_shared(port, nursery)
+        place, _ = await shared.enter([eight, user], 10)
+        place.give_back(10)
+
+        async def short() -> None:
+            (await shared.enter([eight, user], 100))[0].leave()
+
+        with stopped(await pid_of(shared)):
+            async with trio.open_nursery() as asking:
+                for _ in range(8):
+                    asking.start_soon(short)
+            place.leave()  # there is no connection at this moment
+        await connected(shared)
+        for subject in (eight, user):
+            assert (await shared.request([subject])).tokens == 1000
+        for _ in range(8):
+            await shared.enter([eight, user], 100)
+        with pytest.raises(ApiError):
+            await shared.enter([eight, user], 100)
+
+
+async def test_one_that_leaves_on_a_connection_that_breaks_has_left(nursery: trio.Nursery) -> None:
+    with running_redis() as port:
+        shared = await a_shared(port, nursery)
+        place, _ = await shared.enter([key(concurrent=1)], 60)
+        place.give_back(50)
+        place.leave()
+        await shared.redis._break()  # what was told has not been sent yet
+        await trio.sleep(0.1)
+        await connected(shared)
+        assert 90 <= (await shared.enter([key(concurrent=1)], 0))[1].tokens <= 91
+
+
+class LateRedis:
+    """A network before a real Redis that keeps what is sent to it, and delivers it after its connection has ended."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.keeps = False
+        self.late = trio.Event()
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        kept = b""
+        async with await trio.open_tcp_stream("127.0.0.1", self._port) as redis, trio.open_nursery() as nursery:
+            nursery.start_soon(self._answer, redis, stream)
+            try:
+                async for data in stream:
+                    if self.keeps:
+                        kept += data
+                    else:
+                        await redis.send_all(bytes(data))
+            except trio.BrokenResourceError:
+                pass
+            if kept:
+                await self.late.wait()
+                await redis.send_all(kept)
+                await trio.sleep(0.3)
+            nursery.cancel_scope.cancel()
+
+    async def _answer(self, redis: trio.SocketStream, stream: trio.SocketStream) -> None:
+        async for data in redis:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await stream.send_all(bytes(data))
+
+
+async def test_what_an_earlier_connection_asked_does_nothing_later(redis_port: int, nursery: trio.Nursery) -> None:
+    late = LateRedis(redis_port)
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    nursery.start_soon(trio.serve_listeners, late.serve, [listener])
+    shared = await a_shared(listener.socket.getsockname()[1], nursery)
+    (await shared.enter([key(concurrent=1)], 1))[0].leave()
+    staying, _ = await shared.enter([key("b", concurrent=1)], 1)
+    late.keeps = True
+    shared._renew()
+    await shared.enter([key(concurrent=1)], 100)
+    late.keeps = False
+    await connected(shared)
+    staying.leave()
+    await shared.redis.call("PING")
+    late.late.set()
+    await trio.sleep(0.2)
+    for each in ("a", "b"):
+        assert (await shared.enter([key(each, concurrent=1)], 99))[1].tokens <= 1
+
+
+async def test_a_redis_that_stays_silent_costs_requests_nothing(nursery: trio.Nursery) -> None:
+    with running_redis() as port:
+        shared = await a_shared(port, nursery)
+        with stopped(await pid_of(shared)):
+            waits = []
+            ends = trio.current_time() + 4
+            while (began := trio.current_time()) < ends:
+                await shared.request([key(requests_per_minute=10_000)])
+                waits.append(trio.current_time() - began)
+                await trio.sleep(0.02)
+        assert len([wait for wait in waits if wait > 0.3]) == 1, sorted(waits)[-9:]
+        await connected(shared)
+        await shared.request([key("b")])
+        assert await shared.redis.call("EXISTS", "rios:limit:k:b:rates") == 1
+
+
+async def test_a_replica_is_left_for_whoever_the_name_means_now(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_redis() as port:
+        shared = await a_shared(port, nursery)
+        await shared.redis.call("REPLICAOF", "127.0.0.1", 1)
+        assert (await shared.request([key()])).requests == 2
+        await trio.sleep(0.1)
+        assert not shared.redis.connected
+        assert "Redis is away (READONLY" in caplog.text
+        assert (await shared.request([key()])).requests == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"*7\r\n" + b":1\r\n" * 4 + b":2\r\n:1\r\n:1\r\n",
+        b"*7\r\n" + b":1\r\n" * 4 + b":0\r\n:1\r\n:1\r\n",
+        b"*7\r\n" + b":1\r\n" * 4 + b":1\r\n:4\r\n:1\r\n",
+        b"*7\r\n" + b":1\r\n" * 4 + b":1\r\n:0\r\n:1\r\n",
+        b"*4\r\n:1\r\n:1\r\n:1\r\n$1\r\nx\r\n",
+        b"*0\r\n",
+        b"+OK\r\n",
+        b"-ERR\r\n",
+    ],
+)
+async def test_what_the_script_never_answers_is_not_believed(nursery: trio.Nursery, reply: bytes) -> None:
+    async def odd(stream: trio.SocketStream) -> None:
+        async for data in stream:
+            await stream.send_all(b"+PONG\r\n" if b"PING" in data else reply * bytes(data).count(b"\r\nEVAL"))
+
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    nursery.start_soon(trio.serve_listeners, odd, [listener])
+    redis = Redis(Address.parse(f"redis://127.0.0.1:{listener.socket.getsockname()[1]}"))
+    shared = Asked(SharedLimits(redis, MemoryLimits()))
+    nursery.start_soon(shared.run)
+    await connected(shared)
+    assert (await shared.request([key()])).requests == 2
+    assert (await shared.enter([key()], 30))[1].tokens == 70
+
+
 async def test_passwords_and_databases(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_redis(password="open sesame") as port:
         shut = SharedLimits(Redis(Address.parse(f"redis://127.0.0.1:{port}/3")), MemoryLimits())
@@ -320,7 +489,7 @@ async def test_passwords_and_databases(nursery: trio.Nursery, monkeypatch: pytes
             while not shut.redis.connected:  # noqa: ASYNC110 - it tells nobody
                 await trio.sleep(0.01)
         await shut.request([key()])
-        assert await shut.redis.call("DBSIZE") == 1
+        assert await shut.redis.call("EXISTS", "rios:limit:k:a:rates") == 1
         with pytest.raises(RedisRefused, match="unknown command"):
             await shut.redis.call("NONSENSE")
 

@@ -9,7 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from config.errors import BusyError
 from gateway.errors import ApiError
-from gateway.turns import Turns
+from gateway.turns import BLOCKED_SECONDS_MAX, Turns
 
 
 class Visits:
@@ -246,3 +246,64 @@ async def test_no_turn_is_lost_in_a_crowd(seed: int, autojump_clock: MockClock) 
             await trio.sleep(random.choice((0, 0, 0.1, 0.25)))
     assert (turns.waiting, turns._free) == (0, 4)
     assert [(dict(line.running), line.served) for line in (turns._interactive, turns._batch)] == [({}, {}), ({}, {})]
+
+
+class FakeReader:
+    """A client that has kept its answer from being written for so long."""
+
+    def __init__(self, blocked: float) -> None:
+        self.blocked = blocked
+        self.given_up = trio.Event()
+
+    def blocked_seconds(self) -> float:
+        return self.blocked
+
+    def give_up(self) -> None:
+        self.given_up.set()
+
+
+async def _read(turns: Turns, reader: FakeReader, weight: int = 1) -> None:
+    with turns.place("a", weight, reader=reader) as turn:
+        await turn.come()
+        await reader.given_up.wait()
+
+
+async def test_a_slow_reader_makes_room_for_who_waits(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """The slowest first, each who waits one; what it was slow at before its turn does not count."""
+    turns, most = Turns(slots=3, seconds_max=10), BLOCKED_SECONDS_MAX
+    readers = [FakeReader(0.0), FakeReader(5.0), FakeReader(1000.0)]
+    for reader in readers:
+        nursery.start_soon(_read, turns, reader)
+    await wait_all_tasks_blocked()
+    readers[0].blocked, readers[1].blocked = most + 1, most + 7
+    await trio.sleep(3600)
+    assert not any(reader.given_up.is_set() for reader in readers), "nobody waits"
+    for ended in (1, 0):
+        begun = trio.current_time()
+        with turns.place("b") as turn:
+            await turn.come()
+            assert trio.current_time() - begun <= 2
+            assert [number for number in (0, 1, 2) if readers[number].given_up.is_set()] == sorted({1, ended})
+            nursery.start_soon(_read, turns, FakeReader(0.0))
+            await wait_all_tasks_blocked()
+    with pytest.raises(BusyError), turns.place("b") as turn:
+        await turn.come()
+    assert not readers[2].given_up.is_set()
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_line_of_a_batch_ends_nobodys_stream(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """It waits as long as it takes, also behind somebody who reads slowly."""
+    turns, slow = Turns(slots=1), FakeReader(0.0)
+    seen = Visits(turns, nursery)
+    nursery.start_soon(_read, turns, slow)
+    await wait_all_tasks_blocked()
+    slow.blocked = BLOCKED_SECONDS_MAX + 1
+    await seen.start("b0", batch=True)
+    await trio.sleep(3600)
+    assert not slow.given_up.is_set()
+    await seen.start("c0")
+    await trio.sleep(2)
+    assert slow.given_up.is_set(), "somebody waits for an answer"
+    assert seen.came == ["c0"]
+    nursery.cancel_scope.cancel()

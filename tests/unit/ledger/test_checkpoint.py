@@ -243,7 +243,7 @@ def maker():
     return Maker(5, f=1)
 
 
-async def test_a_new_node_starts_from_a_checkpoint_two_peers_prove_and_works(tmp_path, maker):
+async def test_a_new_node_starts_from_a_checkpoint_two_peers_prove_and_works(tmp_path, maker, autojump_clock):
     async with nodes(tmp_path, maker) as s:
         await s.four()
         proof = await s.made[0].checkpoints.propose()

@@ -10,6 +10,8 @@ import trio
 from config.errors import ConfigError, LocalError, RemoteError, RequestError, RiosError
 from config.settings import LedgerSettings
 from ledger.core.committee import EpochCommittee
+from ledger.core.errors import RuleError
+from ledger.core.genesis import Genesis
 from ledger.core.objects import (
     Claim,
     Committee,
@@ -17,6 +19,7 @@ from ledger.core.objects import (
     Equivocation,
     Freeze,
     Frontier,
+    Grant,
     Handover,
     Issuer,
     Reclaim,
@@ -24,6 +27,7 @@ from ledger.core.objects import (
     Transfer,
     Votes,
     Voucher,
+    parse,
     sign,
 )
 from ledger.keys import EpochKeys
@@ -31,6 +35,7 @@ from ledger.ledger import open_ledger
 from p2p.core import codec
 from p2p.core.identity import Identity
 from p2p.face import Reply
+from p2p.memory import MemoryHub
 from tests.unit.ledger.test_network import CREDIT, Swarm, swarm, until, work
 
 OLD, NEW, USER = range(4), range(4, 8), 8
@@ -212,6 +217,42 @@ async def test_a_witness_whose_database_is_put_back_never_votes_again_in_its_epo
         await s.stop(1)
         await s.start(1)
         assert s.ledgers[1].seats._seats[0].is_restored(), "it remembers"
+
+
+async def test_an_epoch_key_is_silent_though_the_loss_was_noticed_by_a_start_without_the_keys(tmp_path, autojump_clock):
+    me, issuer = Identity.from_seed(b"m" * 32), Identity.from_seed(b"i" * 32)
+    key = EpochKeys(me, tmp_path / "keys").create().public_key
+    genesis = Genesis(issuer=issuer.public_key, root=issuer.public_key, witnesses=(key,), f=0)
+
+    @asynccontextmanager
+    async def opened(**options):
+        async with trio.open_nursery() as nursery:
+            settings = LedgerSettings(witness=bool(options), sync_seconds=3600)
+            ledger = await open_ledger(
+                MemoryHub(1).add(me),
+                me,
+                genesis,
+                tmp_path / "l.db",
+                settings,
+                nursery=nursery,
+                in_thread=False,
+                **options,
+            )
+            yield ledger
+            await ledger.aclose()
+            nursery.cancel_scope.cancel()
+
+    def entry(amount):
+        return parse(sign(issuer, Entry(genesis.net, issuer.public_key, 1, bytes(32), (Grant(me.public_key, amount),))))
+
+    async with opened(epoch_keys=EpochKeys(me, tmp_path / "keys")) as ledger:
+        await ledger.voting.vote(entry(5))
+    (tmp_path / "l.db").unlink()
+    async with opened() as ledger:
+        assert ledger.is_restored
+    async with opened(epoch_keys=EpochKeys(me, tmp_path / "keys")) as ledger:
+        with pytest.raises(RuleError, match="restored"):
+            await ledger.voting.vote(entry(7))
 
 
 async def test_workers_claim_at_once_when_the_committee_changes(tmp_path, autojump_clock):

@@ -135,7 +135,7 @@ def test_altered_bytes_are_found_and_the_file_is_named(tmp_path):
     flip(path, made[7].item.signed.body)
     with pytest.raises(IntegrityError, match=r"l\.db is damaged") as caught:
         list(Store(path, GENESIS.net).items())
-    assert "restore a backup" in caught.value.hint
+    assert "rios ledger repair" in caught.value.hint
     path.write_bytes(whole)
     flip(path, made[7].item.signed.signature)
     report = verify_file(path, GENESIS)

@@ -3,15 +3,20 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 
 from ledger.core import certificate as certificates
 from ledger.core.certificate import Verifier
 from ledger.core.objects import Entry, Grant, Signed, Transfer, Votes, Voucher, parse, sign
+from ledger.keys import EpochKeys
+from ledger.lineage import FOUND, Lineage
+from ledger.mark import INTACT, Mark
 from ledger.records import ChannelRow, Own, Proof
 from ledger.store import Store
 from node.cli import main
+from node.repair import _rebuild
 from p2p import keyfile
 from p2p.core import codec
 from tests.unit.ledger.ledger_kit import Maker
@@ -195,9 +200,28 @@ def test_repair_without_peers_saves_what_can_be_read_and_says_so(made, home, cap
     assert told(capsys, "verify")["verified"] is True
     (home / "ledger.db").write_bytes(b"\xa5" * 40960)
     text = said(capsys, "repair", *quiet)
-    assert "not readable to the end" in text
+    assert "not readable to the end, or" in text
     assert "start the node, it fetches the rest" in text
     assert "stays silent for its epoch" in text
+
+
+def test_a_repair_that_finds_promises_lost_silences_every_key_of_the_node(made, home, capsys, monkeypatch):
+    monkeypatch.setattr("node.repair.SECONDS_FOR_PEERS", 0.1)
+    monkeypatch.setenv("RIOS_PASSPHRASE", "not needed to look")
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    me = made.people[1]
+    key = EpochKeys(me, home / "epoch-keys", "not needed to look").create().public_key
+    (home / "ledger.db").write_bytes(b"\xa5" * 40960)  # nor is there a mark beside it
+    quiet = ("--set", "p2p.listen=/ip4/127.0.0.1/tcp/0", "--set", "p2p.mdns=off")
+    assert told(capsys, "repair", *quiet)["restored"]
+    store, mark = Store(home / "ledger.db", made.genesis.net), Mark(home / "ledger.db")
+    lineage = Lineage(store, mark, [me.public_key, key])
+    assert lineage.verdict == INTACT
+    assert lineage.has_forgotten(key)
+    assert lineage.has_forgotten(me.public_key)
+    assert lineage.wallet_unsure == FOUND
+    mark.close()
+    store.close()
 
 
 def test_a_cut_write_ahead_log_is_the_ledger_as_it_was_before_and_repair_goes_through(made, home, capsys, monkeypatch):
@@ -222,6 +246,58 @@ def test_a_cut_write_ahead_log_is_the_ledger_as_it_was_before_and_repair_goes_th
     report = told(capsys, "repair", "--force", *quiet)
     assert (report["verified"], report["digest"]) == (True, before)
     assert told(capsys, "verify")["digest"] == before
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+def killed_as_it_moves(monkeypatch, path, genesis, ending):
+    """A repair that dies just before it moves the file whose name ends so."""
+    rename = Path.rename
+
+    def dies(self, target):
+        if self.name.endswith(ending):
+            raise Killed
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", dies)
+        with pytest.raises(Killed):
+            _rebuild(path, genesis)
+
+
+@pytest.mark.parametrize("ending", ["ledger.db", "ledger.db-wal", ".repaired"])
+def test_a_repair_that_died_half_way_begins_again_with_the_old_file(made, home, capsys, monkeypatch, ending):
+    monkeypatch.setattr("node.repair.SECONDS_FOR_PEERS", 0.1)
+    monkeypatch.setenv("RIOS_PASSPHRASE", "not needed to look")
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    quiet = ("--set", "p2p.listen=/ip4/127.0.0.1/tcp/0", "--set", "p2p.mdns=off")
+    me, path = made.people[1].public_key, home / "ledger.db"
+    store, mark = Store(path, made.genesis.net), Mark(path)
+    lineage = Lineage(store, mark, [me])
+    mine = [f.item for f in made.finals if isinstance(f.item.object, Entry) and f.item.object.account == me]
+    own = [Own(item.object.seq, item.signed) for item in mine]
+    store.commit([*own, lineage.unsure(b"")])
+    lineage.signed(own[-1].seq)
+    mark.close()
+    files = (path, home / "ledger.db-wal")
+    as_killed = [file.read_bytes() for file in files]  # the own chain stands in the write-ahead log only
+    store.close()
+    for file, data in zip(files, as_killed, strict=True):
+        file.write_bytes(data)
+    killed_as_it_moves(monkeypatch, path, made.genesis, ending)
+    assert path.exists() == (ending == "ledger.db")
+    if not path.exists():
+        assert main(["run", *quiet]) != 0
+        assert "rios ledger repair" in capsys.readouterr().err
+        assert not path.exists(), "it did not begin anew"
+    report = told(capsys, "repair", "--force", *quiet)
+    assert report["salvaged"]["rows"]["wallet"] == len(own)
+    assert report["salvaged"]["own_is_whole"]
+    assert report["verified"]
+    assert not report["restored"], "nothing is lost"
+    assert told(capsys, "repair", *quiet)["repaired"] is False
 
 
 def test_no_ledger_and_no_key_are_said(home, capsys):

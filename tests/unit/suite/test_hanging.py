@@ -1,4 +1,4 @@
-"""A test that hangs where its timeout does not reach costs itself, not the run."""
+"""A test that hangs costs itself, not the run: where its timeout does not reach, and where that leaves trio's loop."""
 
 import os
 import subprocess
@@ -22,12 +22,40 @@ def test_hangs(never_ends): raise AssertionError("the timeout ends with the test
 
 def test_after(): pass
 """
+WAITS = """
+import pytest, trio
+
+async def waits_for_ever():
+    await trio.sleep_forever()
+
+@pytest.mark.timeout(1)
+async def test_hangs(nursery):
+    nursery.start_soon(waits_for_ever)
+    await trio.sleep_forever()
+
+async def test_after():
+    await trio.sleep(0)
+"""
 
 
 def test_one_test_is_lost_and_shown(tmp_path: Path) -> None:
-    (tmp_path / "test_one.py").write_text(HANGS)
+    said = run(tmp_path, {"test_one.py": HANGS, "test_two.py": "def test_another(): pass"})
+    assert "test_hangs hangs:" in said
+    assert "in never_ends" in said, "where"
+    assert "2 failed, 3 passed" in said, said
+
+
+def test_a_time_limit_in_trios_loop_shows_its_tasks_and_costs_one_test(tmp_path: Path) -> None:
+    said = run(tmp_path, {"test_one.py": WAITS})
+    assert "waits_for_ever\n" in said, said
+    assert "1 failed, 1 passed" in said, said
+
+
+def run(tmp_path: Path, tests: dict[str, str]) -> str:
+    """What pytest says of these files."""
+    for name, text in tests.items():
+        (tmp_path / name).write_text(text)
     (tmp_path / "impatient.py").write_text("import tests.conftest\ntests.conftest.ENDING_SECONDS_MAX = 2\n")
-    (tmp_path / "test_two.py").write_text("def test_another(): pass")
     command = [sys.executable, "-m", "pytest", "-n2", "-v", "-p", "tests.conftest", "-p", "impatient"]
     places = [f"--config-file={REPOSITORY / 'pyproject.toml'}", f"--rootdir={tmp_path}", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
@@ -40,7 +68,4 @@ def test_one_test_is_lost_and_shown(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    said = done.stdout + done.stderr
-    assert "test_hangs hangs:" in said
-    assert "in never_ends" in said, "where"
-    assert "2 failed, 3 passed" in said, said
+    return done.stdout + done.stderr
