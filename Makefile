@@ -17,8 +17,15 @@ run: setup  ## a swarm of three nodes answers a question (rios demo; ARGS="--onc
 tools:
 	@config/deploy/test_tools.sh
 
-test: setup tools  ## all tests, shared by WORKERS=3 processes; with ARGS (pytest's) by one
-	@$(PY) -m pytest $(or $(ARGS),-n $(or $(WORKERS),3))
+# the churn's twelve daemons take the machine for themselves
+CHURN := tests/soak/test_churn.py
+
+test: setup tools  ## all tests, shared by WORKERS=3 processes, then the churn; with ARGS (pytest's) what they say, by one
+ifdef ARGS
+	@$(PY) -m pytest $(ARGS)
+else
+	@$(PY) -m pytest -n $(or $(WORKERS),3) --ignore $(CHURN); shared=$$?; $(PY) -m pytest $(CHURN) && exit $$shared
+endif
 
 check: setup  ## format, lint, types, import contracts
 	@$(PY) -m ruff format --check .

@@ -6,11 +6,10 @@ of files is fixed; who takes the next one depends on who is free.
 
 Invariants:
 1. Every test that was collected runs once, in its file's order.
-2. The churn begins first: it takes minutes.
-3. Of files that start processes :data:`AT_ONCE` are under way, as long as there are any, and no more: they wait for
+2. Of files that start processes :data:`AT_ONCE` are under way, as long as there are any, and no more: they wait for
    each other's processors otherwise, and have deadlines of the real clock. The last files are short and have none, so
    that no worker waits for another in the end; where only files with processes are left, workers end.
-4. A test that ends its worker has failed and is not run again; what is left of its file is.
+3. A test that ends its worker has failed and is not run again; what is left of its file is.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,8 +18,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
-FIRST = "soak"
-PROCESSES = frozenset((FIRST, "e2e", "faults", "netns", "interop", "hostile"))
+PROCESSES = frozenset(("soak", "e2e", "faults", "netns", "interop", "hostile"))
 TOGETHER = ("tests/interop",)
 """Folders whose files share what may be prepared by one process only."""
 AT_ONCE = 2
@@ -92,6 +90,5 @@ def spread(nodeids: Sequence[str]) -> list[int]:
     for index, nodeid in enumerate(nodeids):
         files.setdefault(scope_of(nodeid), []).append(index)
     busy = [scope for scope in files if kind_of(scope) in PROCESSES]
-    first = [scope for scope in busy if kind_of(scope) == FIRST]
-    ordered = dict.fromkeys((*first, *busy, *files))
+    ordered = dict.fromkeys((*busy, *files))
     return [index for scope in ordered for index in files[scope]]

@@ -64,8 +64,6 @@ class Rig:
         self.replicas = replicas
         self.mode = mode
         self.model = ""
-        self.starts_with: tuple[str, ...] = ()
-        """What every node's command begins with."""
         self.orchestrators: list[NodeProcess] = []
         self.workers: list[NodeProcess] = []
         self.keys: dict[str, str] = {}
@@ -152,7 +150,7 @@ class Rig:
             },
             init,
         )
-        node.prefix = (*self.starts_with, *place.prefix)
+        node.prefix = place.prefix
         return node
 
     def start(self, *nodes: NodeProcess) -> None:
@@ -265,16 +263,14 @@ def swarm_of(
     layers_per_shard: int = 1,
     asks_with: tuple[str, ...] = (),
     grant: bool = True,
-    nice: int = 0,
 ) -> Iterator[Rig]:
     """A running swarm that holds the model: one orchestrator for each of ``routes``, then the workers. ``places`` are
     those of the nodes in this order (default: loopback). ``kind``: of the model's weights. ``prefixes``: what the
     workers' commands begin with. ``asks_with`` starts the orchestrators' commands; without ``grant`` they have no
-    money; by ``nice`` all of them give way to other processes."""
+    money."""
     places = [*places, *[Place()] * (len(routes) + workers - len(places))]
     with Swarm(folder / "swarm") as swarm:
         rig = Rig(swarm, replicas=replicas, mode=mode)
-        rig.starts_with = _nicely(nice) if nice else ()
         rig.add_orchestrator(routes[0], places[0], **(settings or {}))
         gguf = write_gguf(folder / "tiny.gguf", kind=kind)
         cut = ("--layers-per-shard", str(layers_per_shard))
@@ -300,11 +296,6 @@ def swarm_of(
         rig.first.ask("model.deploy", model=rig.model, replicas=replicas, mode=mode)
         rig.wait_replicas(min(replicas, workers))
         yield rig
-
-
-def _nicely(nice: int) -> tuple[str, ...]:
-    """What begins a command that gives way: also where the kernel weighs sessions, each daemon being one of its own."""
-    return ("sh", "-c", f'{{ echo {nice} > /proc/self/autogroup; }} 2>/dev/null; exec nice -n {nice} "$@"', "sh")
 
 
 @contextmanager

@@ -161,13 +161,10 @@ class Churn:
             node.wait_started()
 
 
-def run(folder: Path, minutes: float, seed: int, *, nice: int = 0) -> dict[str, Any]:
-    """The whole of it; the figures. The daemons give way to others by ``nice``. Raises AssertionError if an answer, a
-    credit or a replica is missing."""
+def run(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
+    """The whole of it; the figures. Raises AssertionError if an answer, a credit or a replica is missing."""
     told = Told()
-    with swarm_of(
-        folder, workers=WORKERS, replicas=REPLICAS, mode="both", routes=("experts", "stages"), nice=nice
-    ) as rig:
+    with swarm_of(folder, workers=WORKERS, replicas=REPLICAS, mode="both", routes=("experts", "stages")) as rig:
         for number in range(SPARE):
             rig.add_worker(f"spare-{number}")
         rig.wait_replicas(REPLICAS)

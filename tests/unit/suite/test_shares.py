@@ -1,4 +1,4 @@
-"""How the test files are shared among processes: each once, the churn first, those with processes before the others."""
+"""How the test files are shared among processes: each once, those with processes before the others."""
 
 from tests.ports import free_port
 from tests.shares import next_scope, scope_of, spread
@@ -6,7 +6,7 @@ from tests.shares import next_scope, scope_of, spread
 FILES = [
     *[f"tests/e2e/test_{n}.py" for n in range(4)],
     *[f"tests/interop/test_{n}.py" for n in range(2)],
-    "tests/soak/test_churn.py",
+    "tests/soak/test_bank.py",
     *[f"tests/unit/p2p/test_{n}.py" for n in range(10)],
 ]
 TESTS = [f"{file}::test_{n}" for file in FILES for n in range(3)]
@@ -20,9 +20,8 @@ def test_each_runs_once_and_in_the_order_of_its_file():
         assert [test for test in ordered if test in mine] == mine
 
 
-def test_the_churn_comes_first_and_processes_before_the_others():
+def test_processes_come_before_the_others():
     scopes = list(dict.fromkeys(scope_of(TESTS[index]) for index in spread(TESTS)))
-    assert scopes[0] == "tests/soak/test_churn.py"
     assert scopes.count("tests/interop") == 1
     with_processes = ["/unit/" not in scope for scope in scopes]
     assert with_processes == sorted(with_processes, reverse=True)
