@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from config.errors import RequestError
 from config.settings import GatewaySettings
 from gateway import books
+from gateway.db import stamps
 from gateway.db.billing import key_limits
 from gateway.db.migrate import migrate
 from gateway.db.models import LOCAL_USER, accounts, api_keys, usages, users
@@ -149,7 +150,7 @@ class Accounts:
         email = None if email is None else normal_email(email)
         try:
             with self.database.write() as connection:
-                user = User(id=books.new_id(), name=name, disabled=False, created_at_ms=books.now_ms(), email=email)
+                user = User(id=stamps.new_id(), name=name, disabled=False, created_at_ms=stamps.now_ms(), email=email)
                 yield connection, user
         except sa.exc.IntegrityError as error:
             raise name_taken(name, email) from error
@@ -211,7 +212,7 @@ class Accounts:
         active = sa.and_(api_keys.c.id == key_id, api_keys.c.revoked_at_ms.is_(None))
         with self.database.write() as connection:
             known = connection.execute(sa.select(api_keys.c.id).where(api_keys.c.id == key_id)).first()
-            connection.execute(sa.update(api_keys).where(active).values(revoked_at_ms=books.now_ms()))
+            connection.execute(sa.update(api_keys).where(active).values(revoked_at_ms=stamps.now_ms()))
         if known is None:
             raise RequestError("not_found", f"there is no key {key_id!r}", "list the keys to see their ids")
 
@@ -239,7 +240,7 @@ class Accounts:
             row = connection.execute(query).first()
         if row is None or not hmac.compare_digest(row.secret_sha256, digest):
             return None
-        if row.expires_at_ms is not None and row.expires_at_ms <= books.now_ms():
+        if row.expires_at_ms is not None and row.expires_at_ms <= stamps.now_ms():
             return None
         return Principal(
             user_id=row.id,
@@ -261,7 +262,7 @@ class Accounts:
             .join(accounts, accounts.c.user_id == users.c.id)
             .where(users.c.id == user_id)
         )
-        live = sa.or_(api_keys.c.expires_at_ms.is_(None), api_keys.c.expires_at_ms > books.now_ms())
+        live = sa.or_(api_keys.c.expires_at_ms.is_(None), api_keys.c.expires_at_ms > stamps.now_ms())
         of_key = (
             sa.select(api_keys.c.scopes, *_KEY_LIMITS)
             .outerjoin(key_limits, key_limits.c.key_id == api_keys.c.id)
@@ -296,7 +297,7 @@ class Accounts:
     def credit(self, user: str, microcredits: int, reference: str = "") -> Balance:
         """Pay into a user's account. ``reference`` (e.g. of a payment) counts once; empty: a fresh one."""
         owner = self.find_user(user)
-        books.credit(self.database, f"user:{owner.id}", microcredits, reference or books.new_id())
+        books.credit(self.database, f"user:{owner.id}", microcredits, reference or stamps.new_id())
         return self.balance(owner.id)
 
     def balance(self, user: str) -> Balance:
@@ -339,7 +340,7 @@ def new_key(user_id: str, name: str, scopes: Collection[str], expires_at_ms: int
         id=key_id,
         user_id=user_id,
         name=name,
-        created_at_ms=books.now_ms(),
+        created_at_ms=stamps.now_ms(),
         revoked_at_ms=None,
         scopes=scopes_text(scopes),
         expires_at_ms=expires_at_ms,

@@ -13,9 +13,9 @@ import trio
 
 from config.errors import RiosError
 from gateway import audit
-from gateway.books import now_ms
 from gateway.db.audit import audit_head, audit_log
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.ports import Anchor
 from gateway.till import Till
 

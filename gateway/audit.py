@@ -21,9 +21,9 @@ import sqlalchemy as sa
 from config.errors import IntegrityError
 from gateway import events
 from gateway.accounts import Principal
-from gateway.books import now_ms
 from gateway.db.audit import audit_head, audit_log
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.errors import invalid
 from gateway.listing import Page, window
 

@@ -12,8 +12,6 @@ Invariants:
 6. Whether a gateway is alive is told by the database's clock alone, so that a host's wrong clock gives nothing away.
 """
 
-import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,10 +21,10 @@ import sqlalchemy as sa
 from config.errors import LocalError, RequestError
 from gateway.billing import costs
 from gateway.billing.budget import Budget, month_of
-from gateway.db.billing import budget_alerts, budgets
-from gateway.db.models import FUNDING, REVENUE, accounts, idempotency, postings, reservations, transactions, usages
-from gateway.db.prepared import Among, Prepared
+from gateway.db import booking
+from gateway.db.models import FUNDING, REVENUE, reservations
 from gateway.db.session import Database, Kept
+from gateway.db.stamps import new_id, now_ms
 from gateway.money import Closing, Costs, Prices, Progress, Refused, Reservation, Settlement
 
 ABANDONED_MS = 30_000
@@ -36,82 +34,6 @@ RECOVERED = "recovered"
 _REST = "-rest"
 """Ends the id of the usage row of what was charged after a recovery."""
 _UNPAID: dict[str, Any] = {"completion_tokens": 0, "outcome": RECOVERED}
-
-_LOCK_ACCOUNTS = Among(
-    lambda names: (
-        sa.select(accounts.c.id, accounts.c.balance, accounts.c.reserved)
-        .where(accounts.c.id.in_(names))
-        .order_by(accounts.c.id)
-        .with_for_update()
-    )
-)
-_SET_ACCOUNT = Prepared(
-    sa.update(accounts)
-    .where(accounts.c.id == sa.bindparam("name"))
-    .values(balance=sa.bindparam("new_balance"), reserved=sa.bindparam("new_reserved"))
-)
-_ADD_TO_ACCOUNT = Prepared(
-    sa.update(accounts)
-    .where(accounts.c.id == sa.bindparam("name"))
-    .values(balance=accounts.c.balance + sa.bindparam("amount"))
-)
-_FIND_RESERVATIONS = Among(lambda names: sa.select(reservations.c.id).where(reservations.c.id.in_(names)))
-_TAKE_RESERVATIONS = Among(
-    lambda names: (
-        sa.delete(reservations)
-        .where(reservations.c.id.in_(names))
-        .returning(reservations.c.id, reservations.c.microcredits)
-    )
-)
-_SET_PROGRESS = Prepared(
-    sa.update(reservations)
-    .where(reservations.c.id == sa.bindparam("name"))
-    .values(completion_tokens=sa.bindparam("tokens"), updated_at_ms=sa.bindparam("now"))
-)
-_SET_ROUTE = Prepared(
-    sa.update(idempotency)
-    .where(idempotency.c.id == sa.bindparam("name"), idempotency.c.holder == sa.bindparam("whose"))
-    .values(route=sa.bindparam("new_route"), updated_at_ms=sa.bindparam("now"))
-)
-_KEEP_ANSWER = Prepared(
-    sa.update(idempotency)
-    .where(idempotency.c.id == sa.bindparam("name"), idempotency.c.holder == sa.bindparam("whose"))
-    .values(
-        holder=sa.literal_column("''"),
-        status=sa.bindparam("new_status"),
-        content_type=sa.bindparam("kind"),
-        answer=sa.bindparam("data"),
-        answer_bytes=sa.bindparam("size"),
-        updated_at_ms=sa.bindparam("now"),
-    )
-)
-_FIND_HOLDERS = Among(
-    lambda names: sa.select(idempotency.c.id, idempotency.c.holder).where(idempotency.c.id.in_(names))
-)
-_BUDGET = ("account_id", "id", "subject", "key_id", "microcredits", "month", "spent", "reserved", "alerted")
-_FIND_BUDGETS = Among(
-    lambda names: sa.select(*(budgets.c[name] for name in _BUDGET)).where(budgets.c.account_id.in_(names))
-)
-_SET_BUDGET = Prepared(
-    sa.update(budgets)
-    .where(budgets.c.id == sa.bindparam("name"))
-    .values(
-        month=sa.bindparam("new_month"),
-        spent=sa.bindparam("new_spent"),
-        reserved=sa.bindparam("new_reserved"),
-        alerted=sa.bindparam("new_alerted"),
-    )
-)
-_FIND_USAGES = Among(
-    lambda names: sa.select(
-        usages.c.id, usages.c.outcome, usages.c.prompt_tokens, usages.c.completion_tokens, usages.c.microcredits
-    ).where(usages.c.id.in_(names))
-)
-_ADD_ALERTS = Prepared(sa.insert(budget_alerts))
-_ADD_RESERVATIONS = Prepared(sa.insert(reservations))
-_ADD_USAGES = Prepared(sa.insert(usages))
-_ADD_TRANSACTIONS = Prepared(sa.insert(transactions))
-_ADD_POSTINGS = Prepared(sa.insert(postings))
 
 
 @dataclass(slots=True)
@@ -157,17 +79,6 @@ class _Rows:
     revenue: int = 0
 
 
-def now_ms() -> int:
-    """Unix time in milliseconds by this host's clock. What gateways compare with each other's is told by
-    :meth:`Database.now_ms`."""
-    return time.time_ns() // 1_000_000
-
-
-def new_id() -> str:
-    """A unique id that sorts by time: 32 hex digits."""
-    return f"{now_ms():012x}{secrets.token_hex(10)}"
-
-
 def write_batch(
     database: Database, batch: Batch, kept: Kept | None = None, *, waits: bool = True
 ) -> dict[str, Refused]:
@@ -196,7 +107,7 @@ def find_abandoned(database: Database, instance: str) -> list[Settlement]:
 
 def lock_account(connection: sa.Connection, account_id: str) -> None:
     """Make others wait who want to change this account."""
-    _LOCK_ACCOUNTS.rows(connection, [account_id])
+    booking.LOCK_ACCOUNTS.rows(connection, [account_id])
 
 
 def give_back(connection: sa.Connection, idempotency_id: str, now: int) -> None:
@@ -224,10 +135,10 @@ def post_credit(
         raise RequestError("invalid_request", f"a credit must be more than 0, not {microcredits}")
     rows = _Rows()
     name = _post(rows, kind, reference, {FUNDING: -microcredits, account_id: microcredits}, now_ms())
-    _ADD_TRANSACTIONS.run(connection, rows.transactions)
-    _ADD_POSTINGS.run(connection, rows.postings)
+    booking.ADD_TRANSACTIONS.run(connection, rows.transactions)
+    booking.ADD_POSTINGS.run(connection, rows.postings)
     for account, amount in ((account_id, microcredits), (FUNDING, -microcredits)):
-        _ADD_TO_ACCOUNT.run(connection, [{"name": account, "amount": amount}])
+        booking.ADD_TO_ACCOUNT.run(connection, [{"name": account, "amount": amount}])
     return name
 
 
@@ -253,7 +164,7 @@ def _apply(connection: sa.Connection, batch: Batch, now: int) -> dict[str, Refus
     _store(connection, book, rows)
     _store_costs(connection, batch.costs, settlements, now)
     if batch.close:
-        _KEEP_ANSWER.run(connection, [_answer(closing, now) for closing in batch.close])
+        booking.KEEP_ANSWER.run(connection, [_answer(closing, now) for closing in batch.close])
     if batch.progress:
         _store_progress(connection, batch.progress, now)
     return refused
@@ -270,7 +181,7 @@ def _to_close(connection: sa.Connection, closings: Sequence[Closing]) -> list[Se
     if not closings:
         return []
     names = sorted(closing.idempotency_id for closing in closings)
-    holders = {name: holder for name, holder in _FIND_HOLDERS.rows(connection, names)}
+    holders = {name: holder for name, holder in booking.FIND_HOLDERS.rows(connection, names)}
     return [
         settlement if holders.get(closing.idempotency_id) == closing.holder else replace(settlement, **_UNPAID)
         for closing in closings
@@ -294,10 +205,10 @@ def _lock_accounts(connection: sa.Connection, batch: Batch, now: int) -> dict[st
     names = {r.account_id for r in batch.reserve} | {s.reservation.account_id for s in settlements_of(batch)}
     if not names:
         return {}
-    found = _LOCK_ACCOUNTS.rows(connection, sorted(names))
+    found = booking.LOCK_ACCOUNTS.rows(connection, sorted(names))
     book = {name: _Account(balance, reserved) for name, balance, reserved in found}
-    for row in _FIND_BUDGETS.rows(connection, sorted(names)):
-        found_budget = Budget.of(dict(zip(_BUDGET, row, strict=True)), month_of(now))
+    for row in booking.FIND_BUDGETS.rows(connection, sorted(names)):
+        found_budget = Budget.of(dict(zip(booking.BUDGET_COLUMNS, row, strict=True)), month_of(now))
         book[row[0]].budgets.append(found_budget)
     return book
 
@@ -346,7 +257,7 @@ def _reserve(
 
 def _find_standing(connection: sa.Connection, wanted: Sequence[Reservation]) -> frozenset[str]:
     names = [reservation.id for reservation in wanted]
-    return frozenset(name for (name,) in _FIND_RESERVATIONS.rows(connection, names))
+    return frozenset(name for (name,) in booking.FIND_RESERVATIONS.rows(connection, names))
 
 
 def _take_reservations(connection: sa.Connection, settlements: Sequence[Settlement]) -> dict[str, int]:
@@ -354,7 +265,7 @@ def _take_reservations(connection: sa.Connection, settlements: Sequence[Settleme
     if not settlements:
         return {}
     names = [settlement.reservation.id for settlement in settlements]
-    return {name: amount for name, amount in _TAKE_RESERVATIONS.rows(connection, names)}
+    return {name: amount for name, amount in booking.TAKE_RESERVATIONS.rows(connection, names)}
 
 
 def _settle(book: dict[str, _Account], rows: _Rows, settlement: Settlement, amount: int, now: int) -> None:
@@ -396,7 +307,7 @@ def _settle_rests(
     """Charge what a recovery left unpaid of answers whose gateway was alive after all. Each in a row of its own, dated
     now: the month of the recovery may be closed. What was held back for it is free again, so it takes no more than the
     balance has left; a budget it may pass, as the answer was begun within it."""
-    known = {row[0]: row[1:] for row in _FIND_USAGES.rows(connection, [*gone, *(name + _REST for name in gone)])}
+    known = {row[0]: row[1:] for row in booking.FIND_USAGES.rows(connection, [*gone, *(name + _REST for name in gone)])}
     for name, settlement in gone.items():
         outcome, prompt_tokens, completion_tokens, charged = known.get(name, ("", 0, 0, 0))
         left = settlement.microcredits - charged
@@ -440,24 +351,24 @@ def _post(rows: _Rows, kind: str, reference: str, amounts: Mapping[str, int], no
 
 def _store(connection: sa.Connection, book: dict[str, _Account], rows: _Rows) -> None:
     if rows.reservations:
-        _ADD_RESERVATIONS.run(connection, rows.reservations)
+        booking.ADD_RESERVATIONS.run(connection, rows.reservations)
     if rows.routes:
-        _SET_ROUTE.run(connection, rows.routes)
+        booking.SET_ROUTE.run(connection, rows.routes)
     if rows.usages:
-        _ADD_USAGES.run(connection, rows.usages)
+        booking.ADD_USAGES.run(connection, rows.usages)
     if rows.transactions:
-        _ADD_TRANSACTIONS.run(connection, rows.transactions)
-        _ADD_POSTINGS.run(connection, rows.postings)
+        booking.ADD_TRANSACTIONS.run(connection, rows.transactions)
+        booking.ADD_POSTINGS.run(connection, rows.postings)
     changed = [
         {"name": name, "new_balance": account.balance, "new_reserved": account.reserved}
         for name, account in book.items()
         if account.changed
     ]
     if changed:
-        _SET_ACCOUNT.run(connection, changed)
+        booking.SET_ACCOUNT.run(connection, changed)
     _store_budgets(connection, book, rows)
     if rows.revenue:
-        _ADD_TO_ACCOUNT.run(connection, [{"name": REVENUE, "amount": rows.revenue}])
+        booking.ADD_TO_ACCOUNT.run(connection, [{"name": REVENUE, "amount": rows.revenue}])
 
 
 def _store_budgets(connection: sa.Connection, book: dict[str, _Account], rows: _Rows) -> None:
@@ -474,9 +385,9 @@ def _store_budgets(connection: sa.Connection, book: dict[str, _Account], rows: _
         if budget.changed
     ]
     if changed:
-        _SET_BUDGET.run(connection, changed)
+        booking.SET_BUDGET.run(connection, changed)
     if rows.alerts:
-        _ADD_ALERTS.run(connection, rows.alerts)
+        booking.ADD_ALERTS.run(connection, rows.alerts)
 
 
 def _store_costs(connection: sa.Connection, found: Costs | None, settlements: Sequence[Settlement], now: int) -> None:
@@ -491,7 +402,7 @@ def _store_costs(connection: sa.Connection, found: Costs | None, settlements: Se
 def _store_progress(connection: sa.Connection, progress: Sequence[Progress], now: int) -> None:
     steps = sorted(progress, key=lambda step: step.reservation_id)
     rows = [{"name": step.reservation_id, "tokens": step.completion_tokens, "now": now} for step in steps]
-    _SET_PROGRESS.run(connection, rows)
+    booking.SET_PROGRESS.run(connection, rows)
 
 
 def _recovered(row: sa.RowMapping) -> Settlement:

@@ -23,10 +23,10 @@ import sqlalchemy as sa
 import trio
 
 from config.errors import RiosError
-from gateway.books import now_ms
 from gateway.db.jobs import events
 from gateway.db.prepared import Prepared
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.listeners import Listeners
 from gateway.money import Settlement
 

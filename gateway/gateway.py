@@ -17,7 +17,6 @@ from prometheus_client import CollectorRegistry
 
 from config.errors import LocalError
 from config.settings import GatewaySettings
-from gateway import books
 from gateway.accounts import Accounts
 from gateway.anchoring import Anchoring
 from gateway.app import Site, build_app
@@ -26,6 +25,7 @@ from gateway.billing.keeper import Keeper
 from gateway.billing.payment import read_secret
 from gateway.certificate import Certificate, certificate_of
 from gateway.dashboard.live import Live
+from gateway.db import stamps
 from gateway.db.migrate import migrate
 from gateway.db.session import Database, open_database
 from gateway.events import Bus
@@ -95,7 +95,7 @@ async def open_gateway(
         try:
             await till.recover()
             if spending is not None:
-                till.spending = CostBook(spending, books.new_id())
+                till.spending = CostBook(spending, stamps.new_id())
                 await till.in_thread(till.spending.begin, database)
             with Metrics(registry) as metrics:
                 accounts = Accounts(database, starting_balance=settings.starting_balance)

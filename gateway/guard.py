@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import trio
 
 from gateway.accounts import LOCAL, Accounts, Principal, digest_of
-from gateway.books import now_ms
+from gateway.db.stamps import now_ms
 from gateway.errors import ApiError
 from gateway.identity import sessions
 from gateway.identity.browser import CSRF_HEADER, Credentials, Home, has_csrf

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from gateway import books
-from gateway.books import ABANDONED_MS, now_ms
+from gateway.books import ABANDONED_MS
 from gateway.db.models import idempotency, reservations
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.errors import ApiError
 
 KEPT_MS = 24 * 3600 * 1000

@@ -29,10 +29,10 @@ from gateway.accounts import (
     scopes_text,
 )
 from gateway.audit import Actor
-from gateway.books import now_ms
 from gateway.db.identity import sessions
 from gateway.db.jobs import webhooks
 from gateway.db.models import LOCAL_USER, api_keys, users
+from gateway.db.stamps import now_ms
 from gateway.errors import ApiError
 from gateway.idempotency import Wanted
 from gateway.listing import Page, window

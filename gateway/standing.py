@@ -22,10 +22,10 @@ import trio
 
 from config.errors import RiosError
 from gateway.accounts import Principal
-from gateway.books import now_ms
 from gateway.db.identity import sessions, signing_keys
 from gateway.db.models import LOCAL_USER, api_keys, users
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.errors import ApiError
 from gateway.roles import Permission, Role, reach_of
 from gateway.till import Till

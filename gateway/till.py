@@ -32,6 +32,7 @@ from config.errors import LocalError, RiosError
 from gateway import books, idempotency
 from gateway.billing.costs import CostBook
 from gateway.books import Batch
+from gateway.db import stamps
 from gateway.db.session import POOL_SIZE, Database, Kept
 from gateway.errors import ApiError
 from gateway.money import Closing, Progress, Refused, Reservation, Settlement
@@ -85,7 +86,7 @@ class Ticket:
     """A running request's reservation. The request writes how many tokens it delivered."""
 
     reservation: Reservation
-    started_ms: int = field(default_factory=books.now_ms)
+    started_ms: int = field(default_factory=stamps.now_ms)
     delivered_tokens: int = 0
     recorded_tokens: int = 0
 

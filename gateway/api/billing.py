@@ -12,11 +12,11 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway import books
 from gateway.accounts import Usage
 from gateway.audit import actor_of
 from gateway.billing import invoices, payment, sheet, statements
 from gateway.billing.statements import BYS, Span
+from gateway.db import stamps
 from gateway.endpoint import Endpoint, Parameter, caller
 from gateway.errors import ApiError, invalid
 from gateway.listing import PAGING, USER, check_cursor, page_of, shown, whose
@@ -222,7 +222,7 @@ async def usage_summary(request: Request) -> Response:
     by = tuple(dict.fromkeys(request.query_params.get("by", "day").split(",")))
     if not set(by) <= set(BYS):
         raise invalid("by", f"by names some of {', '.join(BYS)}, between commas")
-    now, csv = books.now_ms(), _wants_csv(request)
+    now, csv = stamps.now_ms(), _wants_csv(request)
     span = Span(
         owner=whose(request),
         from_ms=_number(request, "from_ms", now - 31 * _MS_PER_DAY),

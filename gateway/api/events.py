@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket
 
 from config.errors import RiosError
 from gateway import events
-from gateway.books import now_ms
+from gateway.db.stamps import now_ms
 from gateway.endpoint import Caller, Endpoint, Parameter, caller, permitted
 from gateway.errors import ApiError, error_headers, error_object, error_status, invalid
 from gateway.events import MISSED, Bus, Event, matches

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from gateway import audit, books, events
 from gateway.audit import Actor
 from gateway.billing.budget import PERCENTS, Budget, month_begins_ms, month_of
+from gateway.db import stamps
 from gateway.db.billing import budget_alerts, budgets, key_limits
 from gateway.db.models import accounts, api_keys, reservations, usages
 from gateway.db.session import Database
@@ -73,7 +74,7 @@ def set_budget(database: Database, actor: Actor, wish: Wish, owner: str | None) 
         else:
             _check_right(row, owner)
             change = sa.update(budgets).where(budgets.c.id == row["id"])
-            now, kept = books.now_ms(), by_admin or row["by_admin"]
+            now, kept = stamps.now_ms(), by_admin or row["by_admin"]
             connection.execute(change.values(microcredits=wish.microcredits, updated_at_ms=now, by_admin=kept))
         detail = {"subject": wish.subject, "microcredits": wish.microcredits}
         audit.record(connection, actor, "budget.set", row["id"], owner_id=wish.user_id, detail=detail)
@@ -168,11 +169,11 @@ def _find(connection: sa.Connection, condition: "sa.ColumnElement[bool]") -> Map
 
 
 def _begin(connection: sa.Connection, wish: Wish, account_id: str, *, by_admin: bool) -> dict[str, Any]:
-    now = books.now_ms()
+    now = stamps.now_ms()
     month = month_of(now)
     used = counted(connection, wish.user_id, account_id, wish.key_id or None, month)
     row = {
-        "id": books.new_id(),
+        "id": stamps.new_id(),
         "subject": wish.subject,
         "account_id": account_id,
         "user_id": wish.user_id,
@@ -205,7 +206,7 @@ def counted(
 
 
 def _shown(connection: sa.Connection, rows: Sequence[Mapping[Any, Any]]) -> list[dict[str, Any]]:
-    month = month_of(books.now_ms())
+    month = month_of(stamps.now_ms())
     names = [row["id"] for row in rows]
     query = sa.select(budget_alerts).where(budget_alerts.c.budget_id.in_(names), budget_alerts.c.month == month)
     told: dict[str, list[dict[str, int]]] = {}

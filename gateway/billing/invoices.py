@@ -19,10 +19,10 @@ from gateway import audit
 from gateway.audit import Actor
 from gateway.billing.budget import month_begins_ms, month_of, next_month
 from gateway.billing.sheet import to_csv
-from gateway.books import now_ms
 from gateway.db.billing import invoice_head, invoices
 from gateway.db.models import usages
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.errors import ApiError
 
 GRACE_MS = 3_600_000

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from config.errors import ConfigError
 from gateway import audit, books
 from gateway.audit import Actor
+from gateway.db import stamps
 from gateway.db.models import accounts, postings, transactions
 from gateway.db.session import Database
 from gateway.errors import ApiError
@@ -65,7 +66,7 @@ def top_up(database: Database, actor: Actor, user_id: str, microcredits: int, re
 
     Raises ApiError ``not_found``, ``conflict``.
     """
-    reference = reference or books.new_id()
+    reference = reference or stamps.new_id()
     try:
         with database.write() as connection:
             name = books.post_credit(connection, _account_of(connection, user_id), microcredits, reference)

@@ -9,12 +9,12 @@ from typing import Any
 
 from starlette.requests import Request
 
-from gateway import books
 from gateway.billing import budgets, invoices, statements, usage
 from gateway.billing.budget import PERCENTS, month_begins_ms, month_of
 from gateway.dashboard import charts
 from gateway.dashboard.session import can
 from gateway.dashboard.views import names_of, own_only
+from gateway.db import stamps
 from gateway.db.session import Database
 from gateway.endpoint import Caller
 
@@ -48,7 +48,7 @@ async def billing(request: Request, caller: Caller) -> Mapping[str, Any]:
     own = own_only(caller, "billing:read")
     whose = "mine" if request.query_params.get("of") == "mine" or own is not None else "all"
     owner = caller.user_id if whose == "mine" else None
-    now = books.now_ms()
+    now = stamps.now_ms()
     month = (month_begins_ms(month_of(now)), now + 1)
     cursors = {name: _cursor(request, name) for name in ("after", "invoice", "budget")}
     find = partial(_lists, till.database, owner=owner, cursors=cursors)

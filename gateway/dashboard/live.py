@@ -21,9 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway import books
 from gateway.accounts import Principal
 from gateway.dashboard.session import can, current_caller
+from gateway.db import stamps
 from gateway.endpoint import Caller
 from gateway.errors import ApiError
 from gateway.listeners import Listeners
@@ -119,7 +119,7 @@ def _tokens(service: Any) -> float:  # noqa: ANN401 - gateway.openai.job.Service
 
 def _request(ticket: Any) -> Mapping[str, Any]:  # noqa: ANN401 - gateway.till.Ticket
     held = ticket.reservation
-    seconds = max(0.001, (books.now_ms() - ticket.started_ms) / 1000)
+    seconds = max(0.001, (stamps.now_ms() - ticket.started_ms) / 1000)
     return {
         "id": held.id,
         "user_id": held.user_id,

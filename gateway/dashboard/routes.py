@@ -16,13 +16,13 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from config.errors import RiosError
-from gateway import books
 from gateway.billing import usage
 from gateway.dashboard import views, words
 from gateway.dashboard.assets import asset, assets
 from gateway.dashboard.billing import billing
 from gateway.dashboard.live import live
 from gateway.dashboard.session import can, current_caller
+from gateway.db import stamps
 from gateway.endpoint import Caller
 from gateway.errors import error_status, told
 from gateway.identity.browser import csrf_of
@@ -180,7 +180,7 @@ def render(request: Request, template: str, values: Mapping[str, Any], status: i
         "groups": _groups(caller) if caller is not None else {},
         "static": f"/dashboard/static/{assets().version}",
         "theme": theme if theme in THEMES else "",
-        "now_ms": books.now_ms(),
+        "now_ms": stamps.now_ms(),
         "model_names": names,
         "to_json": views.to_json,
         "can": can,

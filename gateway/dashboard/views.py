@@ -11,12 +11,12 @@ from starlette.requests import Request
 from config.errors import RiosError
 from config.settings import GatewaySettings
 from gateway import audit as records
-from gateway import books
 from gateway.accounts import ApiKey, User
 from gateway.api.deployments import DeploymentObject, desk_of, shown
 from gateway.billing import usage
 from gateway.dashboard import charts
 from gateway.dashboard.session import can
+from gateway.db import stamps
 from gateway.endpoint import Caller
 from gateway.identity import people
 from gateway.listing import Page
@@ -124,7 +124,7 @@ async def usage_page(request: Request, caller: Caller) -> Values:
     till, owner = request.app.state.service.till, own_only(caller, "billing:read")
     whose = "mine" if request.query_params.get("of") == "mine" or owner is not None else "all"
     days = _PERIODS.get(request.query_params.get("days", ""), 30)
-    end = books.now_ms() // usage.DAY_MS + 1
+    end = stamps.now_ms() // usage.DAY_MS + 1
     period = ((end - days) * usage.DAY_MS, end * usage.DAY_MS)
     user_id = caller.user_id if whose == "mine" else None
     rows = await till.in_thread(usage.by_day, till.database, user_id, *period)

@@ -17,9 +17,9 @@ import sqlalchemy as sa
 from config.errors import RequestError
 from gateway import audit
 from gateway.audit import Actor
-from gateway.books import now_ms
 from gateway.db.identity import recovery_codes, second_factors
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.identity.vault import Vault
 
 STEP_SECONDS = 30

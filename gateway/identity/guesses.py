@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from gateway.address import neighbourhood
-from gateway.books import now_ms
 from gateway.db.identity import guesses
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.errors import ApiError
 
 

@@ -14,9 +14,9 @@ import sqlalchemy as sa
 from gateway import audit
 from gateway.accounts import digest_of
 from gateway.audit import Actor
-from gateway.books import new_id, now_ms
 from gateway.db.identity import invites
 from gateway.db.session import Database
+from gateway.db.stamps import new_id, now_ms
 from gateway.errors import ApiError
 
 VALID_MS = 3 * 24 * 3600 * 1000

@@ -21,7 +21,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from config.errors import RiosError
-from gateway.books import now_ms
+from gateway.db.stamps import now_ms
 from gateway.identity.provider import Kept, Metadata, Provider, decoded, fetch, read_keys, read_metadata, refused
 from gateway.identity.vault import Vault
 

@@ -15,10 +15,10 @@ from config.errors import RequestError
 from gateway import audit
 from gateway.accounts import Accounts
 from gateway.audit import Actor
-from gateway.books import now_ms
 from gateway.db.identity import external_identities, passwords, second_factors
 from gateway.db.models import LOCAL_USER, users
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.errors import ApiError
 from gateway.identity import invites, sessions
 from gateway.roles import Role

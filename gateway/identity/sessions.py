@@ -17,10 +17,10 @@ import sqlalchemy as sa
 from gateway import audit
 from gateway.accounts import Principal, digest_of
 from gateway.audit import Actor, actor_of
-from gateway.books import new_id, now_ms
 from gateway.db.identity import external_identities, passwords, refresh_tokens, sessions
 from gateway.db.models import accounts, users
 from gateway.db.session import Database
+from gateway.db.stamps import new_id, now_ms
 
 _SECRET_BYTES = 32
 _COOKIE = re.compile(r"([0-9a-f]{32})_([A-Za-z0-9_-]{43})")

@@ -20,9 +20,9 @@ import trio
 
 from gateway import audit
 from gateway.audit import Actor
-from gateway.books import new_id, now_ms
 from gateway.db.identity import signing_keys
 from gateway.db.session import Database
+from gateway.db.stamps import new_id, now_ms
 from gateway.identity.vault import Vault
 
 AUDIENCE = "rios-gateway"

@@ -25,10 +25,10 @@ import msgspec
 import sqlalchemy as sa
 
 from gateway import events
-from gateway.books import new_id, now_ms
 from gateway.db.jobs import batch_lines, batches, files
 from gateway.db.models import idempotency
 from gateway.db.session import Database
+from gateway.db.stamps import new_id, now_ms
 from gateway.errors import ApiError, invalid
 from gateway.jobs.files import Upload, delete_file, lines_of, lock_files, read_chunk, require_room
 

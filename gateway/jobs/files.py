@@ -11,10 +11,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gateway.books import new_id, now_ms
 from gateway.db.jobs import batches, file_chunks, files
 from gateway.db.models import users
 from gateway.db.session import Database
+from gateway.db.stamps import new_id, now_ms
 from gateway.errors import ApiError
 
 CHUNK_BYTES = 256 << 10

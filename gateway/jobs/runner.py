@@ -22,8 +22,8 @@ import trio
 
 from config.errors import BusyError, RiosError
 from gateway.accounts import LOCAL, Accounts, Principal
-from gateway.books import now_ms
 from gateway.db.session import Database
+from gateway.db.stamps import now_ms
 from gateway.endpoint import permitted
 from gateway.errors import ApiError, error_body, error_status, internal_error
 from gateway.idempotency import wanted

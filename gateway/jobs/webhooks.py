@@ -26,11 +26,11 @@ import sqlalchemy as sa
 from config.errors import RequestError
 from gateway import audit, events
 from gateway.audit import Actor
-from gateway.books import new_id, now_ms
 from gateway.db.jobs import cursors, deliveries, webhooks
 from gateway.db.jobs import events as event_rows
 from gateway.db.models import api_keys, users
 from gateway.db.session import Database
+from gateway.db.stamps import new_id, now_ms
 from gateway.errors import ApiError
 from gateway.events import Event, matches
 from gateway.identity.vault import Vault

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from config.generation import Embedded, EmbeddingRequest, PrivacyWish
 from gateway.accounts import Principal
-from gateway.books import new_id
+from gateway.db.stamps import new_id
 from gateway.endpoint import caller
 from gateway.errors import invalid, unsupported
 from gateway.limits import Meter

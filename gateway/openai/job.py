@@ -19,7 +19,7 @@ import trio
 from config.errors import RiosError
 from config.generation import Delta, EmbeddingRequest, Finished, GenerationEvent, GenerationRequest, Prompt
 from gateway.accounts import LOCAL, Principal
-from gateway.books import new_id
+from gateway.db.stamps import new_id
 from gateway.errors import invalid
 from gateway.guard import Guard
 from gateway.limits import Meter, Metering, Place

@@ -13,11 +13,11 @@ from fake_engine import FakeEngine
 from gateway_rig import eventually, serving
 
 from gateway.accounts import Accounts
-from gateway.books import now_ms
 from gateway.db.jobs import batch_lines
 from gateway.db.jobs import batches as table
 from gateway.db.migrate import migrate
 from gateway.db.session import Database, open_database
+from gateway.db.stamps import now_ms
 from gateway.errors import ApiError
 from gateway.jobs import batches, files
 from gateway.jobs.batches import Batch

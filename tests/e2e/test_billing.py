@@ -26,6 +26,7 @@ from gateway.billing import budgets, invoices, payment
 from gateway.billing.budget import Budget, month_begins_ms, month_of, next_month
 from gateway.billing.reconcile import reconcile
 from gateway.books import Batch
+from gateway.db import stamps
 from gateway.db.models import accounts, usages
 from gateway.db.session import Database, open_database
 from gateway.errors import ApiError
@@ -238,7 +239,7 @@ def test_who_sums_up_a_month_holds_up_nobody(tmp_path: Path, database: str) -> N
                     timeouts.append(connection.connection.cursor().execute("SHOW statement_timeout").fetchone()[0])
 
         with listening("before_cursor_execute", meanwhile):
-            later = month_begins_ms(next_month(month_of(books.now_ms()))) + invoices.GRACE_MS
+            later = month_begins_ms(next_month(month_of(stamps.now_ms()))) + invoices.GRACE_MS
             assert invoices.close_months(opened.database, audit.OPERATOR, later) == 1
         assert opened.balance("ada").balance == 980
         assert timeouts == (["0"] if opened.database.is_postgresql else [])
@@ -382,7 +383,7 @@ def charge(database: Database, wanted: Reservation) -> None:
 def a_reservation(user: str, key: str) -> Reservation:
     """Of 10 microcredits."""
     return Reservation(
-        id=books.new_id(),
+        id=stamps.new_id(),
         instance="here",
         account_id=f"user:{user}",
         user_id=user,

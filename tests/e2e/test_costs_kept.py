@@ -23,12 +23,12 @@ from dmoe.bills import Bills
 from gateway.billing.costs import CostBook, by_purpose
 from gateway.billing.reconcile import reconcile, tie_channels
 from gateway.billing.statements import find_cost
-from gateway.books import new_id
 from gateway.db import session
 from gateway.db.billing import swarm_costs
 from gateway.db.migrate import migrate
 from gateway.db.models import usages
 from gateway.db.session import open_database
+from gateway.db.stamps import new_id
 from node.spending import NodeSpending
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 4}

@@ -16,8 +16,9 @@ from test_rights import client, key_of, user_id
 
 from config.errors import LocalError
 from config.swarm import Deployment, DeploymentMode
-from gateway import audit, books
+from gateway import audit
 from gateway.billing import usage
+from gateway.db import stamps
 
 TINY = "a" * 64
 T = TypeVar("T")
@@ -270,7 +271,7 @@ async def test_usage_adds_up_by_day_and_by_model(tmp_path: Path, database: str) 
 
 
 def _check_sums(rig: Rig, ada: str) -> None:
-    database, now = rig.accounts.database, books.now_ms()
+    database, now = rig.accounts.database, stamps.now_ms()
     period = (now - usage.DAY_MS, now + usage.DAY_MS)
     (mine,) = usage.by_day(database, ada, *period)
     assert (mine.requests, mine.prompt_tokens, mine.completion_tokens) == (2, 4, 8)

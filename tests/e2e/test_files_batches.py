@@ -21,6 +21,7 @@ from config.errors import BusyError, LocalError
 from gateway import books
 from gateway.audit import OPERATOR
 from gateway.billing import budgets
+from gateway.db import stamps
 from gateway.db.jobs import batch_lines, file_chunks
 from gateway.db.models import idempotency, usages
 from gateway.db.session import Database
@@ -369,7 +370,7 @@ async def test_vectors_whose_answer_could_not_be_noted_are_paid_once(
 ) -> None:
     monkeypatch.setattr("gateway.jobs.runner._PAUSE_SECONDS", 0.05)
     note, failures = batches.answered, [LocalError(code, "it cannot be noted") for _ in range(3)]
-    monkeypatch.setattr("gateway.jobs.batches.now_ms", lambda: books.now_ms() + 60_000)  # by the clock of another host
+    monkeypatch.setattr("gateway.jobs.batches.now_ms", lambda: stamps.now_ms() + 60_000)  # by the clock of another host
 
     def answered(*arguments: object, **more: object) -> bool:
         if failures:

@@ -22,6 +22,7 @@ from config.errors import ConfigError, LocalError, RequestError
 from config.settings import GatewaySettings
 from gateway import books, idempotency
 from gateway.accounts import Accounts, open_accounts
+from gateway.db import stamps
 from gateway.db.session import open_database
 from gateway.errors import ApiError
 from gateway.money import EMBEDDED, Prices, Progress, Reservation, Settlement
@@ -211,7 +212,7 @@ def test_a_gateway_whose_clock_is_wrong_is_no_dead_one(
 
 
 def test_vectors_are_known_to_be_paid_where_a_hosts_clock_is_fast(accounts: Accounts) -> None:
-    user, now = accounts.create_user("ada").id, books.now_ms()
+    user, now = accounts.create_user("ada").id, stamps.now_ms()
     for name, outcome in (("unpaid", "failed"), ("paid", EMBEDDED)):
         assert not accounts.has_usage(user, "x", now)
         reserved = reservation(accounts, name)

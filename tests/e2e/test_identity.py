@@ -17,9 +17,10 @@ from identity_rig import LOGIN, ME, PASSWORD, REFRESH, Clock, add_user, bearer, 
 
 from config.errors import RequestError
 from config.settings import GatewaySettings
-from gateway import audit, books, guard, managing
+from gateway import audit, guard, managing
 from gateway.accounts import open_accounts
 from gateway.audit import OPERATOR
+from gateway.db import stamps
 from gateway.db.identity import sessions as db_sessions
 from gateway.identity import factors, guesses, invites, passwords, people, sessions
 from gateway.identity.vault import Vault
@@ -34,7 +35,7 @@ BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi there"}]}
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Moves the time of second factors, guesses and sessions, which otherwise stands still."""
-    now = books.now_ms()
+    now = stamps.now_ms()
     made = Clock(real=lambda: now)
     for module in (factors, guesses, sessions):
         monkeypatch.setattr(module, "now_ms", made)
@@ -337,7 +338,7 @@ def test_a_code_is_of_the_secret_it_was_made_with(
         code = pyotp.TOTP(again[0]).now()
         assert factors.confirm(opened, vault, OPERATOR, user_id, code)
         monkeypatch.setattr(factors, "_step_of", meanwhile)
-        monkeypatch.setattr(factors, "now_ms", lambda: books.now_ms() + 30_000)
+        monkeypatch.setattr(factors, "now_ms", lambda: stamps.now_ms() + 30_000)
         code = pyotp.TOTP(again[0]).at(factors.now_ms() // 1000)
         assert not factors.use(opened, vault, user_id, code), "nor does it use up a step of the new one"
         code = pyotp.TOTP(again[1]).at(factors.now_ms() // 1000)

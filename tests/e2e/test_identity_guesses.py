@@ -10,8 +10,8 @@ from gateway_rig import serving
 from identity_rig import PASSWORD, Clock, add_user, bearer, client, sign_in
 
 from config.settings import GatewaySettings
-from gateway import books
 from gateway.accounts import open_accounts
+from gateway.db import stamps
 from gateway.db.identity import guesses as db_guesses
 from gateway.identity import guesses
 
@@ -22,7 +22,7 @@ async def test_guesses_from_elsewhere_shut_nobody_out(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not who is signed in, nor who comes from where they signed in lately; and a crowd of addresses is bounded."""
-    now = books.now_ms()
+    now = stamps.now_ms()
     clock = Clock(real=lambda: now)
     monkeypatch.setattr(guesses, "now_ms", clock)
     monkeypatch.setattr(guesses, "ACCOUNT", guesses.Allowance(burst=12, interval_ms=120_000))

@@ -22,7 +22,8 @@ from identity_rig import (
 from oidc_rig import CLIENT_ID, Provider, served
 
 from config.errors import ConfigError
-from gateway import audit, books
+from gateway import audit
+from gateway.db import stamps
 from gateway.identity import factors, passwords, people, sessions
 from gateway.listing import Page
 
@@ -143,7 +144,7 @@ async def test_a_session_alone_changes_nothing_of_how_one_signs_in(
     tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever took an open session, or an access token, neither links an identity of theirs nor moves the e-mail."""
-    now = books.now_ms()
+    now = stamps.now_ms()
     clock = Clock(real=lambda: now)
     monkeypatch.setattr(factors, "now_ms", clock)
     async with served(tmp_path, provider, database=database) as rig, client(rig) as http:
@@ -214,7 +215,7 @@ async def test_the_last_way_in_stays_until_there_is_a_password(
 async def test_the_second_factor_is_asked_for_here_too(
     tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = books.now_ms()
+    now = stamps.now_ms()
     clock = Clock(real=lambda: now)
     monkeypatch.setattr(factors, "now_ms", clock)
     async with served(tmp_path, provider, database=database, oidc_sign_up=False) as rig, client(rig) as http:
@@ -245,7 +246,7 @@ async def test_who_is_halfway_gets_no_further_without_the_link(
     tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     """What shuts somebody out shuts them out between the provider and the code, too; and no code is used up."""
-    now = books.now_ms()
+    now = stamps.now_ms()
     clock = Clock(real=lambda: now)
     monkeypatch.setattr(factors, "now_ms", clock)
     async with served(tmp_path, provider, database=database, oidc_sign_up=False) as rig, client(rig) as http:
@@ -272,7 +273,7 @@ async def test_who_is_halfway_gets_no_further_without_the_link(
 async def test_a_link_that_ends_while_somebody_comes_in_by_it_lets_nobody_in(
     tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch, halfway: bool
 ) -> None:
-    now = books.now_ms()
+    now = stamps.now_ms()
     clock = Clock(real=lambda: now)
     monkeypatch.setattr(factors, "now_ms", clock)
     async with served(tmp_path, provider, database=database, oidc_sign_up=False) as rig, client(rig) as http:
@@ -298,7 +299,7 @@ async def test_a_link_that_ends_while_somebody_comes_in_by_it_lets_nobody_in(
 async def test_without_a_password_only_a_new_session_changes_how_one_signs_in(
     tmp_path: Path, database: str, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock(real=books.now_ms)
+    clock = Clock(real=stamps.now_ms)
     monkeypatch.setattr(sessions, "now_ms", clock)
     async with served(tmp_path, provider, database=database) as rig, client(rig) as http:
         assert (await come(http)).status_code == 303

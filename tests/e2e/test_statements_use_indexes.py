@@ -11,6 +11,7 @@ from gateway import audit, books, idempotency, managing
 from gateway.accounts import Accounts
 from gateway.billing import budgets, invoices, payment, statements
 from gateway.books import Batch
+from gateway.db import stamps
 from gateway.db.migrate import migrate
 from gateway.db.session import Database, open_database
 from gateway.listing import Page
@@ -23,7 +24,7 @@ MONTH_MS = 32 * 86_400_000
 
 def reservation(user: str, key: str) -> Reservation:
     return Reservation(
-        id=books.new_id(),
+        id=stamps.new_id(),
         instance="here",
         account_id=f"user:{user}",
         user_id=user,
@@ -62,7 +63,7 @@ def work(database: Database) -> None:
     idempotency.expire(database)
     held = idempotency.wanted(f"user:{user}", "k", "chat", b"{}", "")
     idempotency.begin(database, held, "here", 1)
-    invoices.close_months(database, audit.OPERATOR, books.now_ms() + MONTH_MS)
+    invoices.close_months(database, audit.OPERATOR, stamps.now_ms() + MONTH_MS)
     accounts.usage("ada", before="z")
     accounts.balance("ada")
     for owner in (user, None):
@@ -72,7 +73,7 @@ def work(database: Database) -> None:
             for kinds in ((), ("credit", "payment")):
                 statements.list_postings(connection, owner=owner, kinds=kinds, limit=5, after="")
                 statements.list_postings(connection, owner=owner, kinds=kinds, limit=5, after="z:z")
-            span = statements.Span(owner=owner, from_ms=0, to_ms=books.now_ms())
+            span = statements.Span(owner=owner, from_ms=0, to_ms=stamps.now_ms())
             statements.sum_usage(connection, span, statements.BYS)
             invoices.list_invoices(connection, owner=owner, limit=5, after="9")
             invoices.get_invoice(connection, 1, owner)

@@ -22,10 +22,10 @@ from gateway.billing import budgets, invoices
 from gateway.billing.budget import month_begins_ms, month_of, next_month
 from gateway.billing.costs import CostBook
 from gateway.billing.reconcile import reconcile
-from gateway.books import new_id
 from gateway.db.migrate import migrate
 from gateway.db.models import reservations, users
 from gateway.db.session import Database, Kept, open_database
+from gateway.db.stamps import new_id
 from gateway.errors import ApiError
 from gateway.money import Closing, Prices, Progress, Reservation, Settlement
 from gateway.till import Till

@@ -10,11 +10,11 @@ import sqlalchemy as sa
 from gateway import events
 from gateway.accounts import Accounts
 from gateway.audit import OPERATOR
-from gateway.books import now_ms
 from gateway.db import jobs as tables
 from gateway.db.jobs import cursors, deliveries
 from gateway.db.migrate import migrate
 from gateway.db.session import Database, open_database
+from gateway.db.stamps import now_ms
 from gateway.identity.vault import Vault
 from gateway.jobs import webhooks
 from gateway.jobs.webhooks import AT_ONCE_OF_USER, WEBHOOKS_OF_USER_MAX

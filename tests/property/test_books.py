@@ -15,6 +15,7 @@ from gateway.audit import OPERATOR
 from gateway.billing import budgets
 from gateway.billing.reconcile import reconcile
 from gateway.books import Batch
+from gateway.db import stamps
 from gateway.db.migrate import migrate
 from gateway.db.session import open_database
 from gateway.money import Prices, Reservation, Settlement
@@ -79,12 +80,12 @@ class Bank:
 
     def __init__(self, both: dict[str, Accounts]) -> None:
         self.both, self.model = both, Model()
-        self.user = both["here"].create_user(books.new_id()).id
+        self.user = both["here"].create_user(stamps.new_id()).id
         self.keys = [both["here"].create_key(self.user, "k").key.id for _ in KEYS]
 
     def reserve(self, gateway: str, key: int, prompt: int, tokens: int) -> None:
         wanted = Reservation(
-            id=books.new_id(),
+            id=stamps.new_id(),
             instance=gateway,
             account_id=f"user:{self.user}",
             user_id=self.user,

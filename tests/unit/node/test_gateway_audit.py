@@ -10,8 +10,8 @@ from config.settings import GatewaySettings, LedgerSettings
 from gateway import audit
 from gateway.accounts import open_accounts
 from gateway.anchoring import EVERY_MS, Anchoring, due
-from gateway.books import now_ms
 from gateway.db.audit import audit_head, audit_log
+from gateway.db.stamps import now_ms
 from gateway.till import Till
 from ledger.core.genesis import Genesis
 from ledger.core.objects import Grant, Transfer
