@@ -24,6 +24,7 @@ from dmoe.ports import Quote
 from dmoe.purse import Purse
 from dmoe.stages.chain import Account, Chains, Link, Rows, StageError, Way
 from dmoe.stages.host import StageHost
+from dmoe.stages.loaded import LoadedStage
 from dmoe.stages.sequence import Heard
 from p2p.face import Network
 
@@ -168,15 +169,20 @@ class Asking:
             found.append(np.array(shown))
         return np.concatenate(found)
 
-    def is_here(self, manifest: Manifest, stage: int) -> bool:
-        """Whether a stage is loaded in this node."""
-        return self._host.local(manifest.model_id, manifest.stages[stage].layers) is not None
+    def served(self, manifest: Manifest, stage: int) -> LoadedStage | None:
+        """A stage that this node serves, if it does."""
+        return self._host.local(manifest.model_id, manifest.stages[stage].layers)
 
     async def here(self, manifest: Manifest, stage: int, rows: FloatRows) -> FloatRows | None:
-        """The same by the stage that is loaded here, as it would travel; None if there is none. Raises RiosError."""
-        loaded = self._host.local(manifest.model_id, manifest.stages[stage].layers)
-        if loaded is None:
-            return None
+        """The same by the stage that is served here, as it would travel; None if none is. Raises RiosError."""
+        loaded = self.served(manifest, stage)
+        return None if loaded is None else await self.through(loaded, manifest, rows)
+
+    async def through(self, loaded: LoadedStage, manifest: Manifest, rows: FloatRows) -> FloatRows:
+        """``rows f32[N, H]``, as they travel, through layers in this process, as they would travel. Raises
+        RiosError."""
+        if loaded.closed:
+            raise RemoteError("not_found", f"{loaded.plan.shard_id} is not loaded here any more")
         ticket = await self._host.open(loaded, self._network.peer_id, len(rows))
         found = []
         try:

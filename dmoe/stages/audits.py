@@ -40,6 +40,7 @@ from dmoe.core.wire import FloatRows
 from dmoe.court import Case
 from dmoe.judging import rows_max
 from dmoe.stages.asking import Answered, Asking
+from dmoe.stages.loaded import LoadedStage
 from dmoe.stages.sequence import Heard, StageSequence, spread_report
 from p2p.face import Network
 
@@ -56,11 +57,12 @@ FEW = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Leg:
-    """A stage of a picked sequence. ``peer`` None: it was computed in this node."""
+    """A stage of a picked sequence. ``peer`` None: it was computed in this node, by the layers ``here``."""
 
     stage: int
     peer: PeerId | None
     ticket: bytes
+    here: LoadedStage | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -151,9 +153,16 @@ class StageAudits:
         legs = []
         for stage in sorted(sequence.legs):
             leg = sequence.legs[stage]
-            if leg.here is not None and spread_report(leg) is not None and not self.asking.is_here(manifest, stage):
+            if leg.here is None:
+                legs.append(Leg(stage, leg.link.peer, leg.ticket))
+                continue
+            layers = leg.here.stage if spread_report(leg) is None else self.asking.served(manifest, stage)
+            if layers is None:
                 break  # its experts are elsewhere, and audited there
-            legs.append(Leg(stage, None if leg.here is not None else leg.link.peer, leg.ticket))
+            legs.append(Leg(stage, None, leg.ticket, layers))
+        if all(leg.peer is None for leg in legs):
+            self.auditor.counts["stage behind experts"] += 1
+            return
         taken = Taken(manifest, privacy, embed(length), tuple(legs), sequence, sequence.cuts)
         self._listen(taken)
         try:
@@ -260,8 +269,8 @@ class StageAudits:
         for leg in taken.legs:
             if x is None:
                 return
-            if leg.peer is None:
-                x = await self.asking.here(taken.manifest, leg.stage, x)
+            if leg.here is not None:
+                x = await self.asking.through(leg.here, taken.manifest, x)
                 continue
             heard = taken.heard.get(leg.stage)
             if heard is None:

@@ -15,6 +15,7 @@ from dmoe import layers
 from dmoe.audit import Auditor, Rules
 from dmoe.caller import Caller
 from dmoe.core import wire
+from dmoe.core.costs import shape_of
 from dmoe.core.linear import Linear
 from dmoe.judging import Judging
 from dmoe.planning import Held, Planner, wishes_of
@@ -25,7 +26,7 @@ from dmoe.segment import Part
 from dmoe.stages.caller import StageCaller
 from dmoe.stages.directions import Directions
 from dmoe.stages.host import StageHost
-from dmoe.stages.loaded import stage_plan_of
+from dmoe.stages.loaded import LoadedStage, stage_plan_of
 from dmoe.stages.loading import load_stage
 from dmoe.trust import Trust
 from ledger.core.genesis import Genesis
@@ -170,8 +171,11 @@ class StageTrustSwarm:
             network.directory.update(lambda advert: msgspec.structs.replace(advert, models=(offer,)))
         return network.peer_id
 
-    async def runner(self, number=0, *, share, probes=False, privacy=None, store=None, may_forward=True, seed=0):
-        """A runner at a node; ``runner.audits``, ``runner.auditor`` are its audits."""
+    async def runner(
+        self, number=0, *, share, probes=False, privacy=None, store=None, may_forward=True, seed=0, own=()
+    ):
+        """A runner at a node; ``runner.audits``, ``runner.auditor`` are its audits. ``own``: stages that it runs itself
+        and serves to nobody."""
         network, ledger, manifest = self.networks[number], self.ledgers[number], self.manifest
         if number == 0:
             await ledger.grant(self.ids[0].public_key, 1_000_000_000)
@@ -195,7 +199,17 @@ class StageTrustSwarm:
 
         caller = Caller(network, buyer=ledger.buyer, audits=audits)
         await self.nursery.start(caller.run)
-        held = frozenset({manifest.shard_index(manifest.trunk.id)})
+        mine = {index: manifest.stages[index] for index in own}
+        layers_of = shape_of(manifest).layers
+        spans = [layers_of[first : last + 1] for first, last in (shard.layers for shard in mine.values())]
+        kept = {group.shard for span in spans for layer in span for group in layer}
+        held = frozenset({manifest.shard_index(manifest.trunk.id)} | kept)
+
+        def load(index):
+            return LoadedStage(
+                stage_plan_of(manifest, mine[index]), load_stage(manifest, mine[index], self.store, options())
+            )
+
         planner = Planner(network, caller, lambda m: Held(held), wishes_of("stages"), threads=1, runs={"stages"})
         stages = StageCaller(
             network,
@@ -209,7 +223,7 @@ class StageTrustSwarm:
         )
         await self.nursery.start(stages.run)
         ends = layers.Ends(manifest, open_files(manifest, self.store, [manifest.trunk]), options())
-        runner = stages.runner(manifest, ends, lambda index: None, privacy)
+        runner = stages.runner(manifest, ends, load, privacy)
         runner.audits, runner.auditor, runner.prober = stages.shared.audits, caller.audit, stages._prober
         return runner
 
