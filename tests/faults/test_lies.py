@@ -64,7 +64,7 @@ def test_21_a_worker_that_answers_zeros_or_almost_the_truth(rig: Rig) -> None:
 def test_22_receipts_and_vouchers_forged_replayed_and_doubled(rig: Rig, tmp_path: Path) -> None:
     rig.ask()
     before = rig.check_money()
-    promised = rig._channels([rig.first], "buy")
+    promised = _at_rest(rig)
     refused, answered = trio.run(_attack, rig, tmp_path)
     assert rig._channels([rig.first], "buy") == promised, "no voucher is worth more than before"
     assert rig.check_money() == before
@@ -74,6 +74,18 @@ def test_22_receipts_and_vouchers_forged_replayed_and_doubled(rig: Rig, tmp_path
         f"the same text afterwards; {refused} were refused, {answered} old ones answered with what is held",
         "nothing; not a microcredit moved",
     )
+
+
+def _at_rest(rig: Rig) -> list[Any]:
+    """What the first node promised, once the receipts of its last calls are here: nothing changes for two seconds."""
+    looks: list[list[Any]] = []
+
+    def is_at_rest() -> bool:
+        looks.append(rig._channels([rig.first], "buy"))
+        return len(looks) > 20 and all(look == looks[-1] for look in looks[-21:])
+
+    wait_for(is_at_rest, "the last receipts", 60)
+    return looks[-1]
 
 
 def test_21_a_liar_among_the_honest_is_proved_wrong_and_asked_no_more(rig: Rig) -> None:
