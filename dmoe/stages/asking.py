@@ -25,6 +25,7 @@ from dmoe.purse import Purse
 from dmoe.stages.chain import Account, Chains, Link, Rows, StageError, Way
 from dmoe.stages.host import StageHost
 from dmoe.stages.loaded import LoadedStage
+from dmoe.stages.loading import SpreadLayers
 from dmoe.stages.sequence import Heard
 from p2p.face import Network
 
@@ -169,21 +170,19 @@ class Asking:
             found.append(np.array(shown))
         return np.concatenate(found)
 
-    def served(self, manifest: Manifest, stage: int) -> LoadedStage | None:
-        """A stage that this node serves, if it does."""
-        return self._host.local(manifest.model_id, manifest.stages[stage].layers)
-
     async def here(self, manifest: Manifest, stage: int, rows: FloatRows) -> FloatRows | None:
         """The same by the stage that is served here, as it would travel; None if none is. Raises RiosError."""
-        loaded = self.served(manifest, stage)
+        loaded = self._host.local(manifest.model_id, manifest.stages[stage].layers)
         return None if loaded is None else await self.through(loaded, manifest, rows)
 
     async def through(self, loaded: LoadedStage, manifest: Manifest, rows: FloatRows) -> FloatRows:
-        """``rows f32[N, H]``, as they travel, through layers in this process, as they would travel. Raises
-        RiosError."""
+        """``rows f32[N, H]``, as they travel, through layers in this process, as they would travel. Their experts may
+        be elsewhere: they are paid, and audited, as for any other answer. Raises RiosError."""
         if loaded.closed:
             raise RemoteError("not_found", f"{loaded.plan.shard_id} is not loaded here any more")
         ticket = await self._host.open(loaded, self._network.peer_id, len(rows))
+        if isinstance(spread := loaded.segment, SpreadLayers):
+            spread.charge(ticket.cache, self._purse.bills.purpose("audit"))
         found = []
         try:
             for first in range(0, len(rows), PIECE_ROWS):

@@ -41,7 +41,7 @@ from dmoe.court import Case
 from dmoe.judging import rows_max
 from dmoe.stages.asking import Answered, Asking
 from dmoe.stages.loaded import LoadedStage
-from dmoe.stages.sequence import Heard, StageSequence, spread_report
+from dmoe.stages.sequence import Heard, StageSequence
 from p2p.face import Network
 
 log = logging.getLogger(__name__)
@@ -155,14 +155,8 @@ class StageAudits:
             leg = sequence.legs[stage]
             if leg.here is None:
                 legs.append(Leg(stage, leg.link.peer, leg.ticket))
-                continue
-            layers = leg.here.stage if spread_report(leg) is None else self.asking.served(manifest, stage)
-            if layers is None:
-                break  # its experts are elsewhere, and audited there
-            legs.append(Leg(stage, None, leg.ticket, layers))
-        if all(leg.peer is None for leg in legs):
-            self.auditor.counts["stage behind experts"] += 1
-            return
+            else:
+                legs.append(Leg(stage, None, leg.ticket, leg.here.stage))
         taken = Taken(manifest, privacy, embed(length), tuple(legs), sequence, sequence.cuts)
         self._listen(taken)
         try:

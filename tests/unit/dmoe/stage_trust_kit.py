@@ -27,13 +27,14 @@ from dmoe.stages.caller import StageCaller
 from dmoe.stages.directions import Directions
 from dmoe.stages.host import StageHost
 from dmoe.stages.loaded import LoadedStage, stage_plan_of
-from dmoe.stages.loading import load_stage
+from dmoe.stages.loading import load_spread, load_stage
 from dmoe.trust import Trust
 from ledger.core.genesis import Genesis
 from ledger.ledger import open_ledger
 from p2p.core.advert import ModelOffer, bitmap
 from p2p.core.identity import Identity
 from p2p.memory import MemoryHub
+from tests.unit.dmoe.lent_kit import LentExperts
 from tests.unit.dmoe.trust_kit import DEVICE, FORMS
 
 QUOTE = Quote(7, 1_000_000, 0)
@@ -172,10 +173,10 @@ class StageTrustSwarm:
         return network.peer_id
 
     async def runner(
-        self, number=0, *, share, probes=False, privacy=None, store=None, may_forward=True, seed=0, own=()
+        self, number=0, *, share, probes=False, privacy=None, store=None, may_forward=True, seed=0, own=(), lent=False
     ):
         """A runner at a node; ``runner.audits``, ``runner.auditor`` are its audits. ``own``: stages that it runs itself
-        and serves to nobody."""
+        and serves to nobody; their experts may be ``lent``."""
         network, ledger, manifest = self.networks[number], self.ledgers[number], self.manifest
         if number == 0:
             await ledger.grant(self.ids[0].public_key, 1_000_000_000)
@@ -206,9 +207,12 @@ class StageTrustSwarm:
         held = frozenset({manifest.shard_index(manifest.trunk.id)} | kept)
 
         def load(index):
-            return LoadedStage(
-                stage_plan_of(manifest, mine[index]), load_stage(manifest, mine[index], self.store, options())
-            )
+            shard = mine[index]
+            if not lent:
+                return LoadedStage(stage_plan_of(manifest, shard), load_stage(manifest, shard, self.store, options()))
+            experts = LentExperts(manifest, self.store, options())
+            spread = load_spread(manifest, shard, self.store, options(), experts)
+            return LoadedStage(stage_plan_of(manifest, shard), spread)
 
         planner = Planner(network, caller, lambda m: Held(held), wishes_of("stages"), threads=1, runs={"stages"})
         stages = StageCaller(

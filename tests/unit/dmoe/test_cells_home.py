@@ -19,15 +19,14 @@ from dmoe.cells.cells import Cells
 from dmoe.cells.home import HomeLayers, Homes
 from dmoe.cells.link import Options
 from dmoe.core.privacy import OPEN
-from dmoe.layers import local_experts
 from dmoe.models import StoredModels
 from dmoe.runner import Feed
 from dmoe.runtime import RuntimeOptions
 from dmoe.segment import Part
 from dmoe.stages.loading import SpreadLayers, load_spread
-from dmoe.tally import OwnMeter
 from dmoe.threads import here_or_aside
 from tests.unit.dmoe.engine_kit import SelfRunningEngine
+from tests.unit.dmoe.lent_kit import LentExperts
 from tests.unit.dmoe.model_kit import tiny
 from tests.unit.dmoe.stages_kit import staged
 
@@ -42,32 +41,12 @@ def feed(sequence, tokens, outputs=1, want="logits"):
     return Feed(sequence=sequence, tokens=tuple(tokens), outputs=outputs, want=want)
 
 
-class LentExperts:
-    """A fake swarm: it has every expert in this process."""
-
-    def __init__(self, manifest, store):
-        self._here = local_experts(manifest, store, OPTIONS)
-        self._meter = OwnMeter(manifest, "them")
-
-    async def run(self, layer, h, routing):
-        return await self._here.run(layer, h, routing)
-
-    async def open(self):
-        await self._meter.open()
-
-    def begin(self, bills, counts, spare="kept"):
-        self._meter.begin(bills, counts, spare)
-
-    def take(self, counts):
-        return self._meter.take(counts)
-
-
 class Lenders:
     def __init__(self, store):
         self._store = store
 
     def experts(self, manifest, privacy=OPEN):
-        return LentExperts(manifest, self._store)
+        return LentExperts(manifest, self._store, OPTIONS)
 
     def missing(self, manifest, privacy=OPEN):
         return ()
@@ -267,7 +246,7 @@ async def test_a_stage_of_a_strangers_model_runs_in_the_cell_too(model, homes):
 async def test_attention_of_a_stage_in_a_cell_with_its_experts_elsewhere(model, homes):
     shard = model[1].stages[0]
     x = np.random.default_rng(1).standard_normal((4, model[1].architecture.hidden)).astype(np.float32)
-    experts = LentExperts(model[1], model[0])
+    experts = LentExperts(model[1], model[0], OPTIONS)
     home = await trio.to_thread.run_sync(homes.home, model[1])
     there = await trio.to_thread.run_sync(lambda: home.attention(model[1], experts, *shard.layers))
     found = []

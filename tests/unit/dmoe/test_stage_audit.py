@@ -67,14 +67,15 @@ async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path
         assert s.segments[liar, 1].runs == runs
 
 
-async def test_stages_that_the_asker_runs_itself_and_serves_to_nobody_hide_no_liar_behind_them(tmp_path):
-    """A spot check brings a stage's files here, and from then on it runs here."""
-    store, manifest = await model(tmp_path, kind="F32")
+@pytest.mark.parametrize("lent", [False, True])
+async def test_stages_that_the_asker_runs_itself_hide_no_liar_behind_them(tmp_path, lent):
+    """A spot check brings a stage's files here, and from then on it runs here; its experts may be elsewhere."""
+    store, manifest = await model(tmp_path, kind="F32", experts=4 if lent else 0)
     async with stage_trust_swarm(tmp_path, store, manifest) as s:
         await s.node()
         liar = await s.node(1, lie="nudge")
         await s.node(2)
-        runner = await s.runner(share=100.0, own=(0,))
+        runner = await s.runner(share=100.0, own=(0,), lent=lent)
         sequence = await runner.open(60)  # by way of the liar, as nobody else is there yet
         honest = await s.node(1)
         await until(lambda: list(runner.audits.replicas(manifest, 1, OPEN, liar)))
@@ -87,6 +88,7 @@ async def test_stages_that_the_asker_runs_itself_and_serves_to_nobody_hide_no_li
                 break
         assert not runner.auditor.trust.trusted(liar)
         assert runner.auditor.trust.trusted(honest)
+        assert not runner.auditor.counts["stage contradicted"]
 
 
 @pytest.mark.parametrize("kwargs", [{"kind": "F32"}, {"kind": "Q4_1", "experts": 4}], ids=["fp32", "sparse int4"])
