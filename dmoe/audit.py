@@ -15,7 +15,7 @@ Invariants:
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -56,6 +56,8 @@ ROWS_JUDGED_MAX = 8
 """Rows computed in fp64 per group and answer, those that differ first."""
 LOCAL_TIME_SHARE = 0.005
 """Of the time since the start: so much may be spent on computing here in fp64 what nobody suspects."""
+REPLICAS_ASKED_MAX = 3
+"""So many replicas are asked for the same answer until one gives it."""
 FETCH_SECONDS, FETCH_BYTES_MAX = 600.0, 256 * MIB
 """How often a shard that is not here is fetched only to look at an answer that nobody suspects, and how large."""
 SAVE_SECONDS = 60.0
@@ -209,7 +211,10 @@ class Auditor:
 
     async def _audit(self, sample: Sample) -> None:
         if sample.asked.experts is not None and self._dice() < SINGLE_SHARE:
-            sample = await self._single(sample)
+            try:
+                sample = await self._single(sample)
+            except RiosError as error:  # what it signed for is looked at all the same
+                log.debug("%s gives no single answer: %s", sample.owed.peer, error)
         if self._dice() < LOCAL_SHARE and (await self.look_here(sample) or await self._spot_check(sample)):
             return
         if not await self.compare(sample) and not await self.look_here(sample):
@@ -256,25 +261,30 @@ class Auditor:
 
     async def compare(self, sample: Sample) -> bool:
         """Ask another replica the same. False: there is none that answers."""
-        other = self._other(sample)
-        if other is None:
-            return False
-        peer, places, quote = other
-        again = await self.ask(sample.manifest, peer, quote, sample.owed, places, synthetic=sample.synthetic)
-        self.rows_audited += again.owed.rows * len(places)
-        part = part_of(sample, places)
-        await self._weigh(part, again.answer, again.owed.device, again)
-        return True
+        refused: set[PeerId] = set()
+        while len(refused) < REPLICAS_ASKED_MAX and (other := self._other(sample, refused)) is not None:
+            peer, places, quote = other
+            try:
+                again = await self.ask(sample.manifest, peer, quote, sample.owed, places, synthetic=sample.synthetic)
+            except RiosError as error:
+                log.debug("%s is asked for no comparison: %s", peer, error)
+                refused.add(peer)
+                continue
+            self.rows_audited += again.owed.rows * len(places)
+            part = part_of(sample, places)
+            await self._weigh(part, again.answer, again.owed.device, again)
+            return True
+        return False
 
-    def _other(self, sample: Sample) -> tuple[PeerId, list[int], Quote] | None:
-        """Another peer, the places of the groups that it has too, and its price."""
+    def _other(self, sample: Sample, refused: Collection[PeerId]) -> tuple[PeerId, list[int], Quote] | None:
+        """Another peer that has not ``refused``, the places of the groups that it has too, and its price."""
         _, model = self._manifests[sample.owed.model_id]
         _, table = self._replicas.table(model, sample.owed.privacy)
         needs = table.needs[sample.owed.layer]
         held: dict[PeerId, list[int]] = {}
         for place, group in enumerate(sample.groups):
             for replica in needs[group].replicas:
-                if replica.peer_id not in (sample.owed.peer, self._network.peer_id):
+                if replica.peer_id not in (sample.owed.peer, self._network.peer_id, *refused):
                     held.setdefault(replica.peer_id, []).append(place)
         if not held:
             return None
@@ -323,9 +333,9 @@ class Auditor:
         expert = self._random.choice(chosen)
         owed = replace(owed, places=(owed.places[members[expert]],))
         like = request_of(sample.manifest, owed, asked.rows[row : row + 1], expert, self._random)
+        single = await self.ask(sample.manifest, owed.peer, owed.quote, like, [0], synthetic=sample.synthetic)
         self._drop(sample)
-        peer, quote = owed.peer, owed.quote
-        return await self.ask(sample.manifest, peer, quote, like, [0], synthetic=sample.synthetic)
+        return single
 
     # --- what a difference leads to
 

@@ -33,6 +33,7 @@ from config.errors import RemoteError, RiosError
 from config.vocabulary import PeerId
 from dmoe.audit import FETCH_BYTES_MAX, FETCH_SECONDS, LOCAL_SHARE, Auditor
 from dmoe.core import history
+from dmoe.core.evidence import is_known_class
 from dmoe.core.manifest import Manifest, Shard
 from dmoe.core.privacy import Privacy
 from dmoe.core.verdict import Likeness, alike
@@ -77,6 +78,8 @@ class Taken:
     cuts: int
     heard: dict[int, Heard] = field(default_factory=dict)
     forks: dict[int, bytes] = field(default_factory=dict)
+    sure: set[int] = field(default_factory=set)
+    """Stages whose fork was made before anything was taken back: it has the rows that were signed for."""
     all_heard: trio.Event = field(default_factory=trio.Event)
     over: bool = False
     """It was looked at."""
@@ -219,6 +222,8 @@ class StageAudits:
                         await self.asking.close(leg.peer, ticket)
                     else:
                         taken.forks[leg.stage] = ticket
+                        if taken.is_whole:
+                            taken.sure.add(leg.stage)
             except RiosError as error:
                 log.debug("%s forks no cache: %s", leg.peer, error)
 
@@ -355,7 +360,11 @@ class StageAudits:
         if self.auditor.fetch is None or now < self._next_fetch or shard.size_bytes > FETCH_BYTES_MAX:
             return False
         self._next_fetch = now + FETCH_SECONDS
-        await self._bring(manifest, shard)
+        try:
+            await self._bring(manifest, shard)
+        except RiosError as error:
+            log.debug("%s is not fetched for a spot check: %s", shard.id, error)
+            return False
         return True
 
     async def _own_rows(self, taken: Taken, heard: Heard, x: FloatRows) -> Answered | None:
@@ -372,10 +381,14 @@ class StageAudits:
             else:
                 if history.digest(shown) == heard.said.went:
                     return Answered(manifest, heard, x, shown)
-                if taken.is_whole:
+                if stage in taken.sure:
                     self.doubt(peer, "it shows other rows than those it signed for")
                 return None
-        return await self.asking.at(peer, manifest, stage, x)
+        again = await self.asking.at(peer, manifest, stage, x)
+        if again.heard.said.went != heard.said.went and _is_exact(manifest, heard.device):
+            self.doubt(peer, "it does not show the rows it signed for, and gives others when asked again")
+            return None
+        return again
 
     # --- what a difference leads to
 
@@ -477,6 +490,11 @@ def _length(sequence: StageSequence, most: int, stages: Sequence[int]) -> int:
         return sequence.length
     ends = [{end for stage, end in sequence.heard if stage == each and end <= most} for each in stages]
     return max(set[int].intersection(*ends), default=0)
+
+
+def _is_exact(manifest: Manifest, device: str) -> bool:
+    """Whether a device of this class gives the same rows for the same rows, whatever runs beside them."""
+    return is_known_class(device, quantised=manifest.quantisation not in ("fp32", "fp16"))
 
 
 def _by_hand(one: FloatRows, other: FloatRows) -> bool:

@@ -110,8 +110,8 @@ class Chains:
         self.leaving = False
         """The nursery is about to close."""
         self.contradicted: set[tuple[PeerId, PeerId]] = set()
-        """Neighbours on a way that said different things about the rows between them. Who of the two lies is found out
-        where their rows pass this node."""
+        """Neighbours on a way that said different things about the rows between them, or nothing. Who of the two lies
+        is found out where their rows pass this node."""
         self._network = network
         self._purse = purse
         self._results = Results(network)
@@ -197,7 +197,7 @@ class Chains:
         failed: list[StageError] = []
         try:
             pending = self._begin(call, left_ms)
-            self.nursery.start_soon(self._account, way, parts, pending, call, left_ms, expected, failed, tell)
+            self.nursery.start_soon(self._account, way, parts, x.copy(), pending, call, left_ms, expected, failed, tell)
             sent()
             with trio.move_on_at(deadline):
                 await expected.happened.wait()
@@ -223,6 +223,7 @@ class Chains:
         self,
         way: Way,
         parts: Sequence[Rows],
+        x: FloatRows,
         pending: Pending | None,
         call: tuple[PeerId, str, dict[str, object], tuple[memoryview]],
         left_ms: int,
@@ -230,7 +231,8 @@ class Chains:
         failed: list[StageError],
         tell: Tell,
     ) -> None:
-        """Read what the hosts answer: count it; end the pass if it cannot succeed any more. Never raises RiosError."""
+        """Read what the hosts answer to ``x``: count it; end the pass if it cannot succeed any more. Never raises
+        RiosError."""
         first = way.links[0]
         try:
             if pending is not None:
@@ -246,12 +248,13 @@ class Chains:
             return
         for index, step in enumerate(trail):
             self._count(way, index, parts, step, tell)
+        if trail:
+            self._compare_came(first, 0, parts, trail[0], x)
         for index, (one, other) in enumerate(pairwise(trail)):
             if any(a.went != b.came for a, b in zip(one.said, other.said, strict=True)):
-                giver, taker = way.links[index].peer, way.links[index + 1].peer
-                if (giver, taker) not in self.contradicted:
-                    log.warning("%s and %s disagree about the rows between them", giver, taker)
-                self.contradicted.add((giver, taker))
+                self._contradict(way, index, "disagree about the rows between them")
+        if failure is None and len(trail) < len(way.links):
+            self._contradict(way, max(0, len(trail) - 1), "gave rows on, and not all behind them say what they did")
         if len(trail) == len(way.links) and expected.header is not None and expected.buffer is not None:
             with suppress(RiosError):  # what is malformed ends the pass
                 rows = _rows_of(expected.header, (expected.buffer,), way, parts)
@@ -261,6 +264,13 @@ class Chains:
                 self._lost(way.links[len(trail) :], parts)
             failed.append(_failure_of(way, failure, len(trail)))
             expected.fail(failed[0].error)
+
+    def _contradict(self, way: Way, index: int, how: str) -> None:
+        """From now on rows between the two hosts pass this node."""
+        giver, taker = way.links[index].peer, way.links[index + 1].peer
+        if (giver, taker) not in self.contradicted:
+            log.warning("%s and %s %s", giver, taker, how)
+        self.contradicted.add((giver, taker))
 
     def _count(self, way: Way, index: int, given: Sequence[Rows], step: Step, tell: Tell) -> None:
         link, waited_us = way.links[index], min(step.waited_us, step.service_us)

@@ -1,6 +1,7 @@
 """Stages are audited: liars are found and proved guilty, honest hosts never are, and nobody can be framed."""
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import msgspec
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import trio
 
-from config.errors import RiosError
+from config.errors import RemoteError, RiosError
 from dmoe.core import stageevidence
 from dmoe.core.privacy import OPEN, privacy_of
 from dmoe.judging import Judging
 from dmoe.runner import Feed
+from dmoe.stages import chain
 from dmoe.stages.audits import _by_hand
 from ledger.core import proof
 from tests.unit.dmoe.stage_trust_kit import answer, prompts, quiet, rows_of, stage_trust_swarm
@@ -194,6 +196,55 @@ async def test_audits_show_rows_to_nobody_whom_privacy_forbids(tmp_path):
         assert runner.auditor.counts["passed"] + runner.auditor.counts["no replica"] > 0
         assert not s.hosts[2].statistics()["runs"]
         assert s.hosts[1].statistics()["runs"]
+
+
+@pytest.mark.parametrize("trick", ["signs for other rows than it was sent", "shows nothing", "says nothing"])
+async def test_a_liar_that_keeps_what_it_did_from_sight_is_used_no_more(tmp_path, monkeypatch, trick):
+    """At the head of a way that forwards; asked again on a ticket of its own, it answers honestly."""
+    store, manifest = await model(tmp_path, kind="F32")
+    async with stage_trust_swarm(tmp_path, store, manifest) as s:
+        await s.node()
+        liar = await s.node(0, lie="int8")
+        await s.node(1)
+        await s.node(2)
+        runner = await s.runner(share=100.0)
+        sequence = await runner.open(60)  # by way of the liar, as nobody else is there yet
+        honest = await s.node(0)
+        await until(lambda: list(runner.audits.replicas(manifest, 0, OPEN, liar)))
+        lies, asking, read = s.segments[liar, 0], runner.audits.asking, chain._answer_of
+
+        def misread(reply, link, hops, parts):
+            trail, failure = read(reply, link, hops, parts)
+            if link.peer == liar and hops and trick == "says nothing":
+                return [], failure
+            if link.peer == liar and hops:
+                said = tuple(replace(each, came=bytes(len(each.came))) for each in trail[0].said)
+                trail[0] = replace(trail[0], said=said)
+            return trail, failure
+
+        async def not_shown(peer, *args):
+            raise RemoteError("not_found", "there is no such ticket here (any more)")
+
+        async def honestly(peer, *args, **kwargs):
+            lies.share = 0.0
+            try:
+                return await at(peer, *args, **kwargs)
+            finally:
+                lies.share = 1.0
+
+        if trick == "shows nothing":
+            at = asking.at
+            monkeypatch.setattr(asking, "shown", not_shown)
+            monkeypatch.setattr(asking, "at", honestly)
+        else:
+            monkeypatch.setattr(chain, "_answer_of", misread)
+        for token in range(12):
+            await runner.forward([Feed(sequence=sequence, tokens=(token + 3, token + 9), outputs=1)])
+            await quiet(runner)
+            if not runner.auditor.trust.trusted(liar):
+                break
+        assert not runner.auditor.trust.trusted(liar)
+        assert runner.auditor.trust.trusted(honest)
 
 
 @pytest.mark.parametrize("where", ["forwarded", "home"])
