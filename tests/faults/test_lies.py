@@ -63,8 +63,9 @@ def test_21_a_worker_that_answers_zeros_or_almost_the_truth(rig: Rig) -> None:
 
 def test_22_receipts_and_vouchers_forged_replayed_and_doubled(rig: Rig, tmp_path: Path) -> None:
     rig.ask()
-    before = rig.check_money()
-    promised = _at_rest(rig)
+    rig.check_money()
+    _wait_at_rest(rig)
+    before, promised = rig.check_money(), rig._channels([rig.first], "buy")
     refused, answered = trio.run(_attack, rig, tmp_path)
     assert rig._channels([rig.first], "buy") == promised, "no voucher is worth more than before"
     assert rig.check_money() == before
@@ -76,8 +77,9 @@ def test_22_receipts_and_vouchers_forged_replayed_and_doubled(rig: Rig, tmp_path
     )
 
 
-def _at_rest(rig: Rig) -> list[Any]:
-    """What the first node promised, once the receipts of its last calls are here: nothing changes for two seconds."""
+def _wait_at_rest(rig: Rig) -> None:
+    """Until the receipts of the last calls are here, and what they make the first node lock and promise: nothing of
+    that changes for two seconds."""
     looks: list[list[Any]] = []
 
     def is_at_rest() -> bool:
@@ -85,7 +87,6 @@ def _at_rest(rig: Rig) -> list[Any]:
         return len(looks) > 20 and all(look == looks[-1] for look in looks[-21:])
 
     wait_for(is_at_rest, "the last receipts", 60)
-    return looks[-1]
 
 
 def test_21_a_liar_among_the_honest_is_proved_wrong_and_asked_no_more(rig: Rig) -> None:
