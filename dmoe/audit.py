@@ -341,7 +341,7 @@ class Auditor:
 
     async def _weigh(self, sample: Sample, other: wire.FloatRows, device: str, again: Sample | None) -> None:
         """Two answers to the same: ``again`` is the other one if a peer gave it, None if it was computed here."""
-        quantised = sample.manifest.quantisation not in ("fp32", "fp16")
+        quantised = sample.manifest.is_quantised
         same = bool(device) and device == sample.owed.device
         suspicious = False
         for place in range(len(sample.groups)):

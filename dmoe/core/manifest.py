@@ -150,6 +150,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """The canonical bytes."""
         return msgspec.json.encode(self, order="sorted")
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its weights are integers: machines of different kinds are further apart then."""
+        return self.quantisation not in ("fp32", "fp16")
+
     @cached_property
     def _body(self) -> bytes:
         fields = msgspec.to_builtins(self)

@@ -385,7 +385,9 @@ class StageAudits:
                     self.doubt(peer, "it shows other rows than those it signed for")
                 return None
         again = await self.asking.at(peer, manifest, stage, x)
-        if again.heard.said.went != heard.said.went and _is_exact(manifest, heard.device):
+        # a machine of a known class gives the same rows for the same rows, whatever runs beside them
+        known = is_known_class(heard.device, quantised=manifest.is_quantised)
+        if known and again.heard.said.went != heard.said.went:
             self.doubt(peer, "it does not show the rows it signed for, and gives others when asked again")
             return None
         return again
@@ -437,8 +439,7 @@ class StageAudits:
         manifest = answer.manifest
         device = self._device if other is None else other.heard.device
         same = bool(device) and device == answer.heard.device
-        quantised = manifest.quantisation not in ("fp32", "fp16")
-        kinds = alike(answer.went, rows, same_class=same, quantised=quantised)
+        kinds = alike(answer.went, rows, same_class=same, quantised=manifest.is_quantised)
         if Likeness.SUSPICIOUS not in kinds:
             self._passed(answer.peer, other)
             return
@@ -490,11 +491,6 @@ def _length(sequence: StageSequence, most: int, stages: Sequence[int]) -> int:
         return sequence.length
     ends = [{end for stage, end in sequence.heard if stage == each and end <= most} for each in stages]
     return max(set[int].intersection(*ends), default=0)
-
-
-def _is_exact(manifest: Manifest, device: str) -> bool:
-    """Whether a device of this class gives the same rows for the same rows, whatever runs beside them."""
-    return is_known_class(device, quantised=manifest.quantisation not in ("fp32", "fp16"))
 
 
 def _by_hand(one: FloatRows, other: FloatRows) -> bool:

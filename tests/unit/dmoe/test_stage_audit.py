@@ -31,6 +31,16 @@ async def until(check, seconds=90):
             await trio.sleep(0.02)
 
 
+async def passes_until_found(runner, sequence, liar, most):
+    """Passes, each audited, until the liar is not trusted any more."""
+    for token in range(most):
+        await runner.forward([Feed(sequence=sequence, tokens=(token + 3, token + 9), outputs=1)])
+        await quiet(runner)
+        if not runner.auditor.trust.trusted(liar):
+            return
+    raise AssertionError(f"{liar} is trusted after {most} passes")
+
+
 @pytest.mark.parametrize(("lie", "may_forward"), [("fp16", True), ("int8", False), ("nudge", True)])
 async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path, lie, may_forward):
     store, manifest = await model(tmp_path, kind="F32")
@@ -46,14 +56,8 @@ async def test_a_stage_host_that_lies_is_proved_guilty_and_used_no_more(tmp_path
         sequence = await runner.open(150)  # by way of the liar, as nobody else is there yet
         await s.node(1)
         await until(lambda: list(runner.audits.replicas(manifest, 1, OPEN, liar)))
-        for token in range(
-            70
-        ):  # what an audit can be compared with, and when it may be computed here, is left to chance
-            await runner.forward([Feed(sequence=sequence, tokens=(token + 3, token + 9), outputs=1)])
-            await quiet(runner)
-            if not trust.trusted(liar):
-                break
-        assert not trust.trusted(liar)
+        # what an audit can be compared with, and when it may be computed here, is left to chance
+        await passes_until_found(runner, sequence, liar, 70)
         assert [peer for peer in trust.table() if not trust.trusted(peer)] == [liar]
         await until(lambda: list((tmp_path / "evidence-0").glob("*.evidence")))
         (file,) = (tmp_path / "evidence-0").glob("*.evidence")
@@ -83,12 +87,7 @@ async def test_stages_that_the_asker_runs_itself_hide_no_liar_behind_them(tmp_pa
         await until(lambda: list(runner.audits.replicas(manifest, 1, OPEN, liar)))
         assert sequence.legs[0].here is not None
         assert not s.hosts[0].indices(manifest.model_id)
-        for token in range(25):
-            await runner.forward([Feed(sequence=sequence, tokens=(token + 3, token + 9), outputs=1)])
-            await quiet(runner)
-            if not runner.auditor.trust.trusted(liar):
-                break
-        assert not runner.auditor.trust.trusted(liar)
+        await passes_until_found(runner, sequence, liar, 25)
         assert runner.auditor.trust.trusted(honest)
         assert not runner.auditor.counts["stage contradicted"]
 
@@ -238,12 +237,7 @@ async def test_a_liar_that_keeps_what_it_did_from_sight_is_used_no_more(tmp_path
             monkeypatch.setattr(asking, "at", honestly)
         else:
             monkeypatch.setattr(chain, "_answer_of", misread)
-        for token in range(12):
-            await runner.forward([Feed(sequence=sequence, tokens=(token + 3, token + 9), outputs=1)])
-            await quiet(runner)
-            if not runner.auditor.trust.trusted(liar):
-                break
-        assert not runner.auditor.trust.trusted(liar)
+        await passes_until_found(runner, sequence, liar, 12)
         assert runner.auditor.trust.trusted(honest)
 
 
